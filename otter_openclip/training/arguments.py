@@ -1,0 +1,250 @@
+"""The plugin's command-line flags, added to open_clip_train's own parser."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import open_clip
+import torch
+from open_clip_train import params
+
+from otter_openclip.losses import OT_SCOPES
+
+LOSSES = ("clip", "infonce", "ls", "kd", "otter")
+TEACHER_LOSSES = ("kd", "otter")
+TEACHER_MODES = ("train", "eval")
+
+
+def _number(low: float, high: float, kind: type = float, *, open_low: bool = False) -> Callable:
+    bound = f"{'above' if open_low else 'at least'} {low:g}"
+    if high != math.inf:
+        bound += f" and at most {high:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {noun}, got {text!r}") from None
+        inside = value > low if open_low else value >= low
+        if not (inside and value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+    return parse
+
+
+# flag -> (losses it applies to, default, argparse keywords)
+_FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
+    "--alpha": (
+        TEACHER_LOSSES,
+        0.5,
+        {"type": _number(0, 1), "help": "weight of the contrastive term (paper: alpha)"},
+    ),
+    "--label-smoothing": (
+        ("ls",),
+        0.1,
+        {"type": _number(0, 1), "help": "target mass spread over the other pairs (paper: epsilon)"},
+    ),
+    "--ema-decay": (
+        TEACHER_LOSSES,
+        0.999,
+        {"type": _number(0, 1), "help": "upper bound of the EMA teacher's decay"},
+    ),
+    "--sinkhorn-lambda": (
+        ("otter",),
+        0.15,
+        {
+            "type": _number(0, math.inf, open_low=True),
+            "help": "entropic regularisation of the transport plan (paper: lambda)",
+        },
+    ),
+    "--sinkhorn-iter": (
+        ("otter",),
+        5,
+        {"type": _number(1, math.inf, int), "help": "Sinkhorn updates"},
+    ),
+    "--vv-coef": (
+        TEACHER_LOSSES,
+        1.0,
+        {"type": _number(0, math.inf), "help": "weight of image-image similarity (paper: gamma_v)"},
+    ),
+    "--tt-coef": (
+        TEACHER_LOSSES,
+        1.0,
+        {"type": _number(0, math.inf), "help": "weight of text-text similarity (paper: gamma_t)"},
+    ),
+    "--keep-diag": (
+        ("otter",),
+        False,
+        {"action": "store_true", "help": "let the plan put mass on the pair itself"},
+    ),
+    "--ot-scope": (
+        ("otter",),
+        "global",
+        {
+            "choices": OT_SCOPES,
+            "help": "one transport problem over all ranks, or one per rank",
+        },
+    ),
+    "--distill-T-t": (
+        ("kd",),
+        100.0,
+        {
+            "type": _number(0, math.inf, open_low=True),
+            "help": "scale of the teacher's similarities (paper: T_t)",
+        },
+    ),
+    "--share-logit-scale": (
+        TEACHER_LOSSES,
+        False,
+        {
+            "action": "store_true",
+            "help": "use the model's logit scale for the distillation term too, instead of its own",
+        },
+    ),
+    "--teacher-mode": (
+        TEACHER_LOSSES,
+        "train",
+        {
+            "choices": TEACHER_MODES,
+            "help": "mode the EMA teacher runs in: dropout and batch-norm as in the reference, or not",
+        },
+    ),
+}
+
+
+def _dest(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("OTTER", "flags of the plugin (otter-openclip)")
+    group.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="clip",
+        help="training objective; 'clip' leaves open_clip as it is",
+    )
+    for flag, (losses, default, keywords) in _FLAGS.items():
+        keywords = dict(keywords)
+        shown = "off" if default is False else default
+        keywords["help"] += f"; default {shown} (--loss {', '.join(losses)})"
+        group.add_argument(flag, default=None, **keywords)
+
+
+class _Parser(argparse.ArgumentParser):
+    """open_clip_train's parser with the plugin's flags, and errors that name the nearest flag."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        _add_flags(self)
+        self.set_defaults(precision=None)
+        parsed = super().parse_args(args, namespace)
+        _check_unsupported(self, parsed)
+        _settle_flags(self, parsed)
+        _settle_precision(parsed)
+        return parsed
+
+    def error(self, message: str) -> Any:
+        unknown = re.match(r"unrecognized arguments: (.*)", message)
+        if unknown:
+            for word in unknown[1].split():
+                near = difflib.get_close_matches(
+                    word.split("=")[0], self._option_string_actions, n=1, cutoff=0.7
+                )
+                if word.startswith("--") and near:
+                    message += f" (did you mean {near[0]}?)"
+        # The usage line of 100 flags would bury the message.
+        self.exit(2, f"{self.prog}: error: {message}\nSee {self.prog} --help for all flags.\n")
+
+
+def _check_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.loss == "clip":
+        return
+    name = f"--loss {args.loss}"
+    if args.siglip:
+        parser.error(
+            f"{name} does not go with --siglip: its targets are for the softmax loss, not the "
+            "sigmoid one; drop --siglip, or use --loss clip --siglip"
+        )
+    config = open_clip.get_model_config(args.model) if ":" not in args.model else None
+    if "coca" in args.model.lower() or "multimodal_cfg" in (config or {}):
+        parser.error(
+            f"{name} does not go with the CoCa model {args.model}: its captioning loss is not part "
+            "of the method; use a CLIP model, or --loss clip"
+        )
+    if args.horovod:
+        parser.error(
+            f"{name} does not go with --horovod: the transport plan is sharded with "
+            "torch.distributed; launch with torchrun instead"
+        )
+    if args.torchscript and args.loss in TEACHER_LOSSES:
+        parser.error(
+            f"{name} does not go with --torchscript: a scripted model cannot be copied into a "
+            "teacher; use --torchcompile instead"
+        )
+    has_distill = (args.distill_model is not None, args.distill_pretrained is not None)
+    if any(has_distill) and args.loss not in TEACHER_LOSSES:
+        parser.error(
+            f"{name} has no teacher, so --distill-model and --distill-pretrained have no meaning; "
+            "use --loss kd or --loss otter"
+        )
+    if any(has_distill) and not all(has_distill):
+        parser.error("--distill-model and --distill-pretrained must be given together")
+    if all(has_distill) and (args.ema_decay is not None or args.teacher_mode is not None):
+        parser.error(
+            "--ema-decay and --teacher-mode are for the EMA teacher, but --distill-model asks for a "
+            "fixed one; drop one or the other"
+        )
+
+
+def _settle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for flag, (losses, default, _) in _FLAGS.items():
+        given = getattr(args, _dest(flag))
+        if given is None or given is False:
+            setattr(args, _dest(flag), default)
+        elif args.loss not in losses:
+            wanted = " or ".join(f"--loss {loss}" for loss in losses)
+            parser.error(f"{flag} has no meaning with --loss {args.loss}; it needs {wanted}")
+    # The fixed teacher is created by the plugin, so that it also works with --accum-freq; open_clip
+    # itself must not see it.
+    args.teacher_model = args.teacher_pretrained = None
+    if args.loss != "clip":
+        args.teacher_model, args.distill_model = args.distill_model, None
+        args.teacher_pretrained, args.distill_pretrained = args.distill_pretrained, None
+
+
+def _settle_precision(args: argparse.Namespace) -> None:
+    """On a CPU float32 unless asked otherwise: amp, open_clip's default, is tens of times slower."""
+    if args.precision is None:
+        on_cpu = args.device == "cpu" or not (
+            torch.cuda.is_available() or args.device.split(":")[0] not in ("cuda", "cpu")
+        )
+        args.precision = "fp32" if on_cpu and args.loss != "clip" else "amp"
+
+
+@contextlib.contextmanager
+def plugin_flags(prog: str) -> Iterator[None]:
+    """While active, ``open_clip_train.params.parse_args`` also knows the plugin's flags."""
+    stock = params.argparse
+    params.argparse = SimpleNamespace(
+        ArgumentParser=functools.partial(_Parser, prog=prog), Action=stock.Action
+    )
+    try:
+        yield
+    finally:
+        params.argparse = stock
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that define the run's objective, as stored in a checkpoint."""
+    used = {_dest(f): getattr(args, _dest(f)) for f, (on, _, _) in _FLAGS.items() if args.loss in on}
+    return {"loss": args.loss, **used}

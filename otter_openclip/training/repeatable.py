@@ -1,0 +1,93 @@
+"""Make an epoch's data depend on (seed, epoch, rank, worker) only, so that resume is exact.
+
+Stock open_clip_train cannot repeat an epoch: webdataset's shuffle seeds itself from the clock and the
+process id, persistent workers carry their random state from one epoch to the next, and csv order
+follows the global generator.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from open_clip_train.data import DataInfo, ResampledShards2, SharedEpoch
+from torch.utils.data import get_worker_info
+from webdataset.filters import _shuffle
+
+
+def derive_seed(*parts: int) -> int:
+    """A 63-bit seed from whole numbers; different numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_process(*parts: int) -> None:
+    """Seed torch (all devices), numpy and random from ``parts``."""
+    seed = derive_seed(*parts)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _worker_id() -> int:
+    info = get_worker_info()
+    return 0 if info is None else info.id
+
+
+class _SeedPass:
+    """Pipeline stage that reseeds a worker before each pass over its shards."""
+
+    def __init__(self, shared_epoch: SharedEpoch, seed: int, rank: int, rng: random.Random) -> None:
+        self.shared_epoch = shared_epoch
+        self.seed = seed
+        self.rank = rank
+        self.rng = rng
+        self.epoch = -1
+        self.passes = 0
+
+    def __call__(self, source: Iterator[Any]) -> Iterator[Any]:
+        epoch = self.shared_epoch.get_value()
+        # An epoch longer than the shards passes over them again, in another order.
+        self.passes = self.passes + 1 if epoch == self.epoch else 0
+        self.epoch = epoch
+        parts = (self.seed, self.rank, _worker_id(), epoch, self.passes)
+        self.rng.seed(derive_seed(*parts))
+        if get_worker_info() is not None:
+            seed_process(*parts)
+        return source
+
+
+class _WorkerSeed:
+    """Seed of open_clip's resampled shard list, a different one on each rank and worker."""
+
+    def __init__(self, seed: int, rank: int) -> None:
+        self.seed = seed
+        self.rank = rank
+
+    def __call__(self) -> int:
+        return derive_seed(self.seed, self.rank, _worker_id())
+
+
+def make_repeatable(data: dict[str, DataInfo], *, seed: int, rank: int) -> None:
+    """Take chance out of ``get_data``'s training loader, in place; csv data need nothing here.
+
+    Raises:
+        RuntimeError: if the webdataset pipeline is not the one of the supported open_clip range.
+    """
+    train = data.get("train")
+    if train is None or train.shared_epoch is None:
+        return
+    stages = train.dataloader.pipeline[0].dataset.pipeline
+    shuffles = [stage for stage in stages if getattr(stage, "f", None) is _shuffle]
+    if len(shuffles) != 1:
+        raise RuntimeError(
+            f"expected one sample shuffle in open_clip's webdataset pipeline, found {len(shuffles)}; "
+            "this open_clip or webdataset release is not supported, see pyproject.toml for the range"
+        )
+    rng = random.Random()
+    shuffles[0].kw["rng"] = rng
+    if isinstance(stages[0], ResampledShards2):
+        stages[0].worker_seed = _WorkerSeed(seed, rank)
+    stages.insert(1, _SeedPass(train.shared_epoch, seed, rank, rng))

@@ -1,0 +1,107 @@
+"""The module that open_clip's loop trains: the student, with the teacher's features in its output."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from otter_openclip.teacher import unwrap
+
+Features = dict[str, Tensor]
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        """Return ``value`` itself."""
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Scale the gradient."""
+        return gradient * ctx.factor, None
+
+
+class StudentWithTeacher(nn.Module):
+    """A student whose output dict also holds ``dist_image_features`` and ``dist_text_features``.
+
+    With gradient accumulation open_clip's loop runs every micro-batch twice: without gradients to
+    collect the features of the whole batch, then with gradients, one micro-batch at a time. The
+    teacher runs in the first pass only; the second hands its features out again in the same order.
+    In the second pass the whole batch's loss is differentiated once for each micro-batch, so what
+    does not belong to one micro-batch, ``logit_scale``, gets its gradient ``accum_freq`` times too
+    large; it is divided here.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        *,
+        teacher_forward: Callable[..., Features] | None = None,
+        train_teacher: bool = True,
+        accum_freq: int = 1,
+        distill_logit_scale: nn.Parameter | None = None,
+    ) -> None:
+        """Put the two side by side.
+
+        Args:
+            student: the model as open_clip's ``main`` made it, in DDP and compiled or not.
+            teacher: a bare open_clip model; None for losses without one.
+            teacher_forward: what to call instead of ``teacher``, e.g. its compiled form.
+            train_teacher: follow the student into train mode; otherwise stay in eval mode.
+            accum_freq: micro-batches for each optimizer step.
+            distill_logit_scale: registered here so that gradient clipping sees it.
+        """
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self._teacher_forward = teacher_forward or teacher
+        self._train_teacher = train_teacher
+        self._accum_freq = accum_freq
+        self._waiting: deque[Features] = deque()
+        self.distill_logit_scale = distill_logit_scale
+
+    @property
+    def module(self) -> nn.Module:
+        """The bare student: open_clip's loop clamps ``unwrap_model(model).logit_scale``."""
+        return unwrap(self.student)
+
+    def train(self, mode: bool = True) -> StudentWithTeacher:
+        """Set the student's mode, and the teacher's if it follows."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.train(mode and self._train_teacher)
+        return self
+
+    def start_epoch(self) -> None:
+        """Forget micro-batches that the last epoch left without a step."""
+        self._waiting.clear()
+
+    def forward(self, images: Tensor, texts: Tensor) -> Features:
+        """Student's output dict plus the teacher's two (B, D') features."""
+        output = dict(self.student(images, texts))
+        if self._accum_freq == 1:
+            return output | self._teach(images, texts)
+        if torch.is_grad_enabled():
+            output["logit_scale"] = ScaleGradient.apply(
+                output["logit_scale"], 1.0 / self._accum_freq
+            )
+            return output | self._waiting.popleft()
+        features = self._teach(images, texts)
+        self._waiting.append(features)
+        return output | features
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor, texts: Tensor) -> Features:
+        if self._teacher_forward is None:
+            return {}
+        output = self._teacher_forward(images, texts)
+        return {f"dist_{name}": output[name] for name in ("image_features", "text_features")}
