@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from otter_openclip.sinkhorn import check_sinkhorn_settings, column_potential
 
 INITIAL_LOG_SCALE = 3.9
-MAX_SCALE = 100.0
+MAX_LOG_SCALE = math.log(100.0)
 OT_SCOPES = ("global", "local")
 
 # Log of "no mass": finite, so that 0 * log 0 is 0 and a row with nothing else still normalises.
@@ -119,7 +119,10 @@ class LabelSmoothingLoss(_PairLoss):
     ) -> None:
         """Set up the loss; raises ValueError if ``smoothing`` is outside [0, 1]."""
         super().__init__(
-            local_loss=local_loss, gather_with_grad=gather_with_grad, rank=rank, world_size=world_size
+            local_loss=local_loss,
+            gather_with_grad=gather_with_grad,
+            rank=rank,
+            world_size=world_size,
         )
         self.smoothing = _check_interval("smoothing", smoothing, 0.0, 1.0)
 
@@ -200,7 +203,10 @@ class DistillationLoss(_PairLoss):
             ValueError: if ``alpha`` is outside [0, 1] or a scale or coefficient is not finite.
         """
         super().__init__(
-            local_loss=local_loss, gather_with_grad=gather_with_grad, rank=rank, world_size=world_size
+            local_loss=local_loss,
+            gather_with_grad=gather_with_grad,
+            rank=rank,
+            world_size=world_size,
         )
         self.alpha = _check_interval("alpha", alpha, 0.0, 1.0)
         for name, value in (
@@ -266,7 +272,7 @@ class DistillationLoss(_PairLoss):
         """``s_d``, the scale of the distillation term, clamped to [1, 100] after exp."""
         if self.distill_logit_scale is None:
             return logit_scale
-        return self.distill_logit_scale.exp().clamp(1.0, MAX_SCALE)
+        return self.distill_logit_scale.clamp(0.0, MAX_LOG_SCALE).exp()
 
     @torch.no_grad()
     def targets(

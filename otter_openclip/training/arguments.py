@@ -246,5 +246,7 @@ def plugin_flags(prog: str) -> Iterator[None]:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that define the run's objective, as stored in a checkpoint."""
-    used = {_dest(f): getattr(args, _dest(f)) for f, (on, _, _) in _FLAGS.items() if args.loss in on}
+    used = {
+        _dest(f): getattr(args, _dest(f)) for f, (on, _, _) in _FLAGS.items() if args.loss in on
+    }
     return {"loss": args.loss, **used}

@@ -36,8 +36,8 @@ from open_clip_train import main as open_clip_main
 from open_clip_train import params
 from torch import Tensor, nn
 
-from otter_openclip.losses import MAX_SCALE, DistillationLoss, LabelSmoothingLoss, OtterLoss
-from otter_openclip.teacher import EmaTeacher, unwrap
+from otter_openclip.losses import MAX_LOG_SCALE, DistillationLoss, LabelSmoothingLoss, OtterLoss
+from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training.arguments import TEACHER_LOSSES, plugin_flags, settings
 from otter_openclip.training.repeatable import make_repeatable, seed_process
 from otter_openclip.training.wrapper import StudentWithTeacher
@@ -322,11 +322,9 @@ def _add_scale(
             }
         )
 
-    log_max = torch.tensor(MAX_SCALE).log().item()
-
     def clamp(*_: Any) -> None:
         with torch.no_grad():
-            scale.clamp_(0.0, log_max)
+            scale.clamp_(0.0, MAX_LOG_SCALE)  # as open_clip's loop does with logit_scale
 
     optimizer.register_step_post_hook(clamp)
 

@@ -79,7 +79,11 @@ def make_repeatable(data: dict[str, DataInfo], *, seed: int, rank: int) -> None:
     train = data.get("train")
     if train is None or train.shared_epoch is None:
         return
-    stages = train.dataloader.pipeline[0].dataset.pipeline
+    loader = train.dataloader.pipeline[0]
+    # The loader draws its workers' seeds when it starts them, in a process's first epoch only: from a
+    # generator of its own, or dropout would differ after a resume.
+    loader.generator = torch.Generator().manual_seed(derive_seed(seed, rank))
+    stages = loader.dataset.pipeline
     shuffles = [stage for stage in stages if getattr(stage, "f", None) is _shuffle]
     if len(shuffles) != 1:
         raise RuntimeError(

@@ -63,7 +63,7 @@ class StudentWithTeacher(nn.Module):
         super().__init__()
         self.student = student
         self.teacher = teacher
-        self._teacher_forward = teacher_forward or teacher
+        self._teacher_forward = teacher if teacher_forward is None else teacher_forward
         self._train_teacher = train_teacher
         self._accum_freq = accum_freq
         self._waiting: deque[Features] = deque()

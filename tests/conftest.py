@@ -1,0 +1,95 @@
+"""Shared fixtures: tiny models and made-up data, nothing downloaded."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import tarfile
+from pathlib import Path
+
+import open_clip
+import pytest
+from PIL import Image, ImageDraw
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+TEXT = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+MODELS = {
+    "tiny-rn": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+        "text_cfg": TEXT,
+    },
+    "tiny-vit": {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 2,
+            "width": 16,
+            "head_width": 8,
+            "patch_size": 8,
+        },
+        "text_cfg": TEXT | {"layers": 2},
+    },
+    "tiny-timm": {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "timm_model_name": "test_resnet",
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
+            "timm_drop": 0.1,
+            "image_size": 32,
+        },
+        "text_cfg": TEXT,
+    },
+}
+COLOURS = ("red", "green", "blue", "black", "orange", "purple")
+SHAPES = ("circle", "square", "line")
+
+
+def picture(rng: random.Random, colour: str, shape: str) -> Image.Image:
+    """A 40 px picture of one coloured shape somewhere on white."""
+    image = Image.new("RGB", (40, 40), "white")
+    draw = ImageDraw.Draw(image)
+    x, y = rng.randrange(4, 16), rng.randrange(4, 16)
+    box = (x, y, x + 18, y + 18)
+    {"circle": draw.ellipse, "square": draw.rectangle, "line": draw.line}[shape](box, fill=colour)
+    return image
+
+
+@pytest.fixture(scope="session", autouse=True)
+def model_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny models, registered with open_clip."""
+    folder = tmp_path_factory.mktemp("model_configs")
+    for name, config in MODELS.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """72 pairs as webdataset shards (00000.tar, 00001.tar, sizes.json) and as pairs.csv."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = random.Random(0)
+    rows, sizes = ["filepath\ttitle"], {}
+    for shard in range(2):
+        path = folder / f"{shard:05d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for i in range(36):
+                colour, shape = rng.choice(COLOURS), rng.choice(SHAPES)
+                file = folder / f"{shard}-{i}.png"
+                picture(rng, colour, shape).save(file)
+                caption = f"a {colour} {shape}"
+                rows.append(f"{file}\t{caption}")
+                for suffix, content in (("png", file.read_bytes()), ("txt", caption.encode())):
+                    member = tarfile.TarInfo(f"{shard}{i:04d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        sizes[path.name] = 36
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+    (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
+    return folder

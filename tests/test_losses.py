@@ -1,0 +1,229 @@
+"""The losses against the reference's recorded values, and on hard input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip import ClipLoss
+
+from otter_openclip import DistillationLoss, LabelSmoothingLoss, OtterLoss
+
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = np.load(FOLDER / "losses.npz")
+SETTINGS = json.loads((FOLDER / "losses.json").read_text())
+
+
+def make_loss(setting):
+    distill = {
+        name: setting[key]
+        for key, name in (("alpha", "alpha"), ("vv", "vv_coef"), ("tt", "tt_coef"))
+        if key in setting
+    }
+    mode = setting["mode"]
+    if mode == "infonce":
+        return ClipLoss()
+    if mode == "ls":
+        return LabelSmoothingLoss(setting["label_smoothing"])
+    if mode == "kd":
+        return DistillationLoss(teacher_scale=setting.get("T_t", 100.0), **distill)
+    return OtterLoss(
+        epsilon=setting.get("lam", 0.15),
+        iterations=setting.get("iters", 5),
+        remove_diagonal=setting.get("remove_diag", True),
+        **distill,
+    )
+
+
+def relative(value, expected):
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    return ((value.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_reference_values_and_gradients(case):
+    setting = SETTINGS[case]
+    golden = {key.split("/")[1]: GOLDEN[key] for key in GOLDEN if key.startswith(f"{case}/")}
+    loss = make_loss(setting)
+    images = torch.tensor(golden["image_features"]).float().requires_grad_()
+    texts = torch.tensor(golden["text_features"]).float().requires_grad_()
+    log_scale = torch.tensor(setting.get("T", 3.9), requires_grad=True)
+    teacher = {}
+    if setting["mode"] in ("kd", "otter"):
+        with torch.no_grad():
+            loss.distill_logit_scale.fill_(setting.get("T_s", 3.9))
+        teacher = {
+            "dist_image_features": torch.tensor(golden["teacher_image_features"]).float(),
+            "dist_text_features": torch.tensor(golden["teacher_text_features"]).float(),
+        }
+        image_targets, text_targets = loss.targets(*teacher.values())
+        assert relative(image_targets, golden["target_image"]) < 2e-5
+        assert relative(text_targets, golden["target_text"]) < 2e-5
+
+    # The reference differentiates through the normalisation of its features.
+    terms = loss(
+        F.normalize(images),
+        F.normalize(texts),
+        log_scale.exp(),
+        output_dict=True,
+        **teacher,
+    )
+    # Its directions are summed, ours averaged; its terms are recorded before alpha.
+    alpha = setting.get("alpha", 0.5) if teacher else 1.0
+    assert relative(2 * terms["contrastive_loss"].detach() / alpha, golden["contrastive"]) < 2e-5
+    if teacher:
+        distillation = 2 * terms["distill_loss"].detach() / (1 - alpha)
+        assert relative(distillation, golden["distillation"]) < 2e-5
+    total = sum(terms.values())
+    assert relative(2 * total.detach(), golden["total"]) < 2e-5
+    total.backward()
+    assert relative(2 * images.grad, golden["grad_image"]) < 1e-4
+    assert relative(2 * texts.grad, golden["grad_text"]) < 1e-4
+    assert relative(2 * log_scale.grad, golden["grad_T"]) < 1e-4
+    if teacher:
+        assert relative(2 * loss.distill_logit_scale.grad, golden["grad_T_s"]) < 1e-4
+
+
+def features(count, width=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        F.normalize(torch.randn(count, width, generator=generator, dtype=torch.float64), dim=1)
+        for _ in range(4)
+    ]
+
+
+def plain_otter(images, texts, teacher_images, teacher_texts, scale, epsilon, iterations=5):
+    """The published formulas in float64, from the design's text, in the log domain."""
+    s_d = torch.tensor(3.9).double().exp()
+    total = 0.0
+    for a, b, ta, tb in (
+        (images, texts, teacher_images, teacher_texts),
+        (texts, images, teacher_texts, teacher_images),
+    ):
+        similarity = ta @ ta.T + tb @ tb.T + ta @ tb.T
+        log_plan = similarity / epsilon
+        log_plan.fill_diagonal_(-torch.inf)
+        count = len(a)
+        for _ in range(iterations):
+            log_plan = log_plan.log_softmax(dim=1) - np.log(count)
+            log_plan = log_plan.log_softmax(dim=0) - np.log(count)
+        target = log_plan.softmax(dim=1)
+        cosine = a @ b.T
+        kl = F.kl_div((s_d * cosine).log_softmax(dim=1), target, reduction="batchmean")
+        total += 0.5 * F.cross_entropy(scale * cosine, torch.arange(count)) + 0.5 * kl
+    return total / 2
+
+
+@pytest.mark.parametrize("teacher_norm", [1.0, 4.0])
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-2, 0.15, 1.0, 10.0])
+def test_any_lambda_norm_and_duplicates(epsilon, teacher_norm):
+    images, texts, teacher_images, teacher_texts = features(48)
+    teacher_images, teacher_texts = teacher_norm * teacher_images, teacher_norm * teacher_texts
+    teacher_images[7], teacher_texts[7] = teacher_images[3], teacher_texts[3]
+    teacher_texts[11] = teacher_texts[5]
+    expected = plain_otter(images, texts, teacher_images, teacher_texts, 20.0, epsilon)
+    leaves = [x.float().requires_grad_() for x in (images, texts)]
+    loss = OtterLoss(epsilon=epsilon)
+    value = sum(loss(*leaves, torch.tensor(20.0), teacher_images.float(), teacher_texts.float()))
+    value.backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+    # float32 input alone moves S / epsilon by 1e-7 * norm^2 / epsilon.
+    assert relative(value.detach(), expected) < max(2e-5, 3e-7 * teacher_norm**2 / epsilon)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", [LabelSmoothingLoss(0.1), DistillationLoss(), OtterLoss()])
+def test_autocast_around_it_changes_nothing(loss, dtype):
+    images, texts, teacher_images, teacher_texts = (x.to(dtype) for x in features(32))
+    inputs = (images, texts, torch.tensor(30.0), teacher_images, teacher_texts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss(*inputs, output_dict=True)
+    outside = loss(*(x.float() for x in inputs), output_dict=True)
+    for name, value in inside.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, outside[name])
+
+
+def test_the_pair_itself_gets_no_mass_unless_asked():
+    _, _, teacher_images, teacher_texts = (x.float() for x in features(10))
+    for targets in OtterLoss(epsilon=10.0).targets(teacher_images, teacher_texts):
+        assert targets.diagonal().abs().max() == 0
+        torch.testing.assert_close(targets.sum(dim=1), torch.ones(10))
+    kept, _ = OtterLoss(remove_diagonal=False).targets(teacher_images, teacher_texts)
+    assert kept.diagonal().min() > 0
+
+
+def test_statistics_of_the_targets():
+    images, texts, teacher_images, teacher_texts = (x.float() for x in features(24))
+    loss = OtterLoss(iterations=1)
+    loss(images, texts, torch.tensor(20.0), teacher_images, teacher_texts)
+    targets = torch.stack(loss.targets(teacher_images, teacher_texts))
+    entropy = torch.special.entr(targets).sum(dim=-1).mean()
+    torch.testing.assert_close(loss.target_statistics["target_entropy"], entropy)
+    top_share = targets.amax(dim=-1).mean()
+    torch.testing.assert_close(loss.target_statistics["target_top_share"], top_share)
+    few = loss.target_statistics["marginal_error"]
+    loss = OtterLoss(iterations=50)
+    loss(images, texts, torch.tensor(20.0), teacher_images, teacher_texts)
+    assert 1e-3 < few and loss.target_statistics["marginal_error"] < 1e-2 * few
+
+
+def test_shared_scale_is_the_models():
+    inputs = [x.float() for x in features(12)]
+    scale = torch.tensor(3.9).exp()
+    own, shared = OtterLoss(), OtterLoss(share_logit_scale=True)
+    assert shared.distill_logit_scale is None and not list(shared.parameters())
+    call = (*inputs[:2], scale, *inputs[2:])
+    torch.testing.assert_close(own(*call)[1], shared(*call)[1])
+
+
+def test_targets_carry_no_gradient():
+    images, texts, teacher_images, teacher_texts = (x.float().requires_grad_() for x in features(8))
+    sum(OtterLoss()(images, texts, torch.tensor(9.0), teacher_images, teacher_texts)).backward()
+    assert teacher_images.grad is None and teacher_texts.grad is None
+    assert images.grad.abs().sum() > 0
+
+
+def test_permuting_pairs_permutes_gradients():
+    inputs = [x.float() for x in features(20)]
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
+    gradients = []
+    for permutation in (torch.arange(20), order):
+        images, texts, *teacher = (x[permutation] for x in inputs)
+        images.requires_grad_()
+        sum(OtterLoss()(images, texts, torch.tensor(9.0), *teacher)).backward()
+        gradients.append(images.grad)
+    torch.testing.assert_close(gradients[0][order], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_swapping_modalities_changes_nothing():
+    images, texts, teacher_images, teacher_texts = (x.float() for x in features(20))
+    scale = torch.tensor(9.0)
+    one = OtterLoss(vv_coef=0.3)(images, texts, scale, teacher_images, teacher_texts)
+    other = OtterLoss(tt_coef=0.3)(texts, images, scale, teacher_texts, teacher_images)
+    torch.testing.assert_close(one, other)
+
+
+def test_a_single_pair_is_finite():
+    inputs = [x.float() for x in features(1)]
+    for loss in (LabelSmoothingLoss(0.1), DistillationLoss(), OtterLoss()):
+        terms = loss(*inputs[:2], torch.tensor(9.0), *inputs[2:], output_dict=True)
+        assert sum(terms.values()).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LabelSmoothingLoss(1.5), "smoothing must lie in .*1.5"),
+        (lambda: DistillationLoss(alpha=-1), "alpha must lie in .*-1"),
+        (lambda: DistillationLoss(teacher_scale=float("inf")), "teacher_scale"),
+        (lambda: OtterLoss(epsilon=0), "epsilon must be .*0"),
+        (lambda: OtterLoss(iterations=2.5), "iterations"),
+        (lambda: OtterLoss(ot_scope="node"), "ot_scope must be one of global, local, got 'node'"),
+    ],
+)
+def test_bad_settings_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

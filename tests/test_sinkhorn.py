@@ -1,0 +1,75 @@
+"""Sinkhorn against the reference's recorded plans and its own invariances."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from otter_openclip import sinkhorn
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "sinkhorn.npz")
+CASES = sorted({key.split("/")[0] for key in GOLDEN})
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_reference_plans(case, dtype, tolerance):
+    cost = torch.tensor(GOLDEN[f"{case}/cost"], dtype=dtype)
+    plan = sinkhorn(cost, float(GOLDEN[f"{case}/eps"]), int(GOLDEN[f"{case}/iters"]))
+    expected = torch.tensor(GOLDEN[f"{case}/plan"], dtype=dtype)
+    assert plan.dtype == dtype
+    assert (plan - expected).abs().max() <= tolerance * expected.max()
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-2, 0.15, 10.0])
+def test_marginals(epsilon):
+    cost = torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0))
+    plan = sinkhorn(cost, epsilon, 20)
+    assert plan.isfinite().all() and (plan >= 0).all()
+    torch.testing.assert_close(plan.sum(dim=(-2, -1)), torch.ones(3))
+    torch.testing.assert_close(plan.sum(dim=-2), torch.full((3, 30), 1 / 30), rtol=1e-4, atol=0)
+
+
+def test_many_iterations_reach_both_marginals():
+    cost = torch.rand(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    plan = sinkhorn(cost, 0.1, 500)
+    torch.testing.assert_close(plan.sum(dim=1), torch.full((16,), 1 / 16, dtype=torch.float64))
+
+
+def test_invariances():
+    cost = torch.rand(12, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    plan = sinkhorn(cost, 0.2, 4)
+    rows, columns = torch.randperm(12), torch.randperm(9)
+    torch.testing.assert_close(sinkhorn(cost[rows][:, columns], 0.2, 4), plan[rows][:, columns])
+    # A constant per row, or on the whole, changes nothing: rows are scaled first.
+    torch.testing.assert_close(sinkhorn(cost + torch.rand(12, 1), 0.2, 4), plan)
+    torch.testing.assert_close(sinkhorn(3 * cost, 0.6, 4), plan)
+
+
+def test_no_iterations_gives_the_normalised_kernel():
+    cost = torch.rand(5, 6)
+    expected = torch.exp(-cost / 0.3)
+    torch.testing.assert_close(sinkhorn(cost, 0.3, 0), expected / expected.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    cost = torch.rand(8, 8).to(dtype)
+    plan = sinkhorn(cost, 0.05, 5)
+    assert plan.dtype == torch.float32
+    torch.testing.assert_close(plan, sinkhorn(cost.float(), 0.05, 5))
+
+
+@pytest.mark.parametrize(
+    ("cost", "epsilon", "iterations", "message"),
+    [
+        (torch.rand(4), 0.1, 1, "matrix"),
+        (torch.rand(4, 4), 0.0, 1, "epsilon"),
+        (torch.rand(4, 4), float("nan"), 1, "epsilon"),
+        (torch.rand(4, 4), 0.1, -1, "iterations"),
+    ],
+)
+def test_bad_arguments(cost, epsilon, iterations, message):
+    with pytest.raises(ValueError, match=message):
+        sinkhorn(cost, epsilon, iterations)

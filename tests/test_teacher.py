@@ -1,0 +1,136 @@
+"""The EMA teacher, alone and in the reference's recorded trajectories."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from otter_openclip import DistillationLoss, EmaTeacher, OtterLoss
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "trajectories.npz")
+
+
+class TwoTowers(nn.Module):
+    def __init__(self, initial):
+        super().__init__()
+        self.image = nn.Linear(12, 8)
+        self.text = nn.Linear(12, 8)
+        self.logit_scale = nn.Parameter(torch.tensor(float(initial["contrastive_loss.loss.T"])))
+        with torch.no_grad():
+            for tower in ("image", "text"):
+                for name, param in getattr(self, tower).named_parameters():
+                    param.copy_(torch.tensor(initial[f"{tower}_encoder.l.{name}"]))
+
+    def forward(self, images, texts):
+        return F.normalize(self.image(images), dim=-1), F.normalize(self.text(texts), dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("case", "make_loss", "decay", "lr"),
+    [
+        ("otter", OtterLoss, 0.999, 0.05),
+        ("kd", DistillationLoss, 0.999, 0.05),
+        ("otter_decay0.9", OtterLoss, 0.9, 0.1),
+    ],
+)
+def test_reference_trajectory(case, make_loss, decay, lr):
+    golden = {
+        key.removeprefix(f"{case}/"): GOLDEN[key] for key in GOLDEN if key.startswith(f"{case}/")
+    }
+
+    def part(name):
+        return {
+            k.removeprefix(f"{name}/"): v for k, v in golden.items() if k.startswith(f"{name}/")
+        }
+
+    student, loss = TwoTowers(part("init")).double(), make_loss().double()
+    teacher = EmaTeacher(student, decay)
+    parameters = [*student.parameters(), *loss.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+    for step, (images, texts) in enumerate(
+        zip(torch.tensor(golden["images"]), torch.tensor(golden["texts"]), strict=True)
+    ):
+        if step:
+            teacher.update(student)
+        with torch.no_grad():
+            targets = teacher.module(images.double(), texts.double())
+        terms = loss(
+            *student(images.double(), texts.double()),
+            student.logit_scale.exp().clamp(1, 100),  # as the reference
+            *targets,
+            output_dict=True,
+        )
+        for name, key in (("contrastive_loss", "contrastive"), ("distill_loss", "distillation")):
+            # Summed directions before alpha = 1/2 there: a factor of 4.
+            assert 4 * terms[name].item() == pytest.approx(golden[key][step], rel=1e-6)
+        optimizer.zero_grad()
+        (2 * sum(terms.values())).backward()
+        optimizer.step()
+    for model, name in ((student, "student"), (teacher.module, "teacher")):
+        for tower in ("image", "text"):
+            for key, param in getattr(model, tower).named_parameters():
+                expected = torch.tensor(part(name)[f"{tower}_encoder.l.{key}"])
+                torch.testing.assert_close(
+                    param.detach().double(), expected.double(), rtol=1e-6, atol=1e-7
+                )
+    assert student.logit_scale.item() == pytest.approx(float(golden["final_T"]), rel=1e-6)
+    assert loss.distill_logit_scale.item() == pytest.approx(float(golden["final_T_s"]), rel=1e-6)
+
+
+def test_decay_follows_the_number_of_updates():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    teacher = EmaTeacher(model, 0.3)
+    nn.init.ones_(model.weight)
+    expected = 0.0
+    for n in range(2, 6):
+        teacher.update(model)
+        decay = min(0.3, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay)
+        assert teacher.module.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 1.0 and not teacher.module.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_updates_survive_half_precision(dtype):
+    model = nn.Linear(4, 4, bias=False).to(dtype)
+    nn.init.ones_(model.weight)
+    teacher = EmaTeacher(model, 0.999)
+    teacher.num_updates = 10**6
+    nn.init.constant_(model.weight, 1.5)
+    for _ in range(300):
+        teacher.update(model)
+    # 1.5 - 0.5 * 0.999^300; each single step is far below half precision's spacing.
+    assert teacher.module.weight.dtype == dtype
+    assert teacher.module.weight.float().mean().item() == pytest.approx(1.1296, abs=0.005)
+    other = EmaTeacher(model, 0.999)
+    other.load_state_dict(teacher.state_dict())
+    teacher.update(model)
+    other.update(model)
+    for mine, its in zip(
+        teacher.state_dict()["masters"].values(),
+        other.state_dict()["masters"].values(),
+        strict=True,
+    ):
+        assert torch.equal(mine, its)
+
+
+def test_buffers_are_the_teachers_own_in_train_mode_and_the_students_in_eval_mode():
+    for eval_mode in (False, True):
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        teacher = EmaTeacher(model, eval_mode=eval_mode)
+        model(torch.randn(5, 3) + 4)
+        teacher.update(model)
+        same = torch.equal(teacher.module[1].running_mean, model[1].running_mean)
+        assert same == eval_mode and teacher.module.training != eval_mode
+
+
+def test_another_model_is_refused():
+    teacher = EmaTeacher(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="1 parameters differ, first 'weight'"):
+        teacher.update(nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="decay must lie in"):
+        EmaTeacher(nn.Linear(1, 1), 1.5)

@@ -1,0 +1,392 @@
+"""The training command: real short runs of open_clip's loop with the plugin in it."""
+
+import copy
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from open_clip_train import main as open_clip_main
+from training_helpers import assert_same, flags, load, train
+
+from otter_openclip import OtterLoss
+from otter_openclip.training import open_clip_v3
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param(["--loss", "otter"], id="otter"),
+        pytest.param(["--loss", "otter", "--workers", "0"], id="no-workers"),
+        pytest.param(["--loss", "otter", "--workers", "2"], id="two-workers"),
+        pytest.param(
+            ["--loss", "otter", "--dataset-resampled", "--train-num-samples", "60"], id="resampled"
+        ),
+        pytest.param(["--loss", "kd", "--csv"], id="kd-csv"),
+        pytest.param(["--loss", "ls", "--csv", "--workers", "0"], id="ls-csv"),
+        pytest.param(["--loss", "infonce"], id="infonce"),
+        pytest.param(["--loss", "otter", "--model", "tiny-timm"], id="timm-dropout"),
+        pytest.param(
+            ["--loss", "otter", "--opt", "timm/momentum", "--momentum", "0.9", "--wd", "0"],
+            id="sgd",
+        ),
+        pytest.param(["--loss", "otter", "--accum-freq", "2", "--batch-size", "6"], id="accum"),
+        pytest.param(["--loss", "otter", "--precision", "pure_bf16"], id="pure-bf16"),
+        pytest.param(["--loss", "otter", "--teacher-mode", "eval"], id="teacher-eval"),
+    ],
+)
+def test_resume_is_exact(pairs, tmp_path, extra):
+    csv = "--csv" in extra
+    extra = [flag for flag in extra if flag != "--csv"]
+    whole = train(pairs, tmp_path / "whole", *extra, csv=csv)
+    torch.rand(7)  # what ran before must not matter
+    again = train(
+        pairs,
+        tmp_path / "again",
+        *extra,
+        "--resume",
+        str(whole / "epoch_1.pt"),
+        csv=csv,
+    )
+    one, other = load(whole / "epoch_2.pt"), load(again / "epoch_2.pt")
+    assert one["epoch"] == other["epoch"] == 2
+    assert_same(one, other)
+    # The comparison can fail: another seed gives another run.
+    first = load(whole / "epoch_1.pt")
+    assert any(
+        not torch.equal(one["state_dict"][key], first["state_dict"][key])
+        for key in one["state_dict"]
+    )
+
+
+def test_epochs_and_seeds_differ(pairs, tmp_path, monkeypatch):
+    """Data order changes from epoch to epoch and with the seed, and repeats otherwise."""
+    orders = {}
+    stock = open_clip_v3._stock_train_one_epoch
+
+    def record(model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, **kwargs):
+        data["train"].set_epoch(epoch)
+        batches = [texts for _, texts in data["train"].dataloader]
+        orders[(args.name, epoch)] = torch.cat(batches)
+        return stock(
+            model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, **kwargs
+        )
+
+    monkeypatch.setattr(open_clip_v3, "_stock_train_one_epoch", record)
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        train(pairs, tmp_path, "--loss", "infonce", "--name", name, "--seed", seed)
+    assert torch.equal(orders["a", 0], orders["b", 0]) and torch.equal(
+        orders["a", 1], orders["b", 1]
+    )
+    assert not torch.equal(orders["a", 0], orders["a", 1])
+    assert not torch.equal(orders["a", 0], orders["c", 0])
+
+
+def test_resume_latest_with_most_recent_and_deleted_checkpoints(pairs, tmp_path):
+    extra = ["--loss", "otter", "--save-most-recent", "--delete-previous-checkpoint"]
+    whole = train(pairs, tmp_path / "whole", *extra)
+    assert sorted(p.name for p in whole.glob("*")) == ["epoch_2.pt", "epoch_latest.pt"]
+    part = tmp_path / "part"
+    with pytest.raises(KeyboardInterrupt), _stop_after_epoch(1):
+        train(pairs, part, *extra)
+    train(pairs, part, *extra, "--resume", "latest")
+    assert_same(
+        load(whole / "epoch_latest.pt"), load(part / "run" / "checkpoints" / "epoch_latest.pt")
+    )
+
+
+class _stop_after_epoch:
+    """Interrupt the run when a later epoch than ``count`` starts, as a dying node would."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __enter__(self):
+        self.stock = stock = open_clip_v3._stock_train_one_epoch
+
+        def stop(model, data, loss, epoch, *rest, **kwargs):
+            if epoch >= self.count:
+                raise KeyboardInterrupt
+            return stock(model, data, loss, epoch, *rest, **kwargs)
+
+        open_clip_v3._stock_train_one_epoch = stop
+
+    def __exit__(self, *_):
+        open_clip_v3._stock_train_one_epoch = self.stock
+
+
+def test_a_killed_save_leaves_no_torn_checkpoint(pairs, tmp_path, monkeypatch):
+    stock = open_clip_v3._stock_save
+
+    def die(obj, f, *args, **kwargs):
+        if "epoch_2" in str(f):
+            Path(f).write_bytes(b"torn")
+            raise OSError("disk full")
+        return stock(obj, f, *args, **kwargs)
+
+    monkeypatch.setattr(open_clip_v3, "_stock_save", die)
+    with pytest.raises(OSError, match="disk full"):
+        train(pairs, tmp_path, "--loss", "otter")
+    monkeypatch.undo()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [p.name for p in checkpoints.glob("*.pt")] == ["epoch_1.pt"]
+    train(pairs, tmp_path, "--loss", "otter", "--resume", "latest")
+    assert load(checkpoints / "epoch_2.pt")["epoch"] == 2
+
+
+def test_remote_sync(pairs, tmp_path):
+    remote = tmp_path / "remote"
+    remote.mkdir()
+    extra = ["--remote-sync", str(remote), "--remote-sync-protocol", "fsspec"]
+    here = train(pairs, tmp_path / "logs", "--loss", "otter", *extra)
+    assert_same(load(remote / "run" / "checkpoints" / "epoch_2.pt"), load(here / "epoch_2.pt"))
+
+
+@pytest.mark.parametrize("loss", ["infonce", "ls", "kd", "otter"])
+def test_stock_open_clip_loads_and_resumes_the_checkpoint(
+    pairs, tmp_path, loss, model_configs, monkeypatch
+):
+    path = train(pairs, tmp_path, "--loss", loss, "--epochs", "1") / "epoch_1.pt"
+    blocked = tmp_path / "blocked"
+    (blocked / "otter_openclip").mkdir(parents=True)
+    (blocked / "otter_openclip" / "__init__.py").write_text("raise ImportError('blocked')\n")
+    script = (
+        "import sys, open_clip\n"
+        f"open_clip.add_model_config({str(model_configs)!r})\n"
+        f"open_clip.create_model('tiny-rn', pretrained={str(path)!r})\n"
+        "from open_clip_train.main import main\n"
+        "main(sys.argv[1:])\n"
+        "assert 'otter_openclip' not in sys.modules\n"
+    )
+    line = flags(pairs, tmp_path / "stock", "--resume", str(path), "--precision", "fp32")
+    done = subprocess.run(
+        [sys.executable, "-c", script, *line],
+        env={**_environment(), "PYTHONPATH": str(blocked)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    stock = load(tmp_path / "stock" / "run" / "checkpoints" / "epoch_2.pt")
+    assert stock["optimizer"].keys() == {"state", "param_groups"}
+
+
+def _environment():
+    import os
+
+    return dict(os.environ)
+
+
+def test_resuming_a_plain_checkpoint_warns(pairs, tmp_path, caplog):
+    path = train(pairs, tmp_path, "--epochs", "1", "--precision", "fp32") / "epoch_1.pt"
+    assert "otter" not in load(path)["optimizer"]
+    with caplog.at_level(logging.WARNING):
+        train(pairs, tmp_path, "--loss", "otter", "--name", "b", "--resume", str(path))
+    assert "the teacher starts as a copy of the student" in caplog.text
+
+
+def test_resuming_with_other_settings_warns(pairs, tmp_path, caplog):
+    path = train(pairs, tmp_path, "--loss", "otter", "--epochs", "1") / "epoch_1.pt"
+    extra = ["--loss", "otter", "--alpha", "0.3", "--name", "b", "--resume", str(path)]
+    with caplog.at_level(logging.WARNING):
+        train(pairs, tmp_path, *extra)
+    assert "alpha: 0.5 -> 0.3" in caplog.text
+
+
+def test_loss_clip_is_stock(pairs, tmp_path, monkeypatch):
+    """Every stock function is called with stock objects; the checkpoint has stock keys only."""
+    seen = {}
+    stock = open_clip_v3._stock_train_one_epoch
+
+    def record(model, data, loss, *rest, **kwargs):
+        seen["model"], seen["loss"] = type(model), type(loss)
+        seen["stages"] = data["train"].dataloader.pipeline[0].dataset.pipeline
+        return stock(model, data, loss, *rest, **kwargs)
+
+    monkeypatch.setattr(open_clip_v3, "_stock_train_one_epoch", record)
+    path = train(pairs, tmp_path, "--epochs", "1", "--precision", "fp32") / "epoch_1.pt"
+    assert seen["model"] is open_clip.CLIP and seen["loss"] is open_clip.ClipLoss
+    assert not any("repeatable" in type(stage).__module__ for stage in seen["stages"])
+    assert load(path)["optimizer"].keys() == {"state", "param_groups"}
+    for name in ("parse_args", "create_loss", "get_data", "pt_load", "train_one_epoch"):
+        assert "open_clip_v3" not in getattr(open_clip_main, name).__module__
+
+
+def test_the_update_is_the_losss_gradient(pairs, tmp_path, monkeypatch):
+    """One step of the command equals one step written out by hand, teacher and scale included."""
+    batches = []
+    stock = open_clip_v3._stock_train_one_epoch
+
+    def record(model, data, *rest, **kwargs):
+        record.student = copy.deepcopy(model.module)
+        model.module.register_forward_pre_hook(lambda _, inputs: batches.append(inputs))
+        return stock(model, data, *rest, **kwargs)
+
+    monkeypatch.setattr(open_clip_v3, "_stock_train_one_epoch", record)
+    lr = 0.1
+    sgd = ["--opt", "timm/momentum", "--momentum", "0", "--wd", "0", "--lr", str(lr)]
+    sizes = ["--epochs", "1", "--train-num-samples", "12", "--warmup", "0", "--workers", "0"]
+    path = train(
+        pairs, tmp_path, "--loss", "otter", "--model", "tiny-vit", "--alpha", "0.3", *sgd, *sizes
+    )
+    checkpoint = load(path / "epoch_1.pt")
+
+    student, (images, texts) = record.student.train(), batches[0]
+    with torch.no_grad():
+        targets = {f"dist_{k}": v for k, v in student(images, texts).items() if "features" in k}
+    loss = OtterLoss(alpha=0.3)
+    optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=lr)
+    before = copy.deepcopy(student.state_dict())
+    sum(loss(**student(images, texts), **targets, output_dict=True).values()).backward()
+    optimizer.step()
+    for key, value in student.state_dict().items():
+        torch.testing.assert_close(checkpoint["state_dict"][key], value, rtol=1e-4, atol=1e-6)
+    entry = checkpoint["optimizer"]["otter"]
+    torch.testing.assert_close(entry["distill_logit_scale"], loss.distill_logit_scale.detach())
+    assert entry["distill_logit_scale"] != 3.9
+    decay = (1 + 2) / (10 + 2)
+    for key, value in entry["teacher"].items():
+        expected = decay * before[key] + (1 - decay) * checkpoint["state_dict"][key]
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "ls", "kd", "otter"])
+def test_accumulation_is_the_whole_batch(pairs, tmp_path, loss):
+    """Two micro-batches of 6 move the weights as one batch of 12 does, both scales included."""
+    sgd = ["--opt", "timm/momentum", "--momentum", "0.9", "--wd", "0", "--lr", "0.1"]
+    rest = ["--model", "tiny-vit", "--epochs", "1", "--train-num-samples", "36", "--workers", "0"]
+    one = train(pairs, tmp_path / "one", "--loss", loss, *sgd, *rest)
+    two = train(
+        pairs,
+        tmp_path / "two",
+        "--loss",
+        loss,
+        *sgd,
+        *rest,
+        "--batch-size",
+        "6",
+        "--accum-freq",
+        "2",
+    )
+    one, two = load(one / "epoch_1.pt"), load(two / "epoch_1.pt")
+    for key, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-3, atol=1e-5)
+    if loss in ("kd", "otter"):
+        entries = one["optimizer"]["otter"], two["optimizer"]["otter"]
+        scales = [entry["distill_logit_scale"] for entry in entries]
+        torch.testing.assert_close(*scales, rtol=1e-4, atol=0)
+        assert scales[0] != 3.9
+
+
+def test_accumulation_runs_the_teacher_once_for_each_micro_batch(pairs, tmp_path, monkeypatch):
+    calls = []
+    stock = open_clip_v3.EmaTeacher.__init__
+
+    def count(self, *args, **kwargs):
+        stock(self, *args, **kwargs)
+        self.module.register_forward_hook(lambda *_: calls.append(1))
+
+    monkeypatch.setattr(open_clip_v3.EmaTeacher, "__init__", count)
+    sizes = ["--epochs", "1", "--batch-size", "6", "--accum-freq", "2", "--workers", "0"]
+    train(pairs, tmp_path, "--loss", "otter", "--train-num-samples", "24", *sizes)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param(["--precision", "amp_bf16", "--model", "tiny-vit"], id="amp-bf16"),
+        pytest.param(["--precision", "amp", "--model", "tiny-vit"], id="amp"),
+        pytest.param(["--precision", "bf16", "--model", "tiny-vit"], id="bf16"),
+        pytest.param(["--grad-clip-norm", "0.1"], id="clip-norm"),
+        pytest.param(["--lock-image", "--lock-image-freeze-bn-stats"], id="lock-image"),
+        pytest.param(
+            ["--lock-text", "--lock-text-freeze-layer-norm", "--force-custom-text"], id="lock-text"
+        ),
+        pytest.param(["--grad-checkpointing", "--model", "tiny-vit"], id="grad-checkpointing"),
+        pytest.param(["--share-logit-scale"], id="share-scale"),
+        pytest.param(["--ot-scope", "local", "--keep-diag"], id="local"),
+        pytest.param(["--local-loss", "--gather-with-grad"], id="local-loss"),
+        pytest.param(["--opt", "timm/lamb", "--eps", "1e-6"], id="lamb"),
+        pytest.param(["--val-data", "VAL"], id="val"),
+    ],
+)
+def test_works_with(pairs, tmp_path, extra):
+    extra = [str(pairs / "00000.tar") if flag == "VAL" else flag for flag in extra]
+    path = train(pairs, tmp_path, "--loss", "otter", "--epochs", "1", *extra) / "epoch_1.pt"
+    checkpoint = load(path)
+    entry = checkpoint["optimizer"]["otter"]
+    for state in (checkpoint["state_dict"], entry["teacher"]):
+        assert all(value.isfinite().all() for value in state.values())
+    assert checkpoint["state_dict"].keys() == entry["teacher"].keys()
+
+
+def test_torchcompile(pairs, tmp_path):
+    # Not Adam: it would blow up the rounding of gradients that are zero.
+    sgd = ["--opt", "timm/momentum", "--momentum", "0.9", "--wd", "0"]
+    extra = ["--torchcompile", *sgd, "--model", "tiny-vit", "--train-num-samples", "24"]
+    path = train(pairs, tmp_path / "compiled", "--loss", "otter", *extra) / "epoch_2.pt"
+    plain = train(pairs, tmp_path / "plain", "--loss", "otter", *extra[1:]) / "epoch_2.pt"
+    compiled, plain = load(path), load(plain)
+    for key, value in plain["state_dict"].items():
+        torch.testing.assert_close(compiled["state_dict"][key], value, rtol=1e-3, atol=1e-5)
+    assert compiled["optimizer"]["otter"]["teacher"].keys() == plain["state_dict"].keys()
+
+
+@pytest.mark.parametrize("loss", ["kd", "otter"])
+@pytest.mark.parametrize("accum", [[], ["--accum-freq", "2"]], ids=["", "accum"])
+def test_fixed_teacher(pairs, tmp_path, loss, accum):
+    teacher = train(pairs, tmp_path / "t", "--loss", "infonce", "--epochs", "1") / "epoch_1.pt"
+    fixed = ["--distill-model", "tiny-rn", "--distill-pretrained", str(teacher)]
+    path = train(pairs, tmp_path, "--loss", loss, *fixed, "--model", "tiny-vit", *accum)
+    entry = load(path / "epoch_2.pt")["optimizer"]["otter"]
+    assert "teacher" not in entry and entry["distill_logit_scale"] != 3.9
+    resume = ["--resume", str(path / "epoch_1.pt")]
+    again = train(
+        pairs, tmp_path / "again", *("--loss", loss, *fixed, "--model", "tiny-vit"), *accum, *resume
+    )
+    assert_same(load(path / "epoch_2.pt"), load(again / "epoch_2.pt"))
+
+
+def test_log_and_tensorboard(pairs, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(pairs, tmp_path, "--loss", "otter", "--report-to", "tensorboard", "--epochs", "1")
+    line = [
+        line
+        for line in (tmp_path / "run" / "out.log").read_text().splitlines()
+        if "Train Epoch" in line
+    ][-1]
+    values = {name: float(value) for name, value in re.findall(r"(\w+): ([\d.e+-]+) \(", line)}
+    assert values["Loss"] == pytest.approx(
+        values["Contrastive_loss"] + values["Distill_loss"], rel=1e-3
+    )
+    assert 1 <= values["Distill_scale"] <= 100
+    assert 0 < values["Target_entropy"] < torch.tensor(12.0).log()
+    assert 1 / 12 < values["Target_top_share"] <= 1
+    assert 0 <= values["Marginal_error"] < 1
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/target_entropy", "train/marginal_error", "train/distill_scale"} <= tags
+    assert {"train/contrastive_loss", "train/distill_loss", "train/target_top_share"} <= tags
+
+
+def test_params_file_names_the_settings(pairs, tmp_path):
+    train(pairs, tmp_path, "--loss", "otter", "--epochs", "1", "--sinkhorn-lambda", "0.2")
+    text = (tmp_path / "run" / "params.txt").read_text()
+    assert "sinkhorn_lambda: 0.2\n" in text and "sinkhorn_iter: 5\n" in text
+    assert "loss: otter\n" in text and "precision: fp32\n" in text
+
+
+def test_module_command(pairs, tmp_path):
+    """``python -m otter_openclip.train`` in its own process, with a stock model name."""
+    line = flags(pairs, tmp_path, "--loss", "ottr")
+    module = [sys.executable, "-m", "otter_openclip.train"]
+    done = subprocess.run([*module, *line], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "invalid choice: 'ottr'" in done.stderr and "otter" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,68 @@
+"""Run the training command inside the test process, on the made-up pairs."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from otter_openclip.training.open_clip_v3 import main
+
+COMMON = {
+    "--model": "tiny-rn",
+    "--batch-size": "12",
+    "--epochs": "2",
+    "--warmup": "1",
+    "--lr": "1e-2",
+    "--workers": "1",
+    "--log-every-n-steps": "1",
+    "--name": "run",
+}
+
+
+def flags(pairs: Path, logs: Path, *extra: str, csv: bool = False) -> list[str]:
+    """A full command line; ``extra`` flags override the common ones."""
+    data = str(pairs / "pairs.csv") if csv else str(pairs / "{00000..00001}.tar")
+    given = {word for word in extra if word.startswith("--")}
+    line = ["--train-data", data, "--logs", str(logs)]
+    for flag, value in COMMON.items():
+        if flag not in given:
+            line += [flag, value]
+    return [*line, *extra]
+
+
+def train(pairs: Path, logs: Path, *extra: str, csv: bool = False) -> Path:
+    """Train and return the checkpoints folder."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    try:
+        assert main(flags(pairs, logs, *extra, csv=csv)) == 0
+    finally:
+        for handler in set(root.handlers) - set(before):
+            root.removeHandler(handler)
+    name = extra[extra.index("--name") + 1] if "--name" in extra else "run"
+    return logs / name / "checkpoints"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint, as a user with no trust in it would read it."""
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(one: Any, other: Any, where: str = "checkpoint") -> None:
+    """Bit-identical nested containers of tensors and plain values."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
