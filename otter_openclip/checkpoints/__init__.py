@@ -1,0 +1,1 @@
+"""Checkpoints in, folders for stock open_clip out."""
