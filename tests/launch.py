@@ -1,0 +1,12 @@
+"""Start the training command with the test models registered: for torchrun, which needs a script."""
+
+import os
+import sys
+
+import open_clip
+
+from otter_openclip.training.open_clip_v3 import main
+
+if __name__ == "__main__":
+    open_clip.add_model_config(os.environ["TEST_MODEL_CONFIGS"])
+    sys.exit(main(sys.argv[1:]))
