@@ -71,6 +71,37 @@ def model_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def hf_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Name of a tiny model with a Hugging Face text tower and tokenizer made here."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("hf")
+    tower = folder / "tower"
+    config = BertConfig(
+        vocab_size=14,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=12,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(tower)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join([*special, *COLOURS, *SHAPES]))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(tower)
+    text = {
+        "hf_model_name": str(tower),
+        "hf_tokenizer_name": str(tower),
+        "hf_proj_type": "linear",
+        "hf_pooler_type": "mean_pooler",
+        "context_length": 8,
+    }
+    (folder / "tiny-hf.json").write_text(json.dumps(MODELS["tiny-timm"] | {"text_cfg": text}))
+    open_clip.add_model_config(folder / "tiny-hf.json")
+    return "tiny-hf"
+
+
+@pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """72 pairs as webdataset shards (00000.tar, 00001.tar, sizes.json) and as pairs.csv."""
     folder = tmp_path_factory.mktemp("pairs")

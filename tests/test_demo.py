@@ -67,7 +67,8 @@ def test_shards_hold_pictures_captions_and_labels(tmp_path):
         assert len(samples) == count
         assert all(sample["png"].size == (32, 32) for sample in samples)
         assert all(
-            any(set(sample["txt"].split()) <= set(name.split()) for name in names) for sample in samples
+            any(set(sample["txt"].split()) <= set(name.split()) for name in names)
+            for sample in samples
         )
     for words in (True, False):
         folder = tmp_path / str(words)

@@ -68,7 +68,7 @@ def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
     extra += ["--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)", "--save-frequency", "1"]
     one = train(tmp_path, tmp_path / "one", *extra, "--batch-size", "24", csv=True)
     line = flags(tmp_path, tmp_path / "two", *extra, "--batch-size", "12", csv=True)
-    command = [str(HERE / "launch.py"), *line, "--local-loss", "--gather-with-grad"]
+    command = ["--", str(HERE / "launch.py"), *line, "--local-loss", "--gather-with-grad"]
     torchrun(2, *command, env={"TEST_MODEL_CONFIGS": str(model_configs)})
     one = load(one / "epoch_1.pt")
     two = load(tmp_path / "two" / "run" / "checkpoints" / "epoch_1.pt")
@@ -89,11 +89,11 @@ def test_torchrun_with_everything_on_resumes_exactly(pairs, tmp_path, model_conf
     extra += ["--local-loss", "--gather-with-grad", "--model", "tiny-vit"]
     env = {"TEST_MODEL_CONFIGS": str(model_configs)}
     launch = str(HERE / "launch.py")
-    out = torchrun(2, launch, *flags(pairs, tmp_path / "whole", *extra), env=env)
+    out = torchrun(2, "--", launch, *flags(pairs, tmp_path / "whole", *extra), env=env)
     assert "Target_entropy" in out
     whole = tmp_path / "whole" / "run" / "checkpoints"
     resume = ["--resume", str(whole / "epoch_1.pt")]
-    torchrun(2, launch, *flags(pairs, tmp_path / "again", *extra, *resume), env=env)
+    torchrun(2, "--", launch, *flags(pairs, tmp_path / "again", *extra, *resume), env=env)
     again = tmp_path / "again" / "run" / "checkpoints" / "epoch_2.pt"
     assert_same(load(whole / "epoch_2.pt"), load(again))
 

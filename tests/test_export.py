@@ -111,40 +111,20 @@ def test_stock_clip_benchmark_uses_the_folder_without_the_plugin(run, tmp_path):
     assert 0 < metrics["mean_average_precision"] <= 1
 
 
-def test_hugging_face_tower_with_its_tokenizer(tmp_path):
-    from transformers import BertConfig, BertTokenizerFast
-
-    tower = tmp_path / "tower"
-    BertConfig(
-        vocab_size=9,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=12,
-    ).save_pretrained(tower)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "circle", "line"]
-    (tower / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(tower / "vocab.txt")).save_pretrained(tower)
-    config = MODELS["tiny-timm"] | {
-        "text_cfg": {
-            "hf_model_name": str(tower),
-            "hf_tokenizer_name": str(tower),
-            "hf_proj_type": "linear",
-            "hf_pooler_type": "mean_pooler",
-            "context_length": 8,
-        }
-    }
-    (tmp_path / "tiny-hf.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "tiny-hf.json")
-    model = open_clip.create_model("tiny-hf", pretrained_text=False)
-    torch.save(model.state_dict(), tmp_path / "bare.pt")
-    out = export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", model="tiny-hf")
-    tokens = open_clip.get_tokenizer(f"local-dir:{out}")(["red circle"])
-    assert tokens.tolist() == [[2, 5, 7, 3, 0, 0, 0, 0]]
-    again = open_clip.create_model(f"local-dir:{out}").eval()
+def test_hugging_face_tower_with_its_tokenizer(pairs, tmp_path, hf_model):
+    train(pairs, tmp_path, "--loss", "otter", "--model", hf_model, "--epochs", "1")
+    out = export_checkpoint(tmp_path / "run", tmp_path / "out")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
+    tokens = tokenizer(["red circle"])
+    assert tokens.tolist() == [[2, 5, 11, 3, 0, 0, 0, 0]]
+    assert (out / "tokenizer.json").is_file()
+    source = open_clip.create_model(
+        hf_model, pretrained=str(tmp_path / "run" / "checkpoints" / "epoch_1.pt")
+    )
+    again = open_clip.create_model(f"local-dir:{out}")
     with torch.no_grad():
-        assert torch.equal(again.encode_text(tokens), model.eval().encode_text(tokens))
+        features = [model.eval().encode_text(tokens) for model in (source, again)]
+    assert torch.equal(*features)
 
 
 def test_a_damaged_write_is_noticed(run, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ class Budget(NamedTuple):
     test: int
 
 
-FULL = Budget(pairs=3072, batch=512, epochs=45, test=600)
+FULL = Budget(pairs=3072, batch=512, epochs=80, test=600)
 QUICK = Budget(pairs=192, batch=32, epochs=2, test=60)
 
 
