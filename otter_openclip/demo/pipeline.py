@@ -41,7 +41,7 @@ class Budget(NamedTuple):
     test: int
 
 
-FULL = Budget(pairs=3072, batch=512, epochs=80, test=600)
+FULL = Budget(pairs=3072, batch=512, epochs=56, test=600)
 QUICK = Budget(pairs=192, batch=32, epochs=2, test=60)
 
 
@@ -145,11 +145,13 @@ def _train(loss: str, output: Path, budget: Budget, seed: int) -> float:
     if loss == "otter":
         command += ["--sinkhorn-lambda", str(EPSILON), "--sinkhorn-iter", str(ITERATIONS)]
     log = output / "logs" / f"{loss}.log"
+    # Torch's threads must not spin while the loader's workers need the cores.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     began = time.monotonic()
     with (
         log.open("w") as file,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         ) as process,
         tqdm(total=budget.epochs, desc=f"Training {loss}", unit="epoch") as bar,
     ):
