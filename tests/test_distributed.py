@@ -65,7 +65,7 @@ def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
     rows = (pairs / "pairs.csv").read_text().splitlines()[:25]
     (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
     extra = ["--loss", loss, "--model", "tiny-vit", "--workers", "0", "--warmup", "0", *sgd]
-    extra += ["--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)", "--save-frequency", "1"]
+    extra += ["--aug-cfg", "scale=(1.0,1.0)", "--save-frequency", "1"]
     one = train(tmp_path, tmp_path / "one", *extra, "--batch-size", "24", csv=True)
     line = flags(tmp_path, tmp_path / "two", *extra, "--batch-size", "12", csv=True)
     command = ["--", str(HERE / "launch.py"), *line, "--local-loss", "--gather-with-grad"]

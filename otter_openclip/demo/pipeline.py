@@ -137,7 +137,7 @@ def _train(loss: str, output: Path, budget: Budget, seed: int) -> float:
         *("--logs", str(output / "logs"), "--name", loss, "--seed", str(seed)),
         *("--batch-size", str(budget.batch), "--epochs", str(budget.epochs), "--workers", "2"),
         *("--lr", "2e-3", "--wd", "0.1", "--warmup", str(steps // 10)),
-        *("--aug-cfg", "scale=(0.8,1.0)", "ratio=(0.9,1.1)"),
+        *("--aug-cfg", "scale=(0.8,1.0)"),
         *("--save-frequency", "0", "--log-every-n-steps", "1000000"),
     ]
     if loss in ("kd", "otter"):
