@@ -136,7 +136,11 @@ def export_checkpoint(
 
     state = _read_weights(path, weights)
     config = _model_config(model, flags)
-    trained = _build(model, flags)
+    logging.disable(logging.WARNING)  # "initialized randomly": the weights come next
+    try:
+        trained = _build(model, flags)
+    finally:
+        logging.disable(logging.NOTSET)
     _load(trained, state, model, path)
 
     out.parent.mkdir(parents=True, exist_ok=True)
