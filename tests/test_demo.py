@@ -12,7 +12,7 @@ from PIL import Image
 
 from otter_openclip import cli
 from otter_openclip.demo import dataset, glyphs
-from otter_openclip.demo.pipeline import flat_hit
+from otter_openclip.demo.pipeline import _empty_folder, blind_flat_hit, flat_hit
 from otter_openclip.demo.report import strongest_block
 
 
@@ -40,6 +40,9 @@ def test_test_characters_and_face_are_never_trained_on():
     assert {glyph.face for glyph, _ in split.unseen_face} == {dataset.HELD_OUT_FACE}
     assert {glyph.character for glyph, _ in split.unseen_face} <= trained
     assert len({g.character for g, _ in split.unseen_characters}) == 40
+    pictures = {image.tobytes() for _, image in split.train}
+    tested = [image for _, image in split.unseen_characters + split.unseen_face]
+    assert pictures.isdisjoint(image.tobytes() for image in tested)
     again = dataset.split_glyphs(random.Random(0), train=400, test=40)
     other = dataset.split_glyphs(random.Random(1), train=400, test=40)
     assert [g for g, _ in again.train] == [g for g, _ in split.train] != [g for g, _ in other.train]
@@ -89,6 +92,11 @@ def test_flat_hit_by_hand():
     assert [flat_hit(images, classes, labels, k) for k in (1, 2, 3, 10)] == [0.5, 1.0, 1.0, 1.0]
 
 
+def test_blind_guesses_by_hand():
+    labels = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0]], dtype=np.uint8)
+    assert [blind_flat_hit(labels, k) for k in (1, 2, 3)] == [0.75, 0.75, 1.0]
+
+
 def test_strongest_block_finds_the_matching_pairs():
     targets = np.full((20, 20), 0.01)
     group = [3, 8, 15]
@@ -102,7 +110,11 @@ def test_quick_run_of_the_whole_chain(tmp_path, capsys):
     assert cli.main(["demo", "--quick", "--output", str(output), "--seed", "3"]) == 0
     out = capsys.readouterr().out
     report = json.loads((output / "demo.json").read_text())
-    assert report["seed"] == 3 and report["methods"].keys() == {"infonce", "otter"}
+    assert report["seed"] == 3 and report["blind_flat_hit"].keys() == (
+        report["methods"]["otter"]["flat_hit"].keys()
+    )
+    assert "--sinkhorn-lambda 0.15" in report["commands"]["otter"]
+    assert report["methods"].keys() == {"infonce", "otter"}
     for loss, row in report["methods"].items():
         assert len(row["flat_hit"]) == 12 and len(row["mean_average_precision"]) == 2
         for test in ("unseen_characters-words", "unseen_face-names"):
@@ -121,6 +133,22 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     assert "was not written by the demo; choose another folder" in capsys.readouterr().err
     assert cli.main(["demo", "--quick", "--seed", "-1", "--output", str(tmp_path / "new")]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_rerun_replaces_the_demo_and_nothing_else(tmp_path):
+    for name in ("otter-demo-settings.json", "demo.json", "notes.md"):
+        (tmp_path / name).touch()
+    (tmp_path / "data").mkdir()
+    _empty_folder(tmp_path, {"seed": 0})
+    assert {path.name for path in tmp_path.iterdir()} == {"otter-demo-settings.json", "notes.md"}
+
+
+def test_a_settings_file_of_another_program_does_not_make_a_folder_ours(tmp_path):
+    (tmp_path / "settings.json").touch()
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match="was not written by the demo"):
+        _empty_folder(tmp_path, {"seed": 0})
+    assert (tmp_path / "data").is_dir()
 
 
 @pytest.mark.parametrize("command", [["--help"], ["export", "--help"], ["demo", "--help"]])

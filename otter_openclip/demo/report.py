@@ -34,24 +34,32 @@ class Row(NamedTuple):
     mean_average_precision: dict[str, float]
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """Print the figures, in percent."""
+def print_table(rows: Sequence[Row], blind: dict[str, float]) -> None:
+    """Print the figures, in percent; ``blind`` holds F@K of always naming the commonest classes."""
     print("\nF@1/5/10 (%): a true class among the 1, 5, 10 nearest. mAP (%): stock clip_benchmark.")
+    print("blind: always the 1, 5, 10 commonest classes of the test set, whatever the picture.")
     print(
         f"{'test':<18} {'method':<8} {'words F@1/5/10':>19} {'full names F@1/5/10':>21} "
         f"{'words mAP':>10} {'train':>7}"
     )
     for test, title in TESTS.items():
+        words, names = _rates(blind, test)
+        print(f"{title:<18} {'blind':<8} {words:>19} {names:>21} {'':>10} {'':>7}".rstrip())
         for row in rows:
-            words, names = (
-                "/".join(f"{100 * row.flat_hit[f'{test}-{kind}@{k}']:.1f}" for k in (1, 5, 10))
-                for kind in ("words", "names")
-            )
+            words, names = _rates(row.flat_hit, test)
             precision = 100 * row.mean_average_precision[f"{test}-words"]
             print(
                 f"{title:<18} {LABELS[row.loss]:<8} {words:>19} {names:>21} {precision:>10.1f} "
                 f"{row.train_seconds:>6.0f}s"
             )
+
+
+def _rates(flat_hit: dict[str, float], test: str) -> tuple[str, ...]:
+    """F@1/5/10 over the words and over the full names."""
+    return tuple(
+        "/".join(f"{100 * flat_hit[f'{test}-{kind}@{k}']:.1f}" for k in (1, 5, 10))
+        for kind in ("words", "names")
+    )
 
 
 def draw(
