@@ -190,3 +190,201 @@ def test_overwrite(run, tmp_path):
     (out / "old").touch()
     export_checkpoint(run, out, overwrite=True, weights="teacher")
     assert not (out / "old").exists() and (out / export.WEIGHTS_FILE).is_file()
+
+
+@pytest.fixture
+def made_run(tmp_path):
+    """A run's folder with one checkpoint, made here: fast, and free to be damaged."""
+    return write_run(tmp_path / "logs" / "made")
+
+
+def write_run(folder, epoch=1, change=0.0, **params):
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    params = {"model": "tiny-vit", "image_mean": None, **params}
+    (folder / "params.txt").write_text("".join(f"{k}: {v}\n" for k, v in params.items()))
+    state = open_clip.create_model("tiny-vit", precision="fp32").state_dict()
+    state["text_projection"] = state["text_projection"] + change
+    save_run(folder, state, epoch)
+    return folder
+
+
+def save_run(folder, state, epoch, name=None):
+    path = folder / "checkpoints" / f"epoch_{name or epoch}.pt"
+    torch.save({"epoch": epoch, "name": "made", "state_dict": state, "optimizer": {}}, path)
+    return path
+
+
+def files(folder):
+    return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_overwrite_deletes_nothing_but_an_earlier_export(made_run, tmp_path, capsys):
+    before = files(made_run)
+    assert cli.main(["export", str(made_run), str(made_run), "--overwrite"]) == 2
+    assert "is not an exported model" in capsys.readouterr().err
+    (made_run / "open_clip_config.json").write_text("{}")
+    assert cli.main(["export", str(made_run), str(made_run), "--overwrite"]) == 2
+    assert "which --overwrite would delete" in capsys.readouterr().err
+    (made_run / "open_clip_config.json").unlink()
+    assert files(made_run) == before
+    (tmp_path / "file").touch()
+    assert cli.main(["export", str(made_run), str(tmp_path / "file" / "out")]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_earlier_export_survives_a_failed_rename(made_run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()  # an empty folder is as good as none
+    export_checkpoint(made_run, out)
+    before, stock = files(out), export.Path.rename
+
+    def rename(self, target):
+        if self.name.startswith(".out-") and target == out:
+            raise OSError("disk gone")
+        return stock(self, target)
+
+    monkeypatch.setattr(export.Path, "rename", rename)
+    with pytest.raises(OSError, match="disk gone"):
+        export_checkpoint(made_run, out, overwrite=True)
+    assert files(out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["logs", "out"]
+
+
+def test_a_runs_folder_means_its_newest_checkpoint(made_run, tmp_path, monkeypatch, capsys):
+    state = load(made_run / "checkpoints" / "epoch_1.pt")["state_dict"]
+    save_run(made_run, state, 1, name="latest")
+    newest = save_run(made_run, state, 10)  # resumed without --save-most-recent: latest is stale
+    save_run(made_run, state, 9)
+    assert cli.main(["export", str(made_run), str(tmp_path / "one")]) == 0
+    assert f"the student of {newest} as tiny-vit" in capsys.readouterr().out
+    latest = save_run(made_run, state, 11, name="latest")
+    assert cli.main(["export", str(made_run / "checkpoints"), str(tmp_path / "two")]) == 0
+    assert f"the student of {latest} as tiny-vit" in capsys.readouterr().out
+    monkeypatch.chdir(made_run / "checkpoints")  # params.txt is found from a bare file name too
+    assert cli.main(["export", "epoch_9.pt", str(tmp_path / "three")]) == 0
+
+
+def test_preprocessing_of_the_tag_a_run_started_from(tmp_path, monkeypatch):
+    tag = {"mean": (0.5, 0.5, 0.5), "std": (0.4, 0.4, 0.4), "resize_mode": "squash"}
+    known = {("tiny-vit", "mine"): tag}
+    monkeypatch.setattr(export, "get_pretrained_cfg", lambda *names: known.get(names))
+    run = write_run(tmp_path / "run", pretrained="mine", image_std=[0.3, 0.3, 0.3])
+    out = export_checkpoint(run, tmp_path / "out", image_resize_mode="longest")
+    preprocess = open_clip.create_model(f"local-dir:{out}").visual.preprocess_cfg
+    assert list(preprocess["mean"]) == [0.5] * 3  # the tag's
+    assert list(preprocess["std"]) == [0.3] * 3  # params.txt's
+    assert preprocess["resize_mode"] == "longest"  # given
+
+
+def test_explicit_flags_win_and_the_contradiction_is_said(tmp_path, caplog):
+    run = write_run(tmp_path / "run", model="tiny-rn", image_mean=[0.1, 0.2, 0.3])
+    out = export_checkpoint(run, tmp_path / "out", model="tiny-vit", image_mean=[0.5])
+    preprocess = open_clip.create_model(f"local-dir:{out}").visual.preprocess_cfg
+    assert list(preprocess["mean"]) == [0.5] * 3
+    assert "using --model tiny-vit, but the run's params.txt has model: tiny-rn" in caplog.text
+    assert "params.txt has image_mean: [0.1, 0.2, 0.3]" in caplog.text
+
+
+def test_dtype_and_shared_memory(tmp_path):
+    from safetensors.torch import load_file
+
+    state = open_clip.create_model("tiny-vit").bfloat16().state_dict()
+    ln = "visual.ln_pre.weight"
+    state["visual.ln_pre.bias"] = state[ln] = state[ln].expand(2, -1)[1]  # one storage
+    torch.save({"state_dict": state}, tmp_path / "half.pt")
+    out = export_checkpoint(tmp_path / "half.pt", tmp_path / "out", model="tiny-vit")
+    written = load_file(out / export.WEIGHTS_FILE)
+    assert written.keys() == state.keys()
+    assert all(v.dtype == state[k].dtype and torch.equal(v, state[k]) for k, v in written.items())
+
+
+@pytest.mark.parametrize("flag", ["force_quick_gelu", "force_custom_text"])
+def test_forced_architecture_is_in_the_folder(tmp_path, flag):
+    source = open_clip.create_model("tiny-vit", **{flag: True}).eval()
+    torch.save(source.state_dict(), tmp_path / "bare.pt")
+    flags = {"model": "tiny-vit", flag: True}
+    out = export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", **flags)
+    model = open_clip.create_model(f"local-dir:{out}").eval()
+    assert type(model) is type(source)
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model.encode_image(image), source.encode_image(image))
+
+
+def test_a_config_that_lost_something_is_noticed(made_run, tmp_path, monkeypatch):
+    stock = export.save_config_for_hf
+
+    def forget(model, path, config):
+        stock(model, path, {k: v for k, v in config.items() if k != "quick_gelu"})
+
+    monkeypatch.setattr(export, "save_config_for_hf", forget)
+    with pytest.raises(RuntimeError, match="differs from training in the features"):
+        export_checkpoint(made_run, tmp_path / "out", force_quick_gelu=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_siglip_run_keeps_its_bias(tmp_path):
+    state = open_clip.create_model("tiny-vit", init_logit_bias=-7).state_dict()
+    torch.save(state, tmp_path / "siglip.pt")
+    out = export_checkpoint(tmp_path / "siglip.pt", tmp_path / "out", model="tiny-vit")
+    assert open_clip.create_model(f"local-dir:{out}").logit_bias.item() == -7
+
+
+def test_an_export_is_a_model_to_train_from(made_run, tmp_path):
+    first = export_checkpoint(made_run, tmp_path / "first", image_mean=[0.5])
+    run = write_run(tmp_path / "run", change=1.0, model=f"local-dir:{first}")
+    second = export_checkpoint(run, tmp_path / "second")
+    model = open_clip.create_model(f"local-dir:{second}")
+    assert list(model.visual.preprocess_cfg["mean"]) == [0.5] * 3
+    state = load(run / "checkpoints" / "epoch_1.pt")["state_dict"]
+    assert torch.equal(model.text_projection, state["text_projection"])
+
+
+def test_a_timm_tower_at_a_forced_size_is_refused(tmp_path):
+    vision = {**MODELS["tiny-timm"]["vision_cfg"], "timm_model_name": "test_vit", "image_size": 160}
+    config = MODELS["tiny-timm"] | {"vision_cfg": vision}
+    (tmp_path / "tiny-timm-vit.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-timm-vit.json")
+    state = open_clip.create_model("tiny-timm-vit", force_image_size=64).state_dict()
+    torch.save(state, tmp_path / "bare.pt")
+    flags = {"model": "tiny-timm-vit", "force_image_size": 64}
+    with pytest.raises(ValueError, match="this timm tower at its own image size only"):
+        export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", **flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_push_leaves_the_folder_and_says_so(made_run, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError("401")
+
+    monkeypatch.setattr(export, "push_to_hf_hub", refuse)
+    out = tmp_path / "out"
+    assert cli.main(["export", str(made_run), str(out), "--push-to-hub", "lab/model"]) == 2
+    assert f"{out} is complete, but" in capsys.readouterr().err
+    assert open_clip.create_model(f"local-dir:{out}")
+
+
+def test_unusable_files(made_run, tmp_path):
+    state = load(made_run / "checkpoints" / "epoch_1.pt")["state_dict"]
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "cut.safetensors").write_text("hello")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"state_dict": 3}, tmp_path / "number.pt")
+    torch.save(state | {"logit_scale": torch.tensor(float("nan"))}, tmp_path / "nan.pt")
+    for name, message in {
+        "text.pt": "cannot be read as a checkpoint",
+        "cut.safetensors": "cannot be read as a checkpoint",
+        "list.pt": "holds a list",
+        "number.pt": "holds no state_dict",
+        "nan.pt": "NaN in 1 tensors of the student, first logit_scale",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            export_checkpoint(tmp_path / name, tmp_path / "out", model="tiny-vit")
+    bad = {
+        "takes 1 or 3 numbers": {"image_mean": [0.1, 0.2]},
+        "no model configuration from local-dir:gone": {"model": "local-dir:gone"},
+        "local-dir:FOLDER": {"model": "qqqqqqqq"},
+    }
+    for message, flags in bad.items():
+        with pytest.raises(ValueError, match=message):
+            export_checkpoint(made_run, tmp_path / "out", **flags)

@@ -1,36 +1,43 @@
 """Turn a training checkpoint into a folder that stock open_clip and clip_benchmark load.
 
 ``open_clip.create_model("local-dir:OUT")``, ``open_clip.get_tokenizer("local-dir:OUT")`` and
-``clip_benchmark eval --model local-dir:OUT`` use the folder as it is, without this package. A text
-tower from Hugging Face keeps its ``hf_model_name``, from which open_clip fetches the tower's
-configuration (not its weights); the tokenizer's files are in the folder.
+``clip_benchmark eval --model local-dir:OUT`` use the folder as it is, without this package.
+
+Two limits of stock open_clip: a text tower from Hugging Face keeps its ``hf_model_name``, from which
+open_clip fetches the tower's configuration (not its weights; the tokenizer's files are in the folder);
+and a timm tower whose weights depend on the image size cannot be rebuilt at a forced size.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
 import difflib
-import json
 import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX, _get_hf_config, load_state_dict
+from open_clip.factory import LOCAL_DIR_PREFIX, parse_model_name
+from open_clip.pretrained import get_pretrained_cfg
 from open_clip.push_to_hf_hub import push_to_hf_hub, save_config_for_hf
 from open_clip.tokenizer import HFTokenizer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 WEIGHTS = ("student", "teacher")
+CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+PROBE_TEXTS = ["a photo of a cat.", "Two CAFÉS &amp; <b>3</b> dogs", "zxqj"]
 
 # open_clip_train's flags that change the model or its preprocessing; read back from params.txt.
 _MODEL_FLAGS: dict[str, dict[str, Any]] = {
@@ -52,14 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="epoch_N.pt, a file of bare weights, or a run's folder (its newest checkpoint)",
     )
-    parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument("out", metavar="OUT", help="folder to write; new or empty")
     parser.add_argument(
         "--model",
         metavar="NAME",
         help="model name the run was trained under; by default the one in its params.txt",
     )
     parser.add_argument("--weights", choices=WEIGHTS, default="student", help="default: student")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT if it is an earlier export"
+    )
     parser.add_argument(
         "--push-to-hub", metavar="REPO", help="then push it with open_clip's own push_to_hf_hub"
     )
@@ -72,8 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    logging.getLogger().setLevel(logging.WARNING)
-    names = [flag.lstrip("-").replace("-", "_") for flag in _MODEL_FLAGS]
+    names = [_name(flag) for flag in _MODEL_FLAGS]
     flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     out = export_checkpoint(
         args.checkpoint,
@@ -82,6 +90,7 @@ def main(args: argparse.Namespace) -> int:
         weights=args.weights,
         overwrite=args.overwrite,
         push_to_hub=args.push_to_hub,
+        report=print,
         **flags,
     )
     print(f"Wrote {out}; re-loaded with open_clip, every tensor is the checkpoint's.")
@@ -97,6 +106,7 @@ def export_checkpoint(
     weights: str = "student",
     overwrite: bool = False,
     push_to_hub: str | None = None,
+    report: Callable[[str], None] = logging.info,
     **flags: Any,
 ) -> Path:
     """Write ``checkpoint`` as a folder for stock open_clip and compare what it loads from there.
@@ -107,8 +117,9 @@ def export_checkpoint(
         out: folder to write. It appears complete or not at all.
         model: open_clip model name; by default the one in the run's ``params.txt``.
         weights: "student", or "teacher" for the EMA teacher of ``--loss kd`` and ``otter``.
-        overwrite: replace ``out`` if it exists.
+        overwrite: replace ``out`` if it is an earlier export.
         push_to_hub: repository name to push to with ``open_clip``'s own ``push_to_hf_hub``.
+        report: called with lines that say which checkpoint, model and flags are used.
         flags: open_clip_train's model flags (``force_image_size``, ``image_mean``, ...); by default
             those in ``params.txt``.
 
@@ -118,128 +129,224 @@ def export_checkpoint(
     Raises:
         FileNotFoundError: if there is no such checkpoint.
         FileExistsError: if ``out`` exists and is not to be overwritten.
-        ValueError: if the model is unknown or does not fit the weights, or there is no teacher.
-        RuntimeError: if what open_clip loads from the written folder is not what the checkpoint has.
+        ValueError: if the checkpoint cannot be used, the model is unknown or does not fit it, stock
+            open_clip cannot rebuild the model, or there is no teacher.
+        RuntimeError: if what open_clip loads from the written folder is not what the checkpoint has,
+            or the push failed.
     """
     path, out = _find_checkpoint(Path(checkpoint)), Path(out)
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
-    recorded = _read_params(path)
-    model = model or recorded.get("model")
-    if model is None:
-        raise ValueError(
-            f"no params.txt beside {path} names its model; pass --model with the name used in training"
-        )
-    if recorded and recorded["model"] != model:
-        logging.warning(f"--model {model}, but the run's params.txt says {recorded['model']}")
-    flags = {k: v for k, v in recorded.items() if k != "model"} | flags
-
-    state = _read_weights(path, weights)
+    _check_out(out, path, overwrite)
+    model, flags = _settings(path, model, flags)
     config = _model_config(model, flags)
-    logging.disable(logging.WARNING)  # "initialized randomly": the weights come next
-    try:
-        trained = _build(model, flags)
-    finally:
-        logging.disable(logging.NOTSET)
-    _load(trained, state, model, path)
+    state = _read_weights(path, weights)
+    if "logit_bias" in state:  # --siglip
+        config.setdefault("init_logit_bias", -10)
+    report(f"Exporting the {weights} of {path} as {model}")
+    report(f"Model flags: {_spelled(flags) or 'none'}")
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    trained = _build(model, flags, config)
+    _load(trained, state, model, path)
+    tokenizer = open_clip.get_tokenizer(model, context_length=flags.get("force_context_length"))
+
+    target = out.resolve()  # of a link to a folder, the folder is replaced
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         temporary.chmod(0o755)
-        # Cloned: safetensors refuses tensors that share memory.
-        tensors = {k: v.detach().contiguous().clone() for k, v in trained.state_dict().items()}
+        # In the checkpoint's dtype; cloned, because safetensors refuses tensors that share memory.
+        tensors = {key: state[key].contiguous().clone() for key in trained.state_dict()}
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        save_config_for_hf(trained, temporary / "open_clip_config.json", config)
-        tokenizer = open_clip.get_tokenizer(model, context_length=flags.get("force_context_length"))
+        save_config_for_hf(trained, temporary / CONFIG_FILE, config)
         if isinstance(tokenizer, HFTokenizer):
             tokenizer.save_pretrained(temporary)
-        _compare(temporary, trained)
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
+        _verify(temporary, trained, state, tokenizer)
+        _move(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    tower = config["text_cfg"].get("hf_model_name")
+    if tower and Path(tower).is_dir():
+        logging.warning(f"{out} needs the folder {tower} of this machine for its text tower")
     if push_to_hub is not None:
-        push_to_hf_hub(trained, tokenizer, config, push_to_hub)
+        _push(trained, tokenizer, config, push_to_hub, out)
     return out
+
+
+def _name(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def _spelled(flags: Mapping[str, Any]) -> str:
+    """``flags`` as on a command line."""
+    words = []
+    for name, value in flags.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words += map(str, value) if isinstance(value, list | tuple) else [str(value)]
+    return " ".join(words)
 
 
 def _find_checkpoint(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"no checkpoint {path}")
+        raise FileNotFoundError(f"no checkpoint {path}; give an epoch_N.pt or a run's folder")
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    latest = folder / "epoch_latest.pt"
-    if latest.is_file():
-        return latest
     numbered = [p for p in folder.glob("epoch_*.pt") if re.fullmatch(r"epoch_\d+", p.stem)]
-    if not numbered:
-        raise FileNotFoundError(f"no epoch_N.pt and no epoch_latest.pt in {folder}")
-    newest = max(numbered, key=lambda p: int(p.stem.removeprefix("epoch_")))
-    print(f"Newest checkpoint: {newest}")
-    return newest
+    numbered.sort(key=lambda p: int(p.stem.removeprefix("epoch_")))
+    latest = folder / "epoch_latest.pt"
+    if not latest.is_file():
+        if not numbered:
+            raise FileNotFoundError(f"no epoch_N.pt and no epoch_latest.pt in {folder}")
+        return numbered[-1]
+    # Stale when the run was resumed without --save-most-recent.
+    if numbered and _read_file(latest).get("epoch", 0) < int(numbered[-1].stem[len("epoch_") :]):
+        return numbered[-1]
+    return latest
+
+
+def _check_out(out: Path, checkpoint: Path, overwrite: bool) -> None:
+    """Refuse an ``out`` whose replacement would lose anything but an earlier export."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        if (parent := next(p for p in out.absolute().parents if p.exists())).is_dir():
+            return
+        raise FileExistsError(f"{parent} is a file, so {out} cannot be made; choose another folder")
+    if not overwrite:
+        raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
+    if not (out / CONFIG_FILE).is_file():
+        raise FileExistsError(
+            f"{out} is not an exported model (no {CONFIG_FILE} in it), and --overwrite replaces nothing "
+            "else; choose another folder"
+        )
+    if checkpoint.resolve().is_relative_to(out.resolve()):
+        raise FileExistsError(
+            f"{checkpoint} lies in {out}, which --overwrite would delete; choose another folder"
+        )
+
+
+def _settings(
+    path: Path, model: str | None, given: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Model name and flags: those given, then params.txt's, then of the run's --pretrained tag."""
+    unknown = given.keys() - {_name(flag) for flag in _MODEL_FLAGS}
+    if unknown:
+        raise TypeError(f"export_checkpoint has no argument {', '.join(sorted(unknown))}")
+    given = {k: _plain(k, v) for k, v in given.items() if v is not None and v is not False}
+    recorded = _read_params(path)
+    trained_as, tag = recorded.pop("model", None), recorded.pop("pretrained", None)
+    model = model or trained_as
+    if model is None:
+        raise ValueError(
+            f"no params.txt beside {path} names its model; pass --model with the name used in training"
+        )
+    for name, value in {"model": model, **given}.items():
+        then = trained_as if name == "model" else recorded.get(name)
+        if trained_as is not None and value != then:
+            used = _spelled({name: value})
+            logging.warning(f"using {used}, but the run's params.txt has {name}: {then}")
+    flags = {**_tag_flags(trained_as, tag), **recorded, **given}
+    for name in ("image_mean", "image_std"):
+        if name in flags and len(flags[name]) not in (1, 3):
+            raise ValueError(f"--{name.replace('_', '-')} takes 1 or 3 numbers, got {flags[name]}")
+    return model, flags
 
 
 def _read_params(path: Path) -> dict[str, Any]:
-    """Model and model flags from the ``params.txt`` that open_clip_train leaves beside a run."""
-    file = path.parent.parent / "params.txt"
-    if path.parent.name != "checkpoints" or not file.is_file():
+    """Model, ``--pretrained`` and model flags from the ``params.txt`` that training leaves."""
+    folder = path.absolute().parent
+    file = folder.parent / "params.txt"
+    if folder.name != "checkpoints" or not file.is_file():
         return {}
     lines = dict(line.split(": ", 1) for line in file.read_text().splitlines() if ": " in line)
-    params = {"model": lines["model"]}
-    for flag in _MODEL_FLAGS:
-        name = flag.lstrip("-").replace("-", "_")
+    params: dict[str, Any] = {
+        name: lines[name] for name in ("model", "pretrained") if name in lines
+    }
+    for name in map(_name, _MODEL_FLAGS):
         text = lines.get(name, "None")
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
         if value not in (None, False):
-            params[name] = value
+            params[name] = _plain(name, value)
     return params
 
 
-def _read_weights(path: Path, weights: str) -> Mapping[str, Tensor]:
+def _plain(name: str, value: Any) -> Any:
+    """Sequences as lists; one ``--force-image-size`` as a number, as open_clip_train has it."""
+    if isinstance(value, list | tuple):
+        return value[0] if name == "force_image_size" and len(value) == 1 else list(value)
+    return value
+
+
+def _tag_flags(model: str | None, tag: str | None) -> dict[str, Any]:
+    """Preprocessing that came with the tag a run started from (SigLIP's mean, for one)."""
+    if not model or not tag or parse_model_name(model)[0] is not None:
+        return {}
+    config = get_pretrained_cfg(model.replace("/", "-"), tag) or {}
+    tag_flags = {f"image_{key}": config.get(key) for key in PREPROCESSING}
+    return {k: _plain(k, v) for k, v in tag_flags.items() if v is not None}
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    try:
+        if path.suffix == ".safetensors":
+            contents = load_file(path)
+        else:
+            # Mapped: the optimizer's state, most of the file, is never read.
+            mapped = zipfile.is_zipfile(path)
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # every format and kind of damage has its own
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}); give a file "
+            "written by open_clip_train, or a state_dict in .pt or .safetensors"
+        ) from error
+    if not isinstance(contents, Mapping):
+        raise ValueError(
+            f"{path} holds a {type(contents).__name__}, not a checkpoint or state_dict"
+        )
+    return contents
+
+
+def _read_weights(path: Path, weights: str) -> dict[str, Tensor]:
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    contents = _read_file(path)
     if weights == "student":
-        return load_state_dict(str(path), weights_only=True)
-    entry: dict[str, Any] = {}
-    if path.suffix != ".safetensors":
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        entry = checkpoint.get("optimizer", {}).get("otter", {})
-    if "teacher" not in entry:
-        loss = entry.get("settings", {}).get("loss", "clip")
+        state = contents.get("state_dict", contents)
+    else:
+        optimizer = contents.get("optimizer")
+        entry = optimizer.get("otter", {}) if isinstance(optimizer, Mapping) else {}
+        if "teacher" not in entry:
+            loss = entry.get("settings", {}).get("loss", "clip")
+            raise ValueError(
+                f"{path} has no EMA teacher (its run used --loss {loss}, or a fixed teacher); only "
+                "--loss kd and otter without --distill-model have one; use --weights student"
+            )
+        state = entry["teacher"]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no state_dict; give a checkpoint of open_clip_train")
+    if state and all(key.startswith("module.") for key in state):  # DistributedDataParallel
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    bad = [key for key, value in state.items() if value.isnan().any()]
+    if bad:
         raise ValueError(
-            f"{path} has no EMA teacher (its run used --loss {loss}, or a fixed teacher); only --loss "
-            "kd and otter without --distill-model have one; use --weights student"
+            f"{path} has NaN in {len(bad)} tensors of the {weights}, first {bad[0]}: its run diverged; "
+            "export an earlier epoch"
         )
-    return entry["teacher"]
+    return dict(state)
 
 
 def _model_config(model: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """The model's JSON with training's ``--force`` flags written into it."""
-    if model.startswith(LOCAL_DIR_PREFIX):
-        folder = Path(model.removeprefix(LOCAL_DIR_PREFIX))
-        config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-    elif model.startswith(HF_HUB_PREFIX):
-        config = _get_hf_config(model.removeprefix(HF_HUB_PREFIX))["model_cfg"]
-    else:
-        config = open_clip.get_model_config(model.replace("/", "-"))
-        if config is None:
-            near = difflib.get_close_matches(model, open_clip.list_models(), n=3, cutoff=0.5)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise ValueError(f"open_clip knows no model {model!r}{hint}")
-    config = copy.deepcopy(config)
-    if flags.get("force_image_size") is not None:
-        config["vision_cfg"]["image_size"] = _square(flags["force_image_size"])
-    if flags.get("force_context_length") is not None:
+    config = copy.deepcopy(_base_config(model))
+    if "force_image_size" in flags:
+        config["vision_cfg"]["image_size"] = flags["force_image_size"]
+    if "force_context_length" in flags:
         config["text_cfg"]["context_length"] = flags["force_context_length"]
-    if flags.get("force_quick_gelu"):
+    if "force_quick_gelu" in flags:
         config["quick_gelu"] = True
-    if flags.get("force_custom_text"):
+    if "force_custom_text" in flags:
         config["custom_text"] = True
     # Towers' own weights are never wanted: those of the folder replace them.
     for part, name, key in (
@@ -251,30 +358,66 @@ def _model_config(model: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _square(size: int | list[int]) -> int | list[int]:
-    return size[0] if isinstance(size, list | tuple) and len(size) == 1 else size
+def _base_config(model: str) -> dict[str, Any]:
+    if parse_model_name(model)[0] is not None:
+        try:
+            config = open_clip.get_model_config(model)
+            if not {"vision_cfg", "text_cfg"} <= config.keys():
+                raise ValueError(f"no model_cfg in {CONFIG_FILE}")
+        except Exception as error:  # files, JSON, network
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"no model configuration from {model} ({reason}); pass --model with its present place"
+            ) from error
+        return config
+    config = open_clip.get_model_config(model.replace("/", "-"))
+    if config is None:
+        near = difflib.get_close_matches(model, open_clip.list_models(), n=3, cutoff=0.5)
+        hint = (
+            f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() has the names."
+        )
+        raise ValueError(
+            f"open_clip knows no model {model!r}; {hint} A model of your own can be given as "
+            f"local-dir:FOLDER, with its {CONFIG_FILE} in the folder"
+        )
+    return config
 
 
-def _build(model: str, flags: Mapping[str, Any]) -> nn.Module:
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """Silence open_clip's "initialized randomly": the weights are loaded right after."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+def _build(model: str, flags: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
     """The model as training made it: same architecture, same preprocessing, random weights."""
-    trained, _, _ = open_clip.create_model_and_transforms(
-        model,
-        load_weights=False,
-        pretrained_image=False,
-        pretrained_text=False,
-        force_image_size=_square(flags.get("force_image_size")),
-        force_context_length=flags.get("force_context_length"),
-        force_quick_gelu=bool(flags.get("force_quick_gelu")),
-        force_custom_text=bool(flags.get("force_custom_text")),
-        image_mean=_triple(flags.get("image_mean")),
-        image_std=_triple(flags.get("image_std")),
-        image_interpolation=flags.get("image_interpolation"),
-        image_resize_mode=flags.get("image_resize_mode"),
-    )
-    return trained
+    extra = {k: config[k] for k in ("init_logit_bias",) if k in config}
+    with _errors_only():
+        trained, _, _ = open_clip.create_model_and_transforms(
+            model,
+            load_weights=False,
+            pretrained_image=False,
+            pretrained_text=False,
+            force_image_size=flags.get("force_image_size"),
+            force_context_length=flags.get("force_context_length"),
+            force_quick_gelu=flags.get("force_quick_gelu", False),
+            force_custom_text=flags.get("force_custom_text", False),
+            image_mean=_triple(flags.get("image_mean")),
+            image_std=_triple(flags.get("image_std")),
+            image_interpolation=flags.get("image_interpolation"),
+            image_resize_mode=flags.get("image_resize_mode"),
+            **extra,
+        )
+    return trained.eval()
 
 
-def _triple(values: Any) -> tuple[float, ...] | None:
+def _triple(values: list[float] | None) -> tuple[float, ...] | None:
     return None if values is None else tuple(values) * (3 if len(values) == 1 else 1)
 
 
@@ -296,17 +439,104 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], name: str, path: Path) 
     model.load_state_dict(state)
 
 
-def _compare(folder: Path, trained: nn.Module) -> None:
-    """Load the folder as a user would and compare every tensor with the source's."""
-    loaded = open_clip.create_model(f"{LOCAL_DIR_PREFIX}{folder}").state_dict()
-    expected = trained.state_dict()
+def _verify(folder: Path, trained: nn.Module, state: Mapping[str, Tensor], tokenizer: Any) -> None:
+    """Load the folder as a user would; compare tensors, preprocessing, tokens and features."""
+    name = f"{LOCAL_DIR_PREFIX}{folder}"
+    loaded = _load_stock(name)
+    tensors = loaded.state_dict()
     bad = sorted(
         key
-        for key in expected.keys() | loaded.keys()
-        if key not in expected or key not in loaded or not torch.equal(expected[key], loaded[key])
+        for key in state.keys() | tensors.keys()
+        if key not in state
+        or key not in tensors
+        or not torch.equal(state[key].to(tensors[key].dtype), tensors[key])
     )
     if bad:
         raise RuntimeError(
             f"what open_clip loads from the written folder differs from the checkpoint in {len(bad)} "
             f"tensors, first {bad[0]}; nothing was exported"
         )
+    tokens, again = _tokens(tokenizer), _tokens(open_clip.get_tokenizer(name))
+    same = {
+        "preprocessing": _preprocessing(trained) == _preprocessing(loaded),
+        "the tokenizer": torch.equal(tokens, again),
+        # Equal weights do not make equal models: the activation, for one, has none.
+        "the features": all(
+            torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+            for one, other in zip(
+                _features(trained, tokens), _features(loaded, tokens), strict=True
+            )
+        ),
+    }
+    for what, equal in same.items():
+        if not equal:
+            raise RuntimeError(
+                f"what open_clip loads from the written folder differs from training in {what}; "
+                "nothing was exported"
+            )
+
+
+def _load_stock(name: str) -> nn.Module:
+    try:
+        with _errors_only():
+            return open_clip.create_model(name).eval()
+    except Exception as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        if "size mismatch for visual.trunk" not in reason:
+            raise RuntimeError(
+                f"open_clip cannot load the written folder, nothing was exported: {reason}"
+            ) from error
+        raise ValueError(
+            "stock open_clip builds this timm tower at its own image size only, so no folder can hold "
+            f"it as trained with --force-image-size ({reason}); nothing was exported"
+        ) from error
+
+
+def _preprocessing(model: nn.Module) -> dict[str, Any]:
+    return {name: _plain(name, value) for name, value in model.visual.preprocess_cfg.items()}
+
+
+def _tokens(tokenizer: Any) -> Tensor:
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.reduction_fn = None  # shortens texts at random
+    return tokenizer(PROBE_TEXTS)
+
+
+@torch.no_grad()
+def _features(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    size = model.visual.preprocess_cfg["size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    image = torch.linspace(-1, 1, 3 * height * width).reshape(1, 3, height, width)
+    return model.encode_image(image), model.encode_text(tokens)
+
+
+def _move(temporary: Path, out: Path) -> None:
+    """Rename to ``out``; an earlier export is deleted last, and put back if the rename fails."""
+    if not out.exists():
+        temporary.rename(out)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+    out.rename(aside / "out")
+    try:
+        temporary.rename(out)
+    except OSError:
+        (aside / "out").rename(out)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _push(
+    model: nn.Module, tokenizer: Any, config: dict[str, Any], repository: str, out: Path
+) -> None:
+    config = copy.deepcopy(config)
+    if Path(config["text_cfg"].get("hf_tokenizer_name") or "").is_absolute():
+        # Read from the repository itself: a folder of this machine means nothing there.
+        config["text_cfg"]["hf_tokenizer_name"] = repository
+    try:
+        push_to_hf_hub(model, tokenizer, config, repository)
+    except Exception as error:  # network, credentials, names
+        raise RuntimeError(
+            f"{out} is complete, but open_clip could not push it to {repository}: {error}; "
+            "see `hf auth login`"
+        ) from error
