@@ -3,30 +3,29 @@
 All three take ``open_clip.ClipLoss``'s constructor keywords and are called as open_clip's training
 loop calls its own losses; InfoNCE is ``open_clip.ClipLoss`` itself. Notation, as in the paper: B rows
 per rank, R ranks, N = R * B pairs, D feature width; v, t student image and text features, v~, t~ the
-teacher's. Everything is computed in float32 whatever the autocast dtype.
+teacher's. Everything is computed in float32 whatever the autocast dtype; ``objective`` is the engine.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import math
-from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip import ClipLoss
 from open_clip.loss import gather_features
 from torch import Tensor, nn
 
-from otter_openclip.sinkhorn import check_sinkhorn_settings, column_potential
+from otter_openclip.blocks import IMPLEMENTATIONS
+from otter_openclip.collectives import full_precision, gather_rows
+from otter_openclip.objective import Setting, TeacherFeatures, float32_math, objective
+from otter_openclip.sinkhorn import check_sinkhorn_settings, sinkhorn
 
 INITIAL_LOG_SCALE = 3.9
 MAX_LOG_SCALE = math.log(100.0)
 OT_SCOPES = ("global", "local")
-
-# Log of "no mass": finite, so that 0 * log 0 is 0 and a row with nothing else still normalises.
-_LOG_ZERO = -1e30
 
 
 def _check_interval(name: str, value: float, low: float, high: float) -> float:
@@ -35,72 +34,164 @@ def _check_interval(name: str, value: float, low: float, high: float) -> float:
     return value
 
 
-def _full_precision(features: Tensor) -> Tensor:
-    return features if features.dtype == torch.float64 else features.float()
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
 
 
-@contextlib.contextmanager
-def _float32_math(device_type: str) -> Iterator[None]:
-    """Leave autocast, and TF32 too: at a teacher scale of 100 its 1e-3 would be 10% of a target."""
-    with torch.autocast(device_type, enabled=False):
-        if device_type != "cuda":
-            yield
-            return
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
+def _check_features(images: Tensor, texts: Tensor, teacher: tuple[Tensor, Tensor] | None) -> None:
+    if images.ndim != 2 or images.shape != texts.shape:
+        raise ValueError(
+            "image_features and text_features must both be (B, D), got "
+            f"{tuple(images.shape)} and {tuple(texts.shape)}"
+        )
+    if teacher is None:
+        return
+    shapes = [tuple(x.shape) for x in teacher]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != len(images):
+        raise ValueError(
+            f"dist_image_features and dist_text_features must both be ({len(images)}, D'), one row for "
+            f"each pair of the student's, got {shapes[0]} and {shapes[1]}"
+        )
 
 
 class _PairLoss(ClipLoss):
-    """Gathers the features once and hands both directions' cosines to ``_terms``."""
+    """Arranges features into rows and columns, as open_clip's distributed flags ask."""
 
-    def _gather(
-        self, images: Tensor, texts: Tensor, *, with_grad: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the row features and the column features, (rows, D) x 2 and (N, D) x 2.
+    alpha = 1.0
+    smoothing = 0.0
 
-        Which features are rows and which gathers carry a gradient are open_clip's rules: the local
-        ones with ``local_loss``, else all of them.
-        """
-        if self.world_size == 1:
-            columns = (images, texts)
-        else:
-            columns = gather_features(
-                images.contiguous(),
-                texts.contiguous(),
-                local_loss=self.local_loss or not with_grad,
-                gather_with_grad=self.gather_with_grad and with_grad,
-                rank=self.rank,
-                world_size=self.world_size,
-                use_horovod=self.use_horovod,
-            )
-        columns = (_full_precision(columns[0]), _full_precision(columns[1]))
-        if self.world_size == 1 or not self.local_loss:
-            return (*columns, *columns)
-        return (_full_precision(images), _full_precision(texts), *columns)
-
-    def _labels(self, rows: int, device: torch.device) -> Tensor:
-        """Column index of each row's own pair, (rows,) int64."""
-        offset = self.rank * rows if self.world_size > 1 and self.local_loss else 0
-        return torch.arange(offset, offset + rows, device=device)
-
-    def _cosines(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        images, texts, all_images, all_texts = self._gather(
-            image_features, text_features, with_grad=True
+    def __init__(
+        self, impl: str, local_loss: bool, gather_with_grad: bool, rank: int, world_size: int
+    ) -> None:
+        super().__init__(
+            local_loss=local_loss,
+            gather_with_grad=gather_with_grad,
+            rank=rank,
+            world_size=world_size,
         )
-        return images @ all_texts.T, texts @ all_images.T
+        self.impl = _check_choice("impl", impl, IMPLEMENTATIONS)
+        self.target_statistics: dict[str, Tensor] = {}
 
-    @staticmethod
-    def _cross_entropy(
-        cosines: tuple[Tensor, Tensor], scale: Tensor, labels: Tensor, smoothing: float = 0.0
-    ) -> Tensor:
-        per_image, per_text = (
-            F.cross_entropy(scale * c, labels, label_smoothing=smoothing) for c in cosines
+    def _gather_both(
+        self, images: Tensor, texts: Tensor, *, local_loss: bool, with_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        return gather_features(
+            images.contiguous(),
+            texts.contiguous(),
+            local_loss=local_loss,
+            gather_with_grad=with_grad,
+            rank=self.rank,
+            world_size=self.world_size,
+            use_horovod=self.use_horovod,
         )
-        return (per_image + per_text) / 2
+
+    def _terms(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        distill_scale: Tensor | None = None,
+        teacher: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both weighted terms; sets ``target_statistics``."""
+        _check_features(images, texts, teacher)
+        with float32_math(images.device.type):
+            if self.world_size > 1 and self.local_loss:
+                if self._each_rank_alone():
+                    return self._rows_alone(images, texts, scale, distill_scale, teacher)
+                return self._sharded(images, texts, scale, distill_scale, teacher)
+            if self.world_size > 1:
+                images, texts = self._gather_both(
+                    images, texts, local_loss=False, with_grad=self.gather_with_grad
+                )
+                if teacher is not None:
+                    teacher = self._gather_both(*teacher, local_loss=True, with_grad=False)
+            images, texts = full_precision(images), full_precision(texts)
+            if teacher is not None:
+                images_texts = tuple(map(full_precision, teacher))
+                teacher = self._teacher(images_texts, images_texts)
+            return self._objective(images, texts, scale, distill_scale, teacher, Setting())
+
+    def _sharded(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        distill_scale: Tensor | None,
+        teacher: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """This rank's images against everyone's texts; the other direction by columns."""
+        all_texts = gather_rows(texts, self.world_size, with_grad=True)
+        if teacher is not None:
+            everyone = tuple(gather_rows(x, self.world_size) for x in teacher)
+            teacher = self._teacher(tuple(map(full_precision, teacher)), everyone)
+        setting = Setting(
+            offset=self.rank * len(images),
+            world_size=self.world_size,
+            cross_gradients=self.gather_with_grad,
+        )
+        images = full_precision(images)
+        return self._objective(images, all_texts, scale, distill_scale, teacher, setting)
+
+    def _rows_alone(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        distill_scale: Tensor | None,
+        teacher: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each direction by its own rows, against columns of every rank."""
+        all_images, all_texts = self._gather_both(
+            images, texts, local_loss=True, with_grad=self.gather_with_grad
+        )
+        images, texts, all_images, all_texts = map(
+            full_precision, (images, texts, all_images, all_texts)
+        )
+        mine = tuple(map(full_precision, teacher))
+        everyone = tuple(gather_rows(x, self.world_size) for x in teacher)
+        setting = Setting(offset=self.rank * len(images), both=False)
+        of_texts = self._objective(
+            *(texts, all_images, scale, distill_scale),
+            self._teacher(mine, everyone, of_texts=True),
+            setting,
+        )
+        of_images = self._objective(
+            images, all_texts, scale, distill_scale, self._teacher(mine, everyone), setting
+        )
+        return of_images[0] + of_texts[0], of_images[1] + of_texts[1]
+
+    def _objective(
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        scale: Tensor,
+        distill_scale: Tensor | None,
+        teacher: TeacherFeatures | None,
+        setting: Setting,
+    ) -> tuple[Tensor, Tensor | None]:
+        setting = dataclasses.replace(
+            setting, alpha=self.alpha, smoothing=self.smoothing, implementation=self.impl
+        )
+        contrastive, distillation, self.target_statistics = objective(
+            rows, columns, scale, distill_scale, teacher, setting
+        )
+        return contrastive, distillation
+
+    def _each_rank_alone(self) -> bool:
+        return False
+
+    def _teacher(
+        self,
+        mine: tuple[Tensor, Tensor],
+        everyone: tuple[Tensor, Tensor],
+        *,
+        of_texts: bool = False,
+    ) -> TeacherFeatures:
+        """The teacher's (image, text) features of this rank and of all, for image or text rows."""
+        raise NotImplementedError
 
 
 class LabelSmoothingLoss(_PairLoss):
@@ -116,14 +207,20 @@ class LabelSmoothingLoss(_PairLoss):
         gather_with_grad: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        *,
+        impl: str = "auto",
     ) -> None:
-        """Set up the loss; raises ValueError if ``smoothing`` is outside [0, 1]."""
-        super().__init__(
-            local_loss=local_loss,
-            gather_with_grad=gather_with_grad,
-            rank=rank,
-            world_size=world_size,
-        )
+        """Set up the loss; raises ValueError if ``smoothing`` is outside [0, 1].
+
+        Args:
+            smoothing: target mass on the other pairs, in [0, 1].
+            local_loss: see ``open_clip.ClipLoss``.
+            gather_with_grad: see ``open_clip.ClipLoss``.
+            rank: rank of this process.
+            world_size: number of processes.
+            impl: "dense", "streaming" or "auto", see ``DistillationLoss``.
+        """
+        super().__init__(impl, local_loss, gather_with_grad, rank, world_size)
         self.smoothing = _check_interval("smoothing", smoothing, 0.0, 1.0)
 
     def forward(
@@ -144,14 +241,11 @@ class LabelSmoothingLoss(_PairLoss):
             dist_image_features: ignored; there so that all losses of this package are called alike.
             dist_text_features: ignored, likewise.
             output_dict: return ``{"contrastive_loss": ...}`` instead of the scalar.
+
+        Raises:
+            ValueError: if the features are not two (B, D) matrices.
         """
-        with _float32_math(image_features.device.type):
-            cosines = self._cosines(image_features, text_features)
-            rows, columns = cosines[0].shape
-            # torch spreads the smoothing over all N columns, the paper over the N - 1 wrong ones.
-            smoothing = self.smoothing * columns / (columns - 1) if columns > 1 else 0.0
-            labels = self._labels(rows, cosines[0].device)
-            loss = self._cross_entropy(cosines, logit_scale, labels, smoothing)
+        loss, _ = self._terms(image_features, text_features, logit_scale)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -168,9 +262,9 @@ class DistillationLoss(_PairLoss):
 
     Attributes:
         distill_logit_scale: log of ``s_d``, learned, starts at 3.9; None with ``share_logit_scale``.
-        target_statistics: scalars about the last call's targets, averaged over this rank's rows and
-            both directions: ``target_entropy`` (nats), ``target_top_share`` (mass on each row's
-            largest entry) and, for OTTER, ``marginal_error``.
+        target_statistics: scalars about the last call's targets, averaged over this rank's image
+            rows: ``target_entropy`` (nats), ``target_top_share`` (mass on each row's largest entry)
+            and, for OTTER, ``marginal_error`` (relative error of the plan's row sums).
     """
 
     def __init__(
@@ -181,6 +275,7 @@ class DistillationLoss(_PairLoss):
         tt_coef: float = 1.0,
         *,
         share_logit_scale: bool = False,
+        impl: str = "auto",
         local_loss: bool = False,
         gather_with_grad: bool = False,
         rank: int = 0,
@@ -194,6 +289,9 @@ class DistillationLoss(_PairLoss):
             vv_coef: weight of the image-image similarity.
             tt_coef: weight of the text-text similarity.
             share_logit_scale: use the model's ``logit_scale`` in the distillation term as well.
+            impl: "dense" holds two B x N matrices between forward and backward; "streaming" computes
+                them anew, block by block, each time they are read, and holds nothing of that size;
+                "auto" is dense while those matrices take at most an eighth of the device's memory.
             local_loss: see ``open_clip.ClipLoss``.
             gather_with_grad: see ``open_clip.ClipLoss``.
             rank: rank of this process.
@@ -202,12 +300,7 @@ class DistillationLoss(_PairLoss):
         Raises:
             ValueError: if ``alpha`` is outside [0, 1] or a scale or coefficient is not finite.
         """
-        super().__init__(
-            local_loss=local_loss,
-            gather_with_grad=gather_with_grad,
-            rank=rank,
-            world_size=world_size,
-        )
+        super().__init__(impl, local_loss, gather_with_grad, rank, world_size)
         self.alpha = _check_interval("alpha", alpha, 0.0, 1.0)
         for name, value in (
             ("teacher_scale", teacher_scale),
@@ -222,7 +315,6 @@ class DistillationLoss(_PairLoss):
         self.distill_logit_scale = (
             None if share_logit_scale else nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
         )
-        self.target_statistics: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -244,26 +336,17 @@ class DistillationLoss(_PairLoss):
             dist_text_features: (B, D') likewise.
             dist_logit_scale: ignored; open_clip's loop passes the teacher's.
             output_dict: return ``{"contrastive_loss": ..., "distill_loss": ...}`` instead of a tuple.
+
+        Raises:
+            ValueError: if the features' shapes do not fit each other.
         """
-        with _float32_math(image_features.device.type):
-            cosines = self._cosines(image_features, text_features)
-            labels = self._labels(len(cosines[0]), cosines[0].device)
-            contrastive = self._cross_entropy(cosines, logit_scale, labels)
-            scale = self.distill_scale(logit_scale)
-            log_targets = self._log_targets(dist_image_features, dist_text_features)
-            divergences, entropies, top_shares = [], [], []
-            for cosine, log_target in zip(cosines, log_targets, strict=True):
-                target = log_target.exp()
-                entropy = -(target * log_target).sum(dim=1).mean()
-                cross_entropy = -(target * F.log_softmax(scale * cosine, dim=1)).sum(dim=1).mean()
-                divergences.append(cross_entropy - entropy)
-                entropies.append(entropy)
-                top_shares.append(target.amax(dim=1).mean())
-            distillation = sum(divergences) / 2
-        self.target_statistics["target_entropy"] = sum(entropies) / 2
-        self.target_statistics["target_top_share"] = sum(top_shares) / 2
-        contrastive = self.alpha * contrastive
-        distillation = (1 - self.alpha) * distillation
+        contrastive, distillation = self._terms(
+            image_features,
+            text_features,
+            logit_scale,
+            self.distill_scale(logit_scale),
+            (dist_image_features.detach(), dist_text_features.detach()),
+        )
         if output_dict:
             return {"contrastive_loss": contrastive, "distill_loss": distillation}
         return contrastive, distillation
@@ -280,37 +363,42 @@ class DistillationLoss(_PairLoss):
     ) -> tuple[Tensor, Tensor]:
         """Target distributions of this rank's image rows and text rows, (rows, N) each.
 
+        For looking at: written plainly, with whole matrices on every rank. The loss does not call it.
+
         Args:
             dist_image_features: (B, D') teacher features.
             dist_text_features: (B, D') teacher features.
         """
-        with _float32_math(dist_image_features.device.type):
-            image_rows, text_rows = self._log_targets(dist_image_features, dist_text_features)
-            return image_rows.exp(), text_rows.exp()
+        with float32_math(dist_image_features.device.type):
+            mine = tuple(map(full_precision, (dist_image_features, dist_text_features)))
+            everyone, rows = mine, slice(None)
+            if self.world_size > 1:
+                everyone = tuple(gather_rows(x, self.world_size) for x in mine)
+                start = self.rank * len(mine[0])
+                rows = slice(start, start + len(mine[0])) if self.local_loss else rows
+            return tuple(
+                self._plain_targets(self._teacher(everyone, everyone, of_texts=of_texts), rows)
+                for of_texts in (False, True)
+            )
 
-    @torch.no_grad()
-    def _log_targets(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        similarities, labels = self._similarities(images, texts)
-        image_rows, text_rows = self._normalise(similarities, labels)
-        return image_rows, text_rows
+    def _plain_targets(self, teacher: TeacherFeatures, rows: slice) -> Tensor:
+        similarities = teacher.similarity(slice(None))
+        return F.softmax(similarities[rows], dim=1)
 
-    def _similarities(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher similarities S of image and text rows, (2, rows, N), and the pairs' columns.
+    def _teacher(
+        self,
+        mine: tuple[Tensor, Tensor],
+        everyone: tuple[Tensor, Tensor],
+        *,
+        of_texts: bool = False,
+    ) -> TeacherFeatures:
+        coefs = (self.vv_coef, self.tt_coef)
+        if of_texts:
+            mine, everyone, coefs = mine[::-1], everyone[::-1], coefs[::-1]
+        return TeacherFeatures(*mine, *everyone, *coefs, **self._targets_setting())
 
-        Each direction is one product: ``[a v~ + ..., b t~ + ...] @ [v~, t~]^T``.
-        """
-        images, texts, all_images, all_texts = self._gather(
-            images.detach(), texts.detach(), with_grad=False
-        )
-        columns = torch.cat([all_images, all_texts], dim=1)
-        image_rows = torch.cat([self.vv_coef * images, self.tt_coef * texts + images], dim=1)
-        text_rows = torch.cat([self.vv_coef * images + texts, self.tt_coef * texts], dim=1)
-        similarities = torch.stack([image_rows, text_rows]) @ columns.T
-        return similarities, self._labels(len(images), images.device)
-
-    def _normalise(self, similarities: Tensor, labels: Tensor) -> Tensor:
-        """Log targets from similarities, (2, rows, N)."""
-        return F.log_softmax(self.teacher_scale * similarities, dim=-1)
+    def _targets_setting(self) -> dict[str, Any]:
+        return {"epsilon": 1 / self.teacher_scale, "iterations": 0, "remove_diagonal": False}
 
 
 class OtterLoss(DistillationLoss):
@@ -337,6 +425,7 @@ class OtterLoss(DistillationLoss):
         *,
         ot_scope: str = "global",
         share_logit_scale: bool = False,
+        impl: str = "auto",
         local_loss: bool = False,
         gather_with_grad: bool = False,
         rank: int = 0,
@@ -353,6 +442,7 @@ class OtterLoss(DistillationLoss):
             remove_diagonal: give a pair no target mass on itself.
             ot_scope: "global" or "local", see the class.
             share_logit_scale: use the model's ``logit_scale`` in the distillation term as well.
+            impl: "dense", "streaming" or "auto", see ``DistillationLoss``.
             local_loss: see ``open_clip.ClipLoss``.
             gather_with_grad: see ``open_clip.ClipLoss``.
             rank: rank of this process.
@@ -366,44 +456,35 @@ class OtterLoss(DistillationLoss):
             vv_coef=vv_coef,
             tt_coef=tt_coef,
             share_logit_scale=share_logit_scale,
+            impl=impl,
             local_loss=local_loss,
             gather_with_grad=gather_with_grad,
             rank=rank,
             world_size=world_size,
         )
         check_sinkhorn_settings(epsilon, iterations)
-        if ot_scope not in OT_SCOPES:
-            raise ValueError(f"ot_scope must be one of {', '.join(OT_SCOPES)}, got {ot_scope!r}")
         self.epsilon = epsilon
         self.iterations = iterations
         self.remove_diagonal = remove_diagonal
-        self.ot_scope = ot_scope
+        self.ot_scope = _check_choice("ot_scope", ot_scope, OT_SCOPES)
 
-    def _normalise(self, similarities: Tensor, labels: Tensor) -> Tensor:
-        log_kernel = similarities.div_(self.epsilon)
-        rows, columns = log_kernel.shape[-2:]
-        if self.remove_diagonal:
-            log_kernel[:, torch.arange(rows, device=labels.device), labels] = _LOG_ZERO
-        sharded = rows < columns and self.ot_scope == "global"
-        total_rows = columns if sharded else rows
-        g, f = column_potential(
-            log_kernel,
-            self.iterations,
-            rows=total_rows,
-            reduce_columns=_all_reduce_logsumexp if sharded else None,
-        )
-        log_plan = log_kernel.add_(g.unsqueeze(-2))
-        log_row_sums = torch.logsumexp(log_plan, dim=-1, keepdim=True)
-        # The plan's columns are exact after the last update, so its rows carry all of the error.
-        row_mass = (f.unsqueeze(-1) + log_row_sums).exp() * total_rows
-        self.target_statistics["marginal_error"] = (row_mass - 1).abs().mean()
-        return log_plan.sub_(log_row_sums)
+    def _each_rank_alone(self) -> bool:
+        return self.ot_scope == "local"
 
+    def _targets_setting(self) -> dict[str, Any]:
+        return {
+            "epsilon": self.epsilon,
+            "iterations": self.iterations,
+            "remove_diagonal": self.remove_diagonal,
+        }
 
-def _all_reduce_logsumexp(log_sums: Tensor) -> Tensor:
-    """Log of the sum over ranks of ``exp(log_sums)``, element by element."""
-    largest = log_sums.clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    total = (log_sums - largest).exp_()
-    dist.all_reduce(total)
-    return total.log_().add_(largest)
+    def _plain_targets(self, teacher: TeacherFeatures, rows: slice) -> Tensor:
+        cost = teacher.similarity(slice(None)).mul_(-self.epsilon)
+        if self.remove_diagonal and len(cost) > 1:
+            cost.fill_diagonal_(math.inf)
+        if self.ot_scope == "local":
+            cost = cost[rows]
+        plan = sinkhorn(cost, self.epsilon, self.iterations)
+        if self.ot_scope == "global":
+            plan = plan[rows]
+        return plan / plan.sum(dim=1, keepdim=True)

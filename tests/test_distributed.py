@@ -8,6 +8,8 @@ from pathlib import Path
 import distributed_worker
 import pytest
 import torch
+from distributed_worker import has_teacher
+from plain_losses import features, plain_objective
 from training_helpers import assert_same, flags, load, train
 
 HERE = Path(__file__).parent
@@ -29,21 +31,82 @@ def torchrun(processes, *command, env=None):
     return done.stdout
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_gradients_are_those_of_one_process(world, tmp_path):
-    torchrun(world, str(HERE / "distributed_worker.py"), str(tmp_path))
-    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(world)]
-    for name, make in distributed_worker.MAKE.items():
-        expected = distributed_worker.gradients(make().double())
-        for local in (True, False):
-            found = [rank[name, local] for rank in ranks]
-            # DDP averages the parameters' gradients over ranks: so do these.
-            for key in ("images", "texts"):
-                joined = torch.cat([f[key] for f in found]) / world
-                torch.testing.assert_close(joined, expected[key], msg=f"{name} {local} {key}")
-            for key in expected.keys() - {"images", "texts"}:
-                mean = torch.stack([f[key] for f in found]).mean()
-                torch.testing.assert_close(mean, expected[key], msg=f"{name} {local} {key}")
+@pytest.fixture(scope="session", params=[1, 2, 3, 4])
+def ranks(request, tmp_path_factory):
+    """Results of every loss, flag and implementation on each of R ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun(request.param, str(HERE / "distributed_worker.py"), str(folder))
+    return [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(request.param)]
+
+
+def plain_gradients(name, *, world, local, with_grad):
+    """The whole batch in one process, by plain autograd, under open_clip's flags."""
+    _, keywords = distributed_worker.MAKE[name]
+    images, texts, *teacher = features(distributed_worker.COUNT, distributed_worker.WIDTH, seed=5)
+    images.requires_grad_(), texts.requires_grad_()
+    # The losses hold 3.9 as a float32.
+    scales = [torch.tensor(x).double().requires_grad_() for x in (3.0, 3.9)]
+    given = [x.exp() for x in scales[: 1 + has_teacher(name)]]
+    if has_teacher(name):
+        given.append(teacher)
+    alone = world if name == "otter-alone" and local else None
+    # With --local-loss alone a feature learns only from the direction in which it is a row.
+    detach = local and not with_grad and world > 1
+    value = sum(
+        plain_objective(images, texts, *given, **keywords, ranks=alone, detach_columns=detach)
+    )
+    value.backward()
+    found = {"images": images.grad, "texts": texts.grad, "value": value.detach()}
+    found["scale"] = scales[0].grad
+    if has_teacher(name):
+        found["distill_scale"] = scales[1].grad
+    return found
+
+
+@pytest.mark.parametrize(("local", "with_grad"), distributed_worker.FLAGS)
+@pytest.mark.parametrize("name", distributed_worker.MAKE)
+def test_gradients_are_those_of_one_process(ranks, name, local, with_grad):
+    world = len(ranks)
+    expected = plain_gradients(name, world=world, local=local, with_grad=with_grad)
+    for impl in distributed_worker.impls(name):
+        found = [rank[name, local, with_grad, impl] for rank in ranks]
+        # DDP averages the parameters' gradients over ranks: so do these. Without gathered gradients
+        # and local losses, open_clip leaves a factor of R to the learning rate.
+        share = 1 if not local and not with_grad else world
+        for key in ("images", "texts"):
+            joined = torch.cat([f[key] for f in found]) / share
+            torch.testing.assert_close(joined, expected[key], rtol=1e-6, atol=1e-9)
+        for key in expected.keys() - {"images", "texts"}:
+            mean = torch.stack([f[key] for f in found]).mean()
+            torch.testing.assert_close(mean, expected[key].double(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["ls", "kd", "otter", "otter-sharp", "otter-keep"])
+def test_what_a_step_sends(ranks, name):
+    """Numbers handed to torch.distributed by a rank; nothing of size B x N among them."""
+    world, (count, width) = len(ranks), (distributed_worker.COUNT, distributed_worker.WIDTH)
+    local = count // world
+    make, _ = distributed_worker.MAKE[name]
+    for impl in distributed_worker.impls(name):
+        calls = list(ranks[0][name, True, True, impl]["calls"])
+        if world == 1:
+            assert calls == []
+            continue
+        # Features: the texts with their gradient back, and the teacher's two sets.
+        to_all, to_owners = "all_gather_into_tensor", "all_to_all_single"
+        expected = [(to_all, local * width), (to_owners, count * width)]
+        norms = 1
+        if has_teacher(name):
+            expected += 2 * [(to_all, local * width)]
+            norms = 3
+        # The softmax normalisers of both terms and the plan's, once; each an all-reduce's two halves.
+        expected += [(to_owners, norms * count), (to_all, norms * local)]
+        iterations = getattr(make(), "iterations", 0)
+        if name == "otter-sharp":  # the log domain
+            expected += iterations * [(to_owners, 2 * count), (to_all, 2 * local)]
+        else:
+            expected += iterations * [("all_reduce", 2 * count)]
+        assert sorted(calls) == sorted(expected)
 
 
 @pytest.mark.parametrize("loss", ["infonce", "ls", "kd", "otter"])

@@ -159,7 +159,7 @@ def test_statistics_of_the_targets():
     images, texts, teacher_images, teacher_texts = (x.float() for x in features(24))
     loss = OtterLoss(iterations=1)
     loss(images, texts, torch.tensor(20.0), teacher_images, teacher_texts)
-    targets = torch.stack(loss.targets(teacher_images, teacher_texts))
+    targets, _ = loss.targets(teacher_images, teacher_texts)
     entropy = torch.special.entr(targets).sum(dim=-1).mean()
     torch.testing.assert_close(loss.target_statistics["target_entropy"], entropy)
     top_share = targets.amax(dim=-1).mean()
@@ -227,3 +227,11 @@ def test_a_single_pair_is_finite():
 def test_bad_settings_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_shapes_that_do_not_fit_are_named():
+    images, texts, *teacher = (x.float() for x in features(6))
+    with pytest.raises(ValueError, match=r"must both be \(B, D\), got \(6, 16\) and \(5, 16\)"):
+        OtterLoss()(images, texts[:5], torch.tensor(9.0), *teacher)
+    with pytest.raises(ValueError, match=r"must both be \(6, D'\).*got \(5, 16\) and \(5, 16\)"):
+        OtterLoss()(images, texts, torch.tensor(9.0), *(x[:5] for x in teacher))

@@ -16,10 +16,12 @@ import open_clip
 import torch
 from open_clip_train import params
 
+from otter_openclip.blocks import IMPLEMENTATIONS
 from otter_openclip.losses import OT_SCOPES
 
 LOSSES = ("clip", "infonce", "ls", "kd", "otter")
 TEACHER_LOSSES = ("kd", "otter")
+PAIR_LOSSES = ("ls", *TEACHER_LOSSES)
 TEACHER_MODES = ("train", "eval")
 
 
@@ -93,6 +95,15 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
         {
             "choices": OT_SCOPES,
             "help": "one transport problem over all ranks, or one per rank",
+        },
+    ),
+    "--loss-impl": (
+        PAIR_LOSSES,
+        "auto",
+        {
+            "choices": IMPLEMENTATIONS,
+            "help": "hold the loss's matrices, or compute them anew by blocks; auto holds them while "
+            "they take at most an eighth of the device's memory",
         },
     ),
     "--distill-T-t": (
@@ -247,6 +258,8 @@ def plugin_flags(prog: str) -> Iterator[None]:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that define the run's objective, as stored in a checkpoint."""
     used = {
-        _dest(f): getattr(args, _dest(f)) for f, (on, _, _) in _FLAGS.items() if args.loss in on
+        _dest(flag): getattr(args, _dest(flag))
+        for flag, (losses, _, _) in _FLAGS.items()
+        if args.loss in losses and flag != "--loss-impl"
     }
     return {"loss": args.loss, **used}

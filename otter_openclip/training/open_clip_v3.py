@@ -187,6 +187,7 @@ class _Run:
         }
         if args.loss == "infonce":
             return ClipLoss(cache_labels=True, **common)
+        common["impl"] = args.loss_impl
         if args.loss == "ls":
             return LabelSmoothingLoss(args.label_smoothing, **common)
         common |= {
