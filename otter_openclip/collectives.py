@@ -34,7 +34,7 @@ def all_reduce_logsumexp(log_sums: Tensor, world_size: int) -> Tensor:
     dist.all_to_all_single(mine, shares)
     total = torch.logsumexp(mine, dim=0)
     gathered = torch.empty_like(shares)
-    dist.all_gather_into_tensor(gathered.view(-1, columns // world_size), total)
+    dist.all_gather(list(gathered), total)
     return gathered.transpose(0, 1).reshape(count, columns)
 
 
@@ -60,7 +60,7 @@ def full_precision(features: Tensor) -> Tensor:
 
 def _gather(features: Tensor, world_size: int) -> Tensor:
     gathered = features.new_empty(world_size * len(features), *features.shape[1:])
-    dist.all_gather_into_tensor(gathered, features.contiguous())
+    dist.all_gather(list(gathered.chunk(world_size)), features.contiguous())
     return gathered
 
 

@@ -34,6 +34,9 @@ _UNIT_NORM = 1.01
 @contextlib.contextmanager
 def float32_math(device_type: str) -> Iterator[None]:
     """Leave autocast, and TF32 too: at a teacher scale of 100 its 1e-3 would be 10% of a target."""
+    if not torch.amp.is_autocast_available(device_type):
+        yield
+        return
     with torch.autocast(device_type, enabled=False):
         if device_type != "cuda":
             yield
@@ -252,26 +255,25 @@ def _gradients(
         for by_rows, by_columns, to_rows, to_columns in passes:
             for part, own in row_blocks(tile_part, total, rows.device):
                 block, out = tile[own], gradient[own]
-                out.zero_()
                 for i, weight in enumerate(weights):
-                    difference = torch.zeros_like(block)
-                    logits = block * scales[i]
-                    if by_rows:
-                        difference += (logits - row_norms[i, part, None]).exp_()
-                    if by_columns:
-                        difference += logits.sub_(column_norms[i]).exp_()
-                    if i == 0:
+                    difference = _predictions(
+                        block * scales[i],
+                        row_norms[i, part] if by_rows else None,
+                        column_norms[i] if by_columns else None,
+                    )
+                    if i == 1:
+                        difference -= plans.block(
+                            part, kernel_tile[own], rows=by_rows, columns=by_columns
+                        )
+                    else:
                         if elsewhere:
                             difference -= (by_rows + by_columns) * elsewhere
                         pairs = _own_pairs(difference, part, setting.offset)
                         pairs -= (by_rows + by_columns) * (on_pair - elsewhere)
-                    else:
-                        difference -= plans.block(
-                            part, kernel_tile[own], logits, rows=by_rows, columns=by_columns
-                        )
                     dot = torch.dot(difference.view(-1), block.reshape(-1))
                     scale_gradients[i] += dot * weight
-                    out += difference.mul_(weight * scales[i])
+                    difference.mul_(weight * scales[i])
+                    out.copy_(difference) if i == 0 else out.add_(difference)
             if to_rows:
                 torch.mm(gradient, columns, out=row_gradient[tile_part])
             if to_columns:
@@ -280,6 +282,16 @@ def _gradients(
     if plans is None:
         scale_gradients.append(None)
     return [row_gradient, column_gradient, *scale_gradients]
+
+
+def _predictions(logits: Tensor, row_norms: Tensor | None, column_norms: Tensor | None) -> Tensor:
+    """Softmax of ``logits`` by rows and/or by columns, summed; spends ``logits``."""
+    if column_norms is None:
+        return logits.sub_(row_norms[:, None]).exp_()
+    by_columns = (logits - column_norms).exp_()
+    return (
+        by_columns if row_norms is None else by_columns.add_(_predictions(logits, row_norms, None))
+    )
 
 
 def _plans(teacher: TeacherFeatures, setting: Setting, keep: bool) -> ScalingPlans | LogPlans:

@@ -85,10 +85,8 @@ class _Plans:
         """Take the whole's column sums."""
         raise NotImplementedError
 
-    def block(
-        self, part: slice, kernel: Tensor, out: Tensor, *, rows: bool, columns: bool
-    ) -> Tensor:
-        """Entries of the row plan and/or the (transposed) column plan, summed, into ``out``."""
+    def block(self, part: slice, kernel: Tensor, *, rows: bool, columns: bool) -> Tensor:
+        """Entries of the row plan and/or the (transposed) column plan, summed."""
         raise NotImplementedError
 
 
@@ -175,16 +173,15 @@ class ScalingPlans(_Plans):
             self._column_sums = log_column_sums.exp()
             self.column_terms /= self._column_sums
 
-    def block(
-        self, part: slice, kernel: Tensor, out: Tensor, *, rows: bool, columns: bool
-    ) -> Tensor:
+    def block(self, part: slice, kernel: Tensor, *, rows: bool, columns: bool) -> Tensor:
         """See the base class."""
-        out.zero_()
+        of_rows = self._row_sums[part].reciprocal(), self.column_scaling
+        if not columns:
+            return torch.outer(*of_rows).mul_(kernel)
+        scaling = torch.outer(self._columns_rows[part], self._column_sums.reciprocal())
         if rows:
-            out.addr_(self._row_sums[part].reciprocal(), self.column_scaling)
-        if columns:
-            out.addr_(self._columns_rows[part], self._column_sums.reciprocal())
-        return out.mul_(kernel)
+            scaling.addr_(*of_rows)
+        return scaling.mul_(kernel)
 
 
 class LogPlans(_Plans):
@@ -278,18 +275,15 @@ class LogPlans(_Plans):
             )
             self._column_sums = log_column_sums
 
-    def block(
-        self, part: slice, kernel: Tensor, out: Tensor, *, rows: bool, columns: bool
-    ) -> Tensor:
+    def block(self, part: slice, kernel: Tensor, *, rows: bool, columns: bool) -> Tensor:
         """See the base class."""
-        out.zero_()
+        plan = None
         if rows:
-            shift = self.column_potential - self._row_sums[part, None]
-            out.add_(shift.add_(kernel).exp_())
+            plan = (kernel + self.column_potential).sub_(self._row_sums[part, None]).exp_()
         if columns:
-            shift = self._columns_rows[part, None] - self._column_sums
-            out.add_(shift.add_(kernel).exp_())
-        return out
+            of_columns = (kernel + self._columns_rows[part, None]).sub_(self._column_sums).exp_()
+            plan = of_columns if plan is None else plan.add_(of_columns)
+        return plan
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def counted():
 
     def wrap(name, stock):
         def call(*args, **keywords):
-            given = args[name.startswith("all_gather") or name == "all_to_all_single"]
+            given = args[name in ("all_gather", "all_to_all_single")]
             given = given if isinstance(given, list | tuple) else [given]
             calls.append((name, sum(x.numel() for x in given)))
             return stock(*args, **keywords)

@@ -93,7 +93,7 @@ def test_what_a_step_sends(ranks, name):
             assert calls == []
             continue
         # Features: the texts with their gradient back, and the teacher's two sets.
-        to_all, to_owners = "all_gather_into_tensor", "all_to_all_single"
+        to_all, to_owners = "all_gather", "all_to_all_single"
         expected = [(to_all, local * width), (to_owners, count * width)]
         norms = 1
         if has_teacher(name):

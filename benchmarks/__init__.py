@@ -1,0 +1,1 @@
+"""Measurements: ``python -m benchmarks.loss``, ``.step``, ``.scaling``; each compares side by side."""

@@ -1,0 +1,160 @@
+"""A whole training step of ``--loss otter`` against ``--loss clip``, in turn in one process.
+
+Both are what the training command runs for a batch that is already on the device: forward under its
+autocast, loss, backward, optimizer and, for OTTER, the EMA teacher. The floor is 4/3: a step of CLIP is
+about three forwards, and the teacher adds one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.loss import ClipLoss
+from open_clip_train.precision import get_autocast
+
+from benchmarks import common
+from otter_openclip import EmaTeacher, OtterLoss
+from otter_openclip.training.wrapper import StudentWithTeacher
+
+
+class Step:
+    """One model trained with one loss."""
+
+    def __init__(self, loss: str, name: str, batch: int, device: str, precision: str) -> None:
+        torch.manual_seed(0)
+        model = open_clip.create_model(name, device=device, output_dict=True)
+        size = model.visual.image_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        self.images = torch.randn(batch, 3, height, width, device=device)
+        self.texts = torch.randint(1, 400, (batch, model.context_length), device=device)
+        self.autocast = get_autocast(precision, device_type=torch.device(device).type)
+        parameters = list(model.parameters())
+        self.teacher = None
+        if loss == "otter":
+            self.loss = OtterLoss().to(device)
+            parameters += self.loss.parameters()
+            self.teacher = EmaTeacher(model)
+            self.model = StudentWithTeacher(model, self.teacher.module)
+        else:
+            self.loss, self.model = ClipLoss(), model
+        self.student = model
+        self.model.train()
+        self.optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
+
+    def forward(self) -> torch.Tensor:
+        """Loss of the batch."""
+        with self.autocast():
+            return sum(self.loss(**self.model(self.images, self.texts), output_dict=True).values())
+
+    def __call__(self) -> None:
+        """Train one step."""
+        self.optimizer.zero_grad()
+        self.forward().backward()
+        self.optimizer.step()
+        if self.teacher is not None:
+            self.teacher.update(self.student)
+        with torch.no_grad():
+            self.student.logit_scale.clamp_(0, math.log(100))
+
+    def parts(self) -> dict[str, Callable[[], Any]]:
+        """What OTTER adds to a step, piece by piece."""
+        features = [torch.randn(len(self.images), 512, device=self.images.device) for _ in range(4)]
+        features = [torch.nn.functional.normalize(x, dim=1).requires_grad_() for x in features]
+        scale = torch.tensor(14.0, device=self.images.device)
+
+        def teach() -> None:
+            with self.autocast(), torch.no_grad():
+                self.teacher.module(self.images, self.texts)
+
+        def student() -> None:
+            with self.autocast(), torch.no_grad():
+                self.student(self.images, self.texts)
+
+        return {
+            "teacher forward": teach,
+            "student forward, no gradient": student,
+            "loss": lambda: sum(self.loss(*features[:2], scale, *features[2:])).backward(),
+            "EMA update": lambda: self.teacher.update(self.student),
+        }
+
+
+def compare(
+    name: str, batch: int, rounds: int, device: str, precision: str
+) -> list[dict[str, Any]]:
+    """Rows for the two steps and for OTTER's additions."""
+    steps = {loss: Step(loss, name, batch, device, precision) for loss in ("clip", "otter")}
+    seconds = common.paired(dict(steps), rounds, device, f"{name}, steps")
+    parts = common.paired(steps["otter"].parts(), rounds, device, f"{name}, parts")
+    clip = statistics.median(seconds["clip"])
+    rows = [
+        {
+            "model": name,
+            "batch": batch,
+            "what": f"step, --loss {loss}",
+            "seconds": statistics.median(seconds[loss]),
+            "of clip": common.ratio(seconds[loss], seconds["clip"]),
+        }
+        for loss in steps
+    ]
+    for part, taken in parts.items():
+        median = statistics.median(taken)
+        rows.append(
+            {
+                "model": name,
+                "batch": batch,
+                "what": part,
+                "seconds": median,
+                "of clip": median / clip,
+            }
+        )
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Any) -> None:
+    """Step times as bars, by model."""
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    shown = ["step, --loss clip", "step, --loss otter", "teacher forward", "loss", "EMA update"]
+    for i, what in enumerate(shown):
+        values = [
+            next(r["of clip"] for r in rows if (r["model"], r["what"]) == (m, what)) for m in models
+        ]
+        bars = axis.bar([m + 0.16 * (i - 2) for m in range(len(models))], values, 0.15, label=what)
+        axis.bar_label(bars, fmt="%.2f", fontsize=8)
+    axis.axhline(4 / 3, color="grey", linestyle=":", label="floor, 4/3")
+    axis.set_xticks(range(len(models)), models)
+    axis.set_ylabel("of a step of --loss clip")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Print the table, write JSON and a picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["RN50", "ViT-B-32"])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--name", default="step", help="of the files in benchmarks/results")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in args.models:
+        rows += compare(name, args.batch, args.rounds, args.device, args.precision)
+    print(common.table(rows))
+    results = {"machine": common.machine(args.device), "precision": args.precision, "step": rows}
+    path = common.save(args.name, results)
+    draw(rows, path.with_suffix(".png"))
+    print(f"Wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
