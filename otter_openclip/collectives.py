@@ -65,10 +65,11 @@ def _gather(features: Tensor, world_size: int) -> Tensor:
 
 
 def gather_rows(features: Tensor, world_size: int, *, with_grad: bool = False) -> Tensor:
-    """Concatenate every rank's (B, D) into (N, D) in full precision, sent as they are.
+    """Concatenate every rank's (B, D) into (N, D).
 
-    With a gradient, the sum over ranks of what each did with a rank's features comes back to it.
+    With a gradient, the result is in full precision, and the sum over ranks of what each did with a
+    rank's features comes back to it.
     """
     if with_grad:
         return _GatherRows.apply(features, world_size)
-    return full_precision(_gather(features.detach(), world_size))
+    return _gather(features.detach(), world_size)

@@ -110,8 +110,7 @@ class _PairLoss(ClipLoss):
                     teacher = self._gather_both(*teacher, local_loss=True, with_grad=False)
             images, texts = full_precision(images), full_precision(texts)
             if teacher is not None:
-                images_texts = tuple(map(full_precision, teacher))
-                teacher = self._teacher(images_texts, images_texts)
+                teacher = self._teacher(teacher, teacher)
             return self._objective(images, texts, scale, distill_scale, teacher, Setting())
 
     def _sharded(
@@ -126,7 +125,7 @@ class _PairLoss(ClipLoss):
         all_texts = gather_rows(texts, self.world_size, with_grad=True)
         if teacher is not None:
             everyone = tuple(gather_rows(x, self.world_size) for x in teacher)
-            teacher = self._teacher(tuple(map(full_precision, teacher)), everyone)
+            teacher = self._teacher(teacher, everyone)
         setting = Setting(
             offset=self.rank * len(images),
             world_size=self.world_size,
@@ -150,16 +149,15 @@ class _PairLoss(ClipLoss):
         images, texts, all_images, all_texts = map(
             full_precision, (images, texts, all_images, all_texts)
         )
-        mine = tuple(map(full_precision, teacher))
         everyone = tuple(gather_rows(x, self.world_size) for x in teacher)
         setting = Setting(offset=self.rank * len(images), both=False)
         of_texts = self._objective(
             *(texts, all_images, scale, distill_scale),
-            self._teacher(mine, everyone, of_texts=True),
+            self._teacher(teacher, everyone, of_texts=True),
             setting,
         )
         of_images = self._objective(
-            images, all_texts, scale, distill_scale, self._teacher(mine, everyone), setting
+            images, all_texts, scale, distill_scale, self._teacher(teacher, everyone), setting
         )
         return of_images[0] + of_texts[0], of_images[1] + of_texts[1]
 
@@ -370,7 +368,7 @@ class DistillationLoss(_PairLoss):
             dist_text_features: (B, D') teacher features.
         """
         with float32_math(dist_image_features.device.type):
-            mine = tuple(map(full_precision, (dist_image_features, dist_text_features)))
+            mine = (dist_image_features, dist_text_features)
             everyone, rows = mine, slice(None)
             if self.world_size > 1:
                 everyone = tuple(gather_rows(x, self.world_size) for x in mine)
@@ -395,7 +393,10 @@ class DistillationLoss(_PairLoss):
         coefs = (self.vv_coef, self.tt_coef)
         if of_texts:
             mine, everyone, coefs = mine[::-1], everyone[::-1], coefs[::-1]
-        return TeacherFeatures(*mine, *everyone, *coefs, **self._targets_setting())
+        given = tuple(x.contiguous() for x in (*mine, *everyone))
+        compact = given if given[0].dtype in (torch.float16, torch.bfloat16) else None
+        full = map(full_precision, given)
+        return TeacherFeatures(*full, compact, *coefs, **self._targets_setting())
 
     def _targets_setting(self) -> dict[str, Any]:
         return {"epsilon": 1 / self.teacher_scale, "iterations": 0, "remove_diagonal": False}

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -55,13 +57,15 @@ class TeacherFeatures:
 
     The similarity of row i and column j is ``own_coef own_i own_j + other_coef other_i other_j +
     own_i other_j``, ``own`` being the rows' modality. Targets are ``iterations`` of Sinkhorn on
-    ``exp(similarity / epsilon)``, rows normalised; without iterations, its softmax.
+    ``exp(similarity / epsilon)``, rows normalised; without iterations, its softmax. ``compact`` are the
+    same four features in the half precision they came in, if they did.
     """
 
     own_rows: Tensor
     other_rows: Tensor
     own_columns: Tensor
     other_columns: Tensor
+    compact: tuple[Tensor, Tensor, Tensor, Tensor] | None
     own_coef: float
     other_coef: float
     epsilon: float
@@ -298,7 +302,8 @@ def _plans(teacher: TeacherFeatures, setting: Setting, keep: bool) -> ScalingPla
     """Solve the plans of both directions over the teacher's kernel."""
     count, total = len(teacher.own_rows), len(teacher.own_columns)
     bound = teacher.log_bound()
-    scaling = bound <= MAX_LOG_BOUND
+    kernels = None if keep or teacher.iterations == 0 else _kernels_for(teacher)
+    scaling = bound <= MAX_LOG_BOUND and kernels is None
     removed = teacher.remove_diagonal and total > 1
 
     def fill(tile_part: slice, out: Tensor) -> None:
@@ -312,11 +317,35 @@ def _plans(teacher: TeacherFeatures, setting: Setting, keep: bool) -> ScalingPla
             _own_pairs(out, tile_part, setting.offset).fill_(0.0 if scaling else LOG_ZERO)
 
     tiles = RowTiles(fill, count, total, teacher.own_rows, keep=keep)
-    plans = (ScalingPlans if scaling else LogPlans)(
-        tiles, teacher.own_rows, both=setting.both, world_size=setting.world_size
-    )
+    keywords: dict[str, Any] = {"both": setting.both, "world_size": setting.world_size}
+    form = ScalingPlans if scaling else LogPlans
+    if kernels is not None:
+        form = kernels.TritonPlans
+        keywords |= {
+            "rows": teacher.compact[:2],
+            "columns": teacher.compact[2:],
+            "coefs": tuple(
+                c / teacher.epsilon for c in (teacher.own_coef, teacher.other_coef, 1.0)
+            ),
+            "shift": bound,
+            "diagonal": setting.offset if removed else None,
+        }
+    plans = form(tiles, teacher.own_rows, **keywords)
     plans.solve(teacher.iterations)
     return plans
+
+
+def _kernels_for(teacher: TeacherFeatures) -> ModuleType | None:
+    """The Triton kernels, for half-precision features on a GPU where they work."""
+    device = teacher.own_rows.device
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if teacher.compact is None or not (device.type == "cuda" or interpreted):
+        return None
+    try:
+        from otter_openclip import kernels
+    except ImportError:  # no Triton
+        return None
+    return kernels if kernels.works(device) else None
 
 
 def _together(

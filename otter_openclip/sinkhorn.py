@@ -30,7 +30,7 @@ MAX_LOG_BOUND = 30.0
 # Log of "no mass": finite, so that 0 * log 0 is 0.
 LOG_ZERO = -1e30
 # A column without any mass gets a potential, or a scaling, that leaves no mass at none.
-_LOG_EMPTY = -1e29
+LOG_EMPTY = -1e29
 _EMPTY = 1e-33
 
 
@@ -196,7 +196,7 @@ class LogPlans(_Plans):
         self._columns_rows = self._like.new_zeros(rows)  # log w'
         self._row_sums = self._like.new_empty(rows)  # log K w
         # log K^T w' is collected relative to its largest term so far, as are the columns' terms.
-        self._largest = self._like.new_full((columns,), _LOG_EMPTY)
+        self._largest = self._like.new_full((columns,), LOG_EMPTY)
         self._column_sums = self._like.new_zeros(columns)
 
     def solve(self, iterations: int) -> None:
@@ -216,7 +216,7 @@ class LogPlans(_Plans):
                     for total, potential in zip(sums, potentials, strict=True):
                         block = torch.logsumexp(log_kernel + potential[:, None], dim=0)
                         torch.logaddexp(total, block, out=total)
-            sums = -all_reduce_logsumexp(sums, self.world_size).clamp_min_(_LOG_EMPTY)
+            sums = -all_reduce_logsumexp(sums, self.world_size).clamp_min_(LOG_EMPTY)
             self.column_potential = sums[0]
             if self.both:
                 self._columns_own = sums[1]
@@ -268,7 +268,7 @@ class LogPlans(_Plans):
             mass = (self.row_potential + self._row_sums).exp() * self._mass_ratio
             self.marginal_error = (mass - 1).abs().mean()
         if log_column_sums is not None:
-            log_column_sums = log_column_sums.clamp_min(_LOG_EMPTY)
+            log_column_sums = log_column_sums.clamp_min(LOG_EMPTY)
             share = (self._largest - log_column_sums).exp()
             self.column_terms = share * (
                 self.column_terms + (self._largest - log_column_sums) * self._column_sums
