@@ -153,22 +153,26 @@ def draw(results: dict[str, Any], path: Any) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    sent = results["sent"]
-    for key in ("plain MB", "ours MB", "ours with features MB"):
-        axes[0].plot([r["R"] for r in sent], [r[key] for r in sent], "o-", label=key[:-3])
-    axes[0].set(yscale="log", ylabel="MB sent by a rank in a step", title=f"N = {sent[0]['N']}")
-    held = results.get("held", [])
+    labels = {
+        "plain MB": "plain, features aside",
+        "ours MB": "OtterLoss, features aside",
+        "ours with features MB": "OtterLoss, all",
+    }
+    sent, held = results["sent"], results.get("held", [])
+    for key, label in labels.items():
+        axes[0].plot([r["R"] for r in sent], [r[key] for r in sent], "o-", label=label)
+    axes[0].set(yscale="log", ylabel="MB sent by a rank in a step")
     for key in ("plain MB", "dense MB", "streaming MB"):
         axes[1].plot([r["R"] for r in held], [r[key] for r in held], "o-", label=key[:-3])
-    if held:
-        axes[1].set(yscale="log", ylabel="peak MB added on a rank", title=f"N = {held[0]['N']}")
-    for axis in axes:
-        axis.set(xscale="log", xlabel="ranks R")
-        ticks = [row["R"] for row in sent + held]
-        axis.set_xticks(sorted(set(ticks)), [str(r) for r in sorted(set(ticks))])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    axes[1].set(ylim=(0, None), ylabel="peak MB added on a rank")
+    for axis, rows in zip(axes, (sent, held), strict=True):
+        if rows:
+            ticks = [row["R"] for row in rows]
+            axis.set(xscale="log", xlabel="ranks R", title=f"total batch N = {rows[0]['N']}")
+            axis.set_xticks(ticks, [str(r) for r in ticks])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 

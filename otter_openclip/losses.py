@@ -330,7 +330,8 @@ class DistillationLoss(_PairLoss):
             image_features: (B, D) unit-norm student features.
             text_features: (B, D) unit-norm student features.
             logit_scale: scalar, already exponentiated.
-            dist_image_features: (B, D') teacher features, of unit norm or not; no gradient.
+            dist_image_features: (B, D') teacher features, unit norm; no gradient goes there. On a CPU
+                norms are measured and any will do; on a GPU much longer ones overflow.
             dist_text_features: (B, D') likewise.
             dist_logit_scale: ignored; open_clip's loop passes the teacher's.
             output_dict: return ``{"contrastive_loss": ..., "distill_loss": ...}`` instead of a tuple.

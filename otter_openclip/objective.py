@@ -251,7 +251,10 @@ def _gradients(
     else:
         passes = [(True, False, True, False), (False, True, False, True)]
     on_pair, elsewhere = _smoothed(setting.smoothing, total)
-    row_gradient, column_gradient = torch.empty_like(rows), torch.zeros_like(columns)
+    row_gradient, column_gradient = (
+        torch.zeros_like(x) if needed else None  # a frozen tower's costs nothing
+        for x, needed in zip((rows, columns), ctx.needs_input_grad, strict=False)
+    )
     scale_gradients = [rows.new_zeros((), dtype=torch.float64) for _ in weights]
     tile_gradient = cosines.empty_tile()
     for tile_part, tile, kernel_tile in _together(cosines, plans):
@@ -278,9 +281,9 @@ def _gradients(
                     scale_gradients[i] += dot * weight
                     difference.mul_(weight * scales[i])
                     out.copy_(difference) if i == 0 else out.add_(difference)
-            if to_rows:
+            if to_rows and row_gradient is not None:
                 torch.mm(gradient, columns, out=row_gradient[tile_part])
-            if to_columns:
+            if to_columns and column_gradient is not None:
                 column_gradient.addmm_(gradient.T, rows[tile_part])
     scale_gradients = [g.to(s.dtype) for g, s in zip(scale_gradients, scales, strict=False)]
     if plans is None:
