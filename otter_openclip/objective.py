@@ -172,32 +172,7 @@ class _Objective(torch.autograd.Function):
         plans = None if teacher is None else _plans(teacher, setting, keep)
         scales = [scale] if plans is None else [scale, distill_scale]
 
-        row_norms = rows.new_empty(len(scales), count)
-        column_norms = rows.new_full((len(scales), total), -math.inf)
-        own_cosines = rows.new_empty(count)
-        for tile_part, tile, kernel_tile in _together(cosines, plans):
-            for part, own in row_blocks(tile_part, total, rows.device):
-                block = tile[own]
-                own_cosines[part] = _own_pairs(block, part, setting.offset)
-                for i, s in enumerate(scales):
-                    logits = block * s
-                    row_norms[i, part] = torch.logsumexp(logits, dim=1)
-                    if setting.both:
-                        torch.logaddexp(
-                            column_norms[i], torch.logsumexp(logits, dim=0), out=column_norms[i]
-                        )
-                if plans is not None:
-                    plans.add(part, kernel_tile[own], logits)
-        if setting.both:
-            sums = (
-                [column_norms] if plans is None else [column_norms, plans.log_column_sums()[None]]
-            )
-            sums = all_reduce_logsumexp(torch.cat(sums), setting.world_size)
-            column_norms = sums[: len(scales)]
-            if plans is not None:
-                plans.finish(sums[-1])
-        elif plans is not None:
-            plans.finish(None)
+        row_norms, column_norms, own_cosines = _collect(cosines, plans, scales, setting, like=rows)
 
         mine = slice(setting.offset, setting.offset + count)
         norms = row_norms.double().sum(dim=1)
@@ -232,6 +207,47 @@ class _Objective(torch.autograd.Function):
         with float32_math(rows.device.type):
             gradients = _gradients(ctx, rows, columns, [scale, distill_scale], upstream)
         return (*gradients, None, None, None)
+
+
+def _collect(
+    cosines: RowTiles,
+    plans: ScalingPlans | LogPlans | None,
+    scales: list[Tensor],
+    setting: Setting,
+    like: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward pass over the blocks; the plans are finished by it.
+
+    Returns:
+        Log normalisers of the softmaxes by rows (K, B) and by columns (K, N), for the K scales, and the
+        pairs' own cosines (B,).
+    """
+    count, total = cosines.rows, cosines.columns
+    row_norms = like.new_empty(len(scales), count)
+    column_norms = like.new_full((len(scales), total), -math.inf)
+    own_cosines = like.new_empty(count)
+    for tile_part, tile, kernel_tile in _together(cosines, plans):
+        for part, own in row_blocks(tile_part, total, like.device):
+            block = tile[own]
+            own_cosines[part] = _own_pairs(block, part, setting.offset)
+            for i, s in enumerate(scales):
+                logits = block * s
+                row_norms[i, part] = torch.logsumexp(logits, dim=1)
+                if setting.both:
+                    torch.logaddexp(
+                        column_norms[i], torch.logsumexp(logits, dim=0), out=column_norms[i]
+                    )
+            if plans is not None:
+                plans.add(part, kernel_tile[own], logits)
+    if setting.both:
+        sums = [column_norms] if plans is None else [column_norms, plans.log_column_sums()[None]]
+        sums = all_reduce_logsumexp(torch.cat(sums), setting.world_size)
+        column_norms = sums[: len(scales)]
+        if plans is not None:
+            plans.finish(sums[-1])
+    elif plans is not None:
+        plans.finish(None)
+    return row_norms, column_norms, own_cosines
 
 
 def _gradients(
