@@ -5,6 +5,7 @@ import torch
 from plain_losses import features
 
 from otter_openclip import OtterLoss, blocks, kernels
+from otter_openclip.sinkhorn import LOG_ZERO, LogPlans
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +73,31 @@ def test_a_kernel_that_does_not_run_or_errs_is_not_used(monkeypatch, caplog):
     images, texts, *teacher = (x.bfloat16() for x in features(20))
     terms = OtterLoss(impl="streaming")(images, texts, torch.tensor(9.0), *teacher)
     assert sum(terms).isfinite()
+
+
+@pytest.mark.parametrize("offset", [0, 16, 32])
+def test_a_shard_of_the_rows(offset):
+    """Rows that are not the first: each one's own pair lies ``offset`` to the right."""
+    _, _, images, texts = (x.half() for x in features(48, 8))
+    mine = (images[offset : offset + 16], texts[offset : offset + 16])
+    log_kernel = mine[0].float() @ images.float().T * 0.5 + mine[1].float() @ texts.float().T * 2.0
+    log_kernel += mine[0].float() @ texts.float().T - 3.0
+    log_kernel[:, offset : offset + 16].fill_diagonal_(LOG_ZERO)
+    tiles = blocks.RowTiles(
+        lambda part, out: out.copy_(log_kernel[part]), 16, 48, log_kernel, keep=True
+    )
+    expected = LogPlans(tiles, log_kernel, both=True)
+    found = kernels.TritonPlans(
+        *(tiles, log_kernel),
+        rows=mine,
+        columns=(images, texts),
+        coefs=(0.5, 2.0, 1.0),
+        shift=3.0,
+        diagonal=offset,
+        both=True,
+    )
+    expected.solve(4), found.solve(4)
+    for name in ("column_potential", "row_potential", "_columns_own", "_columns_rows"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4, msg=name
+        )

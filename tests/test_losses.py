@@ -136,14 +136,18 @@ def test_any_lambda_norm_and_duplicates(epsilon, teacher_norm):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loss", [LabelSmoothingLoss(0.1), DistillationLoss(), OtterLoss()])
 def test_autocast_around_it_changes_nothing(loss, dtype):
-    images, texts, teacher_images, teacher_texts = (x.to(dtype) for x in features(32))
-    inputs = (images, texts, torch.tensor(30.0), teacher_images, teacher_texts)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = loss(*inputs, output_dict=True)
-    outside = loss(*(x.float() for x in inputs), output_dict=True)
-    for name, value in inside.items():
-        assert value.dtype == torch.float32
-        torch.testing.assert_close(value, outside[name])
+    images, texts, *teacher = (x.to(dtype) for x in features(32))
+    results = []
+    for autocast, kind in ((True, dtype), (False, torch.float32)):
+        leaf = images.to(kind, copy=True).requires_grad_()
+        rest = (x.to(kind) for x in (texts, torch.tensor(30.0), *teacher))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            terms = loss(leaf, *rest, output_dict=True)
+            (gradient,) = torch.autograd.grad(sum(terms.values()), leaf)
+        assert all(value.dtype == torch.float32 for value in terms.values())
+        results.append([*terms.values(), gradient.to(dtype)])
+    for inside, outside in zip(*results, strict=True):
+        torch.testing.assert_close(inside, outside, rtol=1e-6, atol=1e-9)
 
 
 def test_the_pair_itself_gets_no_mass_unless_asked():
