@@ -71,15 +71,17 @@ def _resident(key: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
 
 
-def peak_here(call: Callable[[], Any]) -> dict[str, int]:
-    """Bytes at the peak of ``call`` in this process: added by it, and in all."""
+def peak_here(call: Callable[[], Any]) -> dict[str, float]:
+    """Bytes at the peak of ``call`` in this process: added by it, and in all; and its seconds."""
     ctypes.CDLL(None).malloc_trim(0)
     before = _resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # start the peak anew
+    start = time.perf_counter()
     call()
+    seconds = time.perf_counter() - start
     peak = _resident("VmHWM")
-    return {"added": peak - before, "process": peak}
+    return {"added": peak - before, "process": peak, "seconds": seconds}
 
 
 def _measure(function: Callable[..., Callable[[], Any]], args: tuple, queue: Any) -> None:
@@ -94,9 +96,12 @@ def peak_memory(
         call = function(*args)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
         call()
+        synchronize(device)
+        seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated()
-        return {"added": peak - before, "process": peak}
+        return {"added": peak - before, "process": peak, "seconds": seconds}
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_measure, args=(function, args, queue))

@@ -63,6 +63,10 @@ class StudentWithTeacher(nn.Module):
         super().__init__()
         self.student = student
         self.teacher = teacher
+        if teacher is not None:
+            # Under no_grad nothing is recorded; but torch multiplies a (batch, length, width) input by
+            # a weight in one product only if the weight asks for a gradient.
+            teacher.requires_grad_(True)
         self._teacher_forward = teacher if teacher_forward is None else teacher_forward
         self._train_teacher = train_teacher
         self._accum_freq = accum_freq
