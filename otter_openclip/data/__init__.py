@@ -1,0 +1,25 @@
+"""Turn data sets as downloaded into webdataset shards, for evaluation and for training."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommands to ``parser``."""
+    from otter_openclip.data import imagenet10k, open_images
+
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="DATASET")
+    for name, module, summary in (
+        ("open-images", open_images, "Google Open Images' test split, for zero-shot evaluation"),
+        ("imagenet10k", imagenet10k, "Tencent ML-Images' ImageNet part, for zero-shot evaluation"),
+    ):
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run_data=module.main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the subcommand; returns its exit code."""
+    args.command = f"data {args.data_command}"  # for error messages
+    return args.run_data(args)

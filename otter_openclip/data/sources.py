@@ -1,0 +1,314 @@
+"""Where image files are: folders, tars, zips, and what img2dataset wrote.
+
+A *locator* says where one image's bytes are, in JSON: a list of strings is a file, under the first of
+these paths that exists; a list of four integers is (archive, offset, size, how) inside an archive of the
+build's list. Archives are read by offset, so any worker can read any image.
+"""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import glob
+import gzip
+import json
+import lzma
+import os
+import shutil
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+import braceexpand
+import numpy as np
+from tqdm import tqdm
+
+from otter_openclip.data.files import replacing
+from otter_openclip.data.images import UndecodableImageError
+from otter_openclip.data.pool import parallel_map
+
+Locator = list[str] | list[int]
+
+ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", "")
+)
+_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_ZSTANDARD = b"\x28\xb5\x2f\xfd"
+_RAW, _ZIP_STORED, _ZIP_DEFLATED = range(3)
+_ZIP_LOCAL_HEADER = 30
+
+
+class Member(NamedTuple):
+    """One file of an archive; ``how`` says how its bytes are stored."""
+
+    name: str
+    offset: int
+    size: int
+    how: int
+
+
+def expand(paths: Iterable[str]) -> tuple[list[Path], list[Path]]:
+    """Split arguments into folders and archives.
+
+    Braces and wildcards are expanded, and a folder that holds archives stands for them too.
+
+    Returns:
+        (folders, archives), absolute, archives of a folder sorted by name.
+
+    Raises:
+        FileNotFoundError: if one of them is not there.
+        ValueError: if a file is not an archive.
+    """
+    folders, archives = [], []
+    for pattern in paths:
+        for text in braceexpand.braceexpand(str(pattern)):
+            found = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
+            if not found:
+                raise FileNotFoundError(f"nothing matches {text}")
+            for name in found:
+                path = Path(os.path.abspath(name))
+                if path.is_dir():
+                    folders.append(path)
+                    archives += sorted(p for p in path.iterdir() if is_archive(p))
+                elif not path.exists():
+                    raise FileNotFoundError(f"{path}: no such folder or archive")
+                elif is_archive(path):
+                    archives.append(path)
+                else:
+                    raise ValueError(
+                        f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)})"
+                    )
+    return folders, list(dict.fromkeys(archives))
+
+
+def is_archive(path: Path) -> bool:
+    """Whether the name is a tar's or zip's and it is a file."""
+    return path.name.endswith(ARCHIVE_SUFFIXES) and path.is_file()
+
+
+def read(locator: Locator, archives: Sequence[str]) -> bytes:
+    """The bytes at ``locator``.
+
+    Raises:
+        FileNotFoundError: if none of a file's paths exists.
+        UndecodableImageError: if the archive is shorter than its index says or a zip member is damaged.
+    """
+    if isinstance(locator[0], str):
+        for path in locator:
+            try:
+                with open(path, "rb") as file:
+                    return file.read()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        raise FileNotFoundError(str(locator[0]))
+    archive, offset, size, how = locator
+    descriptor = _archive_file(archives[archive]).fileno()
+    if how != _RAW:
+        header = _pread(descriptor, _ZIP_LOCAL_HEADER, offset)
+        name_length, extra_length = struct.unpack_from("<HH", header, 26)
+        offset += _ZIP_LOCAL_HEADER + name_length + extra_length
+    content = _pread(descriptor, size, offset)
+    if how != _ZIP_DEFLATED:
+        return content
+    try:
+        return zlib.decompress(content, -zlib.MAX_WBITS)
+    except zlib.error as error:
+        raise UndecodableImageError(f"damaged zip member: {error}") from error
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    content = os.pread(descriptor, size, offset)
+    if len(content) != size:
+        raise UndecodableImageError(f"its archive ends after {len(content)} of {size} bytes")
+    return content
+
+
+@functools.lru_cache(maxsize=64)
+def _archive_file(path: str) -> BinaryIO:
+    return open(path, "rb")  # closed when it falls out of the cache
+
+
+def members(path: Path) -> Iterator[Member]:
+    """The files of an uncompressed tar (tars inside it included, as ImageNet's) or a zip.
+
+    Raises:
+        OSError: if it is damaged or compressed in a way that does not allow reading by offset.
+    """
+    if path.name.endswith(".zip"):
+        yield from _zip_members(path)
+        return
+    with open(path, "rb") as file:
+        if not file.read(1):
+            return  # a tar of no bytes holds no files; whoever needs them reports them missing
+        file.seek(0)
+        try:
+            yield from _tar_members(file)
+        except tarfile.TarError as error:
+            raise OSError(
+                f"{path}: damaged or cut short ({error}); download or write it again"
+            ) from error
+
+
+def _tar_members(file: BinaryIO) -> Iterator[Member]:
+    # tarfile takes the file's position as its start, so offsets are the outer file's throughout.
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (entry := tar.next()) is not None:
+            tar.members.clear()  # or it keeps all
+            if not entry.isreg():
+                continue
+            if entry.name.endswith(".tar"):
+                file.seek(entry.offset_data)
+                for member in _tar_members(file):
+                    if member.offset + member.size > entry.offset_data + entry.size:
+                        raise tarfile.ReadError(f"{entry.name} inside it is cut short")
+                    yield member
+            else:
+                yield Member(entry.name, entry.offset_data, entry.size, _RAW)
+
+
+def _zip_members(path: Path) -> Iterator[Member]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise OSError(f"{path}: damaged or cut short ({error}); download it again") from error
+    how = {zipfile.ZIP_STORED: _ZIP_STORED, zipfile.ZIP_DEFLATED: _ZIP_DEFLATED}
+    for entry in entries:
+        if entry.is_dir():
+            continue
+        if entry.compress_type not in how or entry.flag_bits & 1:
+            raise OSError(
+                f"{path}: {entry.filename} is encrypted or compressed with method "
+                f"{entry.compress_type}; unpack the zip and give the folder"
+            )
+        yield Member(
+            entry.filename, entry.header_offset, entry.compress_size, how[entry.compress_type]
+        )
+
+
+def unpacked(archives: Sequence[Path], folder: Path) -> list[Path]:
+    """The archives with compressed tars replaced by tars in ``folder`` that can be read by offset.
+
+    Needs the room of the uncompressed tars there.
+
+    Raises:
+        OSError: if one is damaged or its compression is unknown.
+    """
+    result = []
+    for number, path in enumerate(archives):
+        with open(path, "rb") as file:
+            magic = file.read(6)
+        if magic.startswith(_ZSTANDARD):
+            raise OSError(f"{path}: Zstandard; decompress it (unzstd) and give the .tar")
+        opener = next((opener for m, opener in _OPENERS.items() if magic.startswith(m)), None)
+        if opener is None:
+            result.append(path)
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / f"{number}-{path.name.split('.')[0]}.tar"
+        if not target.exists():
+            with (
+                tqdm.wrapattr(
+                    open(path, "rb"), "read", path.stat().st_size, desc=f"Unpacking {path.name}"
+                ) as packed,
+                replacing(target) as out,
+            ):
+                try:
+                    with opener(packed) as plain:
+                        shutil.copyfileobj(plain, out, 1 << 20)
+                except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+                    raise OSError(
+                        f"{path}: damaged or cut short ({error}); download it again"
+                    ) from error
+        result.append(target)
+    return result
+
+
+def digest(text: str) -> int:
+    """A 64-bit hash that is the same in every process; strings of millions of images do not fit."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class Index:
+    """Finds images by name in archives of any number of members, at 48 bytes a member.
+
+    Of several images with one name the first counts, in the order of the archives.
+    """
+
+    def __init__(self, parts: Iterable[np.ndarray]) -> None:
+        rows = [part for part in parts if len(part)]
+        table = np.concatenate(rows) if rows else np.zeros((0, 5), np.uint64)
+        self.table = table[np.argsort(table[:, 0], kind="stable")]
+        self.names = np.ascontiguousarray(self.table[:, 0])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def find(self, name: str) -> list[int] | None:
+        """The locator of the image called ``name``, or None."""
+        key = np.uint64(digest(name))
+        row = int(np.searchsorted(self.names, key))
+        if row == len(self.names) or self.names[row] != key:
+            return None
+        return [int(value) for value in self.table[row, 1:]]
+
+
+def index_archives(
+    archives: Sequence[Path],
+    names: Callable[[Path, Iterable[Member]], Iterator[tuple[str, Member]]],
+    workers: int,
+) -> Index:
+    """Index every image of ``archives`` under the names that ``names`` gives it.
+
+    Args:
+        archives: uncompressed tars and zips; their order gives the locators' first number.
+        names: from an archive and its members to (name, member of the image); a module's function.
+        workers: processes that read the archives.
+    """
+    jobs = [(number, path, names) for number, path in enumerate(archives)]
+    parts = parallel_map(_index_one, jobs, workers)
+    return Index(tqdm(parts, "Indexing archives", len(jobs), unit="archive", disable=not jobs))
+
+
+def _index_one(job: tuple[int, Path, Callable]) -> np.ndarray:
+    number, path, names = job
+    rows = [
+        (digest(name), number, member.offset, member.size, member.how)
+        for name, member in names(path, members(path))
+    ]
+    return np.array(rows, np.uint64).reshape(-1, 5)
+
+
+def by_stem(path: Path, entries: Iterable[Member]) -> Iterator[tuple[str, Member]]:
+    """Name images by their file name without folders and suffix."""
+    del path
+    for member in entries:
+        name = PurePosixPath(member.name)
+        if name.suffix.lower() in IMAGE_SUFFIXES and not name.name.startswith("."):
+            yield name.stem, member
+
+
+def by_file_name(path: Path, entries: Iterable[Member]) -> Iterator[tuple[str, Member]]:
+    """Name images by their file name without folders."""
+    del path
+    for member in entries:
+        name = PurePosixPath(member.name)
+        if name.suffix.lower() in IMAGE_SUFFIXES and not name.name.startswith("."):
+            yield name.name, member
+
+
+def img2dataset_metadata(content: bytes, where: str) -> dict:
+    """The JSON that img2dataset writes beside an image."""
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise OSError(f"{where}: not the JSON that img2dataset writes ({error})") from error
+    if not isinstance(value, dict) or "url" not in value:
+        raise OSError(f"{where}: no 'url' in it; is this img2dataset's output?")
+    return value
