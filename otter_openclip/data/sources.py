@@ -170,6 +170,10 @@ def _tar_members(file: BinaryIO) -> Iterator[Member]:
                     yield member
             else:
                 yield Member(entry.name, entry.offset_data, entry.size, _RAW)
+        # tarfile takes a header cut short or garbled for the end.
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
 
 
 def _zip_members(path: Path) -> Iterator[Member]:
@@ -303,12 +307,117 @@ def by_file_name(path: Path, entries: Iterable[Member]) -> Iterator[tuple[str, M
             yield name.name, member
 
 
-def img2dataset_metadata(content: bytes, where: str) -> dict:
-    """The JSON that img2dataset writes beside an image."""
+def by_metadata(
+    fields: tuple[str, ...], path: Path, entries: Iterable[Member]
+) -> Iterator[tuple[str, Member]]:
+    """Name images by ``fields`` of the JSON that img2dataset writes beside them in a tar.
+
+    Raises:
+        OSError: if an image has none, or it has none of the fields.
+    """
+    images: dict[str, Member] = {}
+    metadata: dict[str, Member] = {}
+    with open(path, "rb") as file:
+        for member in entries:
+            stem, suffix = os.path.splitext(member.name)
+            if suffix == ".json":
+                metadata[stem] = member
+            elif suffix and suffix.lower() in IMAGE_SUFFIXES:
+                images[stem] = member
+            if stem in images and stem in metadata:
+                image, beside = images.pop(stem), metadata.pop(stem)
+                content = os.pread(file.fileno(), beside.size, beside.offset)
+                for name in _fields(content, fields, f"{path}: {beside.name}"):
+                    yield name, image
+    if images:
+        raise OSError(f"{path}: no .json beside {next(iter(images))}; {_NOT_IMG2DATASET}")
+
+
+def _fields(content: bytes, fields: tuple[str, ...], where: str) -> list[str]:
     try:
         value = json.loads(content)
-    except ValueError as error:
-        raise OSError(f"{where}: not the JSON that img2dataset writes ({error})") from error
-    if not isinstance(value, dict) or "url" not in value:
-        raise OSError(f"{where}: no 'url' in it; is this img2dataset's output?")
-    return value
+        found = [str(value[field]) for field in fields if value.get(field) not in (None, "")]
+    except (ValueError, AttributeError) as error:
+        raise OSError(f"{where}: {_NOT_IMG2DATASET}") from error
+    if not found:
+        raise OSError(f"{where}: no {' or '.join(fields)} in it; {_NOT_IMG2DATASET}")
+    return found
+
+
+class Downloaded:
+    """Images that img2dataset has downloaded, as tars or as files, found by a field of their JSON."""
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        archives: Sequence[Path],
+        fields: tuple[str, ...],
+        workers: int,
+    ) -> None:
+        self._archives = index_archives(archives, functools.partial(by_metadata, fields), workers)
+        self._files: dict[int, str] = {}
+        # A folder with tars is the webdataset form; its other contents are statistics.
+        for folder in (f for f in folders if not any(f in a.parents for a in archives)):
+            parts = sorted(path for path in folder.iterdir() if path.is_dir())
+            for part in tqdm(parts, f"Reading {folder.name}", unit="folder"):
+                self._add_folder(part, fields)
+
+    def __len__(self) -> int:
+        return len(self._archives) + len(self._files)
+
+    def find(self, name: str) -> Locator | None:
+        """The locator of the image whose JSON has ``name`` in one of the fields, or None."""
+        path = self._files.get(digest(name))
+        return self._archives.find(name) if path is None else [path]
+
+    def _add_folder(self, folder: Path, fields: tuple[str, ...]) -> None:
+        names = sorted(os.listdir(folder))
+        images = {
+            os.path.splitext(name)[0]: name
+            for name in names
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES - {""}
+        }
+        for stem, image in images.items():
+            beside = folder / f"{stem}.json"
+            if not beside.exists():
+                raise OSError(f"{folder / image}: no .json beside it; {_NOT_IMG2DATASET}")
+            for name in _fields(beside.read_bytes(), fields, str(beside)):
+                self._files.setdefault(digest(name), str(folder / image))
+
+
+class Folders:
+    """Finds image files by the layouts in use, without listing folders of millions.
+
+    The first thousand lookups try every layout; after them only those that a file was found under.
+    """
+
+    _PROBED = 1000
+
+    def __init__(self, folders: Sequence[Path], layouts: int) -> None:
+        self._folders = folders
+        self._hits = {(f, n): 0 for f in range(len(folders)) for n in range(layouts)}
+        self._looked_up = 0
+
+    def find(self, names: Sequence[str]) -> list[str] | None:
+        """Paths where the file may be, the existing one first if known; None without folders.
+
+        Args:
+            names: relative path under each of the layouts.
+        """
+        if not self._folders:
+            return None
+        self._looked_up += 1
+        used = [place for place, hits in self._hits.items() if hits] or list(self._hits)
+        if self._looked_up > self._PROBED:
+            return [os.path.join(self._folders[f], names[n]) for f, n in used]
+        for place in self._hits:
+            path = os.path.join(self._folders[place[0]], names[place[1]])
+            if os.path.isfile(path):
+                self._hits[place] += 1
+                return [path]
+        return [os.path.join(self._folders[f], names[n]) for f, n in used]
+
+
+_NOT_IMG2DATASET = (
+    "is this the output of img2dataset, and did it end well? It resumes when run again"
+)
