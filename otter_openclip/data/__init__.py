@@ -7,9 +7,9 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands to ``parser``."""
-    from otter_openclip.data import cc3m, csv_file, imagenet10k, open_images, wit, yfcc15m
+    from otter_openclip.data import cc3m, csv_file, imagenet10k, inspect, open_images, wit, yfcc15m
 
-    commands = parser.add_subparsers(dest="data_command", required=True, metavar="DATASET")
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     for name, module, summary in (
         ("open-images", open_images, "Google Open Images' test split, for zero-shot evaluation"),
         ("imagenet10k", imagenet10k, "Tencent ML-Images' ImageNet part, for zero-shot evaluation"),
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("yfcc15m", yfcc15m, "OpenAI's subset of YFCC100M, for training"),
         ("wit", wit, "Wikipedia image text, for training"),
         ("csv", csv_file, "any table of image paths and captions, for training"),
+        ("inspect", inspect, "counts, lengths, sizes, faults and a contact sheet of shards"),
     ):
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(command)
