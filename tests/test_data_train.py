@@ -18,7 +18,7 @@ from open_clip_train.data import get_dataset_size
 from test_data_shards import _build_until
 from training_helpers import train
 
-from otter_openclip.data import cc3m, wit, yfcc15m
+from otter_openclip.data import cc3m, sources, wit, yfcc15m
 
 
 def pairs_of(output):
@@ -559,3 +559,16 @@ def test_wit_errors(wikipedia, capsys):
         file.write("language\turl\nen\tx\n")
     assert build_wit(wikipedia, "--images", wikipedia / "images") == 2
     assert "00001-of-00002.tsv.gz: no column image_url" in capsys.readouterr().err
+
+
+def test_layouts_of_a_folder_are_found_out_and_then_relied_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.Folders, "_PROBED", 3)
+    write_files(tmp_path, {"x/2.jpg": b"", "2.jpg": b""})
+    names = [[f"y/{n}.jpg", f"x/{n}.jpg", f"{n}.jpg"] for n in range(6)]
+    folders = sources.Folders([tmp_path], 3)
+    found = [folders.find(name) for name in names]
+    assert found[:2] == [None, None] and found[2] == [f"{tmp_path}/x/2.jpg"]
+    assert found[3:] == [[f"{tmp_path}/x/{n}.jpg"] for n in range(3, 6)]
+    nothing = sources.Folders([tmp_path / "empty"], 3)
+    assert [nothing.find(name) for name in names] == [None] * 6
+    assert sources.Folders([], 3).find(names[0]) is None

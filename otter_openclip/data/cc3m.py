@@ -19,7 +19,7 @@ from tqdm import tqdm
 from otter_openclip.data import pairs, sources
 from otter_openclip.data.files import replacing
 from otter_openclip.data.options import existing_file
-from otter_openclip.data.shards import Planner, Result
+from otter_openclip.data.shards import NOT_DOWNLOADED, Planner, Result
 from otter_openclip.data.tables import lines
 
 LABELS_FILE = "processed_labels.csv"
@@ -65,16 +65,15 @@ def main(args: argparse.Namespace) -> int:
             find = downloaded.find
         else:
             files = read_report(report)
-            places = sources.Folders(folders, 1)
 
             def find(url: str) -> sources.Locator | None:
                 name = files.get(sources.digest(url))
-                return None if name is None else places.find([name])
+                return None if name is None else [os.path.join(f, name) for f in folders]
 
         for caption, url in tqdm(read_captions(captions), "Reading captions", unit="caption"):
             locator = find(url)
             if locator is None:
-                planner.skip("not downloaded")
+                planner.skip(NOT_DOWNLOADED)
             elif not caption.strip():
                 planner.drop(url, pairs.EMPTY_CAPTION)
             else:

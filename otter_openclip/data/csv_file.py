@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from otter_openclip.data import pairs, sources
 from otter_openclip.data.options import existing_file
-from otter_openclip.data.shards import Planner
+from otter_openclip.data.shards import MISSING, Planner
 from otter_openclip.data.tables import csv_rows
 
 
@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
             else:
                 locator = index.find(os.path.basename(image)) or places.find([image])
             if locator is None:
-                planner.drop(image, "missing", f"line {number}")
+                planner.drop(image, MISSING, f"line {number}")
             elif not caption.strip():
                 planner.drop(image, pairs.EMPTY_CAPTION, f"line {number}")
             else:

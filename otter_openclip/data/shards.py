@@ -47,6 +47,7 @@ REPORT_FILE = "report.json"
 DROPPED_FILE = "dropped.tsv"
 PLAN_VERSION = 1
 MISSING, UNDECODABLE, DUPLICATE = "missing", "undecodable", "duplicate"
+NOT_DOWNLOADED = "not downloaded"
 _LOCK_SECONDS = 10.0
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 

@@ -388,34 +388,32 @@ class Downloaded:
 class Folders:
     """Finds image files by the layouts in use, without listing folders of millions.
 
-    The first thousand lookups try every layout; after them only those that a file was found under.
+    Every layout is tried until a thousand lookups have been made and a file was found; from then on
+    paths under the layouts that had files are given unseen, as looking takes long on a network disk.
     """
 
     _PROBED = 1000
 
     def __init__(self, folders: Sequence[Path], layouts: int) -> None:
-        self._folders = folders
-        self._hits = {(f, n): 0 for f in range(len(folders)) for n in range(layouts)}
+        self._places = [(folder, n) for folder in folders for n in range(layouts)]
+        self._used: dict[tuple[Path, int], None] = {}
         self._looked_up = 0
 
     def find(self, names: Sequence[str]) -> list[str] | None:
-        """Paths where the file may be, the existing one first if known; None without folders.
+        """Paths under which the file is or may be; None if it is not there.
 
         Args:
             names: relative path under each of the layouts.
         """
-        if not self._folders:
-            return None
         self._looked_up += 1
-        used = [place for place, hits in self._hits.items() if hits] or list(self._hits)
-        if self._looked_up > self._PROBED:
-            return [os.path.join(self._folders[f], names[n]) for f, n in used]
-        for place in self._hits:
-            path = os.path.join(self._folders[place[0]], names[place[1]])
+        if self._used and self._looked_up > self._PROBED:
+            return [os.path.join(folder, names[n]) for folder, n in self._used]
+        for place in self._places:
+            path = os.path.join(place[0], names[place[1]])
             if os.path.isfile(path):
-                self._hits[place] += 1
+                self._used[place] = None
                 return [path]
-        return [os.path.join(self._folders[f], names[n]) for f, n in used]
+        return None
 
 
 _NOT_IMG2DATASET = (

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from otter_openclip.data import pairs, sources
 from otter_openclip.data.options import existing_file
-from otter_openclip.data.shards import Planner
+from otter_openclip.data.shards import MISSING, NOT_DOWNLOADED, Planner
 from otter_openclip.data.tables import csv_rows
 
 CAPTION_FIELDS = {
@@ -95,8 +95,10 @@ def main(args: argparse.Namespace) -> int:
                     continue
                 found = (index.find(os.path.basename(name)) for name in names)
                 locator = next(filter(None, found), None) or places.find(names)
-            if locator is None:
-                planner.skip("not downloaded")
+            if locator is None and args.img2dataset:
+                planner.skip(NOT_DOWNLOADED)
+            elif locator is None:
+                planner.drop(url, MISSING)
             else:
                 planner.add(url, locator, caption, identity=f"{url}\n{caption}")
 

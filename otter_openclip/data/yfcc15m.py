@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from otter_openclip.data import pairs, sources
 from otter_openclip.data.options import existing_file
-from otter_openclip.data.shards import Planner
+from otter_openclip.data.shards import MISSING, NOT_DOWNLOADED, Planner
 from otter_openclip.data.tables import lines
 
 _TAG = re.compile("<.*?>")
@@ -100,8 +100,10 @@ def main(args: argparse.Namespace) -> int:
                 locator = index.find(code) or index.find(photo.id) or index.find(stem)
                 locator = locator or places.find(_paths(code, photo.id, stem))
             title, description = clean(photo.title), clean(photo.description)
-            if locator is None:
-                planner.skip("not downloaded")
+            if locator is None and args.img2dataset:
+                planner.skip(NOT_DOWNLOADED)
+            elif locator is None:
+                planner.drop(photo.id, MISSING)
             elif not title.strip() and not description.strip():
                 planner.drop(photo.id, pairs.EMPTY_CAPTION)
             else:
