@@ -1,5 +1,6 @@
 """Builders of the zero-shot test sets, on small files in the official formats."""
 
+import gzip
 import io
 import json
 
@@ -392,3 +393,23 @@ def test_mistyped_data_set_lists_the_choices(capsys):
         run("open-image")
     err = capsys.readouterr().err
     assert "open-image" in err and "imagenet10k" in err and "choose from" in err
+
+
+def test_damaged_compressed_files_are_errors_that_name_them(goi, capsys):
+    images = {f"test/{i}.jpg": jpeg(n) for n, i in enumerate(POSITIVES)}
+    whole = write_tar(goi / "whole.tar.gz", images, "w:gz").read_bytes()
+    for cut in (len(whole) // 2, 20):
+        (goi / "cut.tar.gz").write_bytes(whole[:cut])
+        assert build_goi(goi, images="cut.tar.gz") == 2
+        assert "cut.tar.gz: damaged or cut short" in capsys.readouterr().err
+    (goi / "cut.tar.gz").write_bytes(whole)
+    assert build_goi(goi, images="cut.tar.gz") == 0
+    packed = gzip.compress((LABELS * 50).encode())
+    (goi / "labels.csv.gz").write_bytes(packed[: len(packed) // 2])
+    assert build_goi(goi, labels="labels.csv.gz") == 2
+    assert "labels.csv.gz: damaged or cut short" in capsys.readouterr().err
+
+
+def test_a_folder_with_compressed_tars_beside_the_images(goi):
+    (goi / "images" / "train_0.tar.gz").write_bytes(b"not looked at")
+    assert build_goi(goi) == 0 and vectors(goi / "out") == POSITIVES

@@ -52,10 +52,10 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--report and --images go together; with --img2dataset neither is needed")
     report = None if args.report is None else existing_file(args.report, "--report")
     folders, archives = sources.expand(args.images or args.img2dataset)
-    if report is not None and archives:
-        raise ValueError(
-            f"--images {archives[0]}: the report's files are looked for in folders only"
-        )
+    if report is not None:
+        archives = []
+        if not folders:
+            raise ValueError(f"--images {args.images[0]}: the report's files must lie in a folder")
 
     def plan(planner: Planner) -> None:
         if report is None:

@@ -323,7 +323,8 @@ def _quantiles(values: Sequence[int] | np.ndarray) -> dict[str, float]:
 
 
 def _table(figures: dict[str, Any], names: list[str] | None) -> str:
-    lines = [f"{figures['samples']} samples in {figures['shards']} shards"]
+    shards = figures["shards"]
+    lines = [f"{figures['samples']} samples in {shards} shard{'s' if shards > 1 else ''}"]
     if "classes_with_an_image" in figures:
         of = f" of {len(names)}" if names is not None else ""
         lines.append(f"{figures['classes_with_an_image']}{of} classes have an image")

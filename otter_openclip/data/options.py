@@ -98,7 +98,8 @@ def existing_file(path: str, flag: str) -> Path:
 
 def summary(output: Path, result: Result) -> str:
     """What was written, and what was not."""
-    lines = [f"{output}: {result.samples} samples in {len(result.shards)} shards."]
+    shards = len(result.shards)
+    lines = [f"{output}: {result.samples} samples in {shards} shard{'s' if shards > 1 else ''}."]
     for counts, what in ((result.dropped, "Dropped"), (result.skipped, "Left out")):
         if counts:
             listed = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))

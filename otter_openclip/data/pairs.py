@@ -101,8 +101,8 @@ def build(
     print(f"--train-data '{output}/{shard_pattern(len(result.shards))}'")
     if len(result.shards) < 16:
         print(
-            f"open_clip needs a shard for each of its workers, so --workers up to {len(result.shards)} "
-            "in all; a smaller --shard-size gives more."
+            "open_clip needs a shard for each data-loading worker of all GPUs together: "
+            f"{len(result.shards)} at most here; a smaller --shard-size gives more."
         )
     return 0
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from otter_openclip.data.files import replacing
 from otter_openclip.data.images import UndecodableImageError
 from otter_openclip.data.pool import parallel_map
+from otter_openclip.data.tables import DAMAGED
 
 Locator = list[str] | list[int]
 
@@ -56,7 +57,8 @@ class Member(NamedTuple):
 def expand(paths: Iterable[str]) -> tuple[list[Path], list[Path]]:
     """Split arguments into folders and archives.
 
-    Braces and wildcards are expanded, and a folder that holds archives stands for them too.
+    Braces and wildcards are expanded, and a folder that holds tars or zips stands for them too.
+    Compressed tars take long to unpack and much room, so they are used only if named.
 
     Returns:
         (folders, archives), absolute, archives of a folder sorted by name.
@@ -75,7 +77,9 @@ def expand(paths: Iterable[str]) -> tuple[list[Path], list[Path]]:
                 path = Path(os.path.abspath(name))
                 if path.is_dir():
                     folders.append(path)
-                    archives += sorted(p for p in path.iterdir() if is_archive(p))
+                    archives += sorted(
+                        p for p in path.iterdir() if p.suffix in (".tar", ".zip") and p.is_file()
+                    )
                 elif not path.exists():
                     raise FileNotFoundError(f"{path}: no such folder or archive")
                 elif is_archive(path):
@@ -226,7 +230,7 @@ def unpacked(archives: Sequence[Path], folder: Path) -> list[Path]:
                 try:
                     with opener(packed) as plain:
                         shutil.copyfileobj(plain, out, 1 << 20)
-                except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+                except DAMAGED as error:
                     raise OSError(
                         f"{path}: damaged or cut short ({error}); download it again"
                     ) from error

@@ -6,11 +6,14 @@ import bz2
 import csv
 import gzip
 import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# What the decompressors raise on a file that is cut short or broken; bz2 has only OSError for it.
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 csv.field_size_limit(1 << 27)
 
 
@@ -25,10 +28,11 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
     Raises:
         ValueError: naming the line, if it is not UTF-8.
+        OSError: if a compressed file is damaged.
     """
     opener = _OPENERS.get(path.suffix, open)
     with opener(path, "rb") as file:  # type: ignore[operator]
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(_undamaged(file, path), 1):
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -41,9 +45,10 @@ def csv_rows(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]
 
     Raises:
         ValueError: naming the line, if it is not UTF-8 or no CSV.
+        OSError: if a compressed file is damaged.
     """
     with open_text(path) as file:
-        reader = csv.reader(file, delimiter=delimiter)
+        reader = csv.reader(_undamaged(file, path), delimiter=delimiter)
         while True:
             try:
                 row = next(reader)
@@ -57,6 +62,13 @@ def csv_rows(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]
                 raise ValueError(f"{path}:{reader.line_num}: {error}") from error
             if row:
                 yield reader.line_num, row
+
+
+def _undamaged(file: IO[Any], path: Path) -> Iterator[Any]:
+    try:
+        yield from file
+    except DAMAGED as error:
+        raise OSError(f"{path}: damaged or cut short ({error}); download it again") from error
 
 
 def first_line(path: Path) -> str:
