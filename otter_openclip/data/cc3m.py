@@ -53,9 +53,10 @@ def main(args: argparse.Namespace) -> int:
     report = None if args.report is None else existing_file(args.report, "--report")
     folders, archives = sources.expand(args.images or args.img2dataset)
     if report is not None:
-        archives = []
-        if not folders:
-            raise ValueError(f"--images {args.images[0]}: the report's files must lie in a folder")
+        folders, archives = [Path(os.path.abspath(path)) for path in args.images], []
+        for folder in folders:
+            if not folder.is_dir():
+                raise ValueError(f"--images {folder}: the report's files must lie in a folder")
 
     def plan(planner: Planner) -> None:
         if report is None:

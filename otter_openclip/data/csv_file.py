@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -44,9 +45,9 @@ def main(args: argparse.Namespace) -> int:
     if len(separator) != 1:
         raise ValueError(f"--csv-separator must be one character, got {args.csv_separator!r}")
     given = args.images or args.img2dataset
-    folders, archives = sources.expand(given or [os.getcwd(), str(table.parent)])
+    folders, archives = sources.expand(given or [])
     if given is None:
-        archives = []
+        folders = [Path.cwd(), table.parent]
     rows = csv_rows(table, separator)
     _, header = next(rows, (0, []))
     for key in (args.csv_img_key, args.csv_caption_key):

@@ -61,7 +61,7 @@ def expand(paths: Iterable[str]) -> tuple[list[Path], list[Path]]:
     Compressed tars take long to unpack and much room, so they are used only if named.
 
     Returns:
-        (folders, archives), absolute, archives of a folder sorted by name.
+        (folders that hold images or folders, archives), absolute, a folder's archives sorted by name.
 
     Raises:
         FileNotFoundError: if one of them is not there.
@@ -76,7 +76,9 @@ def expand(paths: Iterable[str]) -> tuple[list[Path], list[Path]]:
             for name in found:
                 path = Path(os.path.abspath(name))
                 if path.is_dir():
-                    folders.append(path)
+                    with os.scandir(path) as entries:
+                        if any(_may_hold_images(entry) for entry in entries):
+                            folders.append(path)
                     archives += sorted(
                         p for p in path.iterdir() if p.suffix in (".tar", ".zip") and p.is_file()
                     )
@@ -89,6 +91,10 @@ def expand(paths: Iterable[str]) -> tuple[list[Path], list[Path]]:
                         f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)})"
                     )
     return folders, list(dict.fromkeys(archives))
+
+
+def _may_hold_images(entry: os.DirEntry[str]) -> bool:
+    return os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES or entry.is_dir()
 
 
 def is_archive(path: Path) -> bool:
