@@ -22,7 +22,7 @@ import tarfile
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -264,8 +264,8 @@ def run(
         _check_missing(build, manifest, Counter(manifest["dropped"]))
         shards = _placed(state)
         if shards is None:
-            reports = _write_shards(build, state, manifest)
-            shards = _collect(build, state, manifest, reports)
+            _write_shards(build, state, manifest)
+            shards = _collect(build, state, manifest)
         return _publish(build, state, manifest, shards, finish)
 
 
@@ -378,8 +378,8 @@ def _check_missing(build: Build, manifest: dict[str, Any], dropped: Counter[str]
         )
 
 
-def _write_shards(build: Build, state: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Write the shards that have no report yet; returns all reports."""
+def _write_shards(build: Build, state: Path, manifest: dict[str, Any]) -> None:
+    """Write the shards that have no report yet."""
     count = -(-manifest["samples"] // build.shard_size)
     todo = [n for n in range(count) if _report(state, n) is None]
     workers = min(build.workers, len(todo))
@@ -397,9 +397,6 @@ def _write_shards(build: Build, state: Path, manifest: dict[str, Any]) -> list[d
                 _write_shard(number, bar)
         else:
             _run_pool(workers, todo, arguments, bar)
-    reports = [_report(state, number) for number in range(count)]
-    assert all(report is not None for report in reports)
-    return reports  # type: ignore[return-value]
 
 
 def _run_pool(workers: int, todo: list[int], arguments: tuple[Any, ...], bar: tqdm) -> None:
@@ -481,9 +478,14 @@ def _report(state: Path, number: int) -> dict[str, Any] | None:
     return report if size == report["size"] else None
 
 
-def _reports(state: Path, manifest: dict[str, Any], shard_size: int) -> list[dict[str, Any]]:
-    numbers = range(-(-manifest["samples"] // shard_size))
-    return [report for number in numbers if (report := _report(state, number)) is not None]
+def _reports(
+    state: Path, manifest: dict[str, Any], shard_size: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, report) of the finished shards, one at a time: together they may be large."""
+    for number in range(-(-manifest["samples"] // shard_size)):
+        report = _report(state, number)
+        if report is not None:
+            yield number, report
 
 
 def _placed(state: Path) -> dict[str, Any] | None:
@@ -492,25 +494,22 @@ def _placed(state: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _collect(
-    build: Build, state: Path, manifest: dict[str, Any], reports: list[dict[str, Any]]
-) -> dict[str, Any]:
-    dropped = Counter(manifest["dropped"])
-    for report in reports:
+def _collect(build: Build, state: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    dropped, indices, full = Counter(manifest["dropped"]), [], []
+    for number, report in _reports(state, manifest, build.shard_size):
         dropped.update(reason for _, _, reason, _ in report["dropped"])
+        indices += [index for index, *_ in report["dropped"]]
+        if report["samples"]:
+            name = build.shard_name.format(len(full))
+            full.append([number, name, report["samples"], report["size"]])
     _check_missing(build, manifest, dropped)
-    _write_dropped(build.output, state, reports)
-    full = [number for number, report in enumerate(reports) if report["samples"]]
+    _write_dropped(build.output, state, _reports(state, manifest, build.shard_size))
     if not full:
         raise ValueError(_nothing(build, dropped, Counter(manifest["skipped"])))
     shards = {
         "dropped": dict(sorted(dropped.items())),
-        "dropped_indices": sorted(i for report in reports for i, *_ in report["dropped"]),
-        "shards": [
-            [number, build.shard_name.format(place), reports[number]["samples"], size]
-            for place, number in enumerate(full)
-            for size in [reports[number]["size"]]
-        ],
+        "dropped_indices": sorted(indices),
+        "shards": full,
     }
     write_json(state / "shards.json", shards)
     return shards
@@ -593,14 +592,16 @@ def _clean(state: Path) -> None:
         (state / name).unlink(missing_ok=True)
 
 
-def _write_dropped(output: Path, state: Path, reports: Sequence[dict[str, Any]]) -> None:
+def _write_dropped(
+    output: Path, state: Path, reports: Iterable[tuple[int, dict[str, Any]]]
+) -> None:
     planned = state / "plan-dropped.tsv"
     with replacing(output / DROPPED_FILE, "w") as file:
         file.write("sample\treason\tdetail\n")
         if planned.exists():
             with open(planned, encoding="utf-8", newline="") as before:
                 shutil.copyfileobj(before, file)
-        for report in reports:
+        for _, report in reports:
             for _, *row in report["dropped"]:
                 file.write(_row(*row))
 
