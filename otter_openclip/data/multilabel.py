@@ -108,11 +108,12 @@ def build(
     def plan(planner: shards.Planner) -> None:
         unpacked = sources.unpacked(archives, planner.folder / "unpacked")
         planner.archives += map(str, unpacked)
-        index = sources.index_archives(unpacked, sources.by_stem, args.workers)
+        stems = [os.path.splitext(os.path.basename(row.image))[0] for row in rows]
+        index = sources.index_archives(unpacked, sources.by_stem, args.workers, stems)
         if without_positives:
             planner.skip("without a positive label", without_positives)
-        for row in tqdm(rows, "Looking for images", unit="image"):
-            stem = os.path.splitext(os.path.basename(row.image))[0]
+        looked_up = tqdm(rows, "Looking for images", unit="image")
+        for row, stem in zip(looked_up, stems, strict=True):
             locator = index.find(stem) or _in_folders(row.image, folders, layouts)
             if locator is None:
                 planner.drop(row.image, shards.MISSING, f"line {row.line} of the labels")
