@@ -1,0 +1,87 @@
+"""Small files in the formats of the official data sets, and plain readers of what is built."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import tarfile
+from pathlib import Path
+
+from PIL import Image
+
+from otter_openclip import cli
+
+
+def jpeg(seed: int, size: tuple[int, int] = (24, 20), mode: str = "RGB") -> bytes:
+    """JPEG content that differs from seed to seed."""
+    rng = random.Random(seed)
+    image = Image.new("RGB", (6, 5))
+    image.putdata([tuple(rng.randrange(256) for _ in range(3)) for _ in range(30)])
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.NEAREST).convert(mode).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def encoded(seed: int, format_name: str, mode: str = "RGB", **options) -> bytes:
+    """The picture of ``jpeg(seed)`` in another format or mode."""
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(jpeg(seed))).convert(mode).save(buffer, format_name, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
+    """A tar of the given files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    """A folder of the given files."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def run(*words: str | Path) -> int:
+    """Run ``otter-openclip data ...`` in this process, on one worker unless told otherwise."""
+    line = ["data", *map(str, words)]
+    return cli.main(line if "--workers" in line else [*line, "--workers", "1"])
+
+
+def samples(*shards: Path) -> dict[str, dict[str, bytes]]:
+    """key -> suffix -> content of all shards, with plain tarfile; no key may occur twice."""
+    found: dict[str, dict[str, bytes]] = {}
+    for shard in shards:
+        own: dict[str, dict[str, bytes]] = {}
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar.getmembers():
+                key, suffix = member.name.split(".")
+                assert suffix not in own.setdefault(key, {})
+                own[key][suffix] = tar.extractfile(member).read()
+        assert found.keys().isdisjoint(own), "a key in two shards"
+        found |= own
+    return found
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Path -> hash of every file but the builder's hidden state."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".otter-build" not in path.parts
+    }
+
+
+def dropped(output: Path) -> list[tuple[str, str]]:
+    """(sample, reason) of every row of the build's report, sorted."""
+    header, *rows = (output / "dropped.tsv").read_text(encoding="utf-8").splitlines()
+    assert header == "sample\treason\tdetail"
+    return sorted(tuple(row.split("\t")[:2]) for row in rows)

@@ -1,0 +1,415 @@
+"""Builders of the zero-shot test sets, on small files in the official formats."""
+
+import gzip
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from clip_benchmark.datasets.builder import build_dataset
+from data_helpers import dropped, encoded, jpeg, run, samples, tree, write_files, write_tar
+from PIL import Image
+
+from otter_openclip.data import imagenet10k, open_images
+
+NAMES = ["Sprenger's tulip", "Ball", "Cucumber, gourd, and melon family", "Kakigōri", "Ball"]
+MIDS = ["/m/0100nhbf", "/m/018xm", "/m/01_xx", "/g/11bc6sh46d", "/m/02"]
+CLASS_ROWS = [
+    "/m/0100nhbf,Sprenger's tulip",
+    "/m/018xm,Ball",
+    '/m/01_xx,"Cucumber, gourd, and melon family"',
+    "/g/11bc6sh46d,Kakigōri",
+    "/m/02,Ball",
+]
+LABELS = """ImageID,Source,LabelName,Confidence
+000026e7ee790996,verification,/m/018xm,1
+000026e7ee790996,verification,/m/0100nhbf,0
+000026e7ee790996,crowdsource-verification,/g/11bc6sh46d,1
+000026e7ee790996,crowdsource-verification,/m/018xm,1
+000062a39995e348,verification,/m/02,0
+0000c64e1253d68f,verification,/m/01_xx,1.0
+ffff21932da3ed01,verification,/m/02,1
+"""
+POSITIVES = {"000026e7ee790996": [1, 3], "0000c64e1253d68f": [2], "ffff21932da3ed01": [4]}
+
+
+@pytest.fixture
+def goi(tmp_path):
+    """Official files of three images with positives and one without, images in a folder."""
+    header = "LabelName,DisplayName"
+    (tmp_path / "classes.csv").write_text("\n".join([header, *CLASS_ROWS, ""]), encoding="utf-8")
+    (tmp_path / "labels.csv").write_text(LABELS)
+    write_files(tmp_path / "images", {f"{i}.jpg": jpeg(n) for n, i in enumerate(POSITIVES)})
+    return tmp_path
+
+
+def build_goi(folder, *extra, images="images", out="out", labels="labels.csv"):
+    line = ["open-images", "--classes", folder / "classes.csv", "--labels", folder / labels]
+    line += ["--images", folder / images, "--output", folder / out]
+    return run(*line, *extra)
+
+
+def vectors(output):
+    shards = sorted((output / "test").glob("*.tar"), key=lambda path: int(path.stem))
+    return {
+        key: np.flatnonzero(np.load(io.BytesIO(files["npy"]))).tolist()
+        for key, files in samples(*shards).items()
+    }
+
+
+def test_open_images_official_files(goi, capsys):
+    assert build_goi(goi, "--shard-size", "2") == 0
+    out = goi / "out"
+    assert vectors(out) == POSITIVES
+    assert (out / "classnames.txt").read_text(encoding="utf-8").splitlines() == NAMES
+    assert (out / "test" / "nshards.txt").read_text() == "2\n"
+    report = json.loads((out / "report.json").read_text())
+    assert report["samples"] == 3 and report["dropped"] == {}
+    assert report["skipped"] == {"without a positive label": 1}
+    assert "1 repeat an earlier one's name" in capsys.readouterr().out
+    stored = samples(out / "test" / "0.tar", out / "test" / "1.tar")
+    assert [files["jpg"] for files in stored.values()] == [jpeg(0), jpeg(1), jpeg(2)]
+
+
+def test_stock_clip_benchmark_reads_it(goi):
+    assert build_goi(goi, "--shard-size", "2") == 0
+    data = build_dataset("wds/goi", root=str(goi / "out"), transform=np.asarray, split="test")
+    assert data.classes == NAMES and data.templates == ["a photo of {c}."]
+    (images, targets) = zip(*data, strict=True)
+    assert [image.shape for image in images] == [(20, 24, 3)] * 3
+    assert all(target.dtype == np.uint8 and target.shape == (5,) for target in targets)
+    assert [np.flatnonzero(target).tolist() for target in targets] == list(POSITIVES.values())
+    loader = torch.utils.data.DataLoader(data.batched(2), batch_size=None, num_workers=1)
+    assert [tuple(target.shape) for _, target in loader] == [(2, 5), (1, 5)]
+
+
+@pytest.mark.parametrize(
+    "kind", ["tar", "tar.gz", "zip", "test folder", "folder of tars", "braces"]
+)
+def test_open_images_from_every_kind_of_source(goi, kind):
+    import zipfile
+
+    images = {f"test/{i}.jpg": jpeg(n) for n, i in enumerate(POSITIVES)}
+    path = goi / "source"
+    if kind == "tar":
+        path = write_tar(goi / "test.tar", images)
+    elif kind == "tar.gz":
+        path = write_tar(goi / "test.tar.gz", images, "w:gz")
+    elif kind == "zip":
+        path = goi / "test.zip"
+        for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            with zipfile.ZipFile(path, "a", compression) as archive:
+                for name in [n for n in images if n.endswith("6.jpg") == bool(compression)]:
+                    archive.writestr(name, images[name])
+    elif kind == "test folder":
+        write_files(path, images)
+    else:
+        for n, (name, content) in enumerate(images.items()):
+            write_tar(path / f"part{n}.tar", {name: content})
+        write_tar(path / "part3.tar", {})  # an archive of nothing
+        (path / "part4.tar").touch()
+        if kind == "braces":
+            path = path / "part{0..3}.tar"
+    assert build_goi(goi, images=path) == 0
+    assert build_goi(goi, out="plain") == 0
+    assert vectors(goi / "out") == POSITIVES
+    shard = "test/0.tar"
+    assert tree(goi / "out")[shard] == tree(goi / "plain")[shard]
+    assert not (goi / "out" / ".otter-build" / "unpacked").exists()
+
+
+def test_class_descriptions_without_header(goi):
+    path = goi / "classes.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*CLASS_ROWS, ""]).encode())
+    mids, names = open_images.read_classes(path)
+    assert names == NAMES and list(mids) == MIDS
+    assert build_goi(goi) == 0 and vectors(goi / "out") == POSITIVES
+
+
+def test_open_images_from_the_references_metadata(goi):
+    (goi / "classes.csv").write_text("\n".join(NAMES) + "\n", encoding="utf-8")
+    rows = ["\t".join([f"{i}.jpg", *map(str, labels)]) for i, labels in POSITIVES.items()]
+    (goi / "labels.csv").write_text("\n".join(rows) + "\n")
+    assert build_goi(goi) == 0
+    assert vectors(goi / "out") == POSITIVES
+    written = (goi / "out" / "classnames.txt").read_text(encoding="utf-8").splitlines()
+    assert written == NAMES
+
+
+def test_names_without_ids_do_not_go_with_the_official_labels(goi, capsys):
+    (goi / "classes.csv").write_text("\n".join(NAMES) + "\n", encoding="utf-8")
+    assert build_goi(goi) == 2
+    assert "has no class ids (/m/...)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        (
+            "labels.csv",
+            "/m/02,1",
+            "/m/zzz,1",
+            "labels.csv:8: label /m/zzz is outside the class list",
+        ),
+        ("labels.csv", "/m/02,1", "/m/02,0.8", "labels.csv:8: confidence '0.8'"),
+        (
+            "labels.csv",
+            "verification,/m/02,1",
+            "/m/02,1",
+            "labels.csv:8: 3 fields, the header has 4",
+        ),
+        ("labels.csv", "Confidence", "Score", "labels.csv:1: no column Confidence"),
+        (
+            "classes.csv",
+            ",Kakig",
+            ", ",
+            "images",
+        ),  # only a shorter name: no error of the class file
+        ("classes.csv", "46d,Kakigōri", "46d,", "classes.csv:5: empty class name"),
+        ("classes.csv", "/m/02,Ball", "/m/018xm,Ball", "classes.csv:6: class /m/018xm again"),
+        (
+            "classes.csv",
+            '"Cucumber, gourd, and melon family"',
+            "Cucumber, gourd",
+            "expected a class id",
+        ),
+        ("classes.csv", "Kakigōri", "Kakig\udcf6ri", "not UTF-8"),
+    ],
+)
+def test_open_images_errors_name_file_and_line(goi, capsys, file, old, new, message):
+    path = goi / file
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_bytes(text.replace(old, new).encode(errors="surrogateescape"))
+    code = build_goi(goi)
+    if message == "images":
+        assert code == 0
+    else:
+        assert code == 2 and message in capsys.readouterr().err
+        assert not (goi / "out").exists()
+
+
+def test_missing_and_undecodable_images(goi, capsys):
+    (goi / "images" / "0000c64e1253d68f.jpg").write_bytes(jpeg(1)[:-200])
+    (goi / "images" / "ffff21932da3ed01.jpg").unlink()
+    assert build_goi(goi) == 2
+    err = capsys.readouterr().err
+    assert "1 missing of 3 images" in err and "--max-missing 1" in err
+    assert dropped(goi / "out") == [("ffff21932da3ed01", "missing")]
+    assert build_goi(goi, "--max-missing", "1") == 2
+    err = capsys.readouterr().err
+    assert "1 missing and 1 undecodable of 3 images" in err and "--max-missing 2" in err
+    both = [("0000c64e1253d68f", "undecodable"), ("ffff21932da3ed01", "missing")]
+    assert dropped(goi / "out") == both
+    assert not (goi / "out" / "test" / "nshards.txt").exists()
+    assert build_goi(goi, "--max-missing", "67%") == 0
+    assert dropped(goi / "out") == both
+    assert vectors(goi / "out") == {"000026e7ee790996": [1, 3]}
+    assert json.loads((goi / "out" / "report.json").read_text())["dropped"] == {
+        "missing": 1,
+        "undecodable": 1,
+    }
+
+
+def test_an_image_put_in_place_after_the_error_is_found(goi):
+    path = goi / "images" / "ffff21932da3ed01.jpg"
+    content = path.read_bytes()
+    path.unlink()
+    assert build_goi(goi) == 2
+    path.write_bytes(content)
+    assert build_goi(goi) == 0 and vectors(goi / "out") == POSITIVES
+
+
+def test_nothing_left_is_an_error(goi, capsys):
+    assert build_goi(goi, "--max-missing", "100%", images="classes.csv") == 2
+    assert "neither a folder nor an archive" in capsys.readouterr().err
+    (goi / "empty").mkdir()
+    assert build_goi(goi, "--max-missing", "100%", images="empty") == 2
+    assert "no sample could be kept (3 missing" in capsys.readouterr().err
+    assert build_goi(goi, images="nowhere") == 2
+    assert "no such folder or archive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "mode", ["CMYK", "L", "P", "RGBA", "LA", "1", "I;16", "GIF", "BMP", "TIFF"]
+)
+def test_modes_and_formats_that_pillow_reads_stay_what_stock_sees(goi, mode):
+    if mode in ("CMYK", "L"):
+        content = encoded(7, "JPEG", mode)
+    elif mode in ("GIF", "BMP", "TIFF"):
+        content = encoded(7, mode)
+    elif mode == "I;16":
+        buffer = io.BytesIO()
+        Image.fromarray(np.arange(480, dtype=np.uint16).reshape(20, 24) * 99).save(buffer, "PNG")
+        content = buffer.getvalue()
+    else:
+        content = encoded(7, "PNG", mode)
+    (goi / "images" / "0000c64e1253d68f.jpg").write_bytes(content)  # names lie
+    assert build_goi(goi) == 0
+    files = samples(goi / "out" / "test" / "0.tar")["0000c64e1253d68f"]
+    suffix = "jpg" if mode in ("CMYK", "L") else "png"
+    assert files.keys() == {suffix, "npy"}
+    assert (files[suffix] == content) == (mode not in ("GIF", "BMP", "TIFF"))
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    data = build_dataset("wds/goi", root=str(goi / "out"), transform=np.asarray, split="test")
+    images = [image for image, _ in data]
+    assert np.array_equal(images[1], expected)
+
+
+def test_resize_is_torchvisions_and_leaves_small_images_alone(goi):
+    from torchvision.transforms import InterpolationMode, Resize
+
+    big = encoded(3, "PNG")  # 24 x 20
+    (goi / "images" / "0000c64e1253d68f.jpg").write_bytes(big)
+    (goi / "images" / "ffff21932da3ed01.jpg").write_bytes(jpeg(5, (12, 90)))
+    assert build_goi(goi, "--resize", "12") == 0
+    stored = samples(goi / "out" / "test" / "0.tar")
+    assert stored["ffff21932da3ed01"]["jpg"] == jpeg(5, (12, 90))
+    image = Image.open(io.BytesIO(stored["0000c64e1253d68f"]["png"]))
+    expected = Resize(12, InterpolationMode.BICUBIC)(Image.open(io.BytesIO(big)))
+    assert image.size == (14, 12) and np.array_equal(np.asarray(image), np.asarray(expected))
+    assert Image.open(io.BytesIO(stored["000026e7ee790996"]["jpg"])).size == (14, 12)
+
+
+def test_a_damaged_archive_is_an_error_that_names_it(goi, capsys):
+    whole = write_tar(goi / "whole.tar", {f"{i}.jpg": jpeg(1, (90, 90)) for i in POSITIVES})
+    (goi / "cut.tar").write_bytes(whole.read_bytes()[:2000])
+    assert build_goi(goi, images="cut.tar") == 2
+    assert "cut.tar: damaged or cut short" in capsys.readouterr().err
+    (goi / "cut.zip").write_bytes(b"PK\x03\x04" + bytes(100))
+    assert build_goi(goi, images="cut.zip", out="out2") == 2
+    assert "cut.zip: damaged or cut short" in capsys.readouterr().err
+
+
+# ImageNet-10K ------------------------------------------------------------------------------------
+
+DICTIONARY = """category_index\tcategory_id\tindex_of_parent_category\tcategory name
+0\tn00002452\t-1  thing
+1\tn00020827\t-1\tmatter
+2\tn00002684\t-1\tobject, physical object
+3\tn03168217\t2\tdesk, writing desk, école
+4\tn03168218\t2\tdesk
+5\tn03168219\t2\tdesk
+"""
+CLASSES = ["thing", "matter", "object,or physical object", "desk,or writing desk,or école"]
+IDS = {
+    "n04162706/n04162706_17303.JPEG": [3, 2],
+    "n04162706/n04162706_4.JPEG": [1],
+    "n02957008/n02957008_4482.JPEG": [5, 2, 0],
+}
+
+
+@pytest.fixture
+def tencent(tmp_path):
+    (tmp_path / "dictionary.txt").write_text(DICTIONARY, encoding="utf-8")
+    write_labels(tmp_path, "")
+    write_files(tmp_path / "images", {name: jpeg(n) for n, name in enumerate(IDS)})
+    return tmp_path
+
+
+def write_labels(folder, confidence):
+    rows = ["\t".join([i, *(f"{n}{confidence}" for n in labels)]) for i, labels in IDS.items()]
+    if confidence:
+        rows.append("n00000001/n00000001_1.JPEG\t3:0\t2:0")
+        rows[0] += "\t4:0"
+    (folder / "val.txt").write_text("\n".join(rows) + "\n")
+
+
+def build_tencent(folder, *extra, images="images", out="out"):
+    line = ["imagenet10k", "--classes", folder / "dictionary.txt", "--labels", folder / "val.txt"]
+    return run(*line, "--images", folder / images, "--output", folder / out, *extra)
+
+
+EXPECTED = {key.split("/")[1].split(".")[0]: sorted(labels) for key, labels in IDS.items()}
+
+
+@pytest.mark.parametrize("confidence", ["", ":1", ":0.9"])
+def test_imagenet10k(tencent, confidence):
+    write_labels(tencent, confidence)
+    assert build_tencent(tencent) == 0
+    assert vectors(tencent / "out") == EXPECTED
+    names = (tencent / "out" / "classnames.txt").read_text(encoding="utf-8").splitlines()
+    assert names == [*CLASSES, "desk", "desk"]
+    data = build_dataset("wds/x", root=str(tencent / "out"), transform=None, split="test")
+    assert data.classes == names
+    skipped = json.loads((tencent / "out" / "report.json").read_text())["skipped"]
+    assert skipped == ({"without a positive label": 1} if confidence else {})
+
+
+@pytest.mark.parametrize("kind", ["tar per synset", "one tar of tars", "flat", "reference"])
+def test_imagenet_as_folder_or_tars(tencent, kind):
+    by_synset: dict[str, dict[str, bytes]] = {}
+    for n, name in enumerate(IDS):
+        by_synset.setdefault(name.split("/")[0], {})[name.split("/")[1]] = jpeg(n)
+    path = tencent / "source"
+    if kind == "flat":
+        write_files(path, {n: c for files in by_synset.values() for n, c in files.items()})
+    elif kind == "reference":
+        write_files(path, {f"images/{name}": jpeg(n) for n, name in enumerate(IDS)})
+    else:
+        tars = [write_tar(path / f"{s}.tar", files) for s, files in by_synset.items()]
+        if kind == "one tar of tars":
+            inner = {"n0.tar": write_tar(tencent / "n0.tar", {}).read_bytes()}
+            inner |= {tar.name: tar.read_bytes() for tar in tars}
+            path = write_tar(tencent / "fall11_whole.tar", inner)
+    assert build_tencent(tencent, images=path) == 0
+    assert vectors(tencent / "out") == EXPECTED
+    assert build_tencent(tencent, out="plain") == 0
+    assert tree(tencent / "out")["test/0.tar"] == tree(tencent / "plain")["test/0.tar"]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("val.txt", "\t5\t", "\t6\t", "val.txt:3: label 6 is outside the class list of 6 (0 to 5)"),
+        ("val.txt", "\t5\t", "\t-1\t", "val.txt:3: label -1 is outside"),
+        ("val.txt", "\t5\t", "\tdesk\t", "val.txt:3: 'desk' is neither a class index nor"),
+        ("val.txt", "\t5\t", "\t5:1.5\t", "val.txt:3: confidence 1.5 is not in [0, 1]"),
+        ("val.txt", "n04162706_4.", "n04162706_17303.", "_17303.JPEG again, first in line 1"),
+        ("dictionary.txt", "2\tdesk\n5", "2\tdesk\n7", "dictionary.txt:7: class 7 where 5 is due"),
+        ("dictionary.txt", "-1\tmatter", "-1\t ", "dictionary.txt:3: empty class name"),
+        ("dictionary.txt", "n00020827\t-1\t", "", "dictionary.txt:3: '1\\tmatter' is not index"),
+    ],
+)
+def test_imagenet10k_errors_name_file_and_line(tencent, capsys, file, old, new, message):
+    path = tencent / file
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    assert build_tencent(tencent) == 2
+    assert message in capsys.readouterr().err
+    assert not (tencent / "out").exists()
+
+
+def test_a_name_stays_one_line_whatever_breaks_unicode_has(tmp_path):
+    path = tmp_path / "d.txt"
+    path.write_text("0\tn1\t-1\ta\u2028b\x85c, d\x0be\n", encoding="utf-8")
+    assert imagenet10k.read_classes(path) == ["a b c,or d e"]
+
+
+def test_mistyped_data_set_lists_the_choices(capsys):
+    with pytest.raises(SystemExit):
+        run("open-image")
+    err = capsys.readouterr().err
+    assert "open-image" in err and "imagenet10k" in err and "choose from" in err
+
+
+def test_damaged_compressed_files_are_errors_that_name_them(goi, capsys):
+    images = {f"test/{i}.jpg": jpeg(n) for n, i in enumerate(POSITIVES)}
+    whole = write_tar(goi / "whole.tar.gz", images, "w:gz").read_bytes()
+    for cut in (len(whole) // 2, 20):
+        (goi / "cut.tar.gz").write_bytes(whole[:cut])
+        assert build_goi(goi, images="cut.tar.gz") == 2
+        assert "cut.tar.gz: damaged or cut short" in capsys.readouterr().err
+    (goi / "cut.tar.gz").write_bytes(whole)
+    assert build_goi(goi, images="cut.tar.gz") == 0
+    packed = gzip.compress((LABELS * 50).encode())
+    (goi / "labels.csv.gz").write_bytes(packed[: len(packed) // 2])
+    assert build_goi(goi, labels="labels.csv.gz") == 2
+    assert "labels.csv.gz: damaged or cut short" in capsys.readouterr().err
+
+
+def test_a_folder_with_compressed_tars_beside_the_images(goi):
+    (goi / "images" / "train_0.tar.gz").write_bytes(b"not looked at")
+    assert build_goi(goi) == 0 and vectors(goi / "out") == POSITIVES

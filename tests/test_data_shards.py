@@ -1,0 +1,256 @@
+"""The shard writer: the same bytes for any number of workers, after any kill, or an error."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from data_helpers import jpeg, run, tree, write_files
+from test_data_eval import DICTIONARY
+
+from otter_openclip.data import files
+
+IMAGES = 23
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "dictionary.txt").write_text(DICTIONARY, encoding="utf-8")
+    names = [f"n{n % 3}/n{n % 3}_{n}.JPEG" for n in range(IMAGES)]
+    rows = [f"{name}\t{n % 6}" for n, name in enumerate(names)]
+    (tmp_path / "val.txt").write_text("\n".join(rows) + "\n")
+    contents = {name: jpeg(n) for n, name in enumerate(names)}
+    for n in (5, *range(9, 12)):  # the fourth shard of 3 loses all of its images
+        contents[names[n]] = contents[names[n]][:-99]
+    write_files(tmp_path / "images", contents)
+    return tmp_path
+
+
+def command(data, out, *extra):
+    return (
+        *("imagenet10k", "--classes", data / "dictionary.txt", "--labels", data / "val.txt"),
+        *("--images", data / "images", "--output", data / out, "--shard-size", "3"),
+        *("--max-missing", "4", *extra),
+    )
+
+
+@pytest.fixture
+def whole(data):
+    assert run(*command(data, "whole")) == 0
+    return tree(data / "whole")
+
+
+def test_empty_shards_leave_no_gap(data, whole):
+    assert (data / "whole" / "test" / "nshards.txt").read_text() == "7\n"
+    assert sorted(name for name in whole if name.endswith(".tar")) == [
+        f"test/{n}.tar" for n in range(7)
+    ]
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_any_number_of_workers_writes_the_same_bytes(data, whole, workers):
+    assert run(*command(data, "out", "--workers", str(workers))) == 0
+    assert tree(data / "out") == whole
+
+
+def _build_until(moment: int, where: str, line: tuple) -> None:
+    """Runs in a child: kill -9 itself just before or after the ``moment``-th rename."""
+    count, rename = 0, os.replace
+
+    def replace(source, target):
+        nonlocal count
+        count += 1
+        if count == moment and where == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+        if count == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    os._exit(run(*line))
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_kill_at_every_rename(data, whole, where):
+    context = multiprocessing.get_context("fork")
+    for moment in range(1, 100):
+        out = f"{where}{moment}"
+        child = context.Process(target=_build_until, args=(moment, where, command(data, out)))
+        child.start()
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        assert run(*command(data, out)) == 0
+        assert tree(data / out) == whole, f"killed {where} rename {moment}"
+    # 2 arrays, manifest, 8 shards and reports, dropped, list of shards, 7 placed, 4 sidecars, report
+    assert moment == 2 + 1 + 2 * 8 + 1 + 1 + 7 + 4 + 1 + 1
+
+
+def test_resume_writes_only_the_missing_shards(data, whole):
+    child = multiprocessing.get_context("fork").Process(
+        target=_build_until, args=(10, "after", command(data, "out"))
+    )
+    child.start()
+    child.join()
+    staged = data / "out" / ".otter-build" / "shards"
+    finished = {path.stem: path.stat().st_mtime_ns for path in staged.glob("*.json")}
+    assert finished.keys() == {"0", "1", "2"}
+    before = {n: (staged / f"{n}.tar").stat().st_ino for n in finished}
+    assert run(*command(data, "out", "--workers", "2")) == 0
+    after = {n: (data / "out" / "test" / f"{n}.tar").stat().st_ino for n in finished}
+    assert after == before and tree(data / "out") == whole
+
+
+def test_a_shard_damaged_after_a_kill_is_written_again(data, whole):
+    child = multiprocessing.get_context("fork").Process(
+        target=_build_until, args=(10, "after", command(data, "out"))
+    )
+    child.start()
+    child.join()
+    shard = data / "out" / ".otter-build" / "shards" / "1.tar"
+    shard.write_bytes(shard.read_bytes()[:512])
+    assert run(*command(data, "out")) == 0 and tree(data / "out") == whole
+
+
+def test_workers_die_with_a_killed_parent(data, whole):
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=_slow_build, args=(command(data, "out", "--workers", "2"),))
+    child.start()
+    log = data / "pids"
+    while not (log.exists() and len(set(log.read_text().split())) == 2):
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    # Starts while orphans may still run, and must wait for them rather than write beside them.
+    assert run(*command(data, "out", "--workers", "2")) == 0
+    assert tree(data / "out") == whole
+    assert not any(_alive(pid) for pid in set(log.read_text().split()))
+
+
+def _alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _slow_build(line: tuple) -> None:
+    from otter_openclip.data import shards
+
+    prepare, log = shards.prepare, line[8].parent / "pids"
+
+    def slow(content, resize):
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.1)
+        return prepare(content, resize)
+
+    shards.prepare = slow
+    os._exit(run(*line))
+
+
+def test_a_killed_worker_is_an_error_and_the_build_goes_on(data, whole, monkeypatch, capsys):
+    from otter_openclip.data import shards
+
+    flag = data / "killed"
+    prepare = shards.prepare
+
+    def killer(content, resize):
+        if not flag.exists():
+            flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return prepare(content, resize)
+
+    monkeypatch.setattr(shards, "prepare", killer)
+    assert run(*command(data, "out", "--workers", "2")) == 2
+    assert "a worker process was killed" in capsys.readouterr().err
+    assert run(*command(data, "out", "--workers", "2")) == 0
+    assert tree(data / "out") == whole
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(data, whole, monkeypatch, capsys):
+    def full(descriptor):
+        raise OSError(28, "No space left on device", "0.tar")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        assert run(*command(data, "out")) == 2
+        assert "No space left on device" in capsys.readouterr().err
+    assert run(*command(data, "out")) == 0 and tree(data / "out") == whole
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_other_settings_or_inputs_are_refused(data, capsys, complete):
+    if complete:
+        assert run(*command(data, "out")) == 0
+    else:
+        child = multiprocessing.get_context("fork").Process(
+            target=_build_until, args=(10, "after", command(data, "out"))
+        )
+        child.start()
+        child.join()
+    before = tree(data / "out")
+    assert run(*command(data, "out", "--resize", "8")) == 2
+    err = capsys.readouterr().err
+    assert "--resize was not given and is now 8" in err and "choose another --output" in err
+    line = [w for w in command(data, "out") if w not in ("--shard-size", "3")]
+    assert run(*line) == 2
+    assert "--shard-size was 3 and is now 1000" in capsys.readouterr().err
+    (data / "val.txt").write_text(
+        (data / "val.txt").read_text().replace("n0_0.JPEG\t0", "n0_0.JPEG\t1")
+    )
+    assert run(*command(data, "out")) == 2
+    assert "val.txt has changed" in capsys.readouterr().err
+    assert tree(data / "out") == before
+
+
+def test_a_complete_build_is_left_as_it_is(data, whole, capsys):
+    capsys.readouterr()
+    before = {p: p.stat().st_mtime_ns for p in (data / "whole").rglob("*.tar")}
+    assert run(*command(data, "whole")) == 0
+    assert "19 samples in 7 shards" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in (data / "whole").rglob("*.tar")} == before
+    (data / "whole" / "test" / "2.tar").unlink()
+    assert run(*command(data, "whole")) == 2
+    assert "2.tar is gone" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_left_alone(data, capsys):
+    (data / "out").mkdir()
+    (data / "out" / "thesis.tex").touch()
+    assert run(*command(data, "out")) == 2
+    assert "choose another --output" in capsys.readouterr().err
+    assert [path.name for path in (data / "out").iterdir()] == ["thesis.tex"]
+    assert run(*command(data, "val.txt")) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_two_builds_of_one_folder_do_not_meet(data, monkeypatch, capsys):
+    import fcntl
+
+    from otter_openclip.data import shards
+
+    monkeypatch.setattr(shards, "_LOCK_SECONDS", 0.2)
+    (data / "out" / ".otter-build").mkdir(parents=True)
+    with open(data / "out" / ".otter-build" / "lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert run(*command(data, "out")) == 2
+    assert "another process is building" in capsys.readouterr().err
+
+
+def test_too_many_lost_keeps_the_work_and_a_higher_limit_ends_it(data, whole, monkeypatch):
+    few = [3 if w == "4" else w for w in command(data, "out")]
+    assert run(*few) == 2
+    from otter_openclip.data import shards
+
+    monkeypatch.setattr(shards, "prepare", None)  # no image may be read again
+    assert run(*command(data, "out")) == 0
+    assert tree(data / "out") == whole
+    assert json.loads((data / "out" / "report.json").read_text())["dropped"] == {"undecodable": 4}

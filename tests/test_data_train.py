@@ -1,0 +1,574 @@
+"""Builders of the training sets, on small files in the official formats."""
+
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import json
+import multiprocessing
+import signal
+import tarfile
+import zipfile
+
+import pandas
+import pytest
+from data_helpers import dropped, jpeg, run, samples, tree, write_files, write_tar
+from open_clip_train.data import get_dataset_size
+from test_data_shards import _build_until
+from training_helpers import train
+
+from otter_openclip.data import cc3m, sources, wit, yfcc15m
+
+
+def pairs_of(output):
+    """caption -> image of everything in ``output``, checked against sizes.json and stock's reader."""
+    sizes = json.loads((output / "sizes.json").read_text())
+    shards = sorted(output.glob("*.tar"))
+    assert list(sizes) == [shard.name for shard in shards]
+    assert shards[0].name == "00000.tar" and len(shards) == int(shards[-1].stem) + 1
+    for shard in shards:
+        assert sizes[shard.name] == len(samples(shard))
+    pattern = str(output / f"{{00000..{len(shards) - 1:05d}}}.tar")
+    assert get_dataset_size(pattern) == (sum(sizes.values()), len(shards))
+    stored = samples(*shards)
+    return [(files["txt"].decode(), files.get("jpg")) for _, files in sorted(stored.items())]
+
+
+def skipped(output):
+    return json.loads((output / "report.json").read_text())["skipped"]
+
+
+def img2dataset(folder, rows, kind):
+    """What img2dataset writes for ``rows`` of (metadata, image): three images a shard."""
+    for n, (metadata, image) in enumerate(rows):
+        shard, key = f"{n // 3:05d}", f"{n // 3:05d}{n % 3:04d}"
+        metadata = {"caption": "theirs", "key": key, "status": "success", **metadata, "sha256": "0"}
+        parts = {"jpg": image, "json": json.dumps(metadata, indent=4).encode(), "txt": b"theirs"}
+        files = {f"{key}.{suffix}": content for suffix, content in parts.items()}
+        if kind == "files":
+            write_files(folder / shard, files)
+        else:
+            write_tar(folder / f"{shard}.tar", files, "a")
+        (folder / f"{shard}_stats.json").write_text('{"count": 3}')
+        (folder / f"{shard}.parquet").write_bytes(b"PAR1")
+    return folder
+
+
+# CC3M -------------------------------------------------------------------------------------------
+
+URLS = [f"http://example.com/{name}" for name in ("a.jpg", "b?x=1,2", "ç.jpg", "d", "e", "f", "g")]
+CAPTIONS = [
+    "a very typical bus station",
+    'sierra looked stunning in this " top "',
+    "young café , owner",
+    "not downloaded",
+    "a web page",
+    " ",
+    "cut short",
+]
+
+
+@pytest.fixture
+def conceptual(tmp_path):
+    """The reference's layout: cc/Train_GCC-training.tsv, the report and cc/training/."""
+    root = tmp_path / "cc"
+    rows = [*zip(CAPTIONS, URLS, strict=True), (CAPTIONS[0], URLS[0]), ("other words", URLS[0])]
+    contents = [jpeg(0), jpeg(1), jpeg(2), None, b"<html></html>", jpeg(5), jpeg(6)[:-150], jpeg(0)]
+    report, files = [], {}
+    for n, ((_, url), content) in enumerate(zip(rows, contents, strict=False)):
+        name = f"training/{n}_{n * 7919}"
+        good = content is not None
+        row = [name if good else "", "training", "image/jpeg" if good else ""]
+        report.append([*row, "812.0" if good else "", "200" if good else "404", url])
+        if good:
+            files[name] = content
+    write_files(root, files)
+    text = "".join(f"{caption}\t{url}\n" for caption, url in rows)
+    (root / "Train_GCC-training.tsv").write_text(text, encoding="utf-8")
+    text = "".join("\t".join(row) + "\n" for row in report)
+    (root / "downloaded_training_report.tsv").write_text(text, encoding="utf-8")
+    return root
+
+
+def build_cc(root, *extra, source=None, out="out"):
+    line = ["cc3m", "--captions", root / "Train_GCC-training.tsv", "--output", root.parent / out]
+    if source is None:
+        source = ["--report", root / "downloaded_training_report.tsv", "--images", root]
+    return run(*line, *source, *extra)
+
+
+KEPT = [*zip(CAPTIONS[:3], [0, 1, 2], strict=True), ("other words", 0)]
+
+
+def test_cc3m_from_the_references_layout(conceptual):
+    assert build_cc(conceptual, "--shard-size", "2") == 0
+    out = conceptual.parent / "out"
+    assert pairs_of(out) == [(caption, jpeg(n)) for caption, n in KEPT]
+    assert dropped(out) == [
+        (URLS[0], "duplicate"),
+        (URLS[4], "undecodable"),
+        (URLS[5], "empty caption"),
+        (URLS[6], "undecodable"),
+    ]
+    assert skipped(out) == {"not downloaded": 1}
+
+
+def test_processed_labels_are_the_references(conceptual, monkeypatch):
+    assert build_cc(conceptual) == 0
+    path = conceptual.parent / "out" / "processed_labels.csv"
+    ours = pandas.read_csv(path)
+    # The reference's steps (data/cc_preprocess.py), without the pairs that we drop as repeated or empty.
+    captions = pandas.read_csv(
+        conceptual / "Train_GCC-training.tsv", sep="\t", names=["caption", "url"]
+    )
+    names = ["filename", "split", "type", "size", "status", "url"]
+    report = pandas.read_csv(conceptual / "downloaded_training_report.tsv", sep="\t", names=names)
+    merged = captions.merge(report[["filename", "url"]], on="url", how="inner")
+    merged = merged[["filename", "caption"]].dropna().drop_duplicates("caption")
+    merged = merged[~merged.filename.str.match("training/[456]_")].reset_index(drop=True)
+    assert list(ours.columns) == ["Unnamed: 0", "filename", "caption"]
+    assert list(ours["Unnamed: 0"]) == [0, 1, 2, 3]
+    assert list(ours["caption"]) == list(merged["caption"])
+    assert list(ours["filename"]) == [str(conceptual / name) for name in merged["filename"]]
+    merged["filename"] = ours["filename"]
+    buffer = io.StringIO()
+    merged.to_csv(buffer)
+    assert path.read_text(encoding="utf-8") == buffer.getvalue()
+
+
+def test_stock_training_takes_the_shards_and_the_csv(conceptual, tmp_path, monkeypatch):
+    out = conceptual.parent / "out"
+    for n in range(20, 44):
+        (conceptual / "training" / f"{n}_1").write_bytes(jpeg(n))
+        with open(conceptual / "Train_GCC-training.tsv", "a") as file:
+            file.write(f"a red circle number {n}\thttp://example.com/{n}\n")
+        with open(conceptual / "downloaded_training_report.tsv", "a") as file:
+            file.write(f"training/{n}_1\ttraining\timage/jpeg\t9\t200\thttp://example.com/{n}\n")
+    assert build_cc(conceptual, "--shard-size", "20") == 0
+    shards = ["--train-data", str(out / "{00000..00001}.tar"), "--epochs", "1"]
+    assert list(train(out, tmp_path / "logs", *shards).glob("*.pt"))
+    monkeypatch.chdir("/")
+    table = ["--dataset-type", "csv", "--csv-separator", ",", "--csv-img-key", "filename"]
+    table += ["--csv-caption-key", "caption", "--train-data", str(out / "processed_labels.csv")]
+    assert list(
+        train(out, tmp_path / "logs", *table, "--name", "csv", "--epochs", "1").glob("*.pt")
+    )
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "files"])
+def test_cc3m_from_img2dataset(conceptual, kind):
+    rows = [({"url": url}, jpeg(n)) for n, url in enumerate(URLS) if n not in (3, 4)]
+    rows = rows[::-1]  # it writes them as they arrive
+    rows[0] = (rows[0][0], jpeg(6)[:-150])
+    folder = img2dataset(conceptual / "images", rows, kind)
+    assert build_cc(conceptual, source=["--img2dataset", folder]) == 0
+    out = conceptual.parent / "out"
+    assert pairs_of(out) == [(caption, jpeg(n)) for caption, n in KEPT]
+    assert (out / "processed_labels.csv").exists() == (kind == "files")
+    assert skipped(out) == {"not downloaded": 2}
+    assert dropped(out)[-1] == (URLS[6], "undecodable")
+
+
+def test_an_interrupted_img2dataset_is_an_error(conceptual, capsys):
+    rows = [({"url": url}, jpeg(n)) for n, url in enumerate(URLS)]
+    folder = img2dataset(conceptual / "images", rows, "webdataset")
+    whole = (folder / "00001.tar").read_bytes()
+    (folder / "00001.tar").write_bytes(whole[:3000])
+    assert build_cc(conceptual, source=["--img2dataset", folder]) == 2
+    assert "00001.tar: damaged or cut short" in capsys.readouterr().err
+    write_tar(folder / "00001.tar", {"0.jpg": jpeg(0)})
+    assert build_cc(conceptual, source=["--img2dataset", folder]) == 2
+    assert (
+        "00001.tar: no .json beside 0; is this the output of img2dataset" in capsys.readouterr().err
+    )
+    write_tar(folder / "00001.tar", {"0.jpg": jpeg(0), "0.json": b'{"a": 1}'})
+    assert build_cc(conceptual, source=["--img2dataset", folder]) == 2
+    assert "0.json: no url in it" in capsys.readouterr().err
+
+
+def test_header_quotes_and_compression_of_cc3m(tmp_path):
+    path = tmp_path / "cc.tsv.gz"
+    lines = [
+        "caption\turl",
+        '"say ""cheese"""\thttp://a',
+        'a "b"\thttp://b',
+        '"x" and "y"\thttp://c',
+    ]
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    read = [('say "cheese"', "http://a"), ('a "b"', "http://b"), ('"x" and "y"', "http://c")]
+    assert list(cc3m.read_captions(path)) == read
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (
+            "Train_GCC-training.tsv",
+            "only one column\n",
+            "training.tsv:1: 1 columns, expected caption",
+        ),
+        (
+            "downloaded_training_report.tsv",
+            "a\tb\n",
+            "report.tsv:1: 2 columns, expected file, folder",
+        ),
+    ],
+)
+def test_cc3m_errors_name_file_and_line(conceptual, capsys, file, text, message):
+    (conceptual / file).write_text(text)
+    assert build_cc(conceptual) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_report_and_images_go_together(conceptual, capsys):
+    assert build_cc(conceptual, source=["--images", conceptual]) == 2
+    assert "--report and --images go together" in capsys.readouterr().err
+
+
+# order, workers, kills --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(tmp_path):
+    rows = [("filepath", "title")]
+    for n in range(60):
+        (tmp_path / f"{n}.jpg").write_bytes(jpeg(n) if n % 7 else b"broken")
+        rows.append((f"{n}.jpg", f"picture {n}"))
+    with open(tmp_path / "table.tsv", "w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows(rows)
+    return tmp_path
+
+
+def csv_command(folder, out, *extra):
+    line = ("csv", "--captions", folder / "table.tsv", "--output", folder / out)
+    return (*line, "--shard-size", "8", *extra)
+
+
+def order(output):
+    found = []
+    for shard in sorted(output.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            found += [name[:-4] for name in tar.getnames() if name.endswith(".txt")]
+    return found
+
+
+def test_the_seed_decides_the_order_and_nothing_else_does(table):
+    for name, *extra in (
+        ("zero",),
+        ("again", "--workers", "3"),
+        ("one", "--seed", "1"),
+        ("plain", "--no-shuffle"),
+    ):
+        assert run(*csv_command(table, name, *extra)) == 0
+    assert tree(table / "zero") == tree(table / "again")
+    assert sorted(order(table / "zero")) == sorted(order(table / "one")) == order(table / "plain")
+    assert len({tuple(order(table / name)) for name in ("zero", "one", "plain")}) == 3
+    expected = [(f"picture {n}", jpeg(n)) for n in range(60) if n % 7]
+    for name in ("zero", "one", "plain"):
+        assert pairs_of(table / name) == expected
+
+
+def test_no_pair_is_lost_or_doubled_by_kills(table):
+    assert run(*csv_command(table, "whole")) == 0
+    whole, kills, out = tree(table / "whole"), 0, table / "out"
+    for moment in (2, 5, 9, 4, 1, 3):  # one after another into the same folder
+        line = csv_command(table, "out", "--workers", str(1 + moment % 2))
+        child = multiprocessing.get_context("fork").Process(
+            target=_build_until, args=(moment, "after", line)
+        )
+        child.start()
+        child.join()
+        # 2: with several workers it is one of them that was killed.
+        kills += child.exitcode in (-signal.SIGKILL, 2)
+        assert not (out / "sizes.json").exists() or tree(out) == whole
+    assert kills >= 3
+    assert run(*csv_command(table, "out")) == 0
+    assert tree(out) == whole
+
+
+def test_csv_columns_separator_and_relative_paths(tmp_path, monkeypatch):
+    write_files(tmp_path / "here", {"x/1.jpg": jpeg(1)})
+    write_files(tmp_path / "there", {"2.jpg": jpeg(2)})
+    text = f'id,image,words\n7,x/1.jpg,"one, two"\n8,2.jpg,NA\n9,{tmp_path}/there/2.jpg,été\n'
+    (tmp_path / "there" / "t.csv").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "here")
+    line = ["csv", "--captions", tmp_path / "there" / "t.csv", "--csv-separator", ","]
+    line += ["--csv-img-key", "image", "--csv-caption-key", "words", "--output"]
+    assert run(*line, tmp_path / "out") == 0
+    expected = [("one, two", jpeg(1)), ("NA", jpeg(2)), ("été", jpeg(2))]
+    assert pairs_of(tmp_path / "out") == expected
+    archive = write_tar(tmp_path / "all.tar", {"a/1.jpg": jpeg(1), "2.jpg": jpeg(2)})
+    assert run(*line, tmp_path / "out2", "--images", archive) == 0
+    assert pairs_of(tmp_path / "out2") == expected
+
+
+def test_csv_column_error_lists_the_columns(table, capsys):
+    assert run(*csv_command(table, "out", "--csv-img-key", "image")) == 2
+    assert "has no column 'image' but 'filepath', 'title'" in capsys.readouterr().err
+    assert run(*csv_command(table, "out", "--csv-separator", ",")) == 2
+    assert "no column 'filepath'" in capsys.readouterr().err
+
+
+# YFCC15M ----------------------------------------------------------------------------------------
+
+PHOTOS = {
+    2950110417: ("Canal+%26+boats", "A+%3Ca+href%3D%22x%22%3Ecanal%3C%2Fa%3E+in+Delft"),
+    6185218911: ("IMG_0520", ""),
+    7777: ("%C3%A9t%C3%A9", "Two%0Alines %2B more"),
+    8888: ("", "%3Cb%3E"),
+    9999: ("video", "moving"),
+}
+CLEAN = {
+    2950110417: "Canal & boats. A canal in Delft",
+    6185218911: "IMG_0520. ",
+    7777: "été. Two\nlines   more",
+}
+
+
+def photo_hash(photo):
+    return hashlib.md5(str(photo).encode()).hexdigest()[: 32 - photo % 2]
+
+
+def metadata_row(photo, columns):
+    title, description = PHOTOS.get(photo, ("other", "photo"))
+    row = [str(photo), "1@N00", "nick", "2012-02-16 09:56:37.0", "1331840483", "Canon", title]
+    row += [description, "tag,tag", "", "-81.8", "24.5", "12", "http://page"]
+    row += [f"http://farm4.staticflickr.com/1/{photo}_secret.jpg", "lic", "http://lic", "1", "4"]
+    row += ["secret", "orig", "jpg", "1" if photo == 9999 else "0"]
+    assert len(row) == 23
+    return row if columns == 23 else ["17", row[0], photo_hash(photo), *row[1:]]
+
+
+@pytest.fixture
+def flickr(tmp_path):
+    subset = "".join(f"{n}\t{photo}\t{photo_hash(photo)}\n" for n, photo in enumerate(PHOTOS))
+    subset += f"99\t424242\t{photo_hash(424242)}\n"
+    (tmp_path / "subset.tsv").write_text(subset)
+    write_metadata(tmp_path, 25)
+    return tmp_path
+
+
+def write_metadata(folder, columns):
+    photos = [1, *PHOTOS, 3, 7777]  # others among them, one photo twice
+    rows = ["\t".join(metadata_row(photo, columns)) for photo in photos]
+    (folder / "metadata.bz2").write_bytes(bz2.compress(("\n".join(rows) + "\n").encode()))
+
+
+def build_yfcc(folder, *source, out="out"):
+    line = ["yfcc15m", "--subset", folder / "subset.tsv", "--metadata", folder / "metadata.bz2"]
+    return run(*line, "--output", folder / out, *source)
+
+
+def check_yfcc(output):
+    stored = samples(*output.glob("*.tar"))
+    assert {int(key): files["txt"].decode() for key, files in stored.items()} == CLEAN
+    assert all(files["jpg"] == jpeg(int(key)) for key, files in stored.items())
+
+
+def nested(photo):
+    code = photo_hash(photo)
+    return f"data/images/{code[:3]}/{code[3:6]}/{code}.jpg"
+
+
+@pytest.mark.parametrize("columns", [23, 25])
+@pytest.mark.parametrize("kind", ["nested", "by id", "by url", "zip", "tar", "img2dataset"])
+def test_yfcc15m(flickr, columns, kind):
+    write_metadata(flickr, columns)
+    source = flickr / "images"
+    photos = [photo for photo in PHOTOS if photo != 9999]
+    if kind == "zip":
+        source.mkdir()
+        for photo in photos:
+            method = zipfile.ZIP_DEFLATED if photo % 2 else zipfile.ZIP_STORED
+            with zipfile.ZipFile(source / f"{photo_hash(photo)[:3]}.zip", "a", method) as archive:
+                archive.writestr(nested(photo), jpeg(photo))
+    elif kind == "tar":
+        source = write_tar(flickr / "all.tar", {nested(photo): jpeg(photo) for photo in photos})
+    elif kind == "img2dataset":
+        url = "http://farm4.staticflickr.com/1/{}_secret.jpg"
+        rows = [({"url": url.format(photo)}, jpeg(photo)) for photo in photos]
+        img2dataset(source, rows, "webdataset")
+        assert build_yfcc(flickr, "--img2dataset", source) == 0
+    else:
+        name = {"nested": nested, "by id": "{}.jpg".format, "by url": "{}_secret.jpg".format}[kind]
+        write_files(source, {name(photo): jpeg(photo) for photo in photos})
+    if kind != "img2dataset":
+        assert build_yfcc(flickr, "--images", source) == 0
+    out = flickr / "out"
+    check_yfcc(out)
+    assert dropped(out) == [("7777", "duplicate"), ("8888", "empty caption")]
+    assert skipped(out) == {"video": 1, "without metadata": 1}
+
+
+def test_captions_are_the_references(flickr):
+    # data/yfcc.py: unquote, then + to blank, then tags.
+    for raw, expected in {
+        "a+b": "a b",
+        "1%2B1": "1 1",
+        "%3Ci%3Ex%3C%2Fi%3E+%26amp%3B": "x &amp;",
+        "<a\nb>": "<a\nb>",
+        "5 %3C 6 and 7 > 2": "5  2",
+    }.items():
+        assert yfcc15m.clean(raw) == expected
+
+
+def test_metadata_with_header_or_as_json(flickr):
+    write_files(flickr / "images", {f"{photo}.jpg": jpeg(photo) for photo in PHOTOS})
+    rows = ["photoid\ttitle\tdescription\tmarker"]
+    rows += [f"{p}\t{t}\t{d}\t{int(p == 9999)}" for p, (t, d) in PHOTOS.items()]
+    (flickr / "metadata.bz2").write_bytes(bz2.compress("\n".join(rows).encode()))
+    assert build_yfcc(flickr, "--images", flickr / "images") == 0
+    rows = [
+        json.dumps({"photoid": p, "title": t, "description": d or None, "marker": int(p == 9999)})
+        for p, (t, d) in PHOTOS.items()
+    ]
+    (flickr / "metadata.bz2").write_bytes(bz2.compress("\n".join(rows).encode()))
+    assert build_yfcc(flickr, "--images", flickr / "images", out="json") == 0
+    check_yfcc(flickr / "out")
+    check_yfcc(flickr / "json")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (
+            "subset.tsv",
+            "1\t2\t3\nx\ty\tz\n",
+            "subset.tsv:2: expected line number, photo id and hash",
+        ),
+        (
+            "metadata.bz2",
+            "1\t2\t3\n",
+            "metadata.bz2:1: 3 columns; YFCC100M's metadata have 23 or 25",
+        ),
+        ("metadata.bz2", "{broken", "metadata.bz2:1: no JSON object with photoid"),
+        (
+            "metadata.bz2",
+            "photoid\ttitle\tdescription\nx\t\t\n",
+            "metadata.bz2:2: 'x' is no photo id",
+        ),
+    ],
+)
+def test_yfcc15m_errors_name_file_and_line(flickr, capsys, file, text, message):
+    content = text.encode()
+    (flickr / file).write_bytes(bz2.compress(content) if file.endswith("bz2") else content)
+    (flickr / "images").mkdir()
+    assert build_yfcc(flickr, "--images", flickr / "images") == 2
+    assert message in capsys.readouterr().err
+
+
+# WIT --------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    "language page_url image_url page_title section_title hierarchical_section_title "
+    "caption_reference_description caption_attribution_description caption_alt_text_description "
+    "mime_type original_height original_width is_main_image attribution_passes_lang_id "
+    "page_changed_recently context_page_description context_section_description"
+).split()
+COMMONS = "https://upload.wikimedia.org/wikipedia/commons/"
+
+
+def wiki(language, image, reference="", alt="", attribution="", passes="true", title="Title"):
+    row = dict.fromkeys(COLUMNS, "")
+    row |= {"language": language, "image_url": image, "page_title": title}
+    row |= {"caption_reference_description": reference, "caption_alt_text_description": alt}
+    row |= {"caption_attribution_description": attribution, "attribution_passes_lang_id": passes}
+    return list(row.values())
+
+
+IMAGES = [COMMONS + name for name in ("a/a0/One.jpg", "b/b0/Zwei%2C_x.jpg", "c/c0/Three.jpg")]
+ROWS = [
+    wiki("en", IMAGES[0], reference="The first, here"),
+    wiki("de", IMAGES[0], reference="Das erste"),
+    wiki("en", IMAGES[0], reference="The first, here", title="Another page"),
+    wiki("en", IMAGES[1], alt='Second "quoted"\nin two lines', attribution="English: second"),
+    wiki("en", IMAGES[2], attribution="Tercero", passes="false"),
+    wiki("en", IMAGES[2], attribution="English: third"),
+    wiki("en", COMMONS + "d/d0/Gone.jpg", reference="gone"),
+    wiki("en", COMMONS.replace("commons", "en") + "a/a1/One.jpg", reference="another One"),
+]
+WIT_PAIRS = [("The first, here", 0), ('Second "quoted"\nin two lines', 1), ("English: third", 2)]
+
+
+@pytest.fixture
+def wikipedia(tmp_path):
+    for n, rows in enumerate((ROWS[:3], ROWS[3:])):
+        with gzip.open(
+            tmp_path / f"wit_v1.train.all-0000{n}-of-00002.tsv.gz",
+            "wt",
+            encoding="utf-8",
+            newline="",
+        ) as file:
+            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+            writer.writerows([COLUMNS, *rows])
+    return tmp_path
+
+
+def build_wit(folder, *extra, out="out"):
+    tables = sorted(folder.glob("*.tsv.gz"))
+    return run("wit", "--tables", *tables, "--output", folder / out, *extra)
+
+
+@pytest.mark.parametrize("kind", ["wget", "decoded", "wget -x", "md5", "tar", "img2dataset"])
+def test_wit(wikipedia, kind):
+    name = {
+        "wget": lambda url: url.rpartition("/")[2],
+        "decoded": lambda url: url.rpartition("/")[2].replace("%2C", ","),
+        "wget -x": lambda url: url.removeprefix("https://"),
+        "md5": lambda url: hashlib.md5(url.encode()).hexdigest() + ".jpg",
+    }
+    if kind == "img2dataset":
+        rows = [({"url": url}, jpeg(n)) for n, url in enumerate(IMAGES)]
+        source = ["--img2dataset", img2dataset(wikipedia / "images", rows, "webdataset")]
+    else:
+        files = {name.get(kind, name["wget"])(url): jpeg(n) for n, url in enumerate(IMAGES)}
+        if kind == "tar":
+            source = ["--images", write_tar(wikipedia / "all.tar", files)]
+        else:
+            source = ["--images", write_files(wikipedia / "images", files)]
+    assert build_wit(wikipedia, *source) == 0
+    out = wikipedia / "out"
+    assert pairs_of(out) == [(caption, jpeg(n)) for caption, n in WIT_PAIRS]
+    assert skipped(out)["in another language"] == 1 and skipped(out)["without a caption"] == 1
+    assert (IMAGES[0], "duplicate") in dropped(out)
+    other = "https://upload.wikimedia.org/wikipedia/en/a/a1/One.jpg"
+    if kind != "img2dataset":
+        assert (other, "file name of another URL") in dropped(out)
+
+
+def test_wit_languages_and_caption_fields(wikipedia):
+    files = {url.rpartition("/")[2]: jpeg(n) for n, url in enumerate(IMAGES)}
+    images = write_files(wikipedia / "images", files)
+    assert build_wit(wikipedia, "--images", images, "--languages", "all") == 0
+    assert ("Das erste", jpeg(0)) in pairs_of(wikipedia / "out")
+    line = ["--images", images, "--languages", "de", "--caption-fields", "title", "reference"]
+    assert build_wit(wikipedia, *line, out="german") == 0
+    assert pairs_of(wikipedia / "german") == [("Title", jpeg(0))]
+    row = dict(zip(COLUMNS, wiki("en", "u", "ref", "alt", "att", "false"), strict=True))
+    assert wit.caption_of(row, ["attribution", "alt"]) == "alt"
+    assert wit.caption_of(row, ["section"]) == ""
+
+
+def test_wit_errors(wikipedia, capsys):
+    (wikipedia / "images").mkdir()
+    with pytest.raises(SystemExit):
+        build_wit(wikipedia, "--images", wikipedia / "images", "--caption-fields", "refrence")
+    assert "attribution" in capsys.readouterr().err
+    with gzip.open(wikipedia / "wit_v1.train.all-00001-of-00002.tsv.gz", "wt") as file:
+        file.write("language\turl\nen\tx\n")
+    assert build_wit(wikipedia, "--images", wikipedia / "images") == 2
+    assert "00001-of-00002.tsv.gz: no column image_url" in capsys.readouterr().err
+
+
+def test_layouts_of_a_folder_are_found_out_and_then_relied_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.Folders, "_PROBED", 3)
+    write_files(tmp_path, {"x/2.jpg": b"", "2.jpg": b""})
+    names = [[f"y/{n}.jpg", f"x/{n}.jpg", f"{n}.jpg"] for n in range(6)]
+    folders = sources.Folders([tmp_path], 3)
+    found = [folders.find(name) for name in names]
+    assert found[:2] == [None, None] and found[2] == [f"{tmp_path}/x/2.jpg"]
+    assert found[3:] == [[f"{tmp_path}/x/{n}.jpg"] for n in range(3, 6)]
+    nothing = sources.Folders([tmp_path / "empty"], 3)
+    assert [nothing.find(name) for name in names] == [None] * 6
+    assert sources.Folders([], 3).find(names[0]) is None
