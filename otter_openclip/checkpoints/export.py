@@ -35,6 +35,7 @@ from otter_openclip.checkpoints.folder import (
     read_file,
     write_folder,
 )
+from otter_openclip.preprocessing import CROP_PCT
 
 WEIGHTS = ("student", "teacher")
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
@@ -49,6 +50,11 @@ _MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "--image-std": {"type": float, "nargs": "+"},
     "--image-interpolation": {"choices": ["bicubic", "bilinear", "random"]},
     "--image-resize-mode": {"choices": ["shortest", "longest", "squash"]},
+    "--reference-crop": {
+        "action": "store_true",
+        "default": None,
+        "help": "trained with it: noted in the config as crop_pct, which stock open_clip ignores",
+    },
 }
 
 
@@ -153,7 +159,13 @@ def export_checkpoint(
     )
     tokenizer = open_clip.get_tokenizer(model, context_length=flags.get("force_context_length"))
 
-    write_folder(out, trained, config, state, tokenizer)
+    noted = {"crop_pct": CROP_PCT} if flags.get("reference_crop") else None
+    write_folder(out, trained, config, state, tokenizer, noted)
+    if noted:
+        report(
+            "Stock open_clip's preprocessing has no resize larger than the crop and ignores crop_pct: "
+            "for the reference's, evaluate with --reference_crop"
+        )
     if push_to_hub is not None:
         _push(trained, tokenizer, config, push_to_hub, out)
     return out
