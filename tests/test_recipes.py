@@ -55,6 +55,9 @@ def test_flags_win_over_the_recipe(tmp_path):
     file.write_text("loss: otter\nsinkhorn_lambda: 0.3\nlr: 1e-3\nforce-image-size: [32, 32]\n")
     args = parse("--lr", "0.5", f"--config={file}")
     assert (args.loss, args.sinkhorn_lambda, args.lr) == ("otter", 0.3, 0.5)
+    file.write_text(file.read_text() + "local-loss: true\nreference-crop: true\n")
+    switched = parse("--config", str(file), "--no-local-loss")
+    assert not switched.local_loss and switched.reference_crop
     assert args.force_image_size == [32, 32] and args.config == str(file)
 
 

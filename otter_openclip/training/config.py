@@ -17,7 +17,7 @@ def add_config_flag(parser: argparse.ArgumentParser) -> None:
         "--config",
         metavar="FILE.yaml",
         default=None,
-        help="recipe: flags without their dashes and their values; flags given here win",
+        help="recipe: flags without their dashes and their values; flags given here win, --no-SWITCH drops one of its switches",
     )
 
 
@@ -44,6 +44,13 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
         for name in action.option_strings:
             if name.startswith("--") and action.dest not in ("help", "config"):
                 actions[name[2:]] = action
+    # argparse cannot take a switch back, so --no-SWITCH leaves the recipe's out.
+    off = {
+        word
+        for word in argv
+        if word.startswith("--no-") and word[2:] not in actions
+        if word[5:] in actions and actions[word[5:]].nargs == 0
+    }
     words: list[str] = []
     for key, value in recipe.items():
         name = str(key).replace("_", "-")
@@ -51,8 +58,9 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
             near = difflib.get_close_matches(name, actions, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             parser.error(f"--config {path}: unknown key {key!r}{hint}")
-        words += _words(parser, path, name, actions[name], value)
-    return [*words, *argv]
+        if f"--no-{name}" not in off:
+            words += _words(parser, path, name, actions[name], value)
+    return [*words, *(word for word in argv if word not in off)]
 
 
 def _words(
