@@ -17,7 +17,8 @@ def add_config_flag(parser: argparse.ArgumentParser) -> None:
         "--config",
         metavar="FILE.yaml",
         default=None,
-        help="recipe: flags without their dashes and their values; flags given here win, --no-SWITCH drops one of its switches",
+        help="recipe: flags without their dashes and their values; flags given here win, "
+        "--no-SWITCH drops one of its switches",
     )
 
 

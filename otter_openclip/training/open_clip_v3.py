@@ -14,8 +14,9 @@
 =========================== ===========================================================================
 
 With ``--loss clip`` only the first, ``--reference-crop`` and the DDP fix apply. The rest hangs on
-official torch hooks: the optimizer's step (EMA) and its ``state_dict`` (checkpoint). A checkpoint is open_clip's
-own; the plugin adds one key, ``checkpoint["optimizer"]["otter"]``, that stock open_clip ignores.
+official torch hooks: the optimizer's step (EMA) and its ``state_dict`` (checkpoint). A checkpoint is
+open_clip's own; the plugin adds one key, ``checkpoint["optimizer"]["otter"]``, that stock open_clip
+ignores.
 """
 
 from __future__ import annotations
