@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(argv[1:])
 
     from otter_openclip import data, demo
-    from otter_openclip.checkpoints import export
+    from otter_openclip.checkpoints import convert, export
 
     parser = argparse.ArgumentParser(
         prog="otter-openclip", description="OTTER as a plugin of open_clip."
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("train", help="open_clip's training command with --loss otter")
     for name, module, summary in (
         ("export", export, "turn a training checkpoint into a folder for open_clip.create_model"),
+        ("convert", convert, "turn a checkpoint of facebookresearch/OTTER into such a folder"),
         ("data", data, "turn data sets as downloaded into webdataset shards"),
         ("demo", demo, "train InfoNCE and OTTER on the glyphs of matplotlib's fonts"),
     ):

@@ -16,7 +16,7 @@ from conftest import MODELS, picture
 from training_helpers import load, train
 
 from otter_openclip import cli
-from otter_openclip.checkpoints import export
+from otter_openclip.checkpoints import export, folder
 from otter_openclip.checkpoints.export import export_checkpoint
 
 
@@ -128,13 +128,13 @@ def test_hugging_face_tower_with_its_tokenizer(pairs, tmp_path, hf_model):
 
 
 def test_a_damaged_write_is_noticed(run, tmp_path, monkeypatch):
-    stock = export.save_file
+    stock = folder.save_file
 
     def damage(tensors, *args, **kwargs):
         key = next(iter(tensors))
         stock(tensors | {key: tensors[key] + 1e-3}, *args, **kwargs)
 
-    monkeypatch.setattr(export, "save_file", damage)
+    monkeypatch.setattr(folder, "save_file", damage)
     with pytest.raises(RuntimeError, match="differs from the checkpoint in 1 tensors"):
         export_checkpoint(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -189,7 +189,7 @@ def test_overwrite(run, tmp_path):
     export_checkpoint(run, out)
     (out / "old").touch()
     export_checkpoint(run, out, overwrite=True, weights="teacher")
-    assert not (out / "old").exists() and (out / export.WEIGHTS_FILE).is_file()
+    assert not (out / "old").exists() and (out / folder.WEIGHTS_FILE).is_file()
 
 
 @pytest.fixture
@@ -236,14 +236,14 @@ def test_earlier_export_survives_a_failed_rename(made_run, tmp_path, monkeypatch
     out = tmp_path / "out"
     out.mkdir()  # an empty folder is as good as none
     export_checkpoint(made_run, out)
-    before, stock = files(out), export.Path.rename
+    before, stock = files(out), folder.Path.rename
 
     def rename(self, target):
         if self.name.startswith(".out-") and target == out:
             raise OSError("disk gone")
         return stock(self, target)
 
-    monkeypatch.setattr(export.Path, "rename", rename)
+    monkeypatch.setattr(folder.Path, "rename", rename)
     with pytest.raises(OSError, match="disk gone"):
         export_checkpoint(made_run, out, overwrite=True)
     assert files(out) == before
@@ -293,7 +293,7 @@ def test_dtype_and_shared_memory(tmp_path):
     state["visual.ln_pre.bias"] = state[ln] = state[ln].expand(2, -1)[1]  # one storage
     torch.save({"state_dict": state}, tmp_path / "half.pt")
     out = export_checkpoint(tmp_path / "half.pt", tmp_path / "out", model="tiny-vit")
-    written = load_file(out / export.WEIGHTS_FILE)
+    written = load_file(out / folder.WEIGHTS_FILE)
     assert written.keys() == state.keys()
     assert all(v.dtype == state[k].dtype and torch.equal(v, state[k]) for k, v in written.items())
 
@@ -312,12 +312,12 @@ def test_forced_architecture_is_in_the_folder(tmp_path, flag):
 
 
 def test_a_config_that_lost_something_is_noticed(made_run, tmp_path, monkeypatch):
-    stock = export.save_config_for_hf
+    stock = folder.save_config_for_hf
 
     def forget(model, path, config):
         stock(model, path, {k: v for k, v in config.items() if k != "quick_gelu"})
 
-    monkeypatch.setattr(export, "save_config_for_hf", forget)
+    monkeypatch.setattr(folder, "save_config_for_hf", forget)
     with pytest.raises(RuntimeError, match="differs from training in the features"):
         export_checkpoint(made_run, tmp_path / "out", force_quick_gelu=True)
     assert not (tmp_path / "out").exists()

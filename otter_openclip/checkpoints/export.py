@@ -12,32 +12,33 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import copy
 import difflib
 import logging
 import re
-import shutil
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
-from open_clip.factory import LOCAL_DIR_PREFIX, parse_model_name
+from open_clip.factory import parse_model_name
 from open_clip.pretrained import get_pretrained_cfg
-from open_clip.push_to_hf_hub import push_to_hf_hub, save_config_for_hf
-from open_clip.tokenizer import HFTokenizer
-from safetensors.torch import load_file, save_file
+from open_clip.push_to_hf_hub import push_to_hf_hub
 from torch import Tensor, nn
 
+from otter_openclip.checkpoints.folder import (
+    CONFIG_FILE,
+    check_out,
+    check_state,
+    errors_only,
+    load_weights,
+    read_file,
+    write_folder,
+)
+from otter_openclip.preprocessing import CROP_PCT
+
 WEIGHTS = ("student", "teacher")
-CONFIG_FILE = "open_clip_config.json"
-WEIGHTS_FILE = "open_clip_model.safetensors"
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
-PROBE_TEXTS = ["a photo of a cat.", "Two CAFÉS &amp; <b>3</b> dogs", "zxqj"]
 
 # open_clip_train's flags that change the model or its preprocessing; read back from params.txt.
 _MODEL_FLAGS: dict[str, dict[str, Any]] = {
@@ -49,6 +50,11 @@ _MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "--image-std": {"type": float, "nargs": "+"},
     "--image-interpolation": {"choices": ["bicubic", "bilinear", "random"]},
     "--image-resize-mode": {"choices": ["shortest", "longest", "squash"]},
+    "--reference-crop": {
+        "action": "store_true",
+        "default": None,
+        "help": "trained with it: noted in the config as crop_pct, which stock open_clip ignores",
+    },
 }
 
 
@@ -135,7 +141,7 @@ def export_checkpoint(
             or the push failed.
     """
     path, out = _find_checkpoint(Path(checkpoint)), Path(out)
-    _check_out(out, path, overwrite)
+    check_out(out, path, overwrite)
     model, flags = _settings(path, model, flags)
     config = _model_config(model, flags)
     state = _read_weights(path, weights)
@@ -145,27 +151,21 @@ def export_checkpoint(
     report(f"Model flags: {_spelled(flags) or 'none'}")
 
     trained = _build(model, flags, config)
-    _load(trained, state, model, path)
+    load_weights(
+        trained,
+        state,
+        f"{path} does not fit the model {model}",
+        "It was trained under another --model or with --force flags that were not given here",
+    )
     tokenizer = open_clip.get_tokenizer(model, context_length=flags.get("force_context_length"))
 
-    target = out.resolve()  # of a link to a folder, the folder is replaced
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        temporary.chmod(0o755)
-        # In the checkpoint's dtype; cloned, because safetensors refuses tensors that share memory.
-        tensors = {key: state[key].contiguous().clone() for key in trained.state_dict()}
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        save_config_for_hf(trained, temporary / CONFIG_FILE, config)
-        if isinstance(tokenizer, HFTokenizer):
-            tokenizer.save_pretrained(temporary)
-        _verify(temporary, trained, state, tokenizer)
-        _move(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    tower = config["text_cfg"].get("hf_model_name")
-    if tower and Path(tower).is_dir():
-        logging.warning(f"{out} needs the folder {tower} of this machine for its text tower")
+    noted = {"crop_pct": CROP_PCT} if flags.get("reference_crop") else None
+    write_folder(out, trained, config, state, tokenizer, noted)
+    if noted:
+        report(
+            "Stock open_clip's preprocessing has no resize larger than the crop and ignores crop_pct: "
+            "for the reference's, evaluate with --reference_crop"
+        )
     if push_to_hub is not None:
         _push(trained, tokenizer, config, push_to_hub, out)
     return out
@@ -199,28 +199,9 @@ def _find_checkpoint(path: Path) -> Path:
             raise FileNotFoundError(f"no epoch_N.pt and no epoch_latest.pt in {folder}")
         return numbered[-1]
     # Stale when the run was resumed without --save-most-recent.
-    if numbered and _read_file(latest).get("epoch", 0) < int(numbered[-1].stem[len("epoch_") :]):
+    if numbered and read_file(latest).get("epoch", 0) < int(numbered[-1].stem[len("epoch_") :]):
         return numbered[-1]
     return latest
-
-
-def _check_out(out: Path, checkpoint: Path, overwrite: bool) -> None:
-    """Refuse an ``out`` whose replacement would lose anything but an earlier export."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        if (parent := next(p for p in out.absolute().parents if p.exists())).is_dir():
-            return
-        raise FileExistsError(f"{parent} is a file, so {out} cannot be made; choose another folder")
-    if not overwrite:
-        raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
-    if not (out / CONFIG_FILE).is_file():
-        raise FileExistsError(
-            f"{out} is not an exported model (no {CONFIG_FILE} in it), and --overwrite replaces nothing "
-            "else; choose another folder"
-        )
-    if checkpoint.resolve().is_relative_to(out.resolve()):
-        raise FileExistsError(
-            f"{checkpoint} lies in {out}, which --overwrite would delete; choose another folder"
-        )
 
 
 def _settings(
@@ -287,31 +268,10 @@ def _tag_flags(model: str | None, tag: str | None) -> dict[str, Any]:
     return {k: _plain(k, v) for k, v in tag_flags.items() if v is not None}
 
 
-def _read_file(path: Path) -> Mapping[str, Any]:
-    try:
-        if path.suffix == ".safetensors":
-            contents = load_file(path)
-        else:
-            # Mapped: the optimizer's state, most of the file, is never read.
-            mapped = zipfile.is_zipfile(path)
-            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # every format and kind of damage has its own
-        reason = (str(error).splitlines() or [""])[0][:160]
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}); give a file "
-            "written by open_clip_train, or a state_dict in .pt or .safetensors"
-        ) from error
-    if not isinstance(contents, Mapping):
-        raise ValueError(
-            f"{path} holds a {type(contents).__name__}, not a checkpoint or state_dict"
-        )
-    return contents
-
-
 def _read_weights(path: Path, weights: str) -> dict[str, Tensor]:
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    contents = _read_file(path)
+    contents = read_file(path)
     if weights == "student":
         state = contents.get("state_dict", contents)
     else:
@@ -324,17 +284,7 @@ def _read_weights(path: Path, weights: str) -> dict[str, Tensor]:
                 "--loss kd and otter without --distill-model have one; use --weights student"
             )
         state = entry["teacher"]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds no state_dict; give a checkpoint of open_clip_train")
-    if state and all(key.startswith("module.") for key in state):  # DistributedDataParallel
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    bad = [key for key, value in state.items() if value.isnan().any()]
-    if bad:
-        raise ValueError(
-            f"{path} has NaN in {len(bad)} tensors of the {weights}, first {bad[0]}: its run diverged; "
-            "export an earlier epoch"
-        )
-    return dict(state)
+    return check_state(state, path, weights)
 
 
 def _model_config(model: str, flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -383,22 +333,10 @@ def _base_config(model: str) -> dict[str, Any]:
     return config
 
 
-@contextlib.contextmanager
-def _errors_only() -> Iterator[None]:
-    """Silence open_clip's "initialized randomly": the weights are loaded right after."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-
-
 def _build(model: str, flags: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
     """The model as training made it: same architecture, same preprocessing, random weights."""
     extra = {k: config[k] for k in ("init_logit_bias",) if k in config}
-    with _errors_only():
+    with errors_only():
         trained, _, _ = open_clip.create_model_and_transforms(
             model,
             load_weights=False,
@@ -419,111 +357,6 @@ def _build(model: str, flags: Mapping[str, Any], config: Mapping[str, Any]) -> n
 
 def _triple(values: list[float] | None) -> tuple[float, ...] | None:
     return None if values is None else tuple(values) * (3 if len(values) == 1 else 1)
-
-
-def _load(model: nn.Module, state: Mapping[str, Tensor], name: str, path: Path) -> None:
-    own = model.state_dict()
-    wrong = [f"{key} is missing" for key in own if key not in state]
-    wrong += [f"{key} is not the model's" for key in state if key not in own]
-    wrong += [
-        f"{key} is {tuple(state[key].shape)}, the model's {tuple(own[key].shape)}"
-        for key in own
-        if key in state and own[key].shape != state[key].shape
-    ]
-    if wrong:
-        shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise ValueError(
-            f"{path} does not fit the model {name}: {shown}. It was trained under another --model or "
-            "with --force flags that were not given here"
-        )
-    model.load_state_dict(state)
-
-
-def _verify(folder: Path, trained: nn.Module, state: Mapping[str, Tensor], tokenizer: Any) -> None:
-    """Load the folder as a user would; compare tensors, preprocessing, tokens and features."""
-    name = f"{LOCAL_DIR_PREFIX}{folder}"
-    loaded = _load_stock(name)
-    tensors = loaded.state_dict()
-    bad = sorted(
-        key
-        for key in state.keys() | tensors.keys()
-        if key not in state
-        or key not in tensors
-        or not torch.equal(state[key].to(tensors[key].dtype), tensors[key])
-    )
-    if bad:
-        raise RuntimeError(
-            f"what open_clip loads from the written folder differs from the checkpoint in {len(bad)} "
-            f"tensors, first {bad[0]}; nothing was exported"
-        )
-    tokens, again = _tokens(tokenizer), _tokens(open_clip.get_tokenizer(name))
-    same = {
-        "preprocessing": _preprocessing(trained) == _preprocessing(loaded),
-        "the tokenizer": torch.equal(tokens, again),
-        # Equal weights do not make equal models: the activation, for one, has none.
-        "the features": all(
-            torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-            for one, other in zip(
-                _features(trained, tokens), _features(loaded, tokens), strict=True
-            )
-        ),
-    }
-    for what, equal in same.items():
-        if not equal:
-            raise RuntimeError(
-                f"what open_clip loads from the written folder differs from training in {what}; "
-                "nothing was exported"
-            )
-
-
-def _load_stock(name: str) -> nn.Module:
-    try:
-        with _errors_only():
-            return open_clip.create_model(name).eval()
-    except Exception as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        if "size mismatch for visual.trunk" not in reason:
-            raise RuntimeError(
-                f"open_clip cannot load the written folder, nothing was exported: {reason}"
-            ) from error
-        raise ValueError(
-            "stock open_clip builds this timm tower at its own image size only, so no folder can hold "
-            f"it as trained with --force-image-size ({reason}); nothing was exported"
-        ) from error
-
-
-def _preprocessing(model: nn.Module) -> dict[str, Any]:
-    return {name: _plain(name, value) for name, value in model.visual.preprocess_cfg.items()}
-
-
-def _tokens(tokenizer: Any) -> Tensor:
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.reduction_fn = None  # shortens texts at random
-    return tokenizer(PROBE_TEXTS)
-
-
-@torch.no_grad()
-def _features(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    size = model.visual.preprocess_cfg["size"]
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    image = torch.linspace(-1, 1, 3 * height * width).reshape(1, 3, height, width)
-    return model.encode_image(image), model.encode_text(tokens)
-
-
-def _move(temporary: Path, out: Path) -> None:
-    """Rename to ``out``; an earlier export is deleted last, and put back if the rename fails."""
-    if not out.exists():
-        temporary.rename(out)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-    out.rename(aside / "out")
-    try:
-        temporary.rename(out)
-    except OSError:
-        (aside / "out").rename(out)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _push(

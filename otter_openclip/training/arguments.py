@@ -8,6 +8,7 @@ import difflib
 import functools
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from open_clip_train import params
 
 from otter_openclip.blocks import IMPLEMENTATIONS
 from otter_openclip.losses import OT_SCOPES
+from otter_openclip.training.config import add_config_flag, expand_config
 
 LOSSES = ("clip", "infonce", "ls", "kd", "otter")
 TEACHER_LOSSES = ("kd", "otter")
@@ -145,6 +147,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         default="clip",
         help="training objective; 'clip' leaves open_clip as it is",
     )
+    add_config_flag(group)
+    group.add_argument(
+        "--reference-crop",
+        action="store_true",
+        help="the reference's transforms: shorter side to 256/224 of the image size, then a random crop "
+        "in training and the centre in evaluation; any --loss",
+    )
     for flag, (losses, default, keywords) in _FLAGS.items():
         keywords = dict(keywords)
         shown = "off" if default is False else default
@@ -158,7 +167,9 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         _add_flags(self)
         self.set_defaults(precision=None)
+        args = expand_config(self, sys.argv[1:] if args is None else args)
         parsed = super().parse_args(args, namespace)
+        _check_reference_crop(self, parsed)
         _check_unsupported(self, parsed)
         _settle_flags(self, parsed)
         _settle_precision(parsed)
@@ -175,6 +186,20 @@ class _Parser(argparse.ArgumentParser):
                     message += f" (did you mean {near[0]}?)"
         # The usage line of 100 flags would bury the message.
         self.exit(2, f"{self.prog}: error: {message}\nSee {self.prog} --help for all flags.\n")
+
+
+def _check_reference_crop(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not args.reference_crop:
+        return
+    if args.aug_cfg:
+        parser.error("--reference-crop has no augmentation but its crop; drop it or --aug-cfg")
+    if args.image_resize_mode not in (None, "shortest"):
+        parser.error(
+            f"--reference-crop resizes the shorter side; drop it or --image-resize-mode "
+            f"{args.image_resize_mode}"
+        )
+    if args.image_interpolation == "random":
+        parser.error("--reference-crop takes --image-interpolation bicubic or bilinear, not random")
 
 
 def _check_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@
 
 =========================== ===========================================================================
 ``parse_args``              also knows the plugin's flags
-``create_model_and_...``    also creates the fixed teacher of ``--distill-model``
+``create_model_and_...``    also the fixed teacher of ``--distill-model`` and ``--reference-crop``
 ``create_loss``             the loss that ``--loss`` names
 ``pt_load``                 keeps the checkpoint's ``otter`` entry for ``train_one_epoch``
 ``get_data``                every epoch's data order follows from (seed, epoch, rank, worker)
@@ -13,9 +13,10 @@
 ``torch.save``              to a temporary name, then renamed: a killed run leaves no torn checkpoint
 =========================== ===========================================================================
 
-With ``--loss clip`` only the first and the DDP fix apply. The rest hangs on official torch hooks: the
-optimizer's step (EMA) and its ``state_dict`` (checkpoint). A checkpoint is open_clip's own; the plugin
-adds one key, ``checkpoint["optimizer"]["otter"]``, that stock open_clip ignores.
+With ``--loss clip`` only the first, ``--reference-crop`` and the DDP fix apply. The rest hangs on
+official torch hooks: the optimizer's step (EMA) and its ``state_dict`` (checkpoint). A checkpoint is
+open_clip's own; the plugin adds one key, ``checkpoint["optimizer"]["otter"]``, that stock open_clip
+ignores.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from open_clip_train import params
 from torch import Tensor, nn
 
 from otter_openclip.losses import MAX_LOG_SCALE, DistillationLoss, LabelSmoothingLoss, OtterLoss
+from otter_openclip.preprocessing import reference_transforms
 from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training.arguments import TEACHER_LOSSES, plugin_flags, settings
 from otter_openclip.training.repeatable import make_repeatable, seed_process
@@ -161,6 +163,9 @@ class _Run:
                 cache_dir=self.args.cache_dir,
             )
             self.fixed_teacher.requires_grad_(False)
+        if self.args.reference_crop:
+            model, *_ = made
+            return model, *reference_transforms(model.visual.preprocess_cfg)
         return made
 
     def pt_load(self, path: str, map_location: Any = None) -> Any:

@@ -1,0 +1,336 @@
+"""Turn a checkpoint of facebookresearch/OTTER into a folder that stock open_clip loads.
+
+The folder is the one that ``export`` writes: ``open_clip.create_model("local-dir:OUT")``,
+``open_clip.get_tokenizer("local-dir:OUT")`` and clip_benchmark use it without this package.
+
+What the format cannot say: the reference shrinks a picture's shorter side to 256 before it crops 224,
+open_clip's preprocessing shrinks it to 224 (``otter-openclip eval --reference_crop`` does as the
+reference); open_clip's tokenizer cleans white space and HTML entities first, the reference does not; and
+open_clip fetches the text tower's configuration by name when it loads the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+from open_clip.tokenizer import HFTokenizer
+from torch import Tensor, nn
+
+from otter_openclip.checkpoints.folder import (
+    CONFIG_FILE,
+    check_out,
+    check_state,
+    errors_only,
+    load_weights,
+    read_file,
+    write_folder,
+)
+from otter_openclip.preprocessing import CROP_PCT
+
+WEIGHTS = ("student", "teacher")
+# models/model_factory.py of the reference
+TEXT_TOWERS = {
+    "declutr-small": "johngiorgi/declutr-small",
+    "declutr-base": "johngiorgi/declutr-base",
+    "declutr-sci-base": "johngiorgi/declutr-sci-base",
+    "sentence-transformer-base": "sentence-transformers/bert-base-nli-mean-tokens",
+    "sentence-transformer-large": "sentence-transformers/bert-large-nli-mean-tokens",
+}
+# train.py of the reference
+DEFAULT_ARGS = {
+    "image_arch": "resnet50",
+    "text_arch": "declutr-sci-base",
+    "max_token_length": 60,
+}
+IMAGE_SIZE = 224
+MAX_LOG_SCALE = math.log(100.0)
+
+# Any of these makes a folder one with a tokenizer in it.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+_SCALES = ("contrastive_loss.loss.T", "contrastive_loss.T")
+# Buffers of transformers 4.3 that are now computed, and BERT's pooler, which the reference never calls.
+_UNUSED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to ``parser``."""
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="last.pth.tar or best.pth.tar of the reference"
+    )
+    parser.add_argument("out", metavar="OUT", help="folder to write; new or empty")
+    parser.add_argument("--weights", choices=WEIGHTS, default="student", help="default: student")
+    parser.add_argument(
+        "--text-model",
+        metavar="NAME_OR_DIR",
+        help="the text tower's Hugging Face name, or a folder with its config.json and tokenizer; by "
+        "default the name that belongs to the checkpoint's text_arch",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT if it is an earlier export"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    out = convert_checkpoint(
+        args.checkpoint,
+        args.out,
+        weights=args.weights,
+        text_model=args.text_model,
+        overwrite=args.overwrite,
+        report=print,
+    )
+    print(f"Wrote {out}; re-loaded with open_clip, every tensor is the checkpoint's.")
+    print(f"  open_clip.create_model_and_transforms('local-dir:{out}')")
+    print(
+        "Stock preprocessing resizes to 224 where the reference resizes to 256 and crops 224; for its "
+        "figures, evaluate with --reference_crop."
+    )
+    return 0
+
+
+def convert_checkpoint(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    weights: str = "student",
+    text_model: str | None = None,
+    overwrite: bool = False,
+    report: Callable[[str], None] = logging.info,
+) -> Path:
+    """Write the reference's ``checkpoint`` as a folder for stock open_clip and verify it.
+
+    Read are a plain model and one with ``student.``, ``teacher.`` and ``dist_loss`` keys, with or
+    without DataParallel's ``module.``; ``T`` of both its loss modules; and what transformers 4.3 saved
+    (``position_ids``, the pooler). The contrastive ``T`` becomes ``logit_scale``, limited to
+    [0, log 100] as the reference limits it in its forward; the distillation's ``T_s`` is training state
+    and is left out.
+
+    Args:
+        checkpoint: ``last.pth.tar`` or ``best.pth.tar``; read with ``weights_only=True``.
+        out: folder to write. It appears complete or not at all.
+        weights: "student", or "teacher" for the EMA teacher.
+        text_model: Hugging Face name of the text tower, or a folder with its ``config.json`` and
+            tokenizer; by default the one that belongs to the stored ``text_arch``.
+        overwrite: replace ``out`` if it is an earlier export.
+        report: called with lines that say what is read as what.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        FileExistsError: if ``out`` exists and is not to be overwritten.
+        ValueError: if the file is not the reference's, open_clip cannot express its architecture (a
+            text projection with a bias), or the text tower does not fit or cannot be read.
+        RuntimeError: if what open_clip loads from the written folder is not what the checkpoint has.
+    """
+    path, out = Path(checkpoint), Path(out)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}; give the reference's last.pth.tar")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    check_out(out, path, overwrite)
+    contents = read_file(path)
+    args = _stored_args(contents, path)
+    state = _select(contents, path, weights)
+    text_model = _text_model(text_model, args["text_arch"])
+    config = _config(args, state, text_model, path)
+    report(
+        f"Converting the {weights} of {path}: {args['image_arch']} + {text_model}, "
+        f"{config['embed_dim']} dimensions"
+    )
+    state = _rename(state, path)
+    model = _build(config, text_model, args["image_arch"])
+    load_weights(
+        model,
+        state,
+        f"{path} does not fit {args['image_arch']} + {text_model}",
+        "Pass --text-model with the name or folder of the text tower it was trained with",
+    )
+    tokenizer = _tokenizer(text_model, config["text_cfg"]["context_length"], model)
+    if tokenizer is None:
+        logging.warning(
+            f"{text_model} has no tokenizer, so {out} gets none: open_clip.get_tokenizer will fail on "
+            "it. Put the tokenizer's files there and convert again with --overwrite"
+        )
+    write_folder(out, model, config, state, tokenizer, {"crop_pct": CROP_PCT})
+    return out
+
+
+def _stored_args(contents: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    args = contents.get("args")
+    if not isinstance(args, Mapping):
+        shown = ", ".join(f"{key} {value}" for key, value in DEFAULT_ARGS.items())
+        logging.warning(f"{path} has no args; assuming the reference's defaults: {shown}")
+        args = {}
+    return {**DEFAULT_ARGS, **args}
+
+
+def _select(contents: Mapping[str, Any], path: Path, weights: str) -> dict[str, Tensor]:
+    """The state of ``weights``: keys of an ``ImageTextModel`` of the reference."""
+    state = check_state(contents.get("state_dict", contents), path, weights)
+    # DataParallel around the whole or one of the towers.
+    state = {".".join(p for p in key.split(".") if p != "module"): v for key, v in state.items()}
+    distilled = any(key.startswith("student.") for key in state)
+    if weights == "teacher" and not any(key.startswith("teacher.") for key in state):
+        raise ValueError(
+            f"{path} has no teacher: only the reference's runs with --ema_distill keep one; use "
+            "--weights student"
+        )
+    if distilled:
+        prefix = f"{weights}."
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if not any(key.startswith("image_encoder.model.") for key in state):
+        raise ValueError(
+            f"{path} is not a checkpoint of facebookresearch/OTTER (no image_encoder.model in it); "
+            "for one of open_clip or this package use otter-openclip export"
+        )
+    return state
+
+
+def _text_model(given: str | None, text_arch: str) -> str:
+    if given is None:
+        if text_arch not in TEXT_TOWERS:
+            raise ValueError(
+                f"the checkpoint's text_arch {text_arch!r} is none of the reference's "
+                f"({', '.join(TEXT_TOWERS)}); pass --text-model NAME_OR_DIR"
+            )
+        return TEXT_TOWERS[text_arch]
+    if Path(given).is_dir():
+        if not (Path(given) / "config.json").is_file():
+            raise ValueError(f"no config.json in the --text-model folder {given}")
+        return str(Path(given).resolve())
+    return given
+
+
+def _config(
+    args: Mapping[str, Any], state: Mapping[str, Tensor], text_model: str, path: Path
+) -> dict[str, Any]:
+    """open_clip's model configuration, from the stored args."""
+    projection = state.get("text_encoder.fc.weight")
+    bias = state.get("text_encoder.fc.bias")
+    if bias is not None and bias.any():
+        raise ValueError(
+            f"{path} cannot be converted: its text projection (text_encoder.fc) has a bias, and "
+            "open_clip's Hugging Face text tower has projections without bias only. Text towers whose "
+            "width is the embedding's need no projection"
+        )
+    head = state.get("image_encoder.model.fc.weight")
+    if head is None:
+        raise ValueError(
+            f"{path} cannot be converted: its image tower {args['image_arch']} has no fc head; the "
+            "reference's towers are ResNets of timm"
+        )
+    if args["image_arch"] not in timm.list_models() and not timm.is_model(args["image_arch"]):
+        near = difflib.get_close_matches(args["image_arch"], timm.list_models(), n=1)
+        raise ValueError(
+            f"timm {timm.__version__} has no model {args['image_arch']!r}, the checkpoint's image_arch"
+            + (f"; the nearest is {near[0]}" if near else "")
+        )
+    dim = args.get("embedding_dim", len(head))
+    if dim != len(head):
+        raise ValueError(
+            f"{path}: args say embedding_dim {dim}, but image_encoder.model.fc has {len(head)} outputs"
+        )
+    return {
+        "embed_dim": dim,
+        "vision_cfg": {
+            "timm_model_name": args["image_arch"],
+            "timm_model_pretrained": False,
+            # Average pooling and timm's own classifier, resized, as the projection with bias.
+            "timm_pool": "avg",
+            "timm_proj": "",
+            "image_size": IMAGE_SIZE,
+        },
+        "text_cfg": {
+            "hf_model_name": text_model,
+            "hf_tokenizer_name": text_model,
+            "hf_model_pretrained": False,
+            # The reference projects, then averages over tokens; without a bias, or with one, the order
+            # makes no difference.
+            "hf_proj_type": None if projection is None else "linear",
+            "hf_pooler_type": "mean_pooler",
+            "context_length": args["max_token_length"],
+        },
+    }
+
+
+def _rename(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """``state`` under the names of open_clip's ``CustomTextCLIP``."""
+    renamed: dict[str, Tensor] = {}
+    unknown = []
+    for key, value in state.items():
+        if key.startswith("image_encoder.model."):
+            renamed["visual.trunk." + key.removeprefix("image_encoder.model.")] = value
+        elif key.startswith("text_encoder.model."):
+            name = key.removeprefix("text_encoder.model.")
+            if not name.startswith(_UNUSED):
+                renamed["text.transformer." + name] = value
+        elif key == "text_encoder.fc.weight":
+            renamed["text.proj.weight"] = value
+        elif key in _SCALES:
+            # The reference limits it in the forward, open_clip's loop after each step.
+            renamed["logit_scale"] = value.reshape(()).clamp(0.0, MAX_LOG_SCALE)
+        elif key != "text_encoder.fc.bias":  # zero here
+            unknown.append(key)
+    if unknown:
+        raise ValueError(
+            f"{path} has {len(unknown)} tensors that are not the reference's, first {unknown[0]}"
+        )
+    if "logit_scale" not in renamed:
+        raise ValueError(f"{path} has no temperature ({' or '.join(_SCALES)})")
+    return renamed
+
+
+def _build(config: Mapping[str, Any], text_model: str, image_arch: str) -> nn.Module:
+    """The model with random weights, built by stock open_clip from ``config``."""
+    with tempfile.TemporaryDirectory() as folder, errors_only():
+        (Path(folder) / CONFIG_FILE).write_text(json.dumps({"model_cfg": config}))
+        try:
+            model = open_clip.create_model(
+                f"local-dir:{folder}", load_weights=False, pretrained_text=False
+            )
+        except OSError as error:
+            raise _unreadable(text_model, error) from error
+        except (KeyError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"open_clip cannot build {image_arch} + {text_model} ({type(error).__name__}: {error}); "
+                "it takes text towers of BERT's and RoBERTa's kind, as the reference's are"
+            ) from error
+    return model.eval()
+
+
+def _unreadable(text_model: str, error: Exception) -> ValueError:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return ValueError(
+        f"the text tower {text_model} cannot be read ({reason}); pass --text-model with a folder that "
+        "has its config.json and tokenizer, or allow access to the Hugging Face hub"
+    )
+
+
+def _tokenizer(text_model: str, context_length: int, model: nn.Module) -> HFTokenizer | None:
+    folder = Path(text_model)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer = HFTokenizer(text_model, context_length=context_length)
+    except (OSError, ValueError) as error:
+        raise _unreadable(text_model, error) from error
+    size = len(tokenizer.tokenizer)
+    if size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {text_model} has {size} tokens, the checkpoint's text tower "
+            f"{model.vocab_size}; pass --text-model with the one it was trained with"
+        )
+    return tokenizer

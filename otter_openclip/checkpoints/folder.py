@@ -1,0 +1,253 @@
+"""The folder that ``export`` and ``convert`` write, checked with the eyes of stock open_clip.
+
+It holds open_clip's config, the weights in safetensors and the tokenizer's files. It appears complete or
+not at all, and only after stock open_clip has loaded it and given back the same tensors, preprocessing,
+tokens and features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import LOCAL_DIR_PREFIX
+from open_clip.push_to_hf_hub import save_config_for_hf
+from open_clip.tokenizer import HFTokenizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+PROBE_TEXTS = ["a photo of a cat.", "Two CAFÉS &amp; <b>3</b> dogs", "zxqj"]
+
+
+def write_folder(
+    out: Path,
+    model: nn.Module,
+    config: dict[str, Any],
+    state: Mapping[str, Tensor],
+    tokenizer: Any | None,
+    preprocess: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``out``, or nothing.
+
+    Args:
+        out: the folder; checked with :func:`check_out` before.
+        model: open_clip model with the weights of ``state``, in eval mode.
+        config: its open_clip configuration, the JSON's ``model_cfg``.
+        state: the weights to write, in their own dtype.
+        tokenizer: open_clip tokenizer, or None to write the folder without one.
+        preprocess: entries added to the JSON's ``preprocess_cfg``; stock open_clip ignores those it
+            does not know.
+
+    Raises:
+        ValueError: if stock open_clip cannot rebuild the model.
+        RuntimeError: if what it loads from the folder is not ``state`` and ``model``.
+    """
+    target = out.resolve()  # of a link to a folder, the folder is replaced
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        temporary.chmod(0o755)
+        # In the checkpoint's dtype; cloned, because safetensors refuses tensors that share memory.
+        tensors = {key: state[key].contiguous().clone() for key in model.state_dict()}
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_config_for_hf(model, temporary / CONFIG_FILE, config)
+        if preprocess:
+            written = json.loads((temporary / CONFIG_FILE).read_text())
+            written["preprocess_cfg"].update(preprocess)
+            (temporary / CONFIG_FILE).write_text(json.dumps(written, indent=2))
+        if isinstance(tokenizer, HFTokenizer):
+            tokenizer.save_pretrained(temporary)
+        _verify(temporary, model, state, tokenizer)
+        _move(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    tower = config["text_cfg"].get("hf_model_name")
+    if tower and Path(tower).is_dir():
+        logging.warning(f"{out} needs the folder {tower} of this machine for its text tower")
+
+
+def check_out(out: Path, checkpoint: Path, overwrite: bool) -> None:
+    """Refuse an ``out`` whose replacement would lose anything but an earlier export."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        if (parent := next(p for p in out.absolute().parents if p.exists())).is_dir():
+            return
+        raise FileExistsError(f"{parent} is a file, so {out} cannot be made; choose another folder")
+    if not overwrite:
+        raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
+    if not (out / CONFIG_FILE).is_file():
+        raise FileExistsError(
+            f"{out} is not an exported model (no {CONFIG_FILE} in it), and --overwrite replaces nothing "
+            "else; choose another folder"
+        )
+    if checkpoint.resolve().is_relative_to(out.resolve()):
+        raise FileExistsError(
+            f"{checkpoint} lies in {out}, which --overwrite would delete; choose another folder"
+        )
+
+
+def read_file(path: Path) -> Mapping[str, Any]:
+    """A checkpoint's contents, read without running any of its code; ValueError if it is none."""
+    try:
+        if path.suffix == ".safetensors":
+            contents = load_file(path)
+        else:
+            # Mapped: the optimizer's state, most of the file, is never read.
+            mapped = zipfile.is_zipfile(path)
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # every format and kind of damage has its own
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}); give a file "
+            "written by a training run, or a state_dict in .pt or .safetensors"
+        ) from error
+    if not isinstance(contents, Mapping):
+        raise ValueError(
+            f"{path} holds a {type(contents).__name__}, not a checkpoint or state_dict"
+        )
+    return contents
+
+
+def check_state(state: Any, path: Path, weights: str) -> dict[str, Tensor]:
+    """``state`` without DataParallel's prefixes; a ValueError unless it is tensors without NaN."""
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no state_dict; give a checkpoint of a training run")
+    if state and all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    bad = [key for key, value in state.items() if value.isnan().any()]
+    if bad:
+        raise ValueError(
+            f"{path} has NaN in {len(bad)} tensors of the {weights}, first {bad[0]}: its run diverged; "
+            "export an earlier epoch"
+        )
+    return dict(state)
+
+
+@contextlib.contextmanager
+def errors_only() -> Iterator[None]:
+    """Silence open_clip's "initialized randomly": the weights are loaded right after."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str, hint: str) -> None:
+    """Load ``state``; a ValueError that names ``what`` does not fit, the first keys and ``hint``."""
+    own = model.state_dict()
+    wrong = [f"{key} is missing" for key in own if key not in state]
+    wrong += [f"{key} is not the model's" for key in state if key not in own]
+    wrong += [
+        f"{key} is {tuple(state[key].shape)}, the model's {tuple(own[key].shape)}"
+        for key in own
+        if key in state and own[key].shape != state[key].shape
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise ValueError(f"{what}: {shown}. {hint}")
+    model.load_state_dict(state)
+
+
+def _verify(folder: Path, trained: nn.Module, state: Mapping[str, Tensor], tokenizer: Any) -> None:
+    """Load the folder as a user would; compare tensors, preprocessing, tokens and features."""
+    name = f"{LOCAL_DIR_PREFIX}{folder}"
+    loaded = _load_stock(name)
+    tensors = loaded.state_dict()
+    bad = sorted(
+        key
+        for key in state.keys() | tensors.keys()
+        if key not in state
+        or key not in tensors
+        or not torch.equal(state[key].to(tensors[key].dtype), tensors[key])
+    )
+    if bad:
+        raise RuntimeError(
+            f"what open_clip loads from the written folder differs from the checkpoint in {len(bad)} "
+            f"tensors, first {bad[0]}; nothing was exported"
+        )
+    if tokenizer is None:
+        tokens = again = torch.arange(1, 9).remainder(trained.vocab_size)[None]
+    else:
+        tokens, again = _tokens(tokenizer), _tokens(open_clip.get_tokenizer(name))
+    same = {
+        "preprocessing": _preprocessing(trained) == _preprocessing(loaded),
+        "the tokenizer": torch.equal(tokens, again),
+        # Equal weights do not make equal models: the activation, for one, has none.
+        "the features": all(
+            torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+            for one, other in zip(
+                _features(trained, tokens), _features(loaded, tokens), strict=True
+            )
+        ),
+    }
+    for what, equal in same.items():
+        if not equal:
+            raise RuntimeError(
+                f"what open_clip loads from the written folder differs from training in {what}; "
+                "nothing was exported"
+            )
+
+
+def _load_stock(name: str) -> nn.Module:
+    try:
+        with errors_only():
+            return open_clip.create_model(name).eval()
+    except Exception as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        if "size mismatch for visual.trunk" not in reason:
+            raise RuntimeError(
+                f"open_clip cannot load the written folder, nothing was exported: {reason}"
+            ) from error
+        raise ValueError(
+            "stock open_clip builds this timm tower at its own image size only, so no folder can hold "
+            f"it as trained with --force-image-size ({reason}); nothing was exported"
+        ) from error
+
+
+def _preprocessing(model: nn.Module) -> dict[str, Any]:
+    config = model.visual.preprocess_cfg
+    return {k: list(v) if isinstance(v, list | tuple) else v for k, v in config.items()}
+
+
+def _tokens(tokenizer: Any) -> Tensor:
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.reduction_fn = None  # shortens texts at random
+    return tokenizer(PROBE_TEXTS)
+
+
+@torch.no_grad()
+def _features(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    size = model.visual.preprocess_cfg["size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    image = torch.linspace(-1, 1, 3 * height * width).reshape(1, 3, height, width)
+    return model.encode_image(image), model.encode_text(tokens)
+
+
+def _move(temporary: Path, out: Path) -> None:
+    """Rename to ``out``; an earlier export is deleted last, and put back if the rename fails."""
+    if not out.exists():
+        temporary.rename(out)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+    out.rename(aside / "out")
+    try:
+        temporary.rename(out)
+    except OSError:
+        (aside / "out").rename(out)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,85 @@
+"""Recipes: ``--config FILE.yaml``, whose keys are the command's flags without their dashes."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def add_config_flag(parser: argparse.ArgumentParser) -> None:
+    """Let ``--config`` appear in the help; :func:`expand_config` is what reads it."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        default=None,
+        help="recipe: flags without their dashes and their values; flags given here win, "
+        "--no-SWITCH drops one of its switches",
+    )
+
+
+def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """``argv`` with the flags of its ``--config`` file put before, so that those in ``argv`` win.
+
+    Every value is then checked by ``parser`` itself. A file that cannot be read, an unknown key or a
+    value no flag can have ends in ``parser.error``.
+    """
+    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_config_flag(pre)
+    known, _ = pre.parse_known_args(argv)
+    if known.config is None:
+        return list(argv)
+    path = Path(known.config)
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
+    if not isinstance(recipe, dict):
+        parser.error(f"--config {path} must hold lines 'flag: value', got {type(recipe).__name__}")
+    actions = {}
+    for action in parser._actions:
+        for name in action.option_strings:
+            if name.startswith("--") and action.dest not in ("help", "config"):
+                actions[name[2:]] = action
+    # argparse cannot take a switch back, so --no-SWITCH leaves the recipe's out.
+    off = {
+        word
+        for word in argv
+        if word.startswith("--no-") and word[2:] not in actions
+        if word[5:] in actions and actions[word[5:]].nargs == 0
+    }
+    words: list[str] = []
+    for key, value in recipe.items():
+        name = str(key).replace("_", "-")
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            parser.error(f"--config {path}: unknown key {key!r}{hint}")
+        if f"--no-{name}" not in off:
+            words += _words(parser, path, name, actions[name], value)
+    return [*words, *(word for word in argv if word not in off)]
+
+
+def _words(
+    parser: argparse.ArgumentParser, path: Path, name: str, action: argparse.Action, value: Any
+) -> list[str]:
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            parser.error(f"--config {path}: {name} is a switch: true or false, got {value!r}")
+        return [f"--{name}"] if value else []
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, dict):  # --aug-cfg scale=(0.9,1.0)
+        values = [f"{k}={v}" for k, v in value.items()]
+    elif any(isinstance(v, dict | list | bool) or v is None for v in values):
+        parser.error(f"--config {path}: {name} cannot be {value!r}")
+    if action.nargs is None:
+        if len(values) != 1 or isinstance(value, dict):
+            parser.error(f"--config {path}: {name} takes one value, got {value!r}")
+        return [f"--{name}={values[0]}"]
+    return [f"--{name}", *map(str, values)]

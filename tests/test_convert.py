@@ -1,0 +1,248 @@
+"""Conversion of checkpoints in the format of facebookresearch/OTTER."""
+
+import json
+import re
+from unittest import mock
+
+import open_clip
+import pytest
+import timm
+import torch
+from conftest import COLOURS, SHAPES
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, BertConfig, BertModel, BertTokenizerFast
+
+from otter_openclip import cli
+from otter_openclip.checkpoints import convert
+from otter_openclip.checkpoints.convert import convert_checkpoint
+
+WIDTH = 16
+ARGS = {"image_arch": "test_resnet", "text_arch": "declutr-sci-base", "max_token_length": 7}
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    """Folder of a BERT's configuration and tokenizer."""
+    folder = tmp_path_factory.mktemp("text-model")
+    BertConfig(
+        vocab_size=14,
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=WIDTH,
+        max_position_embeddings=12,
+    ).save_pretrained(folder)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join([*special, *COLOURS, *SHAPES]))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+class Reference(nn.Module):
+    """What the reference computes, under its checkpoint's names."""
+
+    def __init__(self, tower, dim=WIDTH, bias=False, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.image_encoder, self.text_encoder, self.contrastive_loss = (
+            nn.Module() for _ in range(3)
+        )
+        self.image_encoder.model = timm.create_model("test_resnet", num_classes=dim)
+        self.text_encoder.model = BertModel(BertConfig.from_pretrained(tower))
+        self.text_encoder.fc = nn.Linear(WIDTH, dim) if dim != WIDTH else nn.Identity()
+        if dim != WIDTH and not bias:
+            nn.init.zeros_(self.text_encoder.fc.bias)
+        self.contrastive_loss.loss = nn.Module()
+        self.contrastive_loss.loss.T = nn.Parameter(torch.tensor(4.0 + seed / 10))
+        for buffer in self.buffers():  # batch-norm statistics of a trained model
+            if buffer.is_floating_point():
+                buffer.add_(torch.rand_like(buffer) / 4)
+        self.eval()
+
+    @torch.no_grad()
+    def features(self, images, ids):
+        mask = (ids != 0).long()
+        hidden = self.text_encoder.model(input_ids=ids, attention_mask=mask)[0]
+        hidden = self.text_encoder.fc(hidden) * mask[..., None]
+        texts = hidden.sum(1) / mask.sum(1, keepdim=True)
+        return F.normalize(self.image_encoder.model(images), dim=-1), F.normalize(texts, dim=-1)
+
+
+def prefixed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def save(path, state, **args):
+    args = {**ARGS, "embedding_dim": len(state_head(state)), **args}
+    optimizer = {"state": {}, "param_groups": []}
+    torch.save({"epoch": 10, "state_dict": state, "optimizer": optimizer, "args": args}, path)
+    return path
+
+
+def state_head(state):
+    return next(v for k, v in state.items() if k.endswith("model.fc.bias"))
+
+
+def old_names(state):
+    """As torch 1.7 and transformers 4.3 had it: position_ids, and T without its loss module."""
+    state = dict(state)
+    state["text_encoder.model.embeddings.position_ids"] = torch.arange(12)[None]
+    state["contrastive_loss.T"] = state.pop("contrastive_loss.loss.T")
+    return state
+
+
+FORMATS = {
+    "plain": lambda student, teacher: student,
+    "old": lambda student, teacher: old_names(student),
+    "data parallel": lambda student, teacher: prefixed("module.", student),
+    "tower in data parallel": lambda student, teacher: {
+        key.replace("image_encoder.model.", "image_encoder.module.model."): value
+        for key, value in student.items()
+    },
+    "distilled": lambda student, teacher: (
+        prefixed("student.", old_names(student))
+        | prefixed("teacher.", old_names(teacher))
+        | {"dist_loss.T_s": torch.tensor(3.3)}
+    ),
+    "distilled, data parallel": lambda student, teacher: (
+        prefixed("module.student.", student)
+        | prefixed("module.teacher.", teacher)
+        | {"module.dist_loss.T_s": torch.tensor(3.3)}
+    ),
+}
+
+
+def assert_converted(out, reference, dim=WIDTH):
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
+    ids = tokenizer(["red circle", "a blue line", "green " * 20])
+    assert ids.shape == (3, 7) and (ids[2] != 0).all()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        mine = model.eval().encode_image(images, True), model.encode_text(ids, True)
+    for got, wanted in zip(mine, reference.features(images, ids), strict=True):
+        assert got.shape[1] == dim
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
+    assert model.logit_scale.item() == pytest.approx(reference.contrastive_loss.loss.T.item())
+    assert preprocess.transforms[0].size in (224, (224, 224))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_stock_open_clip_computes_the_references_features(tower, tmp_path, name):
+    student, teacher = Reference(tower), Reference(tower, seed=1)
+    state = FORMATS[name](student.state_dict(), teacher.state_dict())
+    file = save(tmp_path / "last.pth.tar", state)
+    out = convert_checkpoint(file, tmp_path / "out", text_model=str(tower))
+    assert_converted(out, student)
+    if "distilled" in name:
+        out = convert_checkpoint(
+            file, tmp_path / "teacher", text_model=str(tower), weights="teacher"
+        )
+        assert_converted(out, teacher)
+
+
+def test_projection_without_bias(tower, tmp_path):
+    reference = Reference(tower, dim=24)
+    file = save(tmp_path / "last.pth.tar", reference.state_dict())
+    out = convert_checkpoint(file, tmp_path / "out", text_model=str(tower))
+    assert_converted(out, reference, dim=24)
+
+
+def test_the_command_and_its_folder(tower, tmp_path, capsys, monkeypatch):
+    state = Reference(tower).state_dict()
+    state["contrastive_loss.loss.T"] = torch.tensor(5.0)  # the forward limits exp of it to 100
+    save(tmp_path / "last.pth.tar", state)
+    monkeypatch.chdir(tmp_path)
+    words = ["convert", "last.pth.tar", "out", "--text-model", str(tower)]
+    assert cli.main(words) == 0
+    assert "evaluate with --reference_crop" in capsys.readouterr().out
+    assert cli.main(words) == 2 and "--overwrite" in capsys.readouterr().err
+    assert cli.main([*words, "--overwrite"]) == 0
+    config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
+    assert config["preprocess_cfg"]["crop_pct"] == 224 / 256
+    assert config["preprocess_cfg"]["interpolation"] == "bicubic"
+    assert config["model_cfg"]["text_cfg"]["hf_model_name"] == str(tower)
+    model = open_clip.create_model("local-dir:out")
+    assert model.logit_scale.exp().item() == pytest.approx(100)
+    assert {p.name for p in tmp_path.iterdir()} == {"last.pth.tar", "out"}
+
+
+def test_a_text_model_without_a_tokenizer(tower, tmp_path, caplog):
+    folder = tmp_path / "config-only"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tower / "config.json").read_bytes())
+    file = save(tmp_path / "last.pth.tar", Reference(tower).state_dict())
+    out = convert_checkpoint(file, tmp_path / "out", text_model=str(folder))
+    assert "has no tokenizer" in caplog.text and not (out / "tokenizer.json").exists()
+    assert open_clip.create_model(f"local-dir:{out}").context_length == 12
+
+
+def test_a_file_without_args_is_taken_for_the_defaults(tower, tmp_path, caplog, monkeypatch):
+    reference = Reference(tower)
+    torch.save({"state_dict": reference.state_dict()}, tmp_path / "OTTER.pth.tar")
+    monkeypatch.setattr(convert, "DEFAULT_ARGS", ARGS)
+    out = convert_checkpoint(tmp_path / "OTTER.pth.tar", tmp_path / "out", text_model=str(tower))
+    assert "has no args; assuming the reference's defaults" in caplog.text
+    config = json.loads((out / "open_clip_config.json").read_text())["model_cfg"]
+    assert config["text_cfg"]["context_length"] == 7 and config["embed_dim"] == WIDTH
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": True}, "its text projection (text_encoder.fc) has a bias"),
+        ({"weights": "teacher"}, "has no teacher: only the reference's runs with --ema_distill"),
+        ({"text_model": None}, "declutr-sci-base cannot be read"),
+        ({"text_model": None, "text_arch": "gpt"}, "pass --text-model NAME_OR_DIR"),
+        ({"image_arch": "resnet51"}, "has no model 'resnet51'"),
+        ({"embedding_dim": 768}, "args say embedding_dim 768, but image_encoder.model.fc has 16"),
+        ({"image_arch": "resnet18"}, "does not fit resnet18 + "),
+        ({"drop": "text_encoder.model.encoder.*"}, "Pass --text-model"),
+        ({"drop": ".*image_encoder.*"}, "use otter-openclip export"),
+        ({"drop": ".*fc.*"}, "has no fc head"),
+        ({"drop": ".*[.]T"}, "has no temperature"),
+        ({"add": {"momentum_encoder.w": torch.ones(1)}}, "first momentum_encoder.w"),
+        ({"add": {"image_encoder.model.nan": torch.tensor(torch.nan)}}, "its run diverged"),
+        ({"payload": Payload()}, "cannot be read as a checkpoint (UnpicklingError"),
+    ],
+)  # fmt: skip
+def test_errors_name_input_and_fix(tower, tmp_path, capsys, monkeypatch, change, message):
+    change = dict(change)
+    given = {"text_model": str(tower), "weights": "student"}
+    given |= {name: change.pop(name) for name in list(given) if name in change}
+    bias, drop, add = change.pop("bias", False), change.pop("drop", "-"), change.pop("add", {})
+    state = Reference(tower, dim=24 if bias else WIDTH, bias=bias).state_dict()
+    if given["text_model"] is None:  # no network in tests
+        monkeypatch.setattr(
+            AutoConfig, "from_pretrained", mock.Mock(side_effect=OSError("offline"))
+        )
+    args = {**ARGS, "embedding_dim": len(state_head(state)), **change}
+    kept = {k: v for k, v in state.items() if not re.fullmatch(drop, k)}
+    file = tmp_path / "last.pth.tar"
+    torch.save({"state_dict": kept | add, "args": args}, file)
+    capsys.readouterr()
+    words = ["convert", str(file), str(tmp_path / "out"), "--weights", given["weights"]]
+    if given["text_model"]:
+        words += ["--text-model", given["text_model"]]
+    assert cli.main(words) == 2
+    output = capsys.readouterr()
+    assert message in output.err and "executed" not in output.out
+    assert {p.name for p in tmp_path.iterdir()} == {"last.pth.tar"}
+
+
+def test_a_tokenizer_of_another_tower_is_refused(tower, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_bytes((tower / "config.json").read_bytes())
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(20))]
+    (other / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(other / "vocab.txt")).save_pretrained(other)
+    file = save(tmp_path / "last.pth.tar", Reference(tower).state_dict())
+    with pytest.raises(ValueError, match="has 25 tokens, the checkpoint's text tower 14"):
+        convert_checkpoint(file, tmp_path / "out", text_model=str(other))

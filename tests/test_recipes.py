@@ -1,0 +1,163 @@
+"""Recipes, ``--config``, the reference's towers and its transforms."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import yaml
+from open_clip_train import params
+from PIL import Image
+from training_helpers import load, train
+from transformers import AutoConfig, BertConfig, RobertaConfig
+
+from otter_openclip.checkpoints.convert import TEXT_TOWERS
+from otter_openclip.checkpoints.export import export_checkpoint
+from otter_openclip.preprocessing import evaluation_transform, training_transform
+from otter_openclip.training.arguments import plugin_flags
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+
+
+def parse(*words):
+    with plugin_flags("otter-openclip train"):
+        return params.parse_args(list(words))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(path):
+    args = parse("--config", str(path), "--train-data", "x.tar")
+    assert args.loss == path.stem.split("_1gpu")[0].rsplit("_", 1)[1]
+    assert args.model in open_clip.list_models() and args.model.startswith("otter-RN50-")
+    assert (args.opt, args.momentum, args.lr, args.wd) == ("timm/momentum", 0.9, 6e-3, 0)
+    assert args.warmup == 0 and args.epochs == 10 and args.lr_scheduler == "cosine"
+    assert args.reference_crop and args.pretrained_image
+    assert args.batch_size * (args.accum_freq if "1gpu" in path.stem else 8) == 512
+    assert (args.image_interpolation == "bilinear") == ("yfcc" in path.stem)
+
+
+def test_every_setting_of_the_paper_has_a_recipe():
+    names = {path.stem for path in RECIPES}
+    assert {
+        f"{data}_rn50_declutr_{loss}"
+        for data in ("cc3m", "yfcc15m", "wit")
+        for loss in ("infonce", "ls", "kd", "otter")
+    } <= names
+    towers = {parse("--config", str(path)).model for path in RECIPES}
+    assert towers == {name for name in open_clip.list_models() if name.startswith("otter-RN50-")}
+
+
+def test_flags_win_over_the_recipe(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("loss: otter\nsinkhorn_lambda: 0.3\nlr: 1e-3\nforce-image-size: [32, 32]\n")
+    args = parse("--lr", "0.5", f"--config={file}")
+    assert (args.loss, args.sinkhorn_lambda, args.lr) == ("otter", 0.3, 0.5)
+    file.write_text(file.read_text() + "local-loss: true\nreference-crop: true\n")
+    switched = parse("--config", str(file), "--no-local-loss")
+    assert not switched.local_loss and switched.reference_crop
+    assert args.force_image_size == [32, 32] and args.config == str(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sinkhorn-lamda: 0.1", "unknown key 'sinkhorn-lamda'; did you mean sinkhorn-lambda?"),
+        ("loss: otter\nsinkhorn-lambda: 0", "--sinkhorn-lambda: must be above 0, got 0"),
+        ("loss: oter", "invalid choice: 'oter'"),
+        ("loss: ls\nalpha: 0.2", "--alpha has no meaning with --loss ls"),
+        ("local-loss: 1", "local-loss is a switch: true or false, got 1"),
+        ("lr: [1, 2]", "lr takes one value"),
+        ("lr: true", "lr cannot be True"),
+        ("config: other.yaml", "unknown key 'config'"),
+        ("- lr", "must hold lines 'flag: value', got list"),
+        ("lr: [1", "cannot be read"),
+        (None, "cannot be read"),
+        ("reference-crop: true\naug-cfg: {scale: 1}", "drop it or --aug-cfg"),
+        ("reference-crop: true\nimage-resize-mode: squash", "drop it or --image-resize-mode squash"),
+    ],
+)  # fmt: skip
+def test_bad_recipes_are_refused(tmp_path, capsys, text, message):
+    file = tmp_path / "recipe.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        parse("--config", str(file))
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_towers_build_with_random_weights(monkeypatch):
+    def config(name, **_):
+        kind = RobertaConfig if name.startswith("johngiorgi/declutr-") else BertConfig
+        if name.endswith("sci-base"):
+            kind = BertConfig
+        width = 1024 if "large" in name else 768
+        return kind(
+            vocab_size=40,
+            hidden_size=width,
+            num_hidden_layers=1,
+            num_attention_heads=12 if width == 768 else 16,
+            intermediate_size=32,
+        )
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", config)
+    names = [name for name in open_clip.list_models() if name.startswith("otter-RN50-")]
+    towers = [open_clip.get_model_config(name)["text_cfg"]["hf_model_name"] for name in names]
+    assert sorted(towers) == sorted(TEXT_TOWERS.values())
+    for name in names:
+        model = open_clip.create_model(name, pretrained_text=False).eval()
+        assert model.logit_scale.item() == pytest.approx(3.9)
+        head = model.visual.trunk.fc
+        assert head.weight.shape == (768, 2048) and head.bias.shape == (768,)
+        assert type(model.text.pooler).__name__ == "MeanPooler"
+        assert isinstance(model.text.proj, torch.nn.Linear) == ("large" in name)
+        assert open_clip.get_model_config(name)["text_cfg"]["context_length"] == 60
+        with torch.no_grad():
+            assert model.encode_text(torch.arange(2, 10)[None]).shape == (1, 768)
+            assert model.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 768)
+
+
+@pytest.mark.parametrize("name", ["otter-RN18-trial", "otter-tiny-trial"])
+def test_trial_towers_build(name):
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    image = preprocess(Image.new("RGB", (80, 70)))[None]
+    with torch.no_grad():
+        images = model.eval().encode_image(image)
+        texts = model.encode_text(open_clip.get_tokenizer(name)(["a circle"]))
+    assert images.shape == texts.shape and model.visual.trunk.fc.bias is not None
+
+
+def test_transforms_resize_to_256_and_crop_224():
+    noise = np.random.default_rng(0).integers(0, 255, (256, 300, 3), np.uint8)
+    picture = Image.fromarray(noise)
+    centre = evaluation_transform(mean=(0, 0, 0), std=(1, 1, 1))(picture)
+    assert torch.equal(
+        centre, torch.from_numpy(noise[16:240, 38:262] / np.float32(255)).permute(2, 0, 1)
+    )
+    torch.manual_seed(0)
+    crops = [training_transform(mean=(0, 0, 0), std=(1, 1, 1))(picture) for _ in range(3)]
+    assert all(crop.shape == (3, 224, 224) for crop in crops)
+    assert not torch.equal(crops[0], crops[1]) and not torch.equal(crops[0], centre)
+    assert training_transform(64)(Image.new("L", (500, 90))).shape == (3, 64, 64)
+
+
+def test_training_from_a_recipe_and_export(pairs, tmp_path):
+    recipe = {
+        "loss": "otter",
+        "reference-crop": True,
+        "epochs": 5,
+        "image-interpolation": "bilinear",
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    folder = train(pairs, tmp_path, "--config", str(tmp_path / "r.yaml"), "--epochs", "1")
+    assert load(folder / "epoch_1.pt")["optimizer"]["otter"]["settings"]["loss"] == "otter"
+    assert not (folder / "epoch_2.pt").exists()
+    lines = []
+    out = export_checkpoint(tmp_path / "run", tmp_path / "out", report=lines.append)
+    written = json.loads((out / "open_clip_config.json").read_text())["preprocess_cfg"]
+    assert written["crop_pct"] == 224 / 256 and written["interpolation"] == "bilinear"
+    assert any("--reference_crop" in line for line in lines)
+    stock = open_clip.create_model(f"local-dir:{out}").visual.preprocess_cfg
+    assert "crop_pct" not in stock
