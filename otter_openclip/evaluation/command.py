@@ -117,12 +117,12 @@ class _Parser(argparse.ArgumentParser):
         group.add_argument(
             "--reference_crop",
             action="store_true",
-            help="resize to 256/224 of the model's image size, then crop its centre, as the reference does",
+            help="resize to 256/224 of the model's image size, then crop, as the reference does",
         )
         group.add_argument(
             "--load_truncated",
             action="store_true",
-            help="use the part that is there of an incomplete image (grey elsewhere) instead of stopping",
+            help="use what is there of an incomplete image (grey elsewhere) instead of stopping",
         )
         group.add_argument(
             "--class_cache",
@@ -183,8 +183,8 @@ class _Command:
     def _join(self, local_rank: int, world_size: int) -> None:
         if "MASTER_ADDR" not in os.environ:
             raise ValueError(
-                f"--distributed with {world_size} processes needs MASTER_ADDR and MASTER_PORT; launch with "
-                "torchrun, or set them"
+                f"--distributed with {world_size} processes needs MASTER_ADDR and MASTER_PORT; launch "
+                "with torchrun, or set them"
             )
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
@@ -262,8 +262,7 @@ class _Command:
         kind, amp = torch.device(device).type, options["amp"]
         if kind == "cpu" and amp and self.rank == 0:
             logging.warning(
-                "clip_benchmark's mixed precision is bfloat16 on a CPU; --no_amp is more exact there, and "
-                "usually faster"
+                "clip_benchmark's mixed precision is bfloat16 on a CPU; --no_amp is more exact there"
             )
         autocast = functools.partial(torch.autocast, kind, enabled=amp)
         classes = None
@@ -316,7 +315,8 @@ class _Command:
             for path, classifier in zip(options["load_clfs"], loaded, strict=True):
                 if classifier.shape[-1] != len(prompts):
                     raise ValueError(
-                        f"--load_clfs {path} has {classifier.shape[-1]} classes, the dataset {len(prompts)}"
+                        f"--load_clfs {path} has {classifier.shape[-1]} classes, the dataset "
+                        f"{len(prompts)}"
                     )
             features = sum(classifier / len(loaded) for classifier in loaded).T.to(device)
         else:
@@ -381,8 +381,8 @@ def _check_root(root: str, split: str) -> None:
     count = Path(root) / split / "nshards.txt"
     if "://" not in root and not count.is_file():
         raise ValueError(
-            f"{root} is no clip_benchmark webdataset: {count} is missing; correct --dataset_root (it may "
-            "contain {dataset}) or --split"
+            f"{root} is no clip_benchmark webdataset: {count} is missing; correct --dataset_root (it "
+            "may contain {dataset}) or --split"
         )
 
 

@@ -47,8 +47,8 @@ def read_templates(source: str) -> list[str]:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(
-            f"--templates {source}: no such file; give {', '.join(TEMPLATES)} or a file with one template "
-            "a line"
+            f"--templates {source}: no such file; give {', '.join(TEMPLATES)} or a file with one "
+            "template a line"
         )
     templates = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -132,11 +132,16 @@ def class_features(
                 encode = _encoder(model, tokenizer, tokens, torch.device(device))
             encoded = [F.normalize(encode(part), dim=-1) for part in tokens.split(batch_size)]
             features = torch.cat(encoded).split([len(texts) for texts in group])
-            means = torch.stack([part.mean(dim=0) for part in features])
-            parts.append(means / means.norm(dim=-1, keepdim=True))
+            parts.append(torch.stack([_mean(part) for part in features]))
             bar.update(len(group))
     place = {texts: i for i, texts in enumerate(unique)}
     return torch.cat(parts)[torch.tensor([place[texts] for texts in prompts], device=device)]
+
+
+def _mean(features: Tensor) -> Tensor:
+    mean = features.mean(dim=0)
+    mean /= mean.norm()  # vector by vector as in clip_benchmark: in bfloat16 the rounding differs
+    return mean
 
 
 def _groups(prompts: Sequence[Sequence[str]], size: int) -> Any:

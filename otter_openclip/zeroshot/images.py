@@ -164,8 +164,8 @@ class MultiLabelImages(IterableDataset):
             raise ImageError(f"{where}: the npy cannot be read ({error})") from error
         if vector.shape != (self.classes,):
             raise ImageError(
-                f"{where} has a label vector of shape {vector.shape}, but there are {self.classes} class "
-                "names; classnames.txt must have one line for each entry"
+                f"{where} has a label vector of shape {vector.shape}, but there are {self.classes} "
+                "class names; classnames.txt must have one line for each entry"
             )
         labels = vector.nonzero()[0]
         if not (vector[labels] == 1).all():
