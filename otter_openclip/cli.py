@@ -15,6 +15,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from otter_openclip.training.open_clip_v3 import main as train
 
         return train(argv[1:])
+    if argv[:1] == ["eval"]:
+        # Likewise clip_benchmark's.
+        from otter_openclip.evaluation.command import main as evaluate
+
+        return evaluate(argv[1:])
 
     from otter_openclip import data, demo
     from otter_openclip.checkpoints import convert, export
@@ -24,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="open_clip's training command with --loss otter")
+    commands.add_parser("eval", help="clip_benchmark's eval with F@K, for any number of classes")
     for name, module, summary in (
         ("export", export, "turn a training checkpoint into a folder for open_clip.create_model"),
         ("convert", convert, "turn a checkpoint of facebookresearch/OTTER into such a folder"),

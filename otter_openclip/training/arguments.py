@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import functools
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ import torch
 from open_clip_train import params
 
 from otter_openclip.blocks import IMPLEMENTATIONS
+from otter_openclip.flags import name_nearest
 from otter_openclip.losses import OT_SCOPES
 from otter_openclip.training.config import add_config_flag, expand_config
 
@@ -176,14 +175,7 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> Any:
-        unknown = re.match(r"unrecognized arguments: (.*)", message)
-        if unknown:
-            for word in unknown[1].split():
-                near = difflib.get_close_matches(
-                    word.split("=")[0], self._option_string_actions, n=1, cutoff=0.7
-                )
-                if word.startswith("--") and near:
-                    message += f" (did you mean {near[0]}?)"
+        message = name_nearest(message, self._option_string_actions)
         # The usage line of 100 flags would bury the message.
         self.exit(2, f"{self.prog}: error: {message}\nSee {self.prog} --help for all flags.\n")
 

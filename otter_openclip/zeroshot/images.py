@@ -1,0 +1,259 @@
+"""Images and labels of a multi-label clip_benchmark webdataset, as features in a fixed order.
+
+The order is that of the shards and of the samples in them, whatever the number of loader workers and
+of ranks: what a metric depends on does not change with them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import ImageFile
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+from webdataset.autodecode import ImageHandler
+
+from otter_openclip.zeroshot.classifier import Autocast
+
+EXTENSIONS = ("webp", "png", "jpg", "jpeg")  # clip_benchmark's
+
+
+class ImageError(ValueError):
+    """A sample or shard that cannot be used; the message names it."""
+
+
+class EncodedImages(NamedTuple):
+    """(N, D) features as the model gave them, normalised, and each image's true classes."""
+
+    features: Tensor
+    labels: list[np.ndarray]
+
+
+def is_multilabel(dataset: Any) -> bool:
+    """Whether clip_benchmark opened ``dataset`` as a multi-label webdataset."""
+    stages = getattr(dataset, "pipeline", [])
+    return any("npy" in getattr(stage, "args", ()) for stage in stages)
+
+
+class MultiLabelImages(IterableDataset):
+    """Batches of (images, labels, places) of a multi-label webdataset.
+
+    Each loader worker of each rank is a slot. With at least as many shards as slots a slot reads every
+    slots-th shard; with fewer, the slots share the shards and each decodes its part of the samples.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: Callable[[Any], Tensor],
+        classes: int,
+        *,
+        load_truncated: bool = False,
+    ) -> None:
+        """Take shards and tar reading (with its cache) from clip_benchmark's ``dataset``.
+
+        Args:
+            dataset: what ``clip_benchmark.datasets.builder.build_wds_dataset`` returned.
+            transform: of PIL images to tensors.
+            classes: how many classes the class list has.
+            load_truncated: fill what is missing of an incomplete image with grey instead of raising.
+        """
+        super().__init__()
+        self.urls = list(dataset.pipeline[0].urls)
+        self.read = next(s for s in dataset.pipeline if "tarfile" in _stage_name(s))
+        self.decode = ImageHandler("pil", extensions=EXTENSIONS)
+        self.transform = transform
+        self.classes = classes
+        self.load_truncated = load_truncated
+        self.batch_size, self.rank, self.world_size = 64, 0, 1
+
+    def check(self) -> None:
+        """Raise ImageError now, before anything expensive, for missing shards and unfit labels."""
+        missing = [url for url in self.urls if "://" not in url and not Path(url).is_file()]
+        if missing:
+            raise ImageError(
+                f"{len(missing)} of {len(self.urls)} shards are missing, first {missing[0]}; restore "
+                "them or correct nshards.txt"
+            )
+        for url in self.urls:
+            for _, sample in self._samples(url, 0, 1):
+                self._labels(sample, url)
+                return
+        raise ImageError(f"no images in {len(self.urls)} shards, first {self.urls[0]}")
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield batches, or the error that ends the work: a worker's exception would lose its text."""
+        if self.load_truncated:
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+        try:
+            yield from self._batches()
+        except ImageError as error:
+            yield error
+
+    def _batches(self) -> Iterator[tuple[Tensor, list[np.ndarray], list[tuple[int, int]]]]:
+        batch: list[Any] = []
+        for shard, offset, step in self._shares():
+            url = self.urls[shard]
+            for place, sample in self._samples(url, offset, step):
+                image = self._image(sample, url)
+                batch.append((image, self._labels(sample, url), (shard, place)))
+                if len(batch) == self.batch_size:
+                    yield _collate(batch)
+                    batch = []
+        if batch:
+            yield _collate(batch)
+
+    def _shares(self) -> list[tuple[int, int, int]]:
+        """This slot's (shard, first sample, step)."""
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        slot, slots = worker * self.world_size + self.rank, workers * self.world_size
+        shards = len(self.urls)
+        if shards >= slots:
+            return [(shard, 0, 1) for shard in range(slot, shards, slots)]
+        shard = slot % shards
+        return [(shard, slot // shards, len(range(shard, slots, shards)))]
+
+    def _samples(self, url: str, offset: int, step: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        samples = enumerate(self.read(iter([{"url": url}])))
+        while True:
+            try:
+                place, sample = next(samples)
+            except StopIteration:
+                return
+            except Exception as error:  # tarfile, gopen and curl each have their own
+                raise ImageError(
+                    f"{url} cannot be read to its end ({type(error).__name__}: {error}); copy or build "
+                    "the shard again"
+                ) from error
+            if place % step == offset:
+                yield place, sample
+
+    def _image(self, sample: dict[str, Any], url: str) -> Tensor:
+        found = next((e for e in EXTENSIONS if e in sample), None)
+        where = f"{url}: sample {sample['__key__']}"
+        if found is None:
+            raise ImageError(f"{where} has no image ({', '.join(EXTENSIONS)})")
+        try:
+            image = self.decode(found, sample[found])
+        except Exception as error:  # PIL's decoders raise many types
+            truncated = "truncated" in str(error)
+            raise ImageError(
+                f"{where}: the {found} cannot be decoded ({type(error).__name__}: {error}); "
+                + ("pass --load_truncated to use the part that is there, or " if truncated else "")
+                + "build the shard without it"
+            ) from error
+        return self.transform(image)
+
+    def _labels(self, sample: dict[str, Any], url: str) -> np.ndarray:
+        where = f"{url}: sample {sample['__key__']}"
+        if "npy" not in sample:
+            raise ImageError(f"{where} has no npy with its label vector")
+        try:
+            vector = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise ImageError(f"{where}: the npy cannot be read ({error})") from error
+        if vector.shape != (self.classes,):
+            raise ImageError(
+                f"{where} has a label vector of shape {vector.shape}, but there are {self.classes} "
+                "class names; classnames.txt must have one line for each entry"
+            )
+        labels = vector.nonzero()[0]
+        if not (vector[labels] == 1).all():
+            raise ImageError(f"{where} has a label vector with values other than 0 and 1")
+        return labels.astype(np.int32)
+
+
+def _stage_name(stage: Any) -> str:
+    function = getattr(stage, "f", stage)
+    return getattr(function, "__name__", "")
+
+
+def _collate(batch: list[Any]) -> tuple[Tensor, list[np.ndarray], list[tuple[int, int]]]:
+    images, labels, places = zip(*batch, strict=True)
+    return torch.stack(images), list(labels), list(places)
+
+
+@torch.no_grad()
+def encode_images(
+    model: nn.Module,
+    images: MultiLabelImages,
+    *,
+    device: str | torch.device,
+    autocast: Autocast = nullcontext,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = False,
+) -> EncodedImages | None:
+    """Encode this rank's share; rank 0 returns all of them, the others None.
+
+    Args:
+        model: an open_clip model in eval mode.
+        images: what to encode.
+        device: where the model is.
+        autocast: makes the context the model runs in.
+        dtype: of the input, if not float32.
+        batch_size: images encoded at a time.
+        workers: loader processes.
+        rank: of this process, in torch.distributed's default group if there are several.
+        world_size: number of processes.
+        progress: show a progress bar.
+
+    Raises:
+        ImageError: naming shard and sample, if an image or a label vector cannot be used.
+    """
+    images.batch_size, images.rank, images.world_size = batch_size, rank, world_size
+    # A generator of its own: the loader must not draw from the random numbers of a training run.
+    loader = DataLoader(images, batch_size=None, num_workers=workers, generator=torch.Generator())
+    features, labels, places, failure = [], [], [], None
+    with tqdm(desc="Images", unit="image", disable=not progress) as bar:
+        for batch in loader:
+            if isinstance(batch, ImageError):
+                failure = batch
+                break
+            pixels, batch_labels, batch_places = batch
+            with autocast():
+                encoded = model.encode_image(pixels.to(device=device, dtype=dtype))
+                features.append(F.normalize(encoded, dim=-1).cpu())
+            labels += batch_labels
+            places += batch_places
+            bar.update(len(batch_labels))
+    mine = (torch.cat(features) if features else None, labels, places, failure)
+    if world_size == 1:
+        everyone = [mine]
+    else:
+        everyone = [None] * world_size if rank == 0 else None
+        dist.gather_object(mine, everyone)
+        if rank != 0:
+            if failure is not None:
+                raise failure
+            return None
+    del features
+    for *_, other in everyone:
+        if other is not None:
+            raise other
+    return _in_order(everyone)
+
+
+def _in_order(everyone: list[Any]) -> EncodedImages:
+    found = [part for part, *_ in everyone if part is not None]
+    labels = [label for _, part, *_ in everyone for label in part]
+    places = [place for _, _, part, _ in everyone for place in part]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    features = torch.cat(found) if len(found) > 1 else found[0]
+    if order != list(range(len(order))):
+        features = features[torch.tensor(order)]
+        labels = [labels[i] for i in order]
+    return EncodedImages(features, labels)

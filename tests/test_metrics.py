@@ -1,0 +1,94 @@
+"""F@K and mean average precision against clip_benchmark's code and plain definitions."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from clip_benchmark.metrics.zeroshot_classification import average_precision_per_class
+
+from otter_openclip.evaluation import multilabel_metrics
+
+
+def problem(images=300, classes=120, width=16, levels=None, seed=0):
+    """Features and a dense target; with ``levels`` whole numbers, so that many scores are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    features = [torch.randn(n, width, generator=generator) for n in (images, classes)]
+    if levels:
+        features = [(f * levels).round() for f in features]
+    else:
+        features = [F.normalize(f, dim=1) for f in features]
+    target = torch.rand(images, classes, generator=generator) < 0.05
+    target[0] = False  # an image without labels, a class without images
+    target[:, 0] = False
+    return *features, target.to(torch.uint8)
+
+
+@pytest.mark.parametrize("levels", [None, 1, 3])
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("chunk_size", [1, 4000, 2**25])
+def test_average_precision_is_clip_benchmarks(levels, amp, chunk_size):
+    images, classes, target = problem(levels=levels)
+    with torch.autocast("cpu", enabled=amp):
+        # As clip_benchmark's run_classification: batch by batch.
+        scores = torch.cat([(100.0 * part @ classes.T).float() for part in images.split(64)])
+        found = multilabel_metrics(images, classes, target, chunk_size=chunk_size)
+    expected = average_precision_per_class(scores, target).mean().item()
+    assert found["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
+    reordered = average_precision_per_class(scores.flip(0), target.flip(0)).mean().item()
+    if levels:  # the ties are real: another order of the images is another result
+        assert abs(reordered - expected) > 1e-6
+
+
+@pytest.mark.parametrize("levels", [None, 1])
+@pytest.mark.parametrize("chunk_size", [1, 4000, 2**25])
+def test_flat_hits_are_the_definition(levels, chunk_size):
+    images, classes, target = problem(levels=levels)
+    found = multilabel_metrics(images, classes, target.bool().numpy(), chunk_size=chunk_size)
+    nearest = (images @ classes.T).sort(dim=1, descending=True, stable=True).indices
+    for k in (1, 2, 5, 10):
+        hit = target.gather(1, nearest[:, :k]).bool().any(1)
+        assert found[f"flat_hit@{k}"] == hit.double().mean().item()
+
+
+def test_lists_arrays_and_double_labels_agree():
+    images, classes, target = problem()
+    lists = [row.nonzero()[:, 0].tolist() for row in target]
+    dense = multilabel_metrics(images, classes, target)
+    assert multilabel_metrics(images, classes, [row + row[::-1] for row in lists]) == dense
+    assert multilabel_metrics(images.numpy(), classes.numpy(), target.numpy()) == dense
+
+
+def test_k_beyond_the_classes_is_the_share_with_labels():
+    images, classes, target = problem()
+    found = multilabel_metrics(images, classes, target, ks=(120, 500))
+    assert found["flat_hit@500"] == found["flat_hit@120"] == target.any(1).double().mean().item()
+
+
+def test_equal_classes_lower_index_first():
+    images = torch.tensor([[1.0, 0.0]])
+    classes = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert multilabel_metrics(images, classes, [[0]])["flat_hit@1"] == 1
+    second = multilabel_metrics(images, classes, [[1]])
+    assert (second["flat_hit@1"], second["flat_hit@2"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": [[3]] * 299}, "for 299 images, but there are 300"),
+        ({"targets": [[0]] * 299 + [[120]]}, "image 299 has the label 120, but there are 120"),
+        ({"targets": [[-1]] * 300}, "has the label -1"),
+        ({"targets": [1] * 300}, "must be a list of class indices"),
+        ({"targets": np.zeros((300, 119), np.uint8)}, r"\(300, 119\)"),
+        ({"targets": np.full((300, 120), 2)}, "other than 0 and 1"),
+        ({"ks": (0,)}, "at least 1, got 0"),
+        ({"ks": ()}, "ks is empty"),
+        ({"class_features": torch.zeros(120, 8)}, "16 columns and class_features 8"),
+        ({"image_features": torch.full((300, 16), torch.nan)}, "300 rows with NaN"),
+    ],
+)
+def test_bad_input(change, message):
+    images, classes, target = problem()
+    given = {"image_features": images, "class_features": classes, "targets": target}
+    with pytest.raises(ValueError, match=message):
+        multilabel_metrics(**(given | change))
