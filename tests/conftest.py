@@ -9,6 +9,7 @@ import random
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 from PIL import Image, ImageDraw
@@ -48,6 +49,7 @@ MODELS = {
 }
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 SHAPES = ("circle", "square", "line")
+CLASSES = [*COLOURS, *SHAPES]
 
 
 def picture(rng: random.Random, colour: str, shape: str) -> Image.Image:
@@ -123,4 +125,27 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sizes[path.name] = 36
     (folder / "sizes.json").write_text(json.dumps(sizes))
     (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 pictures with two labels each, as a multi-label clip_benchmark webdataset."""
+    folder = tmp_path_factory.mktemp("labelled")
+    (folder / "test").mkdir()
+    rng = random.Random(3)
+    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+        for i in range(30):
+            colour, shape = rng.choice(COLOURS), rng.choice(SHAPES)
+            image, labels = io.BytesIO(), io.BytesIO()
+            picture(rng, colour, shape).save(image, "PNG")
+            np.save(labels, np.array([name in (colour, shape) for name in CLASSES], np.uint8))
+            for suffix, content in (("png", image.getvalue()), ("npy", labels.getvalue())):
+                member = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    (folder / "test" / "nshards.txt").write_text("1")
+    (folder / "classnames.txt").write_text("\n".join(CLASSES))
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c}")
+    (folder / "dataset_type.txt").write_text("multilabel")
     return folder

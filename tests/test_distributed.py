@@ -147,14 +147,17 @@ def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
             torch.testing.assert_close(its["teacher"][key], value, rtol=1e-4, atol=1e-6, msg=key)
 
 
-def test_torchrun_with_everything_on_resumes_exactly(pairs, tmp_path, model_configs):
+def test_torchrun_with_everything_on_resumes_exactly(pairs, labelled, tmp_path, model_configs):
     extra = ["--loss", "otter", "--batch-size", "6", "--accum-freq", "2", "--grad-clip-norm", "1"]
     extra += ["--local-loss", "--gather-with-grad", "--model", "tiny-vit"]
+    extra += ["--zeroshot-data", str(labelled), "--zeroshot-frequency", "1"]
     env = {"TEST_MODEL_CONFIGS": str(model_configs)}
     launch = str(HERE / "launch.py")
     out = torchrun(2, "--", launch, *flags(pairs, tmp_path / "whole", *extra), env=env)
     assert "Target_entropy" in out
     whole = tmp_path / "whole" / "run" / "checkpoints"
+    assert len((whole / "results.jsonl").read_text().splitlines()) == 2  # rank 0 alone
+    assert load(whole / "best.pt")["epoch"] in (1, 2)
     resume = ["--resume", str(whole / "epoch_1.pt")]
     torchrun(2, "--", launch, *flags(pairs, tmp_path / "again", *extra, *resume), env=env)
     again = tmp_path / "again" / "run" / "checkpoints" / "epoch_2.pt"

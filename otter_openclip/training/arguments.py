@@ -153,6 +153,12 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="the reference's transforms: shorter side to 256/224 of the image size, then a random crop "
         "in training and the centre in evaluation; any --loss",
     )
+    group.add_argument(
+        "--zeroshot-data",
+        metavar="DIR",
+        help="multi-label clip_benchmark webdataset whose F@K is evaluated every --zeroshot-frequency "
+        "epochs; the best by F@1 is kept as best.pt; any --loss",
+    )
     for flag, (losses, default, keywords) in _FLAGS.items():
         keywords = dict(keywords)
         shown = "off" if default is False else default

@@ -9,14 +9,15 @@
 ``pt_load``                 keeps the checkpoint's ``otter`` entry for ``train_one_epoch``
 ``get_data``                every epoch's data order follows from (seed, epoch, rank, worker)
 ``train_one_epoch``         the stock loop, given the student with its teacher beside it
+``zero_shot_eval``          also evaluates ``--zeroshot-data`` and keeps ``best.pt``
 ``DistributedDataParallel`` without ``device_ids`` for CPU modules, which torch refuses
 ``torch.save``              to a temporary name, then renamed: a killed run leaves no torn checkpoint
 =========================== ===========================================================================
 
-With ``--loss clip`` only the first, ``--reference-crop`` and the DDP fix apply. The rest hangs on
-official torch hooks: the optimizer's step (EMA) and its ``state_dict`` (checkpoint). A checkpoint is
-open_clip's own; the plugin adds one key, ``checkpoint["optimizer"]["otter"]``, that stock open_clip
-ignores.
+With ``--loss clip`` only the first, ``--reference-crop``, ``--zeroshot-data`` and the DDP fix apply. The
+rest hangs on official torch hooks: the optimizer's step (EMA) and its ``state_dict`` (checkpoint). A
+checkpoint is open_clip's own; the plugin adds one key, ``checkpoint["optimizer"]["otter"]``, that stock
+open_clip ignores.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import torch.distributed as dist
 from open_clip import ClipLoss
 from open_clip_train import main as open_clip_main
 from open_clip_train import params
+from open_clip_train import train as open_clip_train_loop
 from torch import Tensor, nn
 
 from otter_openclip.losses import MAX_LOG_SCALE, DistillationLoss, LabelSmoothingLoss, OtterLoss
@@ -43,14 +45,19 @@ from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training.arguments import TEACHER_LOSSES, plugin_flags, settings
 from otter_openclip.training.repeatable import make_repeatable, seed_process
 from otter_openclip.training.wrapper import StudentWithTeacher
+from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due
 
 SUPPORTED = ((3, 2), (4, 0))
 CHECKPOINT_KEY = "otter"
+# With --zeroshot-data: an entry of get_data's dict that makes open_clip evaluate, without data.
+_ZEROSHOT_KEY = "imagenet-v2"
+_NO_DATA = object()
 
 # Taken before anything is replaced.
 _stock_train_one_epoch = open_clip_main.train_one_epoch
 _stock_create_model = open_clip_main.create_model_and_transforms
 _stock_get_data = open_clip_main.get_data
+_stock_zero_shot_eval = open_clip_train_loop.zero_shot_eval
 _stock_pt_load = open_clip_main.pt_load
 _stock_ddp = nn.parallel.DistributedDataParallel
 _stock_save = torch.save
@@ -73,6 +80,7 @@ def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
             (open_clip_main, "pt_load", run.pt_load),
             (open_clip_main, "get_data", run.get_data),
             (open_clip_main, "train_one_epoch", run.train_one_epoch),
+            (open_clip_train_loop, "zero_shot_eval", run.zero_shot_eval),
             (nn.parallel, "DistributedDataParallel", _DistributedDataParallel),
             (torch, "save", run.save),
         ):
@@ -134,6 +142,9 @@ class _Run:
         self.fixed_teacher: nn.Module | None = None
         self.resumed: dict[str, Any] | None = None
         self.model: StudentWithTeacher | None = None
+        self.zeroshot: ZeroShotEvaluation | None = None
+        self.training: tuple[torch.optim.Optimizer, Any] | None = None
+        self.best: BestCheckpoint | None = None
 
     @property
     def stock(self) -> bool:
@@ -175,11 +186,51 @@ class _Run:
             self.resumed = checkpoint["optimizer"]
         return checkpoint
 
-    def get_data(self, args: Namespace, *rest: Any, **kwargs: Any) -> dict[str, Any]:
-        data = _stock_get_data(args, *rest, **kwargs)
+    def get_data(
+        self, args: Namespace, preprocess_fns: tuple[Any, Any], *rest: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        if args.zeroshot_data is not None:
+            try:
+                self.zeroshot = ZeroShotEvaluation(args.zeroshot_data, preprocess_fns[1])
+            except (ValueError, OSError) as error:
+                raise SystemExit(f"{self.prog}: error: {error}") from error
+        data = _stock_get_data(args, preprocess_fns, *rest, **kwargs)
         if not self.stock:
             make_repeatable(data, seed=args.seed, rank=args.rank)
+        if self.zeroshot is not None:
+            # open_clip evaluates if one of its own sets is there.
+            data.setdefault(_ZEROSHOT_KEY, _NO_DATA)
         return data
+
+    def zero_shot_eval(
+        self,
+        model: nn.Module,
+        data: dict[str, Any],
+        epoch: int,
+        args: Namespace,
+        tokenizer: Any = None,
+    ) -> dict[str, float]:
+        own = {name: value for name, value in data.items() if value is not _NO_DATA}
+        metrics = _stock_zero_shot_eval(model, own, epoch, args, tokenizer=tokenizer)
+        if self.zeroshot is None or not due(epoch, args):
+            return metrics
+        found = self.zeroshot.metrics(model, tokenizer, epoch, args)
+        if self.training is not None and args.save_logs:
+            if self.best is None:
+                self.best = BestCheckpoint(args.checkpoint_path, resumed=args.resume is not None)
+            self.best.offer(found, lambda: self._checkpoint(model, epoch))
+        return {**metrics, **found}
+
+    def _checkpoint(self, model: nn.Module, epoch: int) -> dict[str, Any]:
+        """What open_clip's ``main`` saves after an epoch."""
+        optimizer, scaler = self.training
+        state = {
+            "epoch": epoch,
+            "name": self.args.name,
+            "state_dict": getattr(model, "_orig_mod", model).state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        return state if scaler is None else {**state, "scaler": scaler.state_dict()}
 
     def create_loss(self, args: Namespace) -> nn.Module:
         if self.stock:
@@ -220,10 +271,13 @@ class _Run:
         loss: nn.Module,
         epoch: int,
         optimizer: torch.optim.Optimizer,
+        scaler: Any,
         *rest: Any,
         **kwargs: Any,
     ) -> None:
         args = self.args
+        self.training = (optimizer, scaler)
+        rest = (scaler, *rest)
         if self.stock:
             return _stock_train_one_epoch(model, data, loss, epoch, optimizer, *rest, **kwargs)
         if self.model is None:

@@ -1,0 +1,118 @@
+"""``--zeroshot-data``: F@K of the student at epoch ends, and the best epoch's checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from clip_benchmark.datasets.builder import build_wds_dataset
+from open_clip import get_input_dtype
+from open_clip_train.precision import get_autocast
+from torch import nn
+
+from otter_openclip.teacher import unwrap
+from otter_openclip.zeroshot.classifier import check_classnames, class_features, make_prompts
+from otter_openclip.zeroshot.images import MultiLabelImages, encode_images, is_multilabel
+from otter_openclip.zeroshot.metrics import KS, multilabel_metrics
+
+BEST = "best.pt"
+CRITERION = "zeroshot-flat_hit@1"
+
+
+class ZeroShotEvaluation:
+    """A multi-label webdataset, evaluated while a model trains.
+
+    It draws no random numbers of the process, so that a run with it and one without are the same run.
+    """
+
+    def __init__(self, folder: str, transform: Callable[[Any], torch.Tensor]) -> None:
+        """Open the data set and look at its first sample.
+
+        Args:
+            folder: as ``otter-openclip data open-images`` writes it.
+            transform: of PIL images to tensors.
+
+        Raises:
+            ValueError: naming what the folder lacks, or an image or label vector that does not fit.
+        """
+        count = Path(folder) / "test" / "nshards.txt"
+        if not count.is_file():
+            raise ValueError(
+                f"--zeroshot-data {folder} is no clip_benchmark webdataset: {count} is missing; "
+                "otter-openclip data open-images and imagenet10k write such folders"
+            )
+        self.transform = transform
+        self.dataset = build_wds_dataset("zeroshot", transform, "test", folder)
+        if not is_multilabel(self.dataset):
+            raise ValueError(
+                f"--zeroshot-data {folder} is not multi-label (dataset_type.txt says so); F@K needs "
+                "label vectors"
+            )
+        names = self.dataset.classes
+        check_classnames(names, str(Path(folder) / "classnames.txt"))
+        self.prompts = make_prompts(names, self.dataset.templates)
+        self._images().check()
+
+    def _images(self) -> MultiLabelImages:
+        return MultiLabelImages(self.dataset, self.transform, len(self.dataset.classes))
+
+    def metrics(
+        self, model: nn.Module, tokenizer: Any, epoch: int, args: argparse.Namespace
+    ) -> dict[str, float]:
+        """F@K and mean average precision of ``model``, in eval mode, under the run's autocast."""
+        student = unwrap(model)
+        device = torch.device(args.device)
+        autocast = get_autocast(args.precision, device_type=device.type)
+        logging.info(f"Zero-shot evaluation on {len(self.prompts)} classes")
+        with torch.no_grad():
+            classes = class_features(
+                student, tokenizer, self.prompts, device=device, autocast=autocast, progress=True
+            )
+            encoded = encode_images(
+                student,
+                self._images(),
+                device=device,
+                autocast=autocast,
+                dtype=get_input_dtype(args.precision),
+                batch_size=args.batch_size,
+                workers=args.workers,
+                progress=True,
+            )
+            found = multilabel_metrics(
+                encoded.features.float().to(device), classes.float(), encoded.labels, KS
+            )
+        return {**{f"zeroshot-{name}": value for name, value in found.items()}, "epoch": epoch}
+
+
+def due(epoch: int, args: argparse.Namespace) -> bool:
+    """Whether ``--zeroshot-frequency`` wants an evaluation after ``epoch``, as open_clip reads it."""
+    if args.zeroshot_frequency == 0:
+        return False
+    return epoch % args.zeroshot_frequency == 0 or epoch == args.epochs
+
+
+class BestCheckpoint:
+    """Keeps ``best.pt``, the checkpoint with the highest F@1, over resumes too."""
+
+    def __init__(self, folder: str, *, resumed: bool) -> None:
+        """Read the best value so far from ``best.pt`` if the run goes on from an earlier one."""
+        self.path = Path(folder) / BEST
+        self.value = -1.0
+        if resumed and self.path.is_file():
+            saved = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            self.value = saved["zeroshot"][CRITERION]
+
+    def offer(self, metrics: dict[str, float], make: Callable[[], dict[str, Any]]) -> None:
+        """Write ``make()`` and the metrics if F@1 is higher than ever."""
+        if metrics[CRITERION] <= self.value:
+            return
+        self.value = metrics[CRITERION]
+        temporary = f"{self.path}.tmp"
+        torch.save({**make(), "zeroshot": dict(metrics)}, temporary)
+        os.replace(temporary, self.path)
+        logging.info(f"Best F@1 so far, {self.value:.4f}: {self.path}")

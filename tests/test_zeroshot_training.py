@@ -1,0 +1,94 @@
+"""``--zeroshot-data``: F@K at epoch ends and ``best.pt``, without touching the training itself."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import CLASSES
+from PIL import Image
+from training_helpers import assert_same, flags, load, train
+
+from otter_openclip.training.open_clip_v3 import main
+
+
+def results(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def plain_flat_hit(checkpoint, labelled):
+    """F@1 of a checkpoint's student, one image at a time, on stock open_clip."""
+    model, _, preprocess = open_clip.create_model_and_transforms("tiny-rn", str(checkpoint))
+    model.eval()
+    tokens = open_clip.get_tokenizer("tiny-rn")([f"a {name}" for name in CLASSES])
+    hits = []
+    with torch.no_grad(), tarfile.open(labelled / "test" / "0.tar") as tar:
+        classes = model.encode_text(tokens, normalize=True)
+        for i in range(30):
+            image = Image.open(tar.extractfile(f"{i:04d}.png")).convert("RGB")
+            feature = model.encode_image(preprocess(image)[None], normalize=True)
+            truth = np.load(io.BytesIO(tar.extractfile(f"{i:04d}.npy").read()))
+            hits.append(truth[int((feature @ classes.T).argmax())])
+    return float(np.mean(hits))
+
+
+@pytest.mark.parametrize("loss", ["otter", "infonce", "clip"])
+def test_epochs_are_evaluated_and_the_best_is_kept(pairs, labelled, tmp_path, loss):
+    extra = ["--loss", loss, "--epochs", "3", "--save-frequency", "1", "--lr", "0.02"]
+    extra += ["--precision", "fp32"]
+    given = ["--zeroshot-data", str(labelled), "--zeroshot-frequency", "1"]
+    folder = train(pairs, tmp_path / "with", *extra, *given)
+    lines = results(folder)
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    scores = [line["zeroshot-flat_hit@1"] for line in lines]
+    assert {"zeroshot-flat_hit@10", "zeroshot-mean_average_precision"} <= lines[0].keys()
+    for epoch, score in enumerate(scores, 1):
+        assert score == pytest.approx(plain_flat_hit(folder / f"epoch_{epoch}.pt", labelled))
+    best = load(folder / "best.pt")
+    first_best = scores.index(max(scores)) + 1
+    assert best.pop("zeroshot") == lines[first_best - 1]
+    assert_same(best, load(folder / f"epoch_{first_best}.pt"))
+    if loss == "otter":
+        without = train(pairs, tmp_path / "without", *extra)
+        assert_same(load(without / "epoch_3.pt"), load(folder / "epoch_3.pt"))
+
+
+def test_the_best_survives_a_resume(pairs, labelled, tmp_path):
+    extra = ["--loss", "otter", "--save-most-recent", "--zeroshot-data", str(labelled)]
+    extra += ["--zeroshot-frequency", "1"]
+    folder = train(pairs, tmp_path, *extra, "--epochs", "1")
+    best = load(folder / "best.pt")
+    best["zeroshot"]["zeroshot-flat_hit@1"] = 1.5  # beyond what epoch 2 can reach
+    torch.save(best, folder / "best.pt")
+    train(pairs, tmp_path, *extra, "--epochs", "2", "--resume", "latest")
+    assert len(results(folder)) == 2
+    assert load(folder / "best.pt")["epoch"] == 1
+    best["zeroshot"]["zeroshot-flat_hit@1"] = -0.5
+    torch.save(best, folder / "best.pt")
+    train(pairs, tmp_path, *extra, "--epochs", "3", "--resume", "latest")
+    assert load(folder / "best.pt")["epoch"] == 3
+
+
+def test_frequency_is_open_clips(pairs, labelled, tmp_path):
+    extra = ["--loss", "infonce", "--epochs", "3", "--zeroshot-data", str(labelled)]
+    folder = train(pairs, tmp_path, *extra, "--zeroshot-frequency", "2")
+    assert [line["epoch"] for line in results(folder)] == [2, 3]
+
+
+def test_data_that_cannot_be_used_end_the_run_before_it_starts(pairs, labelled, tmp_path):
+    extra = ["--loss", "otter", "--zeroshot-data"]
+    with pytest.raises(
+        SystemExit, match=r"is no clip_benchmark webdataset: .*nshards.txt is missing"
+    ):
+        main(flags(pairs, tmp_path / "a", *extra, str(tmp_path)))
+    bad = tmp_path / "bad"
+    (bad / "test").mkdir(parents=True)
+    for file in labelled.rglob("*"):
+        if file.is_file():
+            (bad / file.relative_to(labelled)).write_bytes(file.read_bytes())
+    (bad / "classnames.txt").write_text("\n".join(CLASSES[:-1]))
+    with pytest.raises(SystemExit, match=r"label vector of shape .* but there are 8 class names"):
+        main(flags(pairs, tmp_path / "b", *extra, str(bad)))
