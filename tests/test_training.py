@@ -390,3 +390,19 @@ def test_module_command(pairs, tmp_path):
     assert done.returncode == 2
     assert "invalid choice: 'ottr'" in done.stderr and "otter" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_reference_crop_reaches_the_batches(pairs, tmp_path, monkeypatch):
+    calls = []
+    stock = open_clip_v3.reference_transforms
+
+    def counting(config):
+        training, evaluation = stock(config)
+        return (lambda image: calls.append(image.size) or training(image)), evaluation
+
+    monkeypatch.setattr(open_clip_v3, "reference_transforms", counting)
+    extra = ["--loss", "otter", "--workers", "0", "--epochs", "1", "--batch-size", "36"]
+    train(pairs, tmp_path / "with", *extra, "--reference-crop", csv=True)
+    assert calls == 72 * [(40, 40)]
+    train(pairs, tmp_path / "without", *extra, csv=True)
+    assert len(calls) == 72
