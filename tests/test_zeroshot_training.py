@@ -78,7 +78,7 @@ def test_frequency_is_open_clips(pairs, labelled, tmp_path):
     assert [line["epoch"] for line in results(folder)] == [2, 3]
 
 
-def test_data_that_cannot_be_used_end_the_run_before_it_starts(pairs, labelled, tmp_path):
+def test_data_that_cannot_be_used_end_the_run_before_it_starts(pairs, labelled, tmp_path, capsys):
     extra = ["--loss", "otter", "--zeroshot-data"]
     with pytest.raises(
         SystemExit, match=r"is no clip_benchmark webdataset: .*nshards.txt is missing"

@@ -19,6 +19,7 @@ from otter_openclip.blocks import IMPLEMENTATIONS
 from otter_openclip.flags import name_nearest
 from otter_openclip.losses import OT_SCOPES
 from otter_openclip.training.config import add_config_flag, expand_config
+from otter_openclip.training.zeroshot import check_folder
 
 LOSSES = ("clip", "infonce", "ls", "kd", "otter")
 TEACHER_LOSSES = ("kd", "otter")
@@ -175,6 +176,11 @@ class _Parser(argparse.ArgumentParser):
         args = expand_config(self, sys.argv[1:] if args is None else args)
         parsed = super().parse_args(args, namespace)
         _check_reference_crop(self, parsed)
+        if parsed.zeroshot_data is not None:
+            try:
+                check_folder(parsed.zeroshot_data)
+            except ValueError as error:
+                self.error(str(error))
         _check_unsupported(self, parsed)
         _settle_flags(self, parsed)
         _settle_precision(parsed)

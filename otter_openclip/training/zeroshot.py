@@ -24,6 +24,16 @@ BEST = "best.pt"
 CRITERION = "zeroshot-flat_hit@1"
 
 
+def check_folder(folder: str) -> None:
+    """Raise ValueError unless ``folder`` looks like a clip_benchmark webdataset."""
+    count = Path(folder) / "test" / "nshards.txt"
+    if not count.is_file():
+        raise ValueError(
+            f"--zeroshot-data {folder} is no clip_benchmark webdataset: {count} is missing; "
+            "otter-openclip data open-images and imagenet10k write such folders"
+        )
+
+
 class ZeroShotEvaluation:
     """A multi-label webdataset, evaluated while a model trains.
 
@@ -34,18 +44,12 @@ class ZeroShotEvaluation:
         """Open the data set and look at its first sample.
 
         Args:
-            folder: as ``otter-openclip data open-images`` writes it.
+            folder: as ``otter-openclip data open-images`` writes it; see ``check_folder``.
             transform: of PIL images to tensors.
 
         Raises:
-            ValueError: naming what the folder lacks, or an image or label vector that does not fit.
+            ValueError: naming an image, a class name or a label vector that cannot be used.
         """
-        count = Path(folder) / "test" / "nshards.txt"
-        if not count.is_file():
-            raise ValueError(
-                f"--zeroshot-data {folder} is no clip_benchmark webdataset: {count} is missing; "
-                "otter-openclip data open-images and imagenet10k write such folders"
-            )
         self.transform = transform
         self.dataset = build_wds_dataset("zeroshot", transform, "test", folder)
         if not is_multilabel(self.dataset):
