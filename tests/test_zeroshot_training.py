@@ -80,10 +80,9 @@ def test_frequency_is_open_clips(pairs, labelled, tmp_path):
 
 def test_data_that_cannot_be_used_end_the_run_before_it_starts(pairs, labelled, tmp_path, capsys):
     extra = ["--loss", "otter", "--zeroshot-data"]
-    with pytest.raises(
-        SystemExit, match=r"is no clip_benchmark webdataset: .*nshards.txt is missing"
-    ):
+    with pytest.raises(SystemExit, match="2"):
         main(flags(pairs, tmp_path / "a", *extra, str(tmp_path)))
+    assert "is no clip_benchmark webdataset" in capsys.readouterr().err
     bad = tmp_path / "bad"
     (bad / "test").mkdir(parents=True)
     for file in labelled.rglob("*"):
