@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clip_benchmark import cli as stock
+from clip_benchmark.metrics import zeroshot_classification
 from conftest import COLOURS, SHAPES, picture
 from data_helpers import encoded, jpeg, write_tar
 from PIL import Image
@@ -38,8 +39,8 @@ def png(image):
     return buffer.getvalue()
 
 
-def vector(labels, classes=len(NAMES), value=1):
-    array = np.zeros(classes, np.uint8)
+def vector(labels, value=1):
+    array = np.zeros(len(NAMES), np.uint8)
     array[labels] = value
     buffer = io.BytesIO()
     np.save(buffer, array)
@@ -159,14 +160,17 @@ def test_flat_hit_is_the_references():
         assert found[f"flat_hit@{k}"] == value
 
 
-def test_single_label_is_stocks(ours, stocks, tmp_path):
+def test_single_label_is_stocks(ours, stocks, tmp_path, monkeypatch):
     rng = random.Random(1)
     files = {}
     for i in range(20):
         files[f"{i}.png"] = png(picture(rng, rng.choice(COLOURS), rng.choice(SHAPES)))
         files[f"{i}.cls"] = str(i % 6).encode()
     single = write_data(tmp_path / "single", [files], list(COLOURS), "classification")
-    its = stocks(data=single)
+    with monkeypatch.context() as patch:
+        # Under NumPy 2.4 stock stops at float() of a one-element array.
+        patch.setattr(zeroshot_classification, "float", lambda x: x.item(), raising=False)
+        its = stocks(data=single)
     assert ours(data=single) == its and "acc1" in its["metrics"]
     (tmp_path / "t.txt").write_text("the {} one\n")
     other = ours("--templates", tmp_path / "t.txt", "--dump_templates", data=single)
@@ -196,13 +200,14 @@ def test_build_makes_its_csv(ours, tmp_path, monkeypatch):
     assert float(row["flat_hit@3"]) == metrics["flat_hit@3"] and row["dataset"] == "wds/made"
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_two_processes_give_the_same_numbers(ours, model, data, tmp_path, seed):
+def test_two_processes_give_the_same_numbers(ours, model, data, tmp_path):
     output = tmp_path / "distributed.json"
     words = line(model, data, output, "--distributed", "--class_cache", "", "--num_workers", "1")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        + ["-m", "otter_openclip.cli", *words],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", "-m", "--", "otter_openclip.cli", *words),
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -278,8 +283,9 @@ def test_templates_of_the_data_set(ours, capsys, tmp_path):
     assert ours("--templates", "simple", data=bad)["metrics"] == expected
     (bad / "zeroshot_classification_templates.txt").unlink()
     assert ours("--templates", "simple", data=bad)["metrics"] == expected
+    (tmp_path / "out" / "ours.json").unlink()
     ours(data=bad, code=2)
-    assert "--templates" in capsys.readouterr().err
+    assert "pass --templates" in capsys.readouterr().err
 
 
 def test_reference_crop(ours, model, data, monkeypatch):
@@ -386,7 +392,7 @@ def test_a_damaged_entry_is_rebuilt(ours, count, tmp_path, caplog, damage):
         flipped = bytes([*whole[:-2], whole[-2] ^ 64, whole[-1]])
         path.write_bytes({"empty": b"", "cut": whole[:-9], "flipped": flipped}[damage])
     assert ours() == first and len(count) == 2
-    assert f"{path} are damaged" in caplog.text and path.read_bytes() == whole
+    assert f"{path} are damaged" in caplog.text
     assert ours() == first and len(count) == 2
 
 
@@ -427,8 +433,8 @@ def test_duplicate_names_are_told(ours, caplog):
 def test_names_that_the_tokenizer_cuts(ours, tmp_path, caplog):
     ours()
     assert "cut off" not in caplog.text
-    ours(model=exported(tmp_path, 8))
-    assert "longer than the model's 8 tokens" in caplog.text
+    ours(model=exported(tmp_path, 6))
+    assert "longer than the model's 6 tokens" in caplog.text
     assert "can no longer be told from another class" in caplog.text
 
 
@@ -442,8 +448,9 @@ def test_truncated_image(ours, tmp_path, capsys):
     assert "2.tar: sample bad" in err and "--load_truncated" in err
     ours("--num_workers", "2", data=bad, code=2)  # the text survives the worker
     assert "2.tar: sample bad" in capsys.readouterr().err
-    ours("--load_truncated", data=bad)
-    ours(data=bad, code=2) if (tmp_path / "out" / "ours.json").unlink() else None
+    assert list(ours("--load_truncated", data=bad)["metrics"]) == METRICS
+    (tmp_path / "out" / "ours.json").unlink()
+    ours(data=bad, code=2)  # the switch is of one run
 
 
 @pytest.mark.parametrize(
@@ -478,10 +485,11 @@ def test_shards(ours, tmp_path, capsys):
     assert "no images in 2 shards" in capsys.readouterr().err
 
 
-def test_an_empty_file_as_shard(ours, tmp_path):
+def test_an_empty_file_as_shard(ours, tmp_path, capsys):
     empty = write_data(tmp_path / "empty", shards())
     (empty / "test" / "1.tar").write_bytes(b"")
-    assert ours(data=empty)["metrics"] == ours()["metrics"]
+    ours(data=empty, code=2)  # no tar of nothing, but a copy that failed
+    assert "1.tar cannot be read to its end" in capsys.readouterr().err
 
 
 def test_an_image_without_labels_is_a_miss(ours, stocks, tmp_path, caplog):

@@ -88,12 +88,23 @@ def check_classnames(names: Sequence[str], where: str) -> None:
 def make_prompts(
     names: Sequence[str], templates: Sequence[str] | Mapping[str, Sequence[str]]
 ) -> list[tuple[str, ...]]:
-    """Each class's prompts: ``templates`` filled in, or those it maps the name to."""
+    """Each class's prompts: ``templates`` filled in, or those it maps the name to.
+
+    Raises:
+        ValueError: if a name has no prompts, or a template another place than ``{c}``.
+    """
     if isinstance(templates, Mapping):
         missing = [name for name in names if not templates.get(name)]
         if missing:
             raise ValueError(f"no prompts for {len(missing)} classes, e.g. {missing[0]!r}")
         return [tuple(templates[name]) for name in names]
+    for template in templates:
+        try:
+            template.format(c="")
+        except (ValueError, KeyError, IndexError):
+            raise ValueError(
+                f"{template!r} is no template: the class name's place is {{c}}"
+            ) from None
     return [tuple(template.format(c=name) for template in templates) for name in names]
 
 
