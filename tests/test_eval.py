@@ -288,6 +288,21 @@ def test_templates_of_the_data_set(ours, capsys, tmp_path):
     assert "pass --templates" in capsys.readouterr().err
 
 
+def test_prompts_of_each_class(ours, stocks, capsys, tmp_path):
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps({"made": {name: [f"the {name}", name] for name in NAMES}}))
+    mine = ours("--custom_template_file", file)["metrics"]["mean_average_precision"]
+    its = stocks("--custom_template_file", file)["metrics"]["mean_average_precision"]
+    assert mine == pytest.approx(its, abs=1e-6)
+    (tmp_path / "out" / "ours.json").unlink()
+    file.write_text(json.dumps({"made": {name: [name] for name in NAMES[1:4]}}))
+    ours("--custom_template_file", file, code=2)
+    assert f"'red circle'; correct {file}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ours("--custom_template_file", file, "--templates", "simple")
+    assert "exclude each other" in capsys.readouterr().err
+
+
 def test_reference_crop(ours, model, data, monkeypatch):
     seen = []
 
@@ -359,7 +374,9 @@ def test_class_features_are_reused(ours, count, tmp_path):
     ours("--templates", "simple", "--reference_crop")  # the same prompts
     assert len(count) == 1
     ours("--class_cache", "")
-    assert len(count) == 2 and len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(count) == 2
+    (path,) = (tmp_path / "cache").iterdir()
+    assert path.stat().st_mode == (tmp_path / "out" / "ours.json").stat().st_mode
 
 
 def test_class_features_depend_on_weights_classes_and_templates(ours, count, tmp_path):

@@ -299,7 +299,8 @@ class _Command:
             prompts = make_prompts(classnames, templates)
         except ValueError as error:
             raise ValueError(
-                f"{error}; correct the dataset's {TEMPLATES_FILE}, or pass --templates"
+                f"{error}; correct {self.args.custom_template_file or TEMPLATES_FILE}, or pass "
+                "--templates"
             ) from None
         images.check()
         kind, amp = torch.device(device).type, options["amp"]
