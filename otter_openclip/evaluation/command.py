@@ -12,6 +12,8 @@
 ``open``                         results are written to a temporary name, then renamed, by rank 0 only
 ================================ ===================================================================
 
+``float`` in its accuracy is replaced too: NumPy 2.4 and later refuse the one-element array it is given.
+
 Everything else, single-label classification and retrieval too, is clip_benchmark's.
 """
 
@@ -23,9 +25,11 @@ import contextlib
 import copy
 import functools
 import io
+import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -52,6 +56,7 @@ from otter_openclip.zeroshot.classifier import (
 from otter_openclip.zeroshot.images import MultiLabelImages, encode_images, is_multilabel
 from otter_openclip.zeroshot.metrics import KS, check_ks, multilabel_metrics
 
+TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 NAMED_DATASETS = ("goi", "imagenet10k")
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "otter_openclip"
 
@@ -78,6 +83,7 @@ def main(argv: Sequence[str]) -> int:
         ):
             stack.enter_context(mock.patch.object(cli, name, replacement))
         stack.enter_context(mock.patch.object(cli, "open", command.open, create=True))
+        stack.enter_context(mock.patch.object(stock_classification, "float", _float, create=True))
         try:
             cli.main()
         except (ValueError, OSError, RuntimeError, AssertionError) as error:
@@ -87,6 +93,11 @@ def main(argv: Sequence[str]) -> int:
             if command.world_size > 1:
                 dist.destroy_process_group()
     return 0
+
+
+def _float(value: Any) -> float:
+    """``float`` that also takes an array of shape (1,)."""
+    return builtins.float(value.item() if hasattr(value, "item") else value)
 
 
 def _k(text: str) -> int:
@@ -160,7 +171,7 @@ class _Command:
 
     def main_eval(self, base: argparse.Namespace) -> None:
         self.args = base
-        self.templates = _Names(read_templates(base.templates)) if base.templates else None
+        self.templates = read_templates(base.templates) if base.templates else None
         if "{" not in (folder := os.path.dirname(base.output)) and folder:
             os.makedirs(folder, exist_ok=True)
         if base.distributed:
@@ -226,13 +237,13 @@ class _Command:
             }
         if kwargs["dataset_name"].startswith("wds/"):
             _check_root(kwargs["root"], split)
-        dataset = _stock_build_dataset(**kwargs)
+        dataset = self._build(kwargs)
         if kwargs.get("task") != "zeroshot_classification":
             return dataset
-        if self.templates is not None:
-            dataset.templates = self.templates
         if is_multilabel(dataset):
             dataset.classes = _Names(dataset.classes)
+            if isinstance(dataset.templates, list):
+                dataset.templates = _Names(dataset.templates)
             dataset.multilabel = MultiLabelImages(
                 dataset,
                 kwargs["transform"],
@@ -240,6 +251,33 @@ class _Command:
                 load_truncated=self.args.load_truncated,
             )
         return dataset
+
+    def _build(self, arguments: dict[str, Any]) -> Any:
+        """clip_benchmark's dataset; ``--templates`` as the file in which it takes prompts."""
+        with contextlib.ExitStack() as stack:
+            if self.templates is not None:
+                file = stack.enter_context(
+                    tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8")
+                )
+                # Of any dataset: the key that clip_benchmark falls back on.
+                json.dump({"imagenet1k": self.templates}, file)
+                file.flush()
+                arguments = arguments | {"custom_template_file": file.name}
+            try:
+                return _stock_build_dataset(**arguments)
+            except AssertionError as error:
+                root = Path(arguments["root"])
+                if str(error).startswith("Classes not specified"):
+                    raise ValueError(
+                        f"{error}: {root / 'classnames.txt'} is missing; write it with one class a "
+                        "line, or pass --custom_classname_file"
+                    ) from None
+                if str(error).startswith("Templates not specified"):
+                    raise ValueError(
+                        f"{error}: {root / TEMPLATES_FILE} is missing; pass --templates, e.g. "
+                        "--templates simple"
+                    ) from None
+                raise
 
     def evaluate(
         self,
@@ -257,7 +295,13 @@ class _Command:
                 model, dataloader, tokenizer, classnames, templates, device, **options
             )
         check_classnames(classnames, "class names")
-        prompts = make_prompts(classnames, templates)
+        try:
+            prompts = make_prompts(classnames, templates)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; correct {self.args.custom_template_file or TEMPLATES_FILE}, or pass "
+                "--templates"
+            ) from None
         images.check()
         kind, amp = torch.device(device).type, options["amp"]
         if kind == "cpu" and amp and self.rank == 0:
@@ -389,7 +433,10 @@ def _check_root(root: str, split: str) -> None:
 def _reference_crop(model: nn.Module) -> Any:
     config = open_clip.model.get_model_preprocess_cfg(model)
     size = config.get("size", 224)
-    size = size if isinstance(size, int) else size[0]
+    if not isinstance(size, int):
+        if len(set(size)) > 1:
+            raise ValueError(f"--reference_crop crops squares, the model's image size is {size}")
+        size = size[0]
     known = {key: config[key] for key in ("mean", "std") if key in config}
     return evaluation_transform(size, **known)
 

@@ -17,7 +17,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -88,12 +88,23 @@ def check_classnames(names: Sequence[str], where: str) -> None:
 def make_prompts(
     names: Sequence[str], templates: Sequence[str] | Mapping[str, Sequence[str]]
 ) -> list[tuple[str, ...]]:
-    """Each class's prompts: ``templates`` filled in, or those it maps the name to."""
+    """Each class's prompts: ``templates`` filled in, or those it maps the name to.
+
+    Raises:
+        ValueError: if a name has no prompts, or a template another place than ``{c}``.
+    """
     if isinstance(templates, Mapping):
         missing = [name for name in names if not templates.get(name)]
         if missing:
             raise ValueError(f"no prompts for {len(missing)} classes, e.g. {missing[0]!r}")
         return [tuple(templates[name]) for name in names]
+    for template in templates:
+        try:
+            template.format(c="")
+        except (ValueError, KeyError, IndexError):
+            raise ValueError(
+                f"{template!r} is no template: the class name's place is {{c}}"
+            ) from None
     return [tuple(template.format(c=name) for template in templates) for name in names]
 
 
@@ -307,12 +318,10 @@ def _write(path: Path, key: str, features: Tensor) -> None:
     metadata = {"key": key, "sha256": hashlib.sha256(_bytes(features)).hexdigest()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file({NAME: features}, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        # In a folder of its own: there the file can have the usual mode, so that others can read it.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as temporary:
+            written = Path(temporary) / path.name
+            written.write_bytes(save({NAME: features}, metadata=metadata))
+            os.replace(written, path)
     except OSError as error:  # a cache that cannot be written is no reason to lose the result
         logging.warning(f"Class features could not be kept in {path.parent}: {error}")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -92,8 +93,6 @@ class MultiLabelImages(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         """Yield batches, or the error that ends the work: a worker's exception would lose its text."""
-        if self.load_truncated:
-            ImageFile.LOAD_TRUNCATED_IMAGES = True
         try:
             yield from self._batches()
         except ImageError as error:
@@ -144,7 +143,13 @@ class MultiLabelImages(IterableDataset):
         if found is None:
             raise ImageError(f"{where} has no image ({', '.join(EXTENSIONS)})")
         try:
-            image = self.decode(found, sample[found])
+            # For this image only: the switch is the whole process's.
+            with mock.patch.object(
+                ImageFile,
+                "LOAD_TRUNCATED_IMAGES",
+                self.load_truncated or ImageFile.LOAD_TRUNCATED_IMAGES,
+            ):
+                image = self.decode(found, sample[found])
         except Exception as error:  # PIL's decoders raise many types
             truncated = "truncated" in str(error)
             raise ImageError(

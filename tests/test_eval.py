@@ -1,0 +1,544 @@
+"""``otter-openclip eval`` against stock ``clip_benchmark eval`` on the same exported folder."""
+
+import csv
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from clip_benchmark import cli as stock
+from clip_benchmark.metrics import zeroshot_classification
+from conftest import COLOURS, SHAPES, picture
+from data_helpers import encoded, jpeg, write_tar
+from PIL import Image
+from safetensors.torch import save_file
+
+from otter_openclip import cli
+from otter_openclip.checkpoints.export import export_checkpoint
+from otter_openclip.evaluation import command, multilabel_metrics
+from otter_openclip.preprocessing import evaluation_transform
+from otter_openclip.zeroshot import classifier
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+NAMES[3:6] = ["Kakigōri 草", "Cucumber, gourd, and melon family", NAMES[0]]  # the last a duplicate
+METRICS = ["flat_hit@1", "flat_hit@2", "flat_hit@5", "flat_hit@10", "mean_average_precision"]
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def vector(labels, value=1):
+    array = np.zeros(len(NAMES), np.uint8)
+    array[labels] = value
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def write_data(folder, shards, names=NAMES, kind="multilabel", templates=("a photo of {c}.",)):
+    """A clip_benchmark webdataset of the given shards, each {file name: content}."""
+    for number, files in enumerate(shards):
+        write_tar(folder / "test" / f"{number}.tar", files)
+    (folder / "test" / "nshards.txt").write_text(f"{len(shards)}\n")
+    (folder / "classnames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    (folder / "dataset_type.txt").write_text(kind)
+    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
+    return folder
+
+
+def shards(sizes=(17, 0, 13)):
+    """Pictures of all modes and sizes; the second shard is empty."""
+    rng = random.Random(0)
+    found = []
+    for shard, size in enumerate(sizes):
+        files = {}
+        for i in range(size):
+            image = picture(rng, rng.choice(COLOURS), rng.choice(SHAPES)).resize((60, 40 + i))
+            files[f"{shard}{i:03d}.png"] = png(image)
+            files[f"{shard}{i:03d}.npy"] = vector(rng.sample(range(len(NAMES)), 1 + i % 3))
+        found.append(files)
+    for i, mode in enumerate(("CMYK", "L", "RGB")):
+        found[0] |= {f"mode{i}.jpg": encoded(i, "JPEG", mode), f"mode{i}.npy": vector([i, 7])}
+    for i, mode in enumerate(("P", "LA", "RGBA", "1")):
+        found[2] |= {f"mode{i}.png": encoded(i, "PNG", mode), f"mode{i}.npy": vector([i, 8])}
+    return found
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), shards())
+
+
+def exported(folder, context, seed=0):
+    torch.manual_seed(seed)
+    model = open_clip.create_model("tiny-vit", force_context_length=context)
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    flags = {"model": "tiny-vit", "force_context_length": context}
+    return export_checkpoint(folder / "weights.safetensors", folder / "model", **flags)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return exported(tmp_path_factory.mktemp("exported"), 24)
+
+
+def line(model, data, output, *flags, name="wds/made"):
+    words = ["eval", "--model", f"local-dir:{model}", "--pretrained", "", "--dataset", name]
+    words += ["--dataset_root", data, "--task", "zeroshot_classification", "--output", output]
+    words += ["--num_workers", "0", "--batch_size", "7", "--no_amp", *flags]
+    return [str(word) for word in words]
+
+
+@pytest.fixture
+def ours(model, data, tmp_path):
+    """Run our command; returns the result file's contents."""
+
+    def run(*flags, model=model, data=data, name="wds/made", code=0):
+        output = tmp_path / "out" / "ours.json"
+        cache = () if "--class_cache" in flags else ("--class_cache", tmp_path / "cache")
+        assert cli.main(line(model, data, output, *cache, *flags, name=name)) == code
+        if code:
+            assert not output.exists()
+            return None
+        assert [path.name for path in output.parent.iterdir()] == [output.name]
+        return json.loads(output.read_text())
+
+    return run
+
+
+@pytest.fixture
+def stocks(model, data, tmp_path, monkeypatch):
+    """Run the stock command; returns the result file's contents."""
+
+    def run(*flags, data=data):
+        output = tmp_path / "stock.json"
+        monkeypatch.setattr(sys, "argv", ["clip_benchmark", *line(model, data, output, *flags)])
+        stock.main()
+        return json.loads(output.read_text())
+
+    return run
+
+
+# The same numbers as stock -----------------------------------------------------------------------
+
+
+def test_results_are_stocks_and_flat_hit(ours, stocks):
+    mine, its = ours(), stocks()
+    assert mine.keys() == its.keys()
+    assert {k: v for k, v in mine.items() if k != "metrics"} == {
+        k: v for k, v in its.items() if k != "metrics"
+    }
+    assert list(mine["metrics"]) == METRICS
+    expected = its["metrics"]["mean_average_precision"]
+    assert mine["metrics"]["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
+    assert 0 < mine["metrics"]["flat_hit@1"] < mine["metrics"]["flat_hit@10"] < 1
+
+
+@pytest.mark.parametrize("flags", [("--num_workers", "2"), ("--batch_size", "64")])
+def test_workers_and_batches_change_nothing(ours, flags):
+    assert ours(*flags)["metrics"] == pytest.approx(ours()["metrics"], abs=1e-6)
+
+
+def test_flat_hit_is_the_references():
+    arrays = np.load(GOLDEN / "flat_hit.npz")
+    recorded = json.loads((GOLDEN / "flat_hit.json").read_text())
+    images, classes = arrays["image_features"], arrays["class_features"]
+    found = multilabel_metrics(images, classes, recorded["labels"])
+    for k, value in recorded["flat_hit_at_k"].items():
+        assert found[f"flat_hit@{k}"] == value
+
+
+def test_single_label_is_stocks(ours, stocks, tmp_path, monkeypatch):
+    rng = random.Random(1)
+    files = {}
+    for i in range(20):
+        files[f"{i}.png"] = png(picture(rng, rng.choice(COLOURS), rng.choice(SHAPES)))
+        files[f"{i}.cls"] = str(i % 6).encode()
+    single = write_data(tmp_path / "single", [files], list(COLOURS), "classification")
+    with monkeypatch.context() as patch:
+        # Under NumPy 2.4 stock stops at float() of a one-element array.
+        patch.setattr(zeroshot_classification, "float", lambda x: x.item(), raising=False)
+        its = stocks(data=single)
+    assert ours(data=single) == its and "acc1" in its["metrics"]
+    (tmp_path / "t.txt").write_text("the {} one\n")
+    other = ours("--templates", tmp_path / "t.txt", "--dump_templates", data=single)
+    assert other["templates"] == ["the {c} one"]
+
+
+def test_retrieval_is_stocks(ours, stocks, tmp_path):
+    rng = random.Random(2)
+    files = {}
+    for i in range(6):
+        files[f"{i}.png"] = png(picture(rng, COLOURS[i], "circle"))
+        files[f"{i}.txt"] = f"a {COLOURS[i]} circle\na ball".encode()
+    pairs = write_data(tmp_path / "pairs", [files], kind="retrieval")
+    flags = ("--task", "zeroshot_retrieval")
+    its = stocks(*flags, data=pairs)
+    assert ours(*flags, data=pairs) == its and "image_retrieval_recall@5" in its["metrics"]
+
+
+def test_build_makes_its_csv(ours, tmp_path, monkeypatch):
+    metrics = ours("--ks", "1", "3")["metrics"]
+    results = str(tmp_path / "out")
+    monkeypatch.setattr(
+        sys, "argv", ["clip_benchmark", "build", results, "--output", f"{tmp_path}/b.csv"]
+    )
+    stock.main()
+    (row,) = csv.DictReader((tmp_path / "b.csv").open())
+    assert float(row["flat_hit@3"]) == metrics["flat_hit@3"] and row["dataset"] == "wds/made"
+
+
+def test_two_processes_give_the_same_numbers(ours, model, data, tmp_path):
+    output = tmp_path / "distributed.json"
+    words = line(model, data, output, "--distributed", "--class_cache", "", "--num_workers", "1")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", "-m", "--", "otter_openclip.cli", *words),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert found["metrics"] == pytest.approx(ours()["metrics"], abs=1e-6)
+
+
+# Flags -------------------------------------------------------------------------------------------
+
+
+def test_ks(ours, caplog):
+    metrics = ours("--ks", "3", "500", "1")["metrics"]
+    assert list(metrics) == ["flat_hit@3", "flat_hit@500", "flat_hit@1", METRICS[-1]]
+    assert metrics["flat_hit@500"] == 1  # every image has a label
+    assert "--ks 500: more than the 18 classes" in caplog.text
+
+
+@pytest.mark.parametrize("bad", ["0", "-1", "1.5", "ten"])
+def test_bad_ks(ours, capsys, bad):
+    with pytest.raises(SystemExit) as stop:
+        ours("--ks", bad)
+    assert stop.value.code == 2
+    assert f"at least 1, got {bad!r}" in capsys.readouterr().err
+
+
+def test_mistyped_flag(ours, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ours("--templtes", "simple")
+    assert stop.value.code == 2
+    assert "--templtes" in (err := capsys.readouterr().err) and "did you mean --templates" in err
+
+
+def test_templates(ours, data, stocks, tmp_path):
+    default = ours("--dump_templates")
+    assert ours("--templates", "simple", "--dump_templates") == default
+    imagenet = ours("--templates", "imagenet", "--dump_templates")
+    assert len(imagenet["templates"]) == 80 and imagenet["metrics"] != default["metrics"]
+    (tmp_path / "t.txt").write_text("a {c} café\n\nthe {} one, {{so}}\n", encoding="utf-8")
+    mine = ours("--templates", tmp_path / "t.txt", "--dump_templates")
+    assert mine["templates"] == ["a {c} café", "the {c} one, {{so}}"]
+    named = [template.format(c="X") for template in mine["templates"]]
+    assert named == ["a X café", "the X one, {so}"]
+    same = write_data(tmp_path / "same", shards(), templates=mine["templates"])
+    its = stocks(data=same)["metrics"]["mean_average_precision"]
+    assert mine["metrics"]["mean_average_precision"] == pytest.approx(its, abs=1e-6)
+    assert its != default["metrics"]["mean_average_precision"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file; give simple, imagenet or a file"),
+        ("a {c}\na photo\n", "line 2: 'a photo' is no template"),
+        ("a {name}\n", "line 1: 'a {name}' is no template"),
+        ("\n \n", "is empty"),
+    ],
+)
+def test_bad_templates(ours, capsys, tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "t.txt").write_text(text)
+    ours("--templates", tmp_path / "t.txt", code=2)
+    assert message in capsys.readouterr().err
+
+
+def test_templates_of_the_data_set(ours, capsys, tmp_path):
+    bad = write_data(tmp_path / "bad", shards(), templates=["a photo of {}."])
+    ours(data=bad, code=2)
+    err = capsys.readouterr().err
+    assert "'a photo of {}.'" in err and "zeroshot_classification_templates.txt" in err
+    expected = ours()["metrics"]
+    assert ours("--templates", "simple", data=bad)["metrics"] == expected
+    (bad / "zeroshot_classification_templates.txt").unlink()
+    assert ours("--templates", "simple", data=bad)["metrics"] == expected
+    (tmp_path / "out" / "ours.json").unlink()
+    ours(data=bad, code=2)
+    assert "pass --templates" in capsys.readouterr().err
+
+
+def test_prompts_of_each_class(ours, stocks, capsys, tmp_path):
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps({"made": {name: [f"the {name}", name] for name in NAMES}}))
+    mine = ours("--custom_template_file", file)["metrics"]["mean_average_precision"]
+    its = stocks("--custom_template_file", file)["metrics"]["mean_average_precision"]
+    assert mine == pytest.approx(its, abs=1e-6)
+    (tmp_path / "out" / "ours.json").unlink()
+    file.write_text(json.dumps({"made": {name: [name] for name in NAMES[1:4]}}))
+    ours("--custom_template_file", file, code=2)
+    assert f"'red circle'; correct {file}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ours("--custom_template_file", file, "--templates", "simple")
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_reference_crop(ours, model, data, monkeypatch):
+    seen = []
+
+    def keep(*args, **kwargs):
+        seen.append(encode(*args, **kwargs))
+        return seen[-1]
+
+    encode = command.encode_images
+    monkeypatch.setattr(command, "encode_images", keep)
+    ours()
+    ours("--reference_crop")
+    plain, cropped = (found.features for found in seen)
+    network, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model}")
+    first = Image.open(io.BytesIO(shards()[0]["0000.png"]))
+    for features, transform in ((plain, preprocess), (cropped, evaluation_transform(32))):
+        with torch.no_grad():
+            expected = network.eval().encode_image(transform(first)[None], normalize=True)
+        assert torch.allclose(features[:1], expected, atol=1e-5)
+    assert not torch.allclose(plain, cropped, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["goi", "imagenet10k"])
+def test_named_data_sets(ours, tmp_path, capsys, name):
+    write_data(tmp_path / "eval" / name, shards())
+    result = ours(data=tmp_path / "eval", name=name)
+    assert result["dataset"] == name
+    expected = ours()["metrics"]
+    assert result["metrics"] == expected
+    for root in (tmp_path / "eval" / name, tmp_path / "eval" / "{dataset}"):
+        assert ours(data=root, name=name)["metrics"] == expected
+    auto = ours("--task", "auto", data=tmp_path / "eval", name=name)
+    assert auto["metrics"] == expected and auto["task"] == "zeroshot_classification"
+    (tmp_path / "out" / "ours.json").unlink()
+    ours(data=tmp_path / "elsewhere", name=name, code=2)
+    assert f"no webdataset of {name}" in (err := capsys.readouterr().err)
+    assert "--dataset_root" in err
+
+
+def test_saved_and_loaded_classifier(ours, stocks, tmp_path):
+    mine = ours("--save_clf", tmp_path / "clf.pt")["metrics"]
+    weights = torch.load(tmp_path / "clf.pt")
+    assert weights.shape == (16, len(NAMES))
+    loaded = ours("--load_clfs", tmp_path / "clf.pt", tmp_path / "clf.pt")["metrics"]
+    assert loaded == pytest.approx(mine, abs=1e-6)
+    its = stocks("--load_clfs", str(tmp_path / "clf.pt"))["metrics"]["mean_average_precision"]
+    assert its == pytest.approx(mine["mean_average_precision"], abs=1e-6)
+
+
+# Cache of class features -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """How often class features were computed."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return compute(*args, **kwargs)
+
+    compute = classifier.class_features
+    monkeypatch.setattr(classifier, "class_features", counted)
+    return calls
+
+
+def test_class_features_are_reused(ours, count, tmp_path):
+    first = ours()
+    assert ours() == first and len(count) == 1
+    ours("--templates", "simple", "--reference_crop")  # the same prompts
+    assert len(count) == 1
+    ours("--class_cache", "")
+    assert len(count) == 2
+    (path,) = (tmp_path / "cache").iterdir()
+    assert path.stat().st_mode == (tmp_path / "out" / "ours.json").stat().st_mode
+
+
+def test_class_features_depend_on_weights_classes_and_templates(ours, count, tmp_path):
+    first = ours()
+    other = exported(tmp_path, 24, seed=1)
+    assert ours(model=other) != first and len(count) == 2
+    renamed = write_data(tmp_path / "renamed", shards(), [*NAMES[:-1], "something"])
+    ours(data=renamed)
+    assert len(count) == 3
+    reordered = write_data(tmp_path / "reordered", shards(), NAMES[::-1])
+    ours(data=reordered)
+    assert len(count) == 4
+    ours("--templates", "imagenet")
+    assert len(count) == 5
+    assert ours() == first and len(count) == 5
+    assert len(list((tmp_path / "cache").iterdir())) == 5
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "another"])
+def test_a_damaged_entry_is_rebuilt(ours, count, tmp_path, caplog, damage):
+    first = ours()
+    (path,) = (tmp_path / "cache").iterdir()
+    whole = path.read_bytes()
+    if damage == "another":
+        ours("--templates", "imagenet")
+        (other,) = (p for p in (tmp_path / "cache").iterdir() if p != path)
+        path.write_bytes(other.read_bytes())
+        count.pop()
+    else:
+        flipped = bytes([*whole[:-2], whole[-2] ^ 64, whole[-1]])
+        path.write_bytes({"empty": b"", "cut": whole[:-9], "flipped": flipped}[damage])
+    assert ours() == first and len(count) == 2
+    assert f"{path} are damaged" in caplog.text
+    assert ours() == first and len(count) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing(ours, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    ours("--class_cache", tmp_path / "file")
+    assert "could not be kept" in caplog.text
+
+
+# Bad input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (NAMES[:-1], "shape (18,), but there are 17 class names"),
+        ([*NAMES, "more"], "shape (18,), but there are 19 class names"),
+        ([*NAMES[:4], " ", *NAMES[5:]], "line 5: empty class name"),
+    ],
+)
+def test_unfit_class_list(ours, count, tmp_path, capsys, names, message):
+    ours(data=write_data(tmp_path / "bad", shards(), names), code=2)
+    assert message in capsys.readouterr().err and not count
+
+
+def test_missing_class_list(ours, tmp_path, capsys):
+    bad = write_data(tmp_path / "bad", shards())
+    (bad / "classnames.txt").unlink()
+    ours(data=bad, code=2)
+    assert "classnames.txt" in capsys.readouterr().err
+
+
+def test_duplicate_names_are_told(ours, caplog):
+    ours()
+    assert "1 names stand for several classes, e.g. 'red circle'" in caplog.text
+
+
+def test_names_that_the_tokenizer_cuts(ours, tmp_path, caplog):
+    ours()
+    assert "cut off" not in caplog.text
+    ours(model=exported(tmp_path, 6))
+    assert "longer than the model's 6 tokens" in caplog.text
+    assert "can no longer be told from another class" in caplog.text
+
+
+def test_truncated_image(ours, tmp_path, capsys):
+    files = shards()
+    whole = jpeg(3, (90, 80))
+    files[2] |= {"bad.jpg": whole[: len(whole) // 2], "bad.npy": vector([1])}
+    bad = write_data(tmp_path / "bad", files)
+    ours(data=bad, code=2)
+    err = capsys.readouterr().err
+    assert "2.tar: sample bad" in err and "--load_truncated" in err
+    ours("--num_workers", "2", data=bad, code=2)  # the text survives the worker
+    assert "2.tar: sample bad" in capsys.readouterr().err
+    assert list(ours("--load_truncated", data=bad)["metrics"]) == METRICS
+    (tmp_path / "out" / "ours.json").unlink()
+    ours(data=bad, code=2)  # the switch is of one run
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"x.jpg": b"no image", "x.npy": vector([1])}, "sample x: the jpg cannot be decoded"),
+        ({"x.npy": vector([1])}, "sample x has no image"),
+        ({"x.jpg": jpeg(1)}, "sample x has no npy"),
+        ({"x.jpg": jpeg(1), "x.npy": b"\x93NUMPY"}, "sample x: the npy cannot be read"),
+        ({"x.jpg": jpeg(1), "x.npy": vector([1], value=2)}, "values other than 0 and 1"),
+    ],
+)
+def test_bad_samples_are_named(ours, tmp_path, capsys, files, message):
+    ours(data=write_data(tmp_path / "bad", [*shards(), files]), code=2)
+    err = capsys.readouterr().err
+    assert message in err and "3.tar" in err
+
+
+def test_shards(ours, tmp_path, capsys):
+    bad = write_data(tmp_path / "bad", shards())
+    cut = (bad / "test" / "2.tar").read_bytes()
+    (bad / "test" / "2.tar").write_bytes(cut[:3000])
+    ours(data=bad, code=2)
+    assert "2.tar cannot be read to its end" in capsys.readouterr().err
+    (bad / "test" / "2.tar").unlink()
+    ours(data=bad, code=2)
+    assert "1 of 3 shards are missing, first" in capsys.readouterr().err
+    (bad / "test" / "nshards.txt").unlink()
+    ours(data=bad, code=2)
+    assert "nshards.txt is missing" in capsys.readouterr().err
+    ours(data=write_data(tmp_path / "empty", [{}, {}]), code=2)
+    assert "no images in 2 shards" in capsys.readouterr().err
+
+
+def test_an_empty_file_as_shard(ours, tmp_path, capsys):
+    empty = write_data(tmp_path / "empty", shards())
+    (empty / "test" / "1.tar").write_bytes(b"")
+    ours(data=empty, code=2)  # no tar of nothing, but a copy that failed
+    assert "1.tar cannot be read to its end" in capsys.readouterr().err
+
+
+def test_an_image_without_labels_is_a_miss(ours, stocks, tmp_path, caplog):
+    files = shards()
+    files[0] |= {"none.jpg": jpeg(3), "none.npy": vector([])}
+    some = write_data(tmp_path / "some", files)
+    metrics = ours("--ks", "18", data=some)["metrics"]
+    assert metrics["flat_hit@18"] == 37 / 38
+    its = stocks(data=some)["metrics"]["mean_average_precision"]
+    assert metrics["mean_average_precision"] == pytest.approx(its, abs=1e-6)
+    assert "1 of 38 images have no true label" in caplog.text
+
+
+def test_nan_weights(ours, model, tmp_path, capsys):
+    from shutil import copytree
+
+    from safetensors.torch import load_file
+
+    broken = copytree(model, tmp_path / "broken")
+    state = load_file(broken / "open_clip_model.safetensors")
+    state["visual.proj"] *= torch.nan
+    save_file(state, broken / "open_clip_model.safetensors")
+    ours(model=broken, code=2)
+    assert "image_features has 37 rows with NaN" in capsys.readouterr().err
+
+
+def test_class_features_are_the_plain_ones(model):
+    network = open_clip.create_model(f"local-dir:{model}").eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{model}")
+    prompts = classifier.make_prompts(NAMES, ["a photo of {c}.", "{c}"])
+    found = classifier.class_features(network, tokenizer, prompts, device="cpu", batch_size=5)
+    for texts, feature in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            mean = network.encode_text(tokenizer(list(texts)), normalize=True).mean(0)
+        assert torch.allclose(feature, F.normalize(mean, dim=0), atol=1e-5)
