@@ -8,12 +8,15 @@
   only, it has no F@K) in turn, at sizes that clip_benchmark can hold;
 * class names encoded in batches and as clip_benchmark does, one at a time, on a text tower with
   random weights.
+
+A part that is left out keeps its figures of the run before.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import statistics
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -169,6 +172,7 @@ def encoding(name: str, count: int, rounds: int) -> list[dict[str, Any]]:
     base = single()
     rows = [
         {
+            "model": name,
             "names": len(names),
             "code": code,
             "rounds": rounds,
@@ -234,20 +238,25 @@ def main() -> None:
     parser.add_argument("--goi", type=_size, default=GOI, help="0x0: leave out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="ViT-B-32", help="whose text tower encodes the names")
-    parser.add_argument("--names", type=int, default=250, help="0: leave out")
+    parser.add_argument("--names", type=int, default=100, help="0: leave out")
     parser.add_argument("--name", default="zeroshot", help="of the files in benchmarks/results")
     args = parser.parse_args()
-    results: dict[str, Any] = {"machine": common.machine(), "D": WIDTH, "dtype": "float32"}
-    if args.goi[0]:
-        results["goi"] = whole(*args.goi)
-        print(common.table([results["goi"]]), flush=True)
+    path = common.RESULTS / f"{args.name}.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    results |= {"D": WIDTH, "dtype": "float32"}
+
+    def keep(part: str, found: Any) -> None:
+        results[part] = found
+        results.setdefault("machine", {})[part] = common.machine()
         common.save(args.name, results)
-    results["compare"] = compare(args.sizes, args.rounds)
-    common.save(args.name, results)
+
+    if args.goi[0]:
+        keep("goi", whole(*args.goi))
+        print(common.table([results["goi"]]), flush=True)
     if args.names:
-        results["model"] = args.model
-        results["encoding"] = encoding(args.model, args.names, args.rounds)
-    path = common.save(args.name, results)
+        keep("encoding", encoding(args.model, args.names, args.rounds))
+    if args.sizes:
+        keep("compare", compare(args.sizes, args.rounds))
     draw(results, path.with_suffix(".png"))
     print(f"Wrote {path}")
 
