@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 TEMPLATES = ("simple", "imagenet")
 BATCH_SIZE = 256  # prompts
-PROBES = 8
+PROBES = 2  # each costs as much as encoding several names
 NAME = "class_features"
 
 Autocast = Callable[[], AbstractContextManager]
