@@ -206,9 +206,7 @@ def draw(results: dict[str, Any], path: Any) -> None:
         axis.set(xscale="log", yscale="log", xlabel="images x classes", ylabel=label)
         axis.grid(alpha=0.3)
     for axis, bar in ((axes[0], MOST_BYTES / 1e6), (axes[1], MOST_SECONDS)):
-        axis.axhline(
-            bar, color="grey", linestyle="--", label="bar at GOI's size (memory: whole process)"
-        )
+        axis.axhline(bar, color="grey", linestyle="--", label="bar at GOI's size (whole process)")
         axis.legend()
     encoded = results.get("encoding", [])
     rates = [row["names"] / row["seconds"] for row in encoded]
