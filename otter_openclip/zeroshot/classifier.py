@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import open_clip
 import torch
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 TEMPLATES = ("simple", "imagenet")
 BATCH_SIZE = 256  # prompts
-PROBES = 8
+PROBES = 2  # each costs as much as encoding several names
 NAME = "class_features"
 
 Autocast = Callable[[], AbstractContextManager]
@@ -178,7 +179,9 @@ def _encoder(
     half = torch.is_autocast_enabled(device.type) or any(
         p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()
     )
-    if half or not isinstance(tokens, Tensor) or tokens.ndim != 2:
+    if half:
+        return _rounded_as_single(model)
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2:
         return model.encode_text
     short = _WithoutPadding(model, tokenizer)
     probe = tokens[:PROBES]
@@ -192,6 +195,24 @@ def _encoder(
     except (RuntimeError, IndexError, ValueError):  # the tower insists on its context length
         same = False
     return short if same else model.encode_text
+
+
+def _rounded_as_single(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """``model.encode_text``, in half precision rounding a batch as clip_benchmark's single class.
+
+    ``nn.MultiheadAttention`` transposes a batch, and ``linear`` of what is not contiguous rounds the
+    product once more before it adds the bias; a batch of one is contiguous whichever way it is turned.
+    """
+    linear = F.linear
+
+    def contiguous(given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return linear(given.contiguous(), *args, **kwargs)
+
+    def encode(tokens: Tensor) -> Tensor:
+        with mock.patch.object(F, "linear", contiguous):
+            return model.encode_text(tokens)
+
+    return encode
 
 
 class _WithoutPadding:
