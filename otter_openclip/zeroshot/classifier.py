@@ -305,7 +305,7 @@ def cached_class_features(
 def _key(model: nn.Module, tokens: Tensor | None, prompts: Any, device: torch.device) -> str:
     half = torch.is_autocast_enabled(device.type)
     precision = str(torch.get_autocast_dtype(device.type)) if half else "full"
-    digest = hashlib.sha256(f"1 {device.type} {precision}\n{model}\n".encode())
+    digest = hashlib.sha256(f"2 {device.type} {precision}\n{model}\n".encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(_bytes(value))
