@@ -189,7 +189,7 @@ class _PairLoss(ClipLoss):
         of_texts: bool = False,
     ) -> TeacherFeatures:
         """The teacher's (image, text) features of this rank and of all, for image or text rows."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no teacher")
 
 
 class LabelSmoothingLoss(_PairLoss):

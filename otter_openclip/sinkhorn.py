@@ -18,6 +18,7 @@ Two forms do the same: ``ScalingPlans`` as above, for kernels whose logarithms s
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ LOG_EMPTY = -1e29
 _EMPTY = 1e-33
 
 
-class _Plans:
+class _Plans(ABC):
     """Row plan and, with ``both``, column plan over a kernel given by tiles of rows.
 
     After ``solve``, ``add`` takes every block of rows once, in any order, and collects for both plans,
@@ -65,29 +66,29 @@ class _Plans:
         self.marginal_error: Tensor | None = None
         self._mass_ratio = rows * world_size / columns
 
+    @abstractmethod
     def solve(self, iterations: int) -> None:
         """Run ``iterations`` updates of rows, then columns, of both plans."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whole(self) -> Tensor:
         """The row plan, of mass 1, in place of the kernel that the tiles keep."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add(self, part: slice, kernel: Tensor, logits: Tensor) -> None:
         """Take in the rows ``part``: their kernel and logits, (rows, N) each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log_column_sums(self) -> Tensor:
         """(N,) log of this shard's part of the column sums; all ``add`` calls are done."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, log_column_sums: Tensor | None) -> None:
         """Take the whole's column sums."""
-        raise NotImplementedError
 
+    @abstractmethod
     def block(self, part: slice, kernel: Tensor, *, rows: bool, columns: bool) -> Tensor:
         """Entries of the row plan and/or the (transposed) column plan, summed."""
-        raise NotImplementedError
 
 
 class ScalingPlans(_Plans):
