@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from otter_openclip.training import open_clip_v3
-from otter_openclip.training.arguments import plugin_flags, settings
+from otter_openclip.training.arguments import parser_replaced, settings
 
 
 def parse(*words):
     from open_clip_train import params
 
-    with plugin_flags("train"):
+    with parser_replaced("train"):
         return params.parse_args(list(words))
 
 
