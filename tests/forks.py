@@ -20,7 +20,7 @@ def child(request, environment, files):
     # Not the parent's: those of pipes are block-buffered and hold its text.
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
     os.environ.update(environment)
-    os.chdir(request["cwd"])
+    os.chdir(os.path.join(request["cwd"], environment.get("TEST_FOLDER", "")))
     sys.path[:0] = request["path"]
     sys.argv = request["argv"]
     code = 1
