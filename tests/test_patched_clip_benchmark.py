@@ -5,7 +5,6 @@ Every command runs in a process of its own, on copies in a temporary folder; not
 
 import ast
 import csv
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -16,62 +15,29 @@ import subprocess
 import sys
 from pathlib import Path
 
-import clip_benchmark
 import pytest
 from conftest import COLOURS, SHAPES, picture
 from data_helpers import jpeg
+from patched import ROOT, copy_packages, declare, environment, hashes, our_entry_points
 from test_eval import NAMES, exported, png, shards, vector, write_data
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
-
-ROOT = Path(__file__).parent.parent
 PATCH = ROOT / "patches" / "clip_benchmark-1.6.2.patch"
 INFO = "clip_benchmark-1.6.2.dist-info"
 GROUPS = ("clip_benchmark.datasets", "clip_benchmark.evaluators")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OURS = {group: our_entry_points()[group] for group in GROUPS}
 
 
-def hashes(folder):
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+TOOLS = [tool for tool in ("git", "patch") if shutil.which(tool)]
 
 
-def apply(folder, *flags):
-    """Apply the patch in ``folder``, but for the parts of the other layout."""
-    other = "requirements.txt" if (folder / INFO).exists() else f"{INFO}/*"
-    subprocess.run(
-        ["git", "apply", f"--exclude={other}", *flags, str(PATCH)],
-        cwd=folder,
-        check=True,
-        env={"GIT_CEILING_DIRECTORIES": str(folder.parent), "PATH": "/usr/local/bin:/usr/bin:/bin"},
-    )
-
-
-def copied(folder):
-    """A copy of the installed clip_benchmark and of its metadata."""
-    package = Path(clip_benchmark.__file__).parent
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(package, folder / "clip_benchmark", ignore=ignored)
-    shutil.copytree(package.parent / INFO, folder / INFO)
-    return folder
-
-
-def provide(folder, package, points):
-    """Metadata as an installed ``package`` with entry points {group: {name: value}} has it."""
-    info = folder / f"{package.replace('-', '_')}-0.1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.1\n")
-    lines = []
-    for group, names in points.items():
-        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in names.items()), ""]
-    (info / "entry_points.txt").write_text("\n".join(lines))
-    return folder
+def apply(folder, *flags, tool=TOOLS[0]):
+    """Apply the patch in ``folder``, but for the files of the other layout."""
+    other = "requirements.txt" if (folder / INFO).exists() else f"{INFO}/METADATA"
+    parts = PATCH.read_text().split("diff --git ")
+    text = "".join(f"diff --git {part}" for part in parts[1:] if f" b/{other}\n" not in part)
+    command = {"git": ["git", "apply"], "patch": ["patch", "--silent", "--force", "-p1"]}[tool]
+    variables = environment() | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    subprocess.run([*command, *flags], cwd=folder, check=True, env=variables, input=text, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +45,10 @@ def places(tmp_path_factory):
     """Folders for ``sys.path``: stock, patched, and our entry points or none of ours."""
     folder = tmp_path_factory.mktemp("places")
     found = {name: folder / name for name in ("stock", "patched", "ours", "none")}
-    copied(found["stock"])
-    copied(found["patched"])
-    apply(found["patched"])
-    provide(found["ours"], PROJECT["name"], {g: PROJECT["entry-points"][g] for g in GROUPS})
-    provide(found["none"], PROJECT["name"], {})  # hides an installed one's
+    copy_packages("clip_benchmark", found["stock"])
+    apply(copy_packages("clip_benchmark", found["patched"]))
+    declare(found["ours"], "otter-openclip", OURS)
+    declare(found["none"], "otter-openclip", {})  # hides an installed one's
     return found
 
 
@@ -95,7 +60,7 @@ def forks():
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=environment() | {"HF_HUB_OFFLINE": "1"},
     )
 
     def send(request):
@@ -167,7 +132,7 @@ def result(folder, name="out.json"):
 
 
 def test_applied_and_reverted_beside_site_packages(tmp_path):
-    site = copied(tmp_path / "site")
+    site = copy_packages("clip_benchmark", tmp_path / "site")
     before = hashes(site)
     apply(site)
     after = hashes(site)
@@ -185,28 +150,19 @@ def test_applied_and_reverted_beside_site_packages(tmp_path):
     assert hashes(site) == before
 
 
-@pytest.mark.parametrize("tool", ["git", "patch"])
+@pytest.mark.parametrize("tool", TOOLS)
 def test_applied_and_reverted_in_a_checkout(tmp_path, tool):
-    if tool == "patch" and not shutil.which("patch"):
-        pytest.skip("no patch command")
-    checkout = copied(tmp_path / "checkout")
+    checkout = copy_packages("clip_benchmark", tmp_path / "checkout")
     shutil.rmtree(checkout / INFO)
     listed = ["torch>=1.8.1", "torchvision>=0.8.9", "tqdm>=2", "scikit-learn>=1.0,<2"]
     listed += ["open_clip_torch>=0.2.1", "pycocoevalcap", "webdataset>=0.2.31", "transformers"]
     (checkout / "requirements.txt").write_text("\n".join([*listed, ""]))
     before = hashes(checkout)
 
-    def change(*flags):
-        if tool == "git":
-            return apply(checkout, *flags)
-        text = PATCH.read_text().split(f"diff --git a/{INFO}")[0]
-        command = ["patch", "-p1", "--silent", *flags]
-        subprocess.run(command, cwd=checkout, input=text, text=True, check=True)
-
-    change()
+    apply(checkout, tool=tool)
     lines = (checkout / "requirements.txt").read_text().splitlines()
     assert sorted(lines) == sorted([*listed, "requests"])
-    change("--reverse")
+    apply(checkout, "--reverse", tool=tool)
     assert hashes(checkout) == before
 
 
@@ -234,7 +190,7 @@ def test_all_built_in_names_are_known(places):
 
 def test_entry_points_lead_somewhere():
     for group in GROUPS:
-        for name, value in PROJECT["entry-points"][group].items():
+        for name, value in OURS[group].items():
             found = importlib.metadata.EntryPoint(name, value, group).load()
             assert callable(found if group == GROUPS[0] else found.evaluate)
 
@@ -454,8 +410,8 @@ def other(tmp_path):
     datasets |= {"broken_data": "broken:x", "twice": "other:pictures"}
     evaluators = {"count": "other:count", "zeroshot_retrieval": "broken:x", "bad": "broken:x"}
     evaluators["plain_task"] = "other:plain_evaluate"
-    provide(tmp_path, "some-package", dict(zip(GROUPS, (datasets, evaluators), strict=True)))
-    provide(tmp_path, "rival", {GROUPS[0]: {"twice": "other:pictures"}})
+    declare(tmp_path, "some-package", dict(zip(GROUPS, (datasets, evaluators), strict=True)))
+    declare(tmp_path, "rival", {GROUPS[0]: {"twice": "other:pictures"}})
     return tmp_path
 
 

@@ -14,7 +14,7 @@ from open_clip_train import main as open_clip_main
 from training_helpers import assert_same, flags, load, train
 
 from otter_openclip import OtterLoss
-from otter_openclip.training import open_clip_v3
+from otter_openclip.training import open_clip_v3, plugin
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ class _stop_after_epoch:
 
 
 def test_a_killed_save_leaves_no_torn_checkpoint(pairs, tmp_path, monkeypatch):
-    stock = open_clip_v3._stock_save
+    stock = torch.serialization.save
 
     def die(obj, f, *args, **kwargs):
         if "epoch_2" in str(f):
@@ -128,7 +128,7 @@ def test_a_killed_save_leaves_no_torn_checkpoint(pairs, tmp_path, monkeypatch):
             raise OSError("disk full")
         return stock(obj, f, *args, **kwargs)
 
-    monkeypatch.setattr(open_clip_v3, "_stock_save", die)
+    monkeypatch.setattr(torch.serialization, "save", die)
     with pytest.raises(OSError, match="disk full"):
         train(pairs, tmp_path, "--loss", "otter")
     monkeypatch.undo()
@@ -283,13 +283,13 @@ def test_accumulation_is_the_whole_batch(pairs, tmp_path, loss):
 
 def test_accumulation_runs_the_teacher_once_for_each_micro_batch(pairs, tmp_path, monkeypatch):
     calls = []
-    stock = open_clip_v3.EmaTeacher.__init__
+    stock = plugin.EmaTeacher.__init__
 
     def count(self, *args, **kwargs):
         stock(self, *args, **kwargs)
         self.module.register_forward_hook(lambda *_: calls.append(1))
 
-    monkeypatch.setattr(open_clip_v3.EmaTeacher, "__init__", count)
+    monkeypatch.setattr(plugin.EmaTeacher, "__init__", count)
     sizes = ["--epochs", "1", "--batch-size", "6", "--accum-freq", "2", "--workers", "0"]
     train(pairs, tmp_path, "--loss", "otter", "--train-num-samples", "24", *sizes)
     assert len(calls) == 4
@@ -394,13 +394,13 @@ def test_module_command(pairs, tmp_path):
 
 def test_reference_crop_reaches_the_batches(pairs, tmp_path, monkeypatch):
     calls = []
-    stock = open_clip_v3.reference_transforms
+    stock = plugin.reference_transforms
 
     def counting(config):
         training, evaluation = stock(config)
         return (lambda image: calls.append(image.size) or training(image)), evaluation
 
-    monkeypatch.setattr(open_clip_v3, "reference_transforms", counting)
+    monkeypatch.setattr(plugin, "reference_transforms", counting)
     extra = ["--loss", "otter", "--workers", "0", "--epochs", "1", "--batch-size", "36"]
     train(pairs, tmp_path / "with", *extra, "--reference-crop", csv=True)
     assert calls == 72 * [(40, 40)]

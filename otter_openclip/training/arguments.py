@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import open_clip
 import torch
@@ -141,12 +141,12 @@ def _dest(flag: str) -> str:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("OTTER", "flags of the plugin (otter-openclip)")
-    group.add_argument(
-        "--loss",
-        choices=LOSSES,
-        default="clip",
-        help="training objective; 'clip' leaves open_clip as it is",
-    )
+    if "--loss" not in parser._option_string_actions:  # a patched open_clip_train has it
+        group.add_argument(
+            "--loss",
+            choices=LOSSES,
+            help="training objective; 'clip', the default, leaves open_clip as it is",
+        )
     add_config_flag(group)
     group.add_argument(
         "--reference-crop",
@@ -167,29 +167,33 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, default=None, **keywords)
 
 
-class _Parser(argparse.ArgumentParser):
-    """open_clip_train's parser with the plugin's flags, and errors that name the nearest flag."""
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse ``argv`` with open_clip_train's ``parser`` and the plugin's flags, and check the whole.
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        _add_flags(self)
-        self.set_defaults(precision=None)
-        args = expand_config(self, sys.argv[1:] if args is None else args)
-        parsed = super().parse_args(args, namespace)
-        _check_reference_crop(self, parsed)
-        if parsed.zeroshot_data is not None:
-            try:
-                check_folder(parsed.zeroshot_data)
-            except ValueError as error:
-                self.error(str(error))
-        _check_unsupported(self, parsed)
-        _settle_flags(self, parsed)
-        _settle_precision(parsed)
-        return parsed
+    Bad input ends in ``parser.error``, which names the nearest flag to an unknown one.
+    """
+    parser.error = functools.partial(_error, parser)
+    _add_flags(parser)
+    parser.set_defaults(precision=None, loss="clip")
+    args = parser.parse_args(expand_config(parser, argv))
+    if args.loss not in LOSSES:  # a patched open_clip_train also lists other packages' losses
+        parser.error(f"--loss {args.loss} is not one of this plugin's: {', '.join(LOSSES)}")
+    _check_reference_crop(parser, args)
+    if args.zeroshot_data is not None:
+        try:
+            check_folder(args.zeroshot_data)
+        except ValueError as error:
+            parser.error(str(error))
+    _check_unsupported(parser, args)
+    _settle_flags(parser, args)
+    _settle_precision(args)
+    return args
 
-    def error(self, message: str) -> Any:
-        message = name_nearest(message, self._option_string_actions)
-        # The usage line of 100 flags would bury the message.
-        self.exit(2, f"{self.prog}: error: {message}\nSee {self.prog} --help for all flags.\n")
+
+def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    message = name_nearest(message, parser._option_string_actions)
+    # The usage line of 100 flags would bury the message.
+    parser.exit(2, f"{parser.prog}: error: {message}\nSee {parser.prog} --help for all flags.\n")
 
 
 def _check_reference_crop(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -271,12 +275,27 @@ def _settle_precision(args: argparse.Namespace) -> None:
         args.precision = "fp32" if on_cpu and args.loss != "clip" else "amp"
 
 
+Parse = Callable[[argparse.ArgumentParser, Sequence[str]], argparse.Namespace]
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose ``parse_args`` is another function's work."""
+
+    def __init__(self, parse: Parse) -> None:
+        super().__init__()
+        self._parse = parse
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        self.parse_args = super().parse_args
+        return self._parse(self, sys.argv[1:] if args is None else args)
+
+
 @contextlib.contextmanager
-def plugin_flags(prog: str) -> Iterator[None]:
-    """While active, ``open_clip_train.params.parse_args`` also knows the plugin's flags."""
+def parser_replaced(parse: Parse) -> Iterator[None]:
+    """While active, ``open_clip_train.params.parse_args`` leaves its parser to ``parse``."""
     stock = params.argparse
     params.argparse = SimpleNamespace(
-        ArgumentParser=functools.partial(_Parser, prog=prog), Action=stock.Action
+        ArgumentParser=functools.partial(_Parser, parse), Action=stock.Action
     )
     try:
         yield

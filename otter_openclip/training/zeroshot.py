@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from open_clip_train.precision import get_autocast
 from torch import nn
 
 from otter_openclip.teacher import unwrap
+from otter_openclip.training import files
 from otter_openclip.zeroshot.classifier import check_classnames, class_features, make_prompts
 from otter_openclip.zeroshot.images import MultiLabelImages, encode_images, is_multilabel
 from otter_openclip.zeroshot.metrics import KS, multilabel_metrics
@@ -116,7 +116,5 @@ class BestCheckpoint:
         if metrics[CRITERION] <= self.value:
             return
         self.value = metrics[CRITERION]
-        temporary = f"{self.path}.tmp"
-        torch.save({**make(), "zeroshot": dict(metrics)}, temporary)
-        os.replace(temporary, self.path)
+        files.save({**make(), "zeroshot": dict(metrics)}, self.path)
         logging.info(f"Best F@1 so far, {self.value:.4f}: {self.path}")

@@ -1,0 +1,112 @@
+"""What a checkpoint holds besides open_clip's own: ``checkpoint["optimizer"]["otter"]``.
+
+The entry hangs on torch's optimizer hooks, and stock open_clip ignores it: the second scale s_d is taken
+out of the saved groups, so that its ``optimizer.load_state_dict`` fits.
+"""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from otter_openclip.losses import MAX_LOG_SCALE
+from otter_openclip.training.arguments import settings
+
+KEY = "otter"
+
+
+def saved_entry(optimizer_state: dict[str, Any], args: Namespace) -> dict[str, Any]:
+    """The entry of a resumed checkpoint's optimizer state, {} if it has none; warns of changes."""
+    saved = optimizer_state.get(KEY)
+    if saved is None:
+        logging.warning(
+            "The resumed checkpoint was not written with this plugin's losses: the teacher starts as a "
+            "copy of the student and the distillation scale from its initial value."
+        )
+        return {}
+    then, now = saved["settings"], settings(args)
+    changed = [
+        f"{name}: {then.get(name, 'unset')} -> {now.get(name, 'unset')}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+    if changed:
+        logging.warning(f"Resuming with other settings than before: {', '.join(changed)}")
+    return saved
+
+
+def add_entry(
+    optimizer: torch.optim.Optimizer,
+    args: Namespace,
+    scale: nn.Parameter | None,
+    more: Callable[[], dict[str, Any]],
+) -> None:
+    """Make ``optimizer.state_dict()`` end in the entry: settings, s_d with its state, and ``more()``.
+
+    ``scale``, if any, must be alone in the optimizer's last group, as :func:`add_scale` puts it.
+    """
+
+    def hook(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        entry: dict[str, Any] = {"settings": settings(args)}
+        if scale is not None:
+            *groups, group = state["param_groups"]
+            (index,) = group["params"]
+            entry["distill_logit_scale"] = scale.detach()
+            entry["distill_logit_scale_group"] = group
+            entry["distill_logit_scale_state"] = state["state"].get(index)
+            kept = {k: v for k, v in state["state"].items() if k != index}
+            state = state | {"param_groups": groups, "state": kept}
+        return state | {KEY: entry | more()}
+
+    optimizer.register_state_dict_post_hook(hook)
+
+
+def add_scale(
+    optimizer: torch.optim.Optimizer,
+    scale: nn.Parameter,
+    resumed: dict[str, Any] | None,
+    args: Namespace,
+) -> None:
+    """Let ``optimizer`` learn the log of s_d, last in its groups.
+
+    Args:
+        optimizer: the student's.
+        scale: the parameter; its gradient is averaged over ranks and micro-batches.
+        resumed: the whole optimizer state of a resumed checkpoint, whose s_d goes on; None at a start.
+        args: the run's.
+    """
+    optimizer.add_param_group({"params": [scale], "weight_decay": 0.0})
+    saved = (resumed or {}).get(KEY) or {}
+    if "distill_logit_scale" in saved:
+        with torch.no_grad():
+            scale.copy_(saved["distill_logit_scale"])
+        group, state = saved["distill_logit_scale_group"], saved["distill_logit_scale_state"]
+        (index,) = group["params"]
+        optimizer.load_state_dict(
+            {
+                "param_groups": [*resumed["param_groups"], group],
+                "state": resumed["state"] | ({} if state is None else {index: state}),
+            }
+        )
+
+    def clamp(*_: Any) -> None:
+        with torch.no_grad():
+            scale.clamp_(0.0, MAX_LOG_SCALE)  # as open_clip's loop does with logit_scale
+
+    optimizer.register_step_post_hook(clamp)
+
+    def average(gradient: Tensor) -> Tensor:
+        # Not one of the model's parameters, so DDP does not see it; and with accumulation the whole
+        # batch's loss is differentiated once for each micro-batch.
+        gradient = gradient / (args.world_size * args.accum_freq)
+        if args.world_size > 1:
+            dist.all_reduce(gradient)
+        return gradient
+
+    scale.register_hook(average)

@@ -1,0 +1,193 @@
+"""The plugin: what ``--loss`` changes in the steps of open_clip_train 3.x's ``main``.
+
+Its methods are the hooks that ``patches/open_clip_torch-3.3.0.patch`` gives open_clip_train for the
+entry-point group ``open_clip_train.losses``; in the package as released ``open_clip_v3`` calls them.
+With ``--loss clip`` all but ``--reference-crop`` and ``--zeroshot-data`` is open_clip's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import open_clip
+import torch
+from open_clip_train.file_utils import pt_load
+from torch import Tensor, nn
+
+from otter_openclip.preprocessing import reference_transforms
+from otter_openclip.teacher import EmaTeacher
+from otter_openclip.training import arguments, checkpoint, files, repeatable
+from otter_openclip.training.losses import create_loss, log_statistics
+from otter_openclip.training.wrapper import StudentWithTeacher
+from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due
+
+# Entry of the data dict that stands for --zeroshot-data.
+ZEROSHOT_DATA = "zeroshot-data"
+
+
+class TrainingPlugin:
+    """One run of open_clip_train's ``main``: the hooks, in the order in which they are called."""
+
+    def __init__(self, prog: str | None = None) -> None:
+        """``prog`` is the command's name in messages, by default the one it was called by."""
+        self._prog = prog
+        self._args: Namespace | None = None
+        self._fixed_teacher: nn.Module | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._zeroshot: ZeroShotEvaluation | None = None
+        self._loss: nn.Module | None = None
+        self._student: nn.Module | None = None
+        self._ema: EmaTeacher | None = None
+        self._train_model: StudentWithTeacher | None = None
+        self._training: tuple[torch.optim.Optimizer, Any] | None = None
+        self._best: BestCheckpoint | None = None
+
+    @property
+    def _stock(self) -> bool:
+        return self._args is None or self._args.loss == "clip"
+
+    def parse_args(self, parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+        """Arguments: ``parser``, open_clip_train's, also gets the plugin's flags."""
+        parser.prog = self._prog = self._prog or parser.prog
+        self._args = arguments.parse(parser, argv)
+        return self._args
+
+    def setup_model(
+        self, args: Namespace, model: nn.Module, preprocess_train: Any, preprocess_val: Any
+    ) -> tuple[nn.Module, Any, Any]:
+        """Model: the fixed teacher of ``--distill-model`` beside it; ``--reference-crop``."""
+        if args.teacher_model is not None:
+            self._fixed_teacher = fixed_teacher(args)
+        if args.reference_crop:
+            return model, *reference_transforms(model.visual.preprocess_cfg)
+        return model, preprocess_train, preprocess_val
+
+    def load_checkpoint(self, path: str) -> Any:
+        """Checkpoint load: its optimizer state is kept until the optimizer is set up."""
+        loaded = pt_load(path, map_location="cpu")
+        if not self._stock and "epoch" in loaded:
+            # The rest of the optimizer's state as well: its group for s_d is loaded with the others.
+            self._resumed = loaded["optimizer"]
+        return loaded
+
+    def setup_data(
+        self, args: Namespace, data: dict[str, Any], preprocess_val: Any
+    ) -> dict[str, Any]:
+        """Data: every epoch's order follows from (seed, epoch, rank, worker); ``--zeroshot-data``."""
+        if not self._stock:
+            repeatable.make_repeatable(data, seed=args.seed, rank=args.rank)
+        if args.zeroshot_data is not None:
+            try:
+                self._zeroshot = ZeroShotEvaluation(args.zeroshot_data, preprocess_val)
+            except (ValueError, OSError) as error:
+                raise SystemExit(f"{self._prog}: error: {error}") from error
+            data[ZEROSHOT_DATA] = self._zeroshot
+        return data
+
+    def create_loss(self, args: Namespace) -> Callable[..., dict[str, Tensor]]:
+        """Loss: the one that ``--loss`` names."""
+        self._loss = create_loss(args)
+        return self._loss if self._stock else log_statistics(self._loss)
+
+    def wrap_model(self, args: Namespace, model: nn.Module) -> nn.Module:
+        """Model wrapper: what the loop trains has the teacher's features in its output."""
+        self._student = model
+        if self._stock:
+            return model
+        if args.loss in arguments.TEACHER_LOSSES and self._fixed_teacher is None:
+            self._ema = EmaTeacher(model, args.ema_decay, eval_mode=args.teacher_mode == "eval")
+        teacher = self._fixed_teacher if self._ema is None else self._ema.module
+        compiled = torch.compile(teacher) if args.torchcompile and teacher is not None else None
+        self._train_model = StudentWithTeacher(
+            model,
+            teacher,
+            teacher_forward=compiled,
+            train_teacher=self._ema is not None and not self._ema.eval_mode,
+            accum_freq=args.accum_freq,
+            distill_logit_scale=getattr(self._loss, "distill_logit_scale", None),
+        )
+        return self._train_model
+
+    def setup_optimizer(
+        self, args: Namespace, optimizer: torch.optim.Optimizer, scaler: Any
+    ) -> None:
+        """Optimizer: its step moves the EMA teacher, it learns s_d, its state holds our entry."""
+        self._training = (optimizer, scaler)
+        if self._stock:
+            return
+        saved = {} if self._resumed is None else checkpoint.saved_entry(self._resumed, args)
+        ema, student = self._ema, self._student
+        if ema is not None:
+            if "teacher" in saved:
+                ema.load_state_dict({"module": saved["teacher"], **saved["teacher_state"]})
+            optimizer.register_step_post_hook(lambda *_: ema.update(student))
+            logging.info(
+                f"EMA teacher: decay {args.ema_decay}, {args.teacher_mode} mode, "
+                f"{ema.num_updates} updates so far"
+            )
+        elif self._fixed_teacher is not None:
+            logging.info(f"Fixed teacher: {args.teacher_model} ({args.teacher_pretrained})")
+        scale = getattr(self._loss, "distill_logit_scale", None)
+        if scale is not None:
+            checkpoint.add_scale(optimizer, scale, self._resumed, args)
+        self._resumed = None
+
+        def teacher_entry() -> dict[str, Any]:
+            if ema is None:
+                return {}
+            state = ema.state_dict()
+            return {"teacher": state.pop("module"), "teacher_state": state}
+
+        checkpoint.add_entry(optimizer, args, scale, teacher_entry)
+
+    def start_epoch(self, args: Namespace, epoch: int) -> None:
+        """Epoch: its random numbers follow from (seed, rank, epoch), whatever ran before it."""
+        if not self._stock:
+            self._train_model.start_epoch()
+            repeatable.seed_process(args.seed, args.rank, epoch)
+
+    def evaluate(
+        self, args: Namespace, model: nn.Module, epoch: int, tokenizer: Any
+    ) -> dict[str, float]:
+        """Evaluation: metrics of ``--zeroshot-data`` to add to open_clip's; keeps ``best.pt``."""
+        if self._zeroshot is None or not due(epoch, args):
+            return {}
+        found = self._zeroshot.metrics(model, tokenizer, epoch, args)
+        if self._training is not None and args.save_logs:
+            if self._best is None:
+                self._best = BestCheckpoint(args.checkpoint_path, resumed=args.resume is not None)
+            self._best.offer(found, lambda: self._checkpoint(args, model, epoch))
+        return found
+
+    def save_checkpoint(self, checkpoint_dict: Any, path: str | os.PathLike[str]) -> None:
+        """Checkpoint save: whole or not at all. Our entry is in the optimizer's state already."""
+        save = torch.serialization.save if self._stock else files.save
+        save(checkpoint_dict, path)
+
+    def _checkpoint(self, args: Namespace, model: nn.Module, epoch: int) -> dict[str, Any]:
+        """What open_clip's ``main`` saves after an epoch."""
+        optimizer, scaler = self._training
+        state = {
+            "epoch": epoch,
+            "name": args.name,
+            "state_dict": getattr(model, "_orig_mod", model).state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        return state if scaler is None else {**state, "scaler": scaler.state_dict()}
+
+
+def fixed_teacher(args: Namespace) -> nn.Module:
+    """The model of ``--distill-model``, without gradients."""
+    teacher, _, _ = open_clip.create_model_and_transforms(
+        args.teacher_model,
+        args.teacher_pretrained,
+        device=args.device,
+        precision=args.precision,
+        output_dict=True,
+        cache_dir=args.cache_dir,
+    )
+    return teacher.requires_grad_(False)
