@@ -81,10 +81,10 @@ def run(forks, places, tmp_path):
         *words, on=("patched", "ours"), code=0, module="clip_benchmark.cli", environments=({},)
     ):
         paths = [str(places.get(place, place)) for place in on]
-        name = ["clip_benchmark"] if module == "clip_benchmark.cli" else []
+        name = module.partition(".")[0]
         request = {
             "module": module,
-            "argv": [*(name or ["otter-openclip"]), *map(str, words)],
+            "argv": [name, *map(str, words)],
             "path": paths,
             "cwd": str(tmp_path),
             "environments": environments,
