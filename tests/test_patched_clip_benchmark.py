@@ -391,12 +391,7 @@ def other(tmp_path):
     (tmp_path / "broken.py").write_text("import there_is_no_such_module\n")
     datasets = {"pictures": "other:pictures", "plain": "other:plain"}
     datasets |= {"broken_data": "broken:x", "twice": "other:pictures"}
-    evaluators = {
-        "count": "other:count",
-        "zeroshot_retrieval": "other:plain_evaluate",
-        "bad": "broken:x",
-    }
-    evaluators["plain_task"] = "other:plain_evaluate"
+    evaluators = {"count": "other:count", "bad": "broken:x", "plain_task": "other:plain_evaluate"}
     declare(tmp_path, "some-package", dict(zip(GROUPS, (datasets, evaluators), strict=True)))
     declare(tmp_path, "rival", {GROUPS[0]: {"twice": "other:pictures"}})
     return tmp_path
