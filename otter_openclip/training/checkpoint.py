@@ -67,6 +67,38 @@ def add_entry(
     optimizer.register_state_dict_post_hook(hook)
 
 
+def load_entry(
+    optimizer: torch.optim.Optimizer,
+    args: Namespace,
+    scale: nn.Parameter | None,
+    load_more: Callable[[dict[str, Any]], None],
+) -> None:
+    """The inverse of :func:`add_entry`, for an optimizer that has ``scale`` when it loads.
+
+    ``optimizer.load_state_dict`` then restores s_d and its state, and hands the entry to ``load_more``;
+    a state without an entry loads too, s_d then starts anew.
+    """
+
+    def hook(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        entry = saved_entry(state, args)
+        load_more(entry)
+        if scale is None:
+            return state
+        index = sum(len(group["params"]) for group in state["param_groups"])
+        group = {k: v for k, v in optimizer.param_groups[-1].items() if k != "params"}
+        group = entry.get("distill_logit_scale_group", group) | {"params": [index]}
+        own = entry.get("distill_logit_scale_state")
+        if "distill_logit_scale" in entry:
+            with torch.no_grad():
+                scale.copy_(entry["distill_logit_scale"])
+        return state | {
+            "param_groups": [*state["param_groups"], group],
+            "state": state["state"] | ({} if own is None else {index: own}),
+        }
+
+    optimizer.register_load_state_dict_pre_hook(hook)
+
+
 def add_scale(
     optimizer: torch.optim.Optimizer,
     scale: nn.Parameter,
