@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return evaluate(argv[1:])
 
-    from otter_openclip import data, demo
+    from otter_openclip import data, demo, patching
     from otter_openclip.checkpoints import convert, export
 
     parser = argparse.ArgumentParser(
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("export", export, "turn a training checkpoint into a folder for open_clip.create_model"),
         ("convert", convert, "turn a checkpoint of facebookresearch/OTTER into such a folder"),
         ("data", data, "turn data sets as downloaded into webdataset shards"),
+        ("patch", patching, "patch open_clip or clip_benchmark to know --loss otter, and back"),
         ("demo", demo, "train InfoNCE and OTTER on the glyphs of matplotlib's fonts"),
     ):
         command = commands.add_parser(name, help=summary, description=module.__doc__)

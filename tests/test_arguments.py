@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from otter_openclip.training import open_clip_v3
-from otter_openclip.training.arguments import parser_replaced, settings
+from otter_openclip.training import arguments, open_clip_v3
 
 
 def parse(*words):
     from open_clip_train import params
 
-    with parser_replaced("train"):
+    with arguments.parser_replaced(arguments.parse):
         return params.parse_args(list(words))
 
 
@@ -56,7 +55,7 @@ def test_other_open_clip_releases_are_refused(version, monkeypatch):
 
 def test_defaults_are_the_papers():
     args = parse("--loss", "otter")
-    assert settings(args) == {
+    assert arguments.settings(args) == {
         "loss": "otter",
         "alpha": 0.5,
         "ema_decay": 0.999,

@@ -16,14 +16,14 @@ from transformers import AutoConfig, BertConfig, RobertaConfig
 from otter_openclip.checkpoints.convert import TEXT_TOWERS
 from otter_openclip.checkpoints.export import export_checkpoint
 from otter_openclip.preprocessing import evaluation_transform, training_transform
-from otter_openclip.training.arguments import parser_replaced
+from otter_openclip.training import arguments
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 
 
 def parse(*words):
-    with parser_replaced("otter-openclip train"):
+    with arguments.parser_replaced(arguments.parse):
         return params.parse_args(list(words))
 
 

@@ -141,12 +141,11 @@ def _dest(flag: str) -> str:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("OTTER", "flags of the plugin (otter-openclip)")
-    if "--loss" not in parser._option_string_actions:  # open_clip_train with our patch has it
+    if "--loss" not in parser._option_string_actions:  # a patched open_clip_train has it
         group.add_argument(
             "--loss",
             choices=LOSSES,
-            default="clip",
-            help="training objective; 'clip' leaves open_clip as it is",
+            help="training objective; 'clip', the default, leaves open_clip as it is",
         )
     add_config_flag(group)
     group.add_argument(
@@ -176,8 +175,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     parser.error = functools.partial(_error, parser)
     _add_flags(parser)
     precision = parser.get_default("precision")
-    parser.set_defaults(precision=None)
+    parser.set_defaults(precision=None, loss="clip")
     args = parser.parse_args(expand_config(parser, argv))
+    if args.loss not in LOSSES:  # a patched open_clip_train also lists other packages' losses
+        parser.error(f"--loss {args.loss} is not one of this plugin's: {', '.join(LOSSES)}")
     _check_reference_crop(parser, args)
     if args.zeroshot_data is not None:
         try:
@@ -282,8 +283,8 @@ Parse = Callable[[argparse.ArgumentParser, Sequence[str]], argparse.Namespace]
 class _Parser(argparse.ArgumentParser):
     """A parser whose ``parse_args`` is another function's work."""
 
-    def __init__(self, prog: str, parse: Parse) -> None:
-        super().__init__(prog=prog)
+    def __init__(self, parse: Parse) -> None:
+        super().__init__()
         self._parse = parse
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
@@ -292,11 +293,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 @contextlib.contextmanager
-def parser_replaced(prog: str, parse: Parse = parse) -> Iterator[None]:
+def parser_replaced(parse: Parse) -> Iterator[None]:
     """While active, ``open_clip_train.params.parse_args`` leaves its parser to ``parse``."""
     stock = params.argparse
     params.argparse = SimpleNamespace(
-        ArgumentParser=functools.partial(_Parser, prog, parse), Action=stock.Action
+        ArgumentParser=functools.partial(_Parser, parse), Action=stock.Action
     )
     try:
         yield

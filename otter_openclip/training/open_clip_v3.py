@@ -59,22 +59,29 @@ def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
             before any data are read.
     """
     check_open_clip_version(open_clip.__version__)
-    run = _Run(prog, TrainingPlugin())
+    plugin = TrainingPlugin(prog)
     with contextlib.ExitStack() as stack:
-        for target, name, replacement in (
-            (open_clip_main, "parse_args", run.parse_args),
-            (open_clip_main, "create_model_and_transforms", run.create_model_and_transforms),
-            (open_clip_main, "create_loss", run.plugin.create_loss),
-            (open_clip_main, "pt_load", run.pt_load),
-            (open_clip_main, "get_data", run.get_data),
-            (open_clip_main, "train_one_epoch", run.train_one_epoch),
-            (open_clip_train_loop, "zero_shot_eval", run.zero_shot_eval),
-            (nn.parallel, "DistributedDataParallel", _DistributedDataParallel),
-            (torch, "save", run.save),
-        ):
+        for target, name, replacement in _replacements(plugin):
             stack.enter_context(mock.patch.object(target, name, replacement))
         result = open_clip_main.main(list(argv))
     return 1 if result == -1 else 0
+
+
+def _replacements(plugin: TrainingPlugin) -> list[tuple[Any, str, Any]]:
+    if hasattr(open_clip_main, "load_plugin"):  # the patched package asks for its plugin itself
+        return [(open_clip_main, "load_plugin", lambda _: plugin)]
+    run = _Run(plugin)
+    return [
+        (open_clip_main, "parse_args", run.parse_args),
+        (open_clip_main, "create_model_and_transforms", run.create_model_and_transforms),
+        (open_clip_main, "create_loss", plugin.create_loss),
+        (open_clip_main, "pt_load", run.pt_load),
+        (open_clip_main, "get_data", run.get_data),
+        (open_clip_main, "train_one_epoch", run.train_one_epoch),
+        (open_clip_train_loop, "zero_shot_eval", run.zero_shot_eval),
+        (nn.parallel, "DistributedDataParallel", _DistributedDataParallel),
+        (torch, "save", run.save),
+    ]
 
 
 def check_open_clip_version(version: str) -> None:
@@ -100,15 +107,14 @@ class _DistributedDataParallel(_stock_ddp):
 class _Run:
     """One call of open_clip's ``main``: its replaced functions, around the plugin's hooks."""
 
-    def __init__(self, prog: str, plugin: TrainingPlugin) -> None:
-        self.prog = prog
+    def __init__(self, plugin: TrainingPlugin) -> None:
         self.plugin = plugin
         self.args: Namespace | None = None
         self.model_made = False
         self.train_model: nn.Module | None = None
 
     def parse_args(self, argv: Sequence[str]) -> Namespace:
-        with parser_replaced(self.prog, self.plugin.parse_args):
+        with parser_replaced(self.plugin.parse_args):
             self.args = params.parse_args(argv)
         return self.args
 

@@ -66,7 +66,7 @@ def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
     Raises:
         SystemExit: on bad flags or unsupported mixes, before any data are read.
     """
-    run = _Run(prog, _Plugin())
+    run = _Run(_Plugin(prog))
     with contextlib.ExitStack() as stack:
         for target, name, replacement in (
             (open_clip_main, "parse_args", run.parse_args),
@@ -118,8 +118,8 @@ def setup_optimizer(
 class _Plugin(TrainingPlugin):
     """The hooks that do not depend on open_clip_train's version, and what 4.x has of its own."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
         self.state: TrainState | None = None
 
     @property
@@ -155,15 +155,14 @@ class _Plugin(TrainingPlugin):
 class _Run:
     """One call of open_clip's ``main``: its replaced functions, around the plugin's hooks."""
 
-    def __init__(self, prog: str, plugin: _Plugin) -> None:
-        self.prog = prog
+    def __init__(self, plugin: _Plugin) -> None:
         self.plugin = plugin
         self.args: Namespace | None = None
         self.model_made = False
         self.task: OtterTask | None = None
 
     def parse_args(self, argv: Sequence[str]) -> Namespace:
-        with parser_replaced(self.prog, self.plugin.parse_args):
+        with parser_replaced(self.plugin.parse_args):
             self.args = params.parse_args(argv)
         return self.args
 

@@ -32,8 +32,9 @@ ZEROSHOT_DATA = "zeroshot-data"
 class TrainingPlugin:
     """One run of open_clip_train's ``main``: the hooks, in the order in which they are called."""
 
-    def __init__(self) -> None:
-        self._prog = ""
+    def __init__(self, prog: str | None = None) -> None:
+        """``prog`` is the command's name in messages, by default the one it was called by."""
+        self._prog = prog
         self._args: Namespace | None = None
         self._fixed_teacher: nn.Module | None = None
         self._resumed: dict[str, Any] | None = None
@@ -51,7 +52,7 @@ class TrainingPlugin:
 
     def parse_args(self, parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         """Arguments: ``parser``, open_clip_train's, also gets the plugin's flags."""
-        self._prog = parser.prog
+        parser.prog = self._prog = self._prog or parser.prog
         self._args = arguments.parse(parser, argv)
         return self._args
 

@@ -1,0 +1,90 @@
+"""Copies of installed packages in a folder, patched there, and commands that run from it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "open_clip": ("open_clip", "open_clip_train"),
+    "clip_benchmark": ("clip_benchmark",),
+}
+
+
+def copy_packages(package: str, folder: Path) -> Path:
+    """Copy the installed ``package`` as the patch command needs it: its folders and its metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in PACKAGES[package]:
+        (origin,) = importlib.util.find_spec(name).submodule_search_locations
+        shutil.copytree(origin, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for metadata in Path(origin).parent.glob(f"{package}*.dist-info"):
+        shutil.copytree(metadata, folder / metadata.name)
+    return folder
+
+
+def patch(package: str, folder: Path, action: str = "--apply") -> None:
+    """Run ``otter-openclip patch`` on the copy in ``folder``."""
+    command = [sys.executable, "-m", "otter_openclip.cli", "patch", package, action]
+    done = subprocess.run(
+        [*command, "--target", str(folder)], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below ``folder`` but byte code."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".pyc"
+    }
+
+
+def declare(folder: Path, name: str, entry_points: dict[str, dict[str, str]]) -> Path:
+    """Make the distribution ``name`` with these entry points visible to what has ``folder`` on its path.
+
+    A distribution of that name elsewhere on the path is hidden by it.
+    """
+    metadata = folder / f"{name.replace('-', '_')}-0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    lines = []
+    for group, points in entry_points.items():
+        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items())]
+    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def our_entry_points() -> dict[str, dict[str, str]]:
+    """Those of pyproject.toml: tests do not depend on how, and of what time, we are installed."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        return tomllib.load(file)["project"]["entry-points"]
+
+
+def environment(*folders: Path) -> dict[str, str]:
+    """Environment with ``folders``, then the repository, first on the path."""
+    path = os.pathsep.join(map(str, [*folders, ROOT]))
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def run(*command: str, path: tuple[Path, ...], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``python COMMAND`` with ``path`` first on its path."""
+    return subprocess.run(
+        [sys.executable, *command], env=environment(*path), cwd=cwd, capture_output=True, text=True
+    )

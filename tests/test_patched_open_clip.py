@@ -1,0 +1,291 @@
+"""open_clip_train with our patch: the stock command, with ``--loss`` and without."""
+
+import json
+import os
+import re
+import shutil
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from patched import ROOT, copy_packages, declare, environment, hashes, our_entry_points, patch, run
+from test_distributed import torchrun
+from training_helpers import assert_same, flags, load, train
+
+PATCH = ROOT / "patches" / "open_clip_torch-3.3.0.patch"
+LOSS_LINE = re.compile(r"Train Epoch: (\d+) \[ *(\d+)/.*?(Logit Scale: .*)")
+
+# Several trainings of the stock command in one process: importing it takes longer than they do.
+DRIVER = """
+    import json, logging, sys
+    import open_clip_train.main
+    for line in json.load(open(sys.argv[1])):
+        assert open_clip_train.main.main(line) is None
+        logging.getLogger().handlers.clear()
+"""
+
+
+def packages(folder: Path, model_configs: Path) -> Path:
+    """A copy of open_clip in ``folder`` that knows the tests' models."""
+    copy_packages("open_clip", folder)
+    for config in model_configs.glob("*.json"):
+        shutil.copy(config, folder / "open_clip" / "model_configs")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory, model_configs):
+    """Folder of the packages as released."""
+    return packages(tmp_path_factory.mktemp("stock"), model_configs)
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory, model_configs):
+    """Folder of the patched packages."""
+    folder = packages(tmp_path_factory.mktemp("patched"), model_configs)
+    patch("open_clip", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """Folder that makes our entry points visible."""
+    return declare(tmp_path_factory.mktemp("ours"), "otter-openclip", our_entry_points())
+
+
+@pytest.fixture(scope="module")
+def nothing(tmp_path_factory):
+    """Folder that hides our entry points."""
+    return declare(tmp_path_factory.mktemp("nothing"), "otter-openclip", {})
+
+
+def losses(run_folder: Path) -> list[tuple[str, ...]]:
+    """What was logged of each step: epoch, samples, scales and losses."""
+    found = LOSS_LINE.findall((run_folder / "out.log").read_text())
+    assert found
+    return found
+
+
+def params(run_folder: Path) -> dict[str, str]:
+    """params.txt without the folders of the run."""
+    lines = (run_folder / "params.txt").read_text().splitlines()
+    pairs = dict(line.split(": ", 1) for line in lines)
+    return {k: v for k, v in pairs.items() if not k.endswith("_path") and k != "logs"}
+
+
+RUNS = {
+    "infonce": ["--loss", "infonce"],
+    "ls": ["--loss", "ls", "--label-smoothing", "0.2"],
+    "kd": ["--loss=kd", "--model", "tiny-timm", "--share-logit-scale"],
+    "otter": ["--loss", "otter", "--save-most-recent"],
+    "accumulation": ["--loss", "otter", "--batch-size", "6", "--accum-freq", "2"],
+    "crop": ["--loss", "clip", "--reference-crop", "--workers", "0", "--precision", "fp32"],
+}
+
+
+@pytest.fixture(scope="module")
+def stock_command(patched, ours, pairs, labelled, tmp_path_factory):
+    """Logs of the runs of RUNS, and of one that is resumed, by the patched package's own main."""
+    logs = tmp_path_factory.mktemp("patched-logs")
+    lines = []
+    for name, extra in RUNS.items():
+        lines.append(flags(pairs, logs, "--name", name, *extra, csv=name == "crop"))
+    zeroshot = ["--loss", "otter", "--zeroshot-data", str(labelled), "--name", "resumed"]
+    lines.append(flags(pairs, logs, *zeroshot, "--epochs", "2"))
+    lines.append(
+        flags(pairs, logs, *zeroshot, "--epochs", "3", "--skip-scheduler", "--resume", "latest")
+    )
+    (logs / "lines.json").write_text(json.dumps(lines))
+    done = run(
+        "-c", textwrap.dedent(DRIVER), str(logs / "lines.json"), path=(ours, patched), cwd=logs
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return logs
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_same_run_as_the_launchers(stock_command, pairs, tmp_path, name):
+    """Every step's losses, the whole checkpoint bit by bit, its keys, the arguments."""
+    checkpoints = train(pairs, tmp_path, "--name", name, *RUNS[name], csv=name == "crop")
+    theirs = stock_command / name
+    if name != "crop":  # stock csv order follows the global generator, which importing may move
+        assert losses(theirs) == losses(tmp_path / name)
+        one, other = (load(c / "epoch_2.pt") for c in (checkpoints, theirs / "checkpoints"))
+        assert_same(one, other)
+    assert params(theirs) == params(tmp_path / name)
+    assert sorted(p.name for p in checkpoints.iterdir()) == sorted(
+        p.name for p in (theirs / "checkpoints").iterdir()
+    )
+
+
+def test_resume_and_zeroshot_data(stock_command, pairs, labelled, tmp_path):
+    extra = ["--loss", "otter", "--zeroshot-data", str(labelled)]
+    train(pairs, tmp_path, *extra, "--epochs", "2")
+    checkpoints = train(
+        pairs, tmp_path, *extra, "--epochs", "3", "--skip-scheduler", "--resume", "latest"
+    )
+    theirs = stock_command / "resumed" / "checkpoints"
+    names = {"best.pt", "epoch_1.pt", "epoch_2.pt", "epoch_3.pt", "results.jsonl"}
+    assert {p.name for p in theirs.iterdir()} == names
+    assert (theirs / "results.jsonl").read_text() == (checkpoints / "results.jsonl").read_text()
+    for file in ("best.pt", "epoch_3.pt"):
+        one, other = load(checkpoints / file), load(theirs / file)
+        one["name"] = other["name"]
+        assert_same(one, other)
+
+
+def test_two_processes_by_the_command_itself(patched, ours, pairs, tmp_path):
+    """``python -m open_clip_train.main`` under torchrun: DDP on the CPU, the launcher's results."""
+    extra = ["--loss", "otter", "--local-loss", "--gather-with-grad", "--batch-size", "6"]
+    env = environment(ours, patched)
+    for name, module in (("theirs", "open_clip_train.main"), ("ours", "otter_openclip.train")):
+        torchrun(2, "-m", "--", module, *flags(pairs, tmp_path, *extra, "--name", name), env=env)
+    one, other = (load(tmp_path / n / "checkpoints" / "epoch_2.pt") for n in ("ours", "theirs"))
+    assert next(iter(one["state_dict"])).startswith("module.")
+    one["name"] = other["name"]
+    assert_same(one, other)
+
+
+def test_launcher_on_the_patched_package(patched, nothing, pairs, tmp_path):
+    """It hands the plugin over itself, whatever the entry points say, and keeps its own name."""
+    path = (nothing, patched)
+    line = flags(pairs, tmp_path, "--loss", "otter", "--name", "run")
+    done = run("-m", "otter_openclip.train", *line, path=path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    theirs = load(tmp_path / "run" / "checkpoints" / "epoch_2.pt")
+    assert_same(
+        theirs, load(train(pairs, tmp_path / "unpatched", "--loss", "otter") / "epoch_2.pt")
+    )
+    wrong = ["--loss", "otter", "--sinkhron-iter", "4"]
+    done = run("-m", "otter_openclip.train", *wrong, path=path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "python -m otter_openclip.train: error: unrecognized" in done.stderr
+    assert "did you mean --sinkhorn-iter?" in done.stderr
+
+
+def without_times(text: str) -> str:
+    """A log without dates and durations."""
+    text = re.sub(r"\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d", "TIME", text)
+    return re.sub(r"Data \(t\): \S+ Batch \(t\): \S+, \S+/s, \S+/s/gpu", "SPEED", text)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_without_loss_nothing_changes(stock, patched, ours, nothing, pairs, tmp_path, installed):
+    """Checkpoints byte by byte, parameters, results, logs; without plugins the help as well."""
+    outputs = []
+    for name, folder in (("stock", stock), ("patched", patched)):
+        cwd = tmp_path / name
+        cwd.mkdir()
+        line = flags(pairs, Path("logs"), "--precision", "fp32", "--workers", "0", csv=True)
+        line += ["--val-data", str(pairs / "pairs.csv"), "--save-most-recent"]
+        path = (ours if installed else nothing, folder)
+        done = run("-m", "open_clip_train.main", *line, path=path, cwd=cwd)
+        assert done.returncode == 0, done.stderr[-4000:]
+        outputs.append((done.stdout, without_times(done.stderr)))
+        log = cwd / "logs" / "run" / "out.log"
+        log.write_text(without_times(log.read_text()))
+        if not installed:
+            for words in (["--help"], ["--no-such-flag"], ["--loss-dist", "x", "--lo"]):
+                done = run("-m", "open_clip_train.main", *words, path=path, cwd=cwd)
+                outputs.append((done.returncode, done.stdout, done.stderr))
+    half = len(outputs) // 2
+    for one, other in zip(outputs[:half], outputs[half:], strict=True):
+        assert one == other
+    made = hashes(tmp_path / "stock")
+    assert {Path(f).name for f in made} >= {"epoch_2.pt", "epoch_latest.pt", "results.jsonl"}
+    assert made == hashes(tmp_path / "patched")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--loss", "oter"],
+            "no installed package offers 'oter' in open_clip_train.losses; there are: cl",
+        ),
+        (["--loss"], "argument --loss: expected one argument"),
+        (["--loss", "twice"], "several packages offer 'twice': a:A, b:B"),
+        (["--loss", "otter", "--sinkhron-iter=4"], "did you mean --sinkhorn-iter?"),
+        (["--loss", "ls", "--alpha", "1"], "--alpha has no meaning with --loss ls"),
+    ],
+)
+def test_errors(patched, ours, tmp_path, words, message):
+    for name, value in (("one", "a:A"), ("other", "b:B")):
+        declare(tmp_path, name, {"open_clip_train.losses": {"twice": value}})
+    done = run("-m", "open_clip_train.main", *words, path=(ours, patched, tmp_path), cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_no_plugin_installed(patched, nothing, tmp_path):
+    done = run("-m", "open_clip_train.main", "--loss", "x", path=(nothing, patched), cwd=tmp_path)
+    assert done.returncode == 2 and "there are: none" in done.stderr
+
+
+PLUGIN = """
+    import torch
+    from open_clip import ClipLoss
+    from open_clip_train.plugins import LossPlugin
+
+
+    class Scaled(LossPlugin):
+        def parse_args(self, parser, args):
+            parser.add_argument("--factor", type=float, default=1.0)
+            return super().parse_args(parser, args)
+
+        def create_loss(self, args):
+            self.bias = torch.nn.Parameter(torch.zeros(()))
+            stock = super().create_loss(args)
+
+            def loss(**features):
+                terms = stock(**features)
+                return {"scaled_loss": args.factor * terms["contrastive_loss"] + self.bias}
+
+            return loss
+
+        def setup_optimizer(self, args, optimizer, scaler):
+            optimizer.add_param_group({"params": [self.bias]})
+
+        def wrap_model(self, args, model):
+            self.wrapped = model
+            return model
+
+        def save_checkpoint(self, checkpoint, path):
+            super().save_checkpoint({**checkpoint, "bias": self.bias.detach()}, path)
+"""
+
+
+def test_a_plugin_of_another_package(patched, nothing, pairs, tmp_path):
+    """The seam knows nothing of ours: hooks that are not overridden do what open_clip does."""
+    (tmp_path / "scaled.py").write_text(textwrap.dedent(PLUGIN))
+    declare(tmp_path, "scaled", {"open_clip_train.losses": {"scaled": "scaled:Scaled"}})
+    base = ["--precision", "fp32", "--workers", "0", "--epochs", "1"]
+    for name, extra in (("x3", ["--loss", "scaled", "--factor", "3"]), ("stock", [])):
+        line = flags(pairs, tmp_path / "logs", *base, *extra, "--name", name, csv=True)
+        done = run(
+            "-m", "open_clip_train.main", *line, path=(nothing, patched, tmp_path), cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    first = {}
+    for name, term in (("x3", "Scaled_loss"), ("stock", "Contrastive_loss")):
+        _, _, rest = losses(tmp_path / "logs" / name)[0]
+        first[name] = float(re.search(rf"{term}: (\S+)", rest)[1])
+    assert first["x3"] == pytest.approx(3 * first["stock"], rel=1e-3)
+    saved = torch.load(tmp_path / "logs" / "x3" / "checkpoints" / "epoch_1.pt", weights_only=True)
+    assert saved["bias"] != 0 and len(saved["optimizer"]["param_groups"]) == 3
+
+
+def test_the_patch_names_no_plugin():
+    assert "otter" not in PATCH.read_text().lower()
+
+
+def test_revert_gives_the_original_bytes(stock, model_configs, tmp_path):
+    folder = packages(tmp_path, model_configs)
+    before = hashes(stock)
+    assert hashes(folder) == before
+    patch("open_clip", folder)
+    changed = {file for file, value in hashes(folder).items() if before.get(file) != value}
+    names = ("main", "params", "plugins", "train")
+    assert changed == {os.path.join("open_clip_train", f"{name}.py") for name in names}
+    patch("open_clip", folder, "--revert")
+    assert hashes(folder) == before
