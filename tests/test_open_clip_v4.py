@@ -1,6 +1,7 @@
 """The adapter for open_clip 4.x: its task alone, and the training command. Needs a checkout of 4.x."""
 
 import copy
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -25,7 +26,7 @@ from otter_openclip.training.launcher import main
 V4 = importlib.util.find_spec("open_clip.task") is not None
 pytestmark = pytest.mark.skipif(not V4, reason="open_clip 4.x (open_clip.task) is not importable")
 if V4:
-    from open_clip.task import CLIPTask, save_checkpoint
+    from open_clip.task import CLIPTask
     from open_clip_train import main as open_clip_main
 
     from otter_openclip.training import open_clip_v4
@@ -159,11 +160,10 @@ def test_reference_trajectory(case, make_loss, decay, lr):
     assert len(images) == 25
     models = (("student", student), ("teacher", task.trainable_module_ema.module))
     for name, model in models:
-        for key, value in part(name).items():
-            tower, _, _, parameter = key.split(".")[0], *key.partition("_encoder.l.")
-            own = getattr(getattr(model, tower.removesuffix("_encoder")), parameter)
-            expected = torch.tensor(value).double()
-            torch.testing.assert_close(own.detach(), expected, rtol=1e-6, atol=1e-7)
+        for tower in ("image", "text"):
+            for key, param in getattr(model, tower).named_parameters():
+                expected = torch.tensor(part(name)[f"{tower}_encoder.l.{key}"]).double()
+                torch.testing.assert_close(param.detach(), expected, rtol=1e-6, atol=1e-7)
     assert student.logit_scale.item() == pytest.approx(float(golden["final_T"]), rel=1e-6)
     scale = task.loss.distill_logit_scale
     assert scale.item() == pytest.approx(float(golden["final_T_s"]), rel=1e-6)
@@ -373,11 +373,9 @@ def test_a_step_of_the_command_is_a_step_by_hand(pairs, tmp_path, monkeypatch):
     parameters = [*student.parameters(), *loss.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     sum(loss(**student(**batch), **targets, output_dict=True).values()).backward()
-    assert (
-        nn.utils.clip_grad_norm_(student.parameters(), 1e9)
-        < 0.9 * (nn.utils.clip_grad_norm_(parameters, 0.5) + 1e-3)
-        or True
-    )
+    # Without the clipping s_d would move some hundred times as far.
+    assert nn.utils.get_total_norm([param.grad for param in parameters]) > 50
+    nn.utils.clip_grad_norm_(parameters, 0.5)
     optimizer.step()
     assert_close(dict(student.state_dict()), dict(checkpoint["state_dict"]), rtol=1e-4, atol=1e-6)
     scale = checkpoint["optimizer"]["otter"]["distill_logit_scale"]
@@ -386,6 +384,16 @@ def test_a_step_of_the_command_is_a_step_by_hand(pairs, tmp_path, monkeypatch):
     for key, value in checkpoint["state_dict_ema"].items():
         expected = decay * before[key] + (1 - decay) * checkpoint["state_dict"][key]
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_second_scale_is_part_of_the_clipped_norm():
+    weight, scale = (nn.Parameter(torch.tensor([value])) for value in (3.0, 4.0))
+    (weight**2 / 2 + scale**2 / 2).sum().backward()
+    stock = nn.utils.clip_grad_norm_
+    with open_clip_v4._clipped_too(scale):
+        assert nn.utils.clip_grad_norm_((weight,), 1.0, norm_type=2.0) == 5
+    torch.testing.assert_close(torch.cat([weight.grad, scale.grad]), torch.tensor([0.6, 0.8]))
+    assert nn.utils.clip_grad_norm_ is stock
 
 
 @pytest.mark.parametrize("loss", ["infonce", "otter"])
@@ -403,45 +411,42 @@ def test_accumulation_is_the_whole_batch(pairs, tmp_path, loss):
         assert_close(one["state_dict_ema"], two["state_dict_ema"], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["infonce", "otter"])
-def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
+def test_two_processes_train_as_one(pairs, tmp_path, model_configs):
+    """DDP on the CPU: every weight, both scales and the teacher."""
     # Two steps over all 24 pairs, so that both runs see the same batches whatever their order.
     rows = (pairs / "pairs.csv").read_text().splitlines()[:25]
     (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
-    extra = ["--loss", loss, "--model", "tiny-vit", "--workers", "0", "--warmup", "0", *SGD]
+    extra = ["--loss", "otter", "--model", "tiny-vit", "--workers", "0", "--warmup", "0", *SGD]
     extra += ["--aug-cfg", "scale=(1.0,1.0)", "--epochs", "2", "--grad-clip-norm", "0.5"]
-    one = train(tmp_path, tmp_path / "one", *extra, "--batch-size", "24", csv=True)
+    whole = train(tmp_path, tmp_path / "one", *extra, "--batch-size", "24", csv=True)
     line = flags(tmp_path, tmp_path / "two", *extra, "--batch-size", "12", csv=True)
     command = ["--", str(HERE / "launch.py"), *line, "--local-loss", "--gather-with-grad"]
     torchrun(2, *command, env={"TEST_MODEL_CONFIGS": str(model_configs)})
-    one = load(one / "epoch_2.pt")
+    one = load(whole / "epoch_2.pt")
     two = load(tmp_path / "two" / "run" / "checkpoints" / "epoch_2.pt")
-    assert_close(dict(one["state_dict"]), dict(two["state_dict"]), rtol=1e-4, atol=1e-6)
-    if loss == "otter":
-        scales = [x["optimizer"]["otter"]["distill_logit_scale"] for x in (one, two)]
-        torch.testing.assert_close(*scales, rtol=1e-6, atol=0)
-        assert_close(one["state_dict_ema"], two["state_dict_ema"], rtol=1e-4, atol=1e-6)
+    for key in ("state_dict", "state_dict_ema"):
+        assert_close(dict(one[key]), dict(two[key]), rtol=1e-4, atol=1e-6)
+    scales = [x["optimizer"]["otter"]["distill_logit_scale"] for x in (one, two)]
+    torch.testing.assert_close(*scales, rtol=1e-6, atol=0)
 
 
-def test_torchrun_with_everything_on_resumes_exactly(pairs, labelled, tmp_path, model_configs):
+def test_torchrun_with_everything_on_resumes_exactly(pairs, tmp_path, model_configs):
     extra = ["--loss", "otter", "--batch-size", "6", "--accum-freq", "2", "--grad-clip-norm", "1"]
-    extra += ["--local-loss", "--gather-with-grad", "--use-bn-sync"]
-    extra += ["--zeroshot-data", str(labelled), "--zeroshot-frequency", "1", "--model", "tiny-vit"]
+    extra += ["--local-loss", "--gather-with-grad", "--model", "tiny-vit"]
     env, launch = {"TEST_MODEL_CONFIGS": str(model_configs)}, str(HERE / "launch.py")
     out = torchrun(2, "--", launch, *flags(pairs, tmp_path / "whole", *extra), env=env)
     assert "Target_entropy" in out
     whole = tmp_path / "whole" / "run" / "checkpoints"
-    assert load(whole / "best.pt")["epoch"] in (1, 2)
     resume = ["--resume", str(whole / "epoch_1.pt")]
     torchrun(2, "--", launch, *flags(pairs, tmp_path / "again", *extra, *resume), env=env)
     again = tmp_path / "again" / "run" / "checkpoints" / "epoch_2.pt"
     assert_same(load(whole / "epoch_2.pt"), load(again))
 
 
-def run(script, *words, path, **environment):
-    """Run ``python -c script`` with ``path`` as PYTHONPATH; returns its stdout."""
+def run(*words, path, **environment):
+    """Run ``python WORDS`` with ``path`` as PYTHONPATH; returns its stdout."""
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, words)],
+        [sys.executable, *map(str, words)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **environment},
         capture_output=True,
         text=True,
@@ -464,15 +469,16 @@ def sources():
 
 def released():
     """Path entries without 4.x's checkout; skips unless open_clip 3.x is installed under it."""
-    version = run("import open_clip; print(open_clip.__version__)", path=[])
+    try:
+        version = importlib.metadata.version("open_clip_torch")
+    except importlib.metadata.PackageNotFoundError:
+        version = "none"
     if not version.startswith("3."):
-        pytest.skip(
-            f"open_clip 3.x is not installed beside 4.x's checkout (found {version.strip()})"
-        )
+        pytest.skip(f"open_clip 3.x is not installed beside 4.x's checkout (found {version})")
     return []
 
 
-@pytest.mark.parametrize("loss", ["infonce", "ls", "kd", "otter"])
+@pytest.mark.parametrize("loss", ["ls", "otter"])
 def test_stock_open_clip_loads_and_resumes_the_checkpoint(pairs, tmp_path, model_configs, loss):
     path = train(pairs, tmp_path, "--loss", loss, "--epochs", "1") / "epoch_1.pt"
     keys = {"epoch", "name", "state_dict", "optimizer", "global_step", "samples_seen"}
@@ -491,25 +497,23 @@ def test_stock_open_clip_loads_and_resumes_the_checkpoint(pairs, tmp_path, model
     )
     line = flags(pairs, tmp_path / "stock", "--resume", str(path), "--precision", "fp32")
     here = blocked(tmp_path)
-    run(script, model_configs, path, *line, path=[here, sources()])
+    run("-c", script, model_configs, path, *line, path=[here, sources()])
     stock = load(tmp_path / "stock" / "run" / "checkpoints" / "epoch_2.pt")
     assert stock["epoch"] == 2 and stock["optimizer"].keys() == {"state", "param_groups"}
     if loss == "otter":
-        run(script, model_configs, path, *line, path=[here, *released()])
+        run("-c", script, model_configs, path, *line, path=[here, *released()])
 
 
-@pytest.mark.parametrize("model", ["tiny-vit", "tiny-rn"])
-def test_losses_are_those_of_3x(pairs, tmp_path, model_configs, model):
+def test_losses_are_those_of_3x(pairs, tmp_path, model_configs):
     """The same command under both: the same data, weights and teacher, so the same losses."""
     # Without weight decay: 4.x spares other parameters from it.
-    extra = ["--loss", "otter", "--model", model, *SGD, "--lr", "0.01", "--epochs", "2"]
+    extra = ["--loss", "otter", *SGD, "--lr", "0.01"]
+    line = flags(pairs, tmp_path / "3", *extra)
+    environment = {"TEST_MODEL_CONFIGS": str(model_configs)}
+    run(HERE / "launch.py", *line, path=[*released(), HERE.parent], **environment)
+    train(pairs, tmp_path / "4", *extra)
     found = {}
-    for version, path in (("3", released()), ("4", [sources()])):
-        line = flags(pairs, tmp_path / version, *extra)
-        script = f"import runpy; runpy.run_path({str(HERE / 'launch.py')!r}, run_name='__main__')"
-        script = script.replace("import runpy;", "import runpy, sys; sys.argv[0] = 'train';")
-        script = f"import sys\ntry:\n    {script}\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
-        run(script, *line, path=[*path, HERE.parent], TEST_MODEL_CONFIGS=str(model_configs))
+    for version in ("3", "4"):
         log = (tmp_path / version / "run" / "out.log").read_text()
         steps = [text for text in log.splitlines() if "Train Epoch" in text]
         terms = ("Contrastive_loss", "Distill_loss", "Target_entropy")
@@ -520,15 +524,15 @@ def test_losses_are_those_of_3x(pairs, tmp_path, model_configs, model):
             ]
         )
     assert found["3"].shape == (12, 3) and len(found["3"].unique()) > 20
-    torch.testing.assert_close(found["4"], found["3"], rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(found["4"], found["3"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["task", "model"])
-def test_torchcompile(pairs, tmp_path, strategy):
+@pytest.mark.parametrize(("strategy", "backend"), [("task", "aot_eager"), ("model", "eager")])
+def test_torchcompile(pairs, tmp_path, strategy, backend):
     extra = ["--loss", "otter", *SGD, "--model", "tiny-vit", "--train-num-samples", "24"]
     extra += ["--epochs", "1"]
     compiled = ["--torchcompile", "--torchcompile-strategy", strategy]
-    compiled += ["--torchcompile-backend", "aot_eager"]
+    compiled += ["--torchcompile-backend", backend]
     path = train(pairs, tmp_path / "compiled", *extra, *compiled) / "epoch_1.pt"
     plain = train(pairs, tmp_path / "plain", *extra) / "epoch_1.pt"
     compiled, plain = load(path), load(plain)

@@ -88,8 +88,8 @@ def load_entry(
         )
         if saved != (own if scale is None else own[:-1]):
             raise ValueError(
-                f"the checkpoint's optimizer has groups of {saved} parameters, this run's of {own}: it was "
-                "written under another major version of open_clip or with other flags; "
+                f"the checkpoint's optimizer has groups of {saved} parameters, this run's of {own}: it "
+                "was written under another major version of open_clip or with other flags; "
                 "start from its weights instead, with --pretrained in place of --resume"
             )
         load_more(entry)
