@@ -540,6 +540,26 @@ def test_torchcompile(pairs, tmp_path, strategy, backend):
         assert_close(dict(plain[key]), dict(compiled[key]), rtol=1e-3, atol=1e-5)
 
 
+def test_a_killed_save_leaves_no_torn_checkpoint(pairs, tmp_path, monkeypatch):
+    stock = torch.serialization.save
+
+    def die(obj, f, *args, **kwargs):
+        if "epoch_2" in str(f):
+            Path(f).write_bytes(b"torn")
+            raise OSError("disk full")
+        return stock(obj, f, *args, **kwargs)
+
+    whole = train(pairs, tmp_path / "whole", "--loss", "otter")
+    monkeypatch.setattr(torch.serialization, "save", die)
+    with pytest.raises(OSError, match="disk full"):
+        train(pairs, tmp_path, "--loss", "otter")
+    monkeypatch.undo()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [p.name for p in checkpoints.glob("*.pt")] == ["epoch_1.pt"]
+    train(pairs, tmp_path, "--loss", "otter", "--resume", "latest")
+    assert_same(load(checkpoints / "epoch_2.pt"), load(whole / "epoch_2.pt"))
+
+
 def test_loss_clip_is_stock(pairs, tmp_path, monkeypatch):
     seen = {}
     stock = open_clip_v4._stock_train_one_epoch

@@ -14,7 +14,8 @@ def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
         SystemExit: on bad flags, unsupported mixes or an open_clip outside the supported range, all
             before any data are read.
     """
-    if open_clip.__version__.split(".")[0] == "4":
+    version = tuple(int(part) for part in open_clip.__version__.split(".")[:2])
+    if (4, 2) <= version < (5, 0):
         from otter_openclip.training import open_clip_v4 as adapter
     else:
         from otter_openclip.training import open_clip_v3 as adapter
