@@ -15,7 +15,7 @@ from training_helpers import assert_same, flags, load, train
 HERE = Path(__file__).parent
 
 
-def torchrun(processes, *command, env=None):
+def torchrun(processes, *command, env=None, cwd=None):
     """Run on the CPU with gloo; returns stdout and stderr together."""
     done = subprocess.run(
         [
@@ -23,6 +23,7 @@ def torchrun(processes, *command, env=None):
             *("--nproc_per_node", str(processes), *command),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from otter_openclip import cli
 from otter_openclip.checkpoints.export import export_checkpoint
-from otter_openclip.evaluation import command, multilabel_metrics
+from otter_openclip.evaluation import multilabel, multilabel_metrics
 from otter_openclip.preprocessing import evaluation_transform
 from otter_openclip.zeroshot import classifier
 
@@ -310,8 +310,8 @@ def test_reference_crop(ours, model, data, monkeypatch):
         seen.append(encode(*args, **kwargs))
         return seen[-1]
 
-    encode = command.encode_images
-    monkeypatch.setattr(command, "encode_images", keep)
+    encode = multilabel.encode_images
+    monkeypatch.setattr(multilabel, "encode_images", keep)
     ours()
     ours("--reference_crop")
     plain, cropped = (found.features for found in seen)

@@ -16,14 +16,27 @@ from training_helpers import assert_same, flags, load, train
 PATCH = ROOT / "patches" / "open_clip_torch-3.3.0.patch"
 LOSS_LINE = re.compile(r"Train Epoch: (\d+) \[ *(\d+)/.*?(Logit Scale: .*)")
 
-# Several trainings of the stock command in one process: importing it takes longer than they do.
+# Several command lines in one process: importing open_clip takes longer than running them.
 DRIVER = """
     import json, logging, sys
     import open_clip_train.main
     for line in json.load(open(sys.argv[1])):
-        assert open_clip_train.main.main(line) is None
+        print("$", *line)
+        try:
+            result = open_clip_train.main.main(line)
+        except SystemExit as stop:
+            result = stop.code
+        print("exit", result, file=sys.stderr)
         logging.getLogger().handlers.clear()
 """
+
+
+def stock_main(lines, *, path, cwd):
+    """Standard output and error of open_clip_train's main, called with each of ``lines``."""
+    (cwd / "lines.json").write_text(json.dumps(lines))
+    done = run("-c", textwrap.dedent(DRIVER), "lines.json", path=path, cwd=cwd)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout, done.stderr
 
 
 def packages(folder: Path, model_configs: Path) -> Path:
@@ -96,11 +109,8 @@ def stock_command(patched, ours, pairs, labelled, tmp_path_factory):
     lines.append(
         flags(pairs, logs, *zeroshot, "--epochs", "3", "--skip-scheduler", "--resume", "latest")
     )
-    (logs / "lines.json").write_text(json.dumps(lines))
-    done = run(
-        "-c", textwrap.dedent(DRIVER), str(logs / "lines.json"), path=(ours, patched), cwd=logs
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    _, errors = stock_main(lines, path=(ours, patched), cwd=logs)
+    assert errors.count("exit None") == len(lines), errors[-4000:]
     return logs
 
 
@@ -140,7 +150,8 @@ def test_two_processes_by_the_command_itself(patched, ours, pairs, tmp_path):
     extra = ["--loss", "otter", "--local-loss", "--gather-with-grad", "--batch-size", "6"]
     env = environment(ours, patched)
     for name, module in (("theirs", "open_clip_train.main"), ("ours", "otter_openclip.train")):
-        torchrun(2, "-m", "--", module, *flags(pairs, tmp_path, *extra, "--name", name), env=env)
+        line = flags(pairs, tmp_path, *extra, "--name", name)
+        torchrun(2, "-m", "--", module, *line, env=env, cwd=tmp_path)
     one, other = (load(tmp_path / n / "checkpoints" / "epoch_2.pt") for n in ("ours", "theirs"))
     assert next(iter(one["state_dict"])).startswith("module.")
     one["name"] = other["name"]
@@ -165,61 +176,57 @@ def test_launcher_on_the_patched_package(patched, nothing, pairs, tmp_path):
 
 
 def without_times(text: str) -> str:
-    """A log without dates and durations."""
+    """A log's records without dates and durations."""
     text = re.sub(r"\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d", "TIME", text)
-    return re.sub(r"Data \(t\): \S+ Batch \(t\): \S+, \S+/s, \S+/s/gpu", "SPEED", text)
+    text = re.sub(r"Data \(t\): \S+ Batch \(t\): \S+, \S+/s, \S+/s/gpu", "SPEED", text)
+    return "\n".join(line for line in text.splitlines() if line.startswith("TIME"))
 
 
 @pytest.mark.parametrize("installed", [False, True])
 def test_without_loss_nothing_changes(stock, patched, ours, nothing, pairs, tmp_path, installed):
     """Checkpoints byte by byte, parameters, results, logs; without plugins the help as well."""
     outputs = []
+    line = flags(pairs, Path("logs"), "--precision", "fp32", "--workers", "0", csv=True)
+    line += ["--val-data", str(pairs / "pairs.csv"), "--save-most-recent"]
+    bad = [["--no-such-flag"], ["--loss-dist", "x", "--lo"], ["--train-data"]]
+    lines = [line] if installed else [["--help"], *bad, line]
     for name, folder in (("stock", stock), ("patched", patched)):
         cwd = tmp_path / name
         cwd.mkdir()
-        line = flags(pairs, Path("logs"), "--precision", "fp32", "--workers", "0", csv=True)
-        line += ["--val-data", str(pairs / "pairs.csv"), "--save-most-recent"]
         path = (ours if installed else nothing, folder)
-        done = run("-m", "open_clip_train.main", *line, path=path, cwd=cwd)
-        assert done.returncode == 0, done.stderr[-4000:]
-        outputs.append((done.stdout, without_times(done.stderr)))
+        stdout, stderr = stock_main(lines, path=path, cwd=cwd)
+        usage, _, records = stderr.rpartition("exit 2\n")
+        outputs.append((stdout, usage, without_times(records)))
         log = cwd / "logs" / "run" / "out.log"
         log.write_text(without_times(log.read_text()))
-        if not installed:
-            for words in (["--help"], ["--no-such-flag"], ["--loss-dist", "x", "--lo"]):
-                done = run("-m", "open_clip_train.main", *words, path=path, cwd=cwd)
-                outputs.append((done.returncode, done.stdout, done.stderr))
-    half = len(outputs) // 2
-    for one, other in zip(outputs[:half], outputs[half:], strict=True):
-        assert one == other
+    assert outputs[0] == outputs[1]
+    assert outputs[0][2] and (installed or ("--logs LOGS" in outputs[0][0] and outputs[0][1]))
     made = hashes(tmp_path / "stock")
     assert {Path(f).name for f in made} >= {"epoch_2.pt", "epoch_latest.pt", "results.jsonl"}
     assert made == hashes(tmp_path / "patched")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (
-            ["--loss", "oter"],
-            "no installed package offers 'oter' in open_clip_train.losses; there are: cl",
-        ),
-        (["--loss"], "argument --loss: expected one argument"),
-        (["--loss", "twice"], "several packages offer 'twice': a:A, b:B"),
-        (["--loss", "otter", "--sinkhron-iter=4"], "did you mean --sinkhorn-iter?"),
-        (["--loss", "ls", "--alpha", "1"], "--alpha has no meaning with --loss ls"),
-    ],
-)
-def test_errors(patched, ours, tmp_path, words, message):
-    for name, value in (("one", "a:A"), ("other", "b:B")):
-        declare(tmp_path, name, {"open_clip_train.losses": {"twice": value}})
-    done = run("-m", "open_clip_train.main", *words, path=(ours, patched, tmp_path), cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr, done.stderr
+def test_errors(patched, ours, tmp_path):
+    """Each names the input and what to do; the exit code is 2."""
+    wrong = {
+        "--loss oter": "no installed package offers 'oter' in open_clip_train.losses; there are: cl",
+        "--loss": "argument --loss: expected one argument",
+        "--loss twice": "several packages offer 'twice': a:A, b:B",
+        "--loss otter --sinkhron-iter=4": "did you mean --sinkhorn-iter?",
+        "--loss ls --alpha 1": "--alpha has no meaning with --loss ls",
+    }
+    points = {"one": {"twice": "a:A"}, "other": {"twice": "b:B"}}
+    for name, offered in points.items():
+        declare(tmp_path, name, {"open_clip_train.losses": offered})
+    lines = [words.split() for words in wrong]
+    _, stderr = stock_main(lines, path=(ours, patched, tmp_path), cwd=tmp_path)
+    for message, found in zip(wrong.values(), stderr.split("exit 2\n")[:-1], strict=True):
+        assert message in found
 
 
 def test_no_plugin_installed(patched, nothing, tmp_path):
     done = run("-m", "open_clip_train.main", "--loss", "x", path=(nothing, patched), cwd=tmp_path)
-    assert done.returncode == 2 and "there are: none" in done.stderr
+    assert done.returncode == 2 and "'x' in open_clip_train.losses; there are: none" in done.stderr
 
 
 PLUGIN = """
@@ -260,12 +267,11 @@ def test_a_plugin_of_another_package(patched, nothing, pairs, tmp_path):
     (tmp_path / "scaled.py").write_text(textwrap.dedent(PLUGIN))
     declare(tmp_path, "scaled", {"open_clip_train.losses": {"scaled": "scaled:Scaled"}})
     base = ["--precision", "fp32", "--workers", "0", "--epochs", "1"]
-    for name, extra in (("x3", ["--loss", "scaled", "--factor", "3"]), ("stock", [])):
-        line = flags(pairs, tmp_path / "logs", *base, *extra, "--name", name, csv=True)
-        done = run(
-            "-m", "open_clip_train.main", *line, path=(nothing, patched, tmp_path), cwd=tmp_path
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+    lines = [
+        flags(pairs, tmp_path / "logs", *base, *extra, "--name", name, csv=True)
+        for name, extra in (("x3", ["--loss", "scaled", "--factor", "3"]), ("stock", []))
+    ]
+    stock_main(lines, path=(nothing, patched, tmp_path), cwd=tmp_path)
     first = {}
     for name, term in (("x3", "Scaled_loss"), ("stock", "Contrastive_loss")):
         _, _, rest = losses(tmp_path / "logs" / name)[0]

@@ -94,7 +94,7 @@ class _Part:
     content: bytes | None
     result: bytes | None
     patched: bool
-    problem: tuple[str, str] | None  # why it is neither: why not unpatched, why not patched
+    problem: tuple[str, str] | None  # in no state or in both: why it cannot be applied, reverted
 
     def describe(self, reverse: bool) -> str:
         """What applying or reverting does to the file."""
@@ -116,22 +116,17 @@ def _examine(diff: FileDiff, target: Target, tool: str) -> _Part:
     path = target.locate(diff.path)
     assert path is not None
     content = path.read_bytes() if path.exists() else None
-    results: list[bytes | None] = []
-    problems = []
+    results: dict[bool, bytes | None] = {}
+    reasons = {}
     for reverse in (False, True):
         try:
-            results.append(transform(diff, content, tool, reverse=reverse))
-            patched = reverse
+            results[reverse] = transform(diff, content, tool, reverse=reverse)
+            reasons[reverse] = "it can be applied and reverted as well"
         except DoesNotFit as error:
-            problems.append(str(error))
-    if len(results) == 2:
-        both = "it fits both as unpatched and as patched"
-        return _Part(diff, path, target.shown(diff.path), content, None, False, (both, both))
-    if not results:
-        return _Part(
-            diff, path, target.shown(diff.path), content, None, False, (problems[0], problems[1])
-        )
-    return _Part(diff, path, target.shown(diff.path), content, results[0], patched, None)
+            reasons[reverse] = str(error)
+    patched, result = next(iter(results.items()), (False, None))
+    problem = None if len(results) == 1 else (reasons[False], reasons[True])
+    return _Part(diff, path, target.shown(diff.path), content, result, patched, problem)
 
 
 def _find_patch(target: Target) -> Path:

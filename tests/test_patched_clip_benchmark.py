@@ -1,0 +1,446 @@
+"""clip_benchmark's own command, in a patched copy, with and without our entry points.
+
+Every command runs in a process of its own, on copies in a temporary folder; nothing is installed.
+"""
+
+import ast
+import csv
+import importlib.metadata
+import io
+import json
+import random
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import COLOURS, SHAPES, picture
+from data_helpers import jpeg
+from patched import ROOT, copy_packages, declare, environment, hashes, our_entry_points
+from test_eval import NAMES, exported, png, shards, vector, write_data
+
+PATCH = ROOT / "patches" / "clip_benchmark-1.6.2.patch"
+INFO = "clip_benchmark-1.6.2.dist-info"
+GROUPS = ("clip_benchmark.datasets", "clip_benchmark.evaluators")
+OURS = {group: our_entry_points()[group] for group in GROUPS}
+
+
+TOOLS = [tool for tool in ("git", "patch") if shutil.which(tool)]
+
+
+def apply(folder, *flags, tool=TOOLS[0]):
+    """Apply the patch in ``folder``, but for the files of the other layout."""
+    other = "requirements.txt" if (folder / INFO).exists() else f"{INFO}/METADATA"
+    parts = PATCH.read_text().split("diff --git ")
+    text = "".join(f"diff --git {part}" for part in parts[1:] if f" b/{other}\n" not in part)
+    command = {"git": ["git", "apply"], "patch": ["patch", "--silent", "--force", "-p1"]}[tool]
+    variables = environment() | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    subprocess.run([*command, *flags], cwd=folder, check=True, env=variables, input=text, text=True)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folders for ``sys.path``: stock, patched, and our entry points or none of ours."""
+    folder = tmp_path_factory.mktemp("places")
+    found = {name: folder / name for name in ("stock", "patched", "ours", "none")}
+    copy_packages("clip_benchmark", found["stock"])
+    apply(copy_packages("clip_benchmark", found["patched"]))
+    declare(found["ours"], "otter-openclip", OURS)
+    declare(found["none"], "otter-openclip", {})  # hides an installed one's
+    return found
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Send a request to the process of ``forks.py``."""
+    process = subprocess.Popen(
+        [sys.executable, Path(__file__).parent / "forks.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment() | {"HF_HUB_OFFLINE": "1"},
+    )
+
+    def send(request):
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield send
+    process.stdin.close()
+    assert process.wait() == 0
+
+
+@pytest.fixture
+def run(forks, places, tmp_path):
+    """Run a command in ``tmp_path``; returns stdout and stderr."""
+
+    def run(
+        *words, on=("patched", "ours"), code=0, module="clip_benchmark.cli", environments=({},)
+    ):
+        paths = [str(places.get(place, place)) for place in on]
+        name = module.partition(".")[0]
+        request = {
+            "module": module,
+            "argv": [name, *map(str, words)],
+            "path": paths,
+            "cwd": str(tmp_path),
+            "environments": environments,
+        }
+        replies = forks(request)
+        for found, _, stderr in replies:
+            assert found == code, stderr
+        return replies[0][1:] if len(replies) == 1 else replies
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return exported(tmp_path_factory.mktemp("exported"), 24)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), shards())
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A retrieval dataset."""
+    rng = random.Random(2)
+    files = {}
+    for i in range(6):
+        files[f"{i}.png"] = png(picture(rng, COLOURS[i], "circle"))
+        files[f"{i}.txt"] = f"a {COLOURS[i]} circle\na ball".encode()
+    return write_data(tmp_path_factory.mktemp("pairs"), [files], kind="retrieval")
+
+
+def line(model, data, *flags, dataset="wds/made", output="out.json"):
+    words = ["eval", "--model", f"local-dir:{model}", "--pretrained", "", "--dataset", dataset]
+    words += ["--dataset_root", data, "--output", output, "--no_amp", "--num_workers", "0"]
+    return [*words, "--batch_size", "7", *flags]
+
+
+def result(folder, name="out.json"):
+    return json.loads((folder / name).read_text())
+
+
+# The patch as such -------------------------------------------------------------------------------
+
+
+def test_applied_and_reverted_beside_site_packages(tmp_path):
+    site = copy_packages("clip_benchmark", tmp_path / "site")
+    before = hashes(site)
+    apply(site)
+    after = hashes(site)
+    assert {name for name in after if before.get(name) != after[name]} == {
+        "clip_benchmark/cli.py",
+        "clip_benchmark/datasets/builder.py",
+        "clip_benchmark/plugins.py",
+        f"{INFO}/METADATA",
+    }
+    needs = importlib.metadata.Distribution.at(site / INFO).requires
+    stock = importlib.metadata.requires("clip_benchmark")
+    assert [need for need in needs if need not in stock] == ["requests"]
+    assert [need for need in needs if need in stock] == stock
+    apply(site, "--reverse")
+    assert hashes(site) == before
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_applied_and_reverted_in_a_checkout(tmp_path, tool):
+    checkout = copy_packages("clip_benchmark", tmp_path / "checkout")
+    shutil.rmtree(checkout / INFO)
+    listed = ["torch>=1.8.1", "torchvision>=0.8.9", "tqdm>=2", "scikit-learn>=1.0,<2"]
+    listed += ["open_clip_torch>=0.2.1", "pycocoevalcap", "webdataset>=0.2.31", "transformers"]
+    (checkout / "requirements.txt").write_text("\n".join([*listed, ""]))
+    before = hashes(checkout)
+
+    apply(checkout, tool=tool)
+    lines = (checkout / "requirements.txt").read_text().splitlines()
+    assert sorted(lines) == sorted([*listed, "requests"])
+    apply(checkout, "--reverse", tool=tool)
+    assert hashes(checkout) == before
+
+
+def test_the_patch_is_a_general_one():
+    text = PATCH.read_text().lower()
+    for word in ("otter", "goi", "imagenet10k", "multilabel_", "zeroshot_multilabel", "flat_hit"):
+        assert word not in text.replace("voc2007_multilabel", "")
+
+
+def test_all_built_in_names_are_known(places):
+    tree = ast.parse((places["stock"] / "clip_benchmark/datasets/builder.py").read_text())
+    build = next(n for n in ast.walk(tree) if getattr(n, "name", "") == "build_dataset")
+    names, prefixes = set(), set()
+    for node in ast.walk(build):
+        if isinstance(node, ast.Compare) and getattr(node.left, "id", "") == "dataset_name":
+            names.add(node.comparators[0].value)
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "startswith":
+            prefixes.add(node.args[0].value)
+    assert {"cifar10", "dummy"} < names and "wds/" in prefixes
+    plugins = {}
+    exec((places["patched"] / "clip_benchmark/plugins.py").read_text(), plugins)
+    assert set(plugins["BUILTIN_NAMES"][GROUPS[0]]) == names
+    assert set(plugins["BUILTIN_PREFIXES"][GROUPS[0]]) == prefixes
+
+
+def test_entry_points_lead_somewhere():
+    for group in GROUPS:
+        for name, value in OURS[group].items():
+            found = importlib.metadata.EntryPoint(name, value, group).load()
+            assert callable(found if group == GROUPS[0] else found.evaluate)
+
+
+# Without plugins ---------------------------------------------------------------------------------
+
+
+def test_nothing_changes_without_plugins(run, model, data, pairs, tmp_path):
+    (tmp_path / "names.txt").write_text("wds/made\n")
+    task = ("--task", "zeroshot_classification")
+    commands = [
+        ([], 0),
+        (["--help"], 0),
+        (["eval", "--help"], 0),
+        (["build", "--help"], 0),
+        (["eval", "--task", "zeroshot_multilabel"], 2),
+        (["eval", "--ks", "1"], 2),
+        (line(model, data, *task, "--dump_classnames", "--dump_templates"), 0),
+        (line(model, data, *task, dataset="names.txt", output="second.json"), 0),
+        (line(model, data, *task, "--skip_existing"), 0),
+        (line(model, data, *task, "--distributed", "--quiet", output="third.json"), 0),
+        (line(model, pairs, "--task", "zeroshot_retrieval", output="pairs.json"), 0),
+        (["build", "out.json", "second.json", "--output", "build.csv"], 0),
+        (line(model, data, dataset="goi"), 1),
+        (line(model, data, dataset="wds/made", output="nowhere/out.json"), 1),
+    ]
+    found = {}
+    for place in ("stock", "patched"):
+        said = []
+        for words, code in commands:
+            stdout, stderr = run(*words, on=(place, "none"), code=code)
+            # Not the progress bars and the line numbers of tracebacks.
+            said.append((stdout, stderr if code == 2 else stderr.splitlines()[-1:] * code))
+        files = ("out.json", "second.json", "third.json", "pairs.json", "build.csv")
+        found[place] = said, [sorted_csv((tmp_path / name).read_bytes(), name) for name in files]
+        for name in files:
+            (tmp_path / name).unlink()
+    assert found["stock"] == found["patched"]
+    said, _ = found["patched"]
+    assert "usage: clip_benchmark eval" in said[2][0] and "zeroshot_multilabel" not in said[2][0]
+    assert "Skip out.json, exists already." in said[8][0]
+    assert said[12][1] == ["ValueError: Unsupported dataset: goi."]
+
+
+def sorted_csv(content, name):
+    """The columns of stock's csv are in the order of a set of strings."""
+    if not name.endswith(".csv"):
+        return content
+    return [sorted(row.items()) for row in csv.DictReader(io.StringIO(content.decode()))]
+
+
+# With our entry points ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dataset", "flags"),
+    [
+        ("goi", ()),
+        ("wds/made", ("--ks", "3", "1", "--templates", "imagenet", "--reference_crop")),
+    ],
+)
+def test_the_launchers_numbers(run, model, data, tmp_path, dataset, flags):
+    flags = (*flags, "--dump_templates", "--class_cache", "cache")
+    task = () if dataset == "goi" else ("--task", "zeroshot_multilabel")
+    said, _ = run(*line(model, data, *flags, *task, dataset=dataset))
+    patched = result(tmp_path)
+    assert "Running 'zeroshot_multilabel'" in said
+    (cached,) = (tmp_path / "cache").iterdir()
+    written = cached.stat().st_mtime_ns
+    for place in (("stock", "none"), ("patched", "ours")):  # the launcher, on both
+        task = ("--task", "auto" if dataset == "goi" else "zeroshot_classification")
+        again = line(model, data, *flags, *task, dataset=dataset, output="launcher.json")
+        run(*again, on=place, module="otter_openclip.cli")
+        launcher = result(tmp_path, "launcher.json")
+        assert launcher.pop("task") == "zeroshot_classification"
+        assert launcher == {k: v for k, v in patched.items() if k != "task"}
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()] == [written]
+    assert patched["task"] == "zeroshot_multilabel"
+    assert len(patched["templates"]) == (1 if dataset == "goi" else 80)
+    assert 0 < patched["metrics"]["flat_hit@1"] < 1
+
+
+def test_flags_are_there_with_the_task(run):
+    said, _ = run("eval", "--help")
+    assert "auto,zeroshot_multilabel}" in said and "--ks" not in said
+    assert "Use --task=TASK --help" in " ".join(said.split())
+    for words in (["--task=zeroshot_multilabel"], ["--dataset", "cifar10", "goi"]):
+        said, _ = run("eval", *words, "--help")
+        for flag in (
+            "--ks",
+            "--templates",
+            "--reference_crop",
+            "--load_truncated",
+            "--class_cache",
+        ):
+            assert flag in said
+    _, said = run("eval", "--dataset", "cifar10", "--ks", "1", code=2)
+    assert "unrecognized arguments: --ks 1" in said
+    _, said = run("eval", "--dataset", "goi", "--ks", "0", code=2)
+    assert "K must be a whole number of at least 1, got '0'" in said
+
+
+def test_images_and_templates_that_need_a_flag(run, model, tmp_path):
+    files = shards()
+    whole = jpeg(3, (90, 80))
+    files[2] |= {"bad.jpg": whole[: len(whole) // 2], "bad.npy": vector([1])}
+    bad = write_data(tmp_path / "eval" / "goi", files)
+    (bad / "zeroshot_classification_templates.txt").unlink()
+    words = line(model, tmp_path / "eval", "--class_cache", "", dataset="goi")
+    _, said = run(*words, code=1)
+    assert "templates.txt is missing; pass --templates" in said.splitlines()[-1]
+    words += ["--templates", "simple"]
+    _, said = run(*words, code=1)
+    assert "2.tar: sample bad" in said and "--load_truncated" in said
+    assert not (tmp_path / "out.json").exists()
+    run(*words, "--load_truncated")
+    assert result(tmp_path)["metrics"]["flat_hit@1"] > 0
+
+
+@pytest.mark.parametrize(
+    ("dataset", "flags", "message"),
+    [
+        ("goi", ("--dataset_root", "gone"), "no webdataset of goi: neither gone/test/nshards.txt"),
+        ("goi", ("--templates", "gone"), "--templates gone: no such file"),
+        ("goi", ("--templates", "simple", "--custom_template_file", "x"), "exclude each other"),
+        ("goj", (), "ValueError: Unsupported dataset: goj."),
+    ],
+)
+def test_errors(run, model, data, tmp_path, dataset, flags, message):
+    _, said = run(*line(model, data, *flags, dataset=dataset), code=1)
+    assert message in said.splitlines()[-1]
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_only_multilabel_datasets(run, model, tmp_path):
+    rng = random.Random(1)
+    files = {}
+    for i in range(3):
+        files[f"{i}.png"] = png(picture(rng, COLOURS[i], SHAPES[0]))
+        files[f"{i}.cls"] = b"0"
+    single = write_data(tmp_path / "single", [files], NAMES, "classification")
+    words = line(model, single, "--task", "zeroshot_multilabel", "--class_cache", "")
+    _, said = run(*words, code=1)
+    assert "wds/made is no multi-label webdataset" in said.splitlines()[-1]
+
+
+def test_all_processes_take_part(run, model, data, pairs, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environments = []
+    for rank in ("0", "1"):  # each in a folder of its own, so that it is seen who writes what
+        (tmp_path / rank).mkdir()
+        environments.append(common | {"RANK": rank, "LOCAL_RANK": rank, "TEST_FOLDER": rank})
+    shutil.copytree(data, tmp_path / "eval" / "goi")
+    shutil.copytree(data, tmp_path / "eval" / "imagenet10k")
+    shutil.copytree(pairs, tmp_path / "eval" / "mscoco_captions")
+    root = tmp_path / "eval" / "{dataset}"
+    words = line(model, root, "--distributed", "--class_cache", tmp_path / "cache", "--dataset")
+    words += ["wds/mscoco_captions", "goi", "imagenet10k", "--output", "{dataset}.json"]
+    replies = run(*words, environments=environments)
+    said = [stdout for _, stdout, _ in replies]
+    assert ["Running 'zeroshot_multilabel'" in text for text in said] == [True, False]
+    first, second = ({path.name for path in (tmp_path / rank).iterdir()} for rank in ("0", "1"))
+    assert first | second == {"goi.json", "imagenet10k.json", "mscoco_captions.json"}
+    assert {"goi.json", "imagenet10k.json"} <= first and not first & second
+    (dealt,) = tmp_path.glob("[01]/mscoco_captions.json")
+    assert "image_retrieval_recall@5" in json.loads(dealt.read_text())["metrics"]
+    run(*line(model, data, "--class_cache", "cache", dataset="goi"))
+    for name in ("goi.json", "imagenet10k.json"):
+        found = result(tmp_path / "0", name)["metrics"]
+        assert found == pytest.approx(result(tmp_path)["metrics"], abs=1e-6)
+
+
+# With other packages -----------------------------------------------------------------------------
+
+OTHER = """
+import torch
+
+class Pictures(torch.utils.data.Dataset):
+    classes, templates = ["a", "b"], ["a {c}"]
+    def __len__(self):
+        return 5
+    def __getitem__(self, i):
+        return torch.full((3, 32, 32), float(i)), i
+
+def pictures(root, split, transform, download, task, **options):
+    print("built", root, split, task, download, sorted(options))
+    return Pictures()
+
+pictures.default_task = "count"
+pictures.collate_fn = lambda batch: [i for _, i in batch]
+
+class Count:
+    def add_arguments(self, parser):
+        parser.add_argument("--factor", type=int, default=1)
+    def prepare(self, args):
+        print("prepared", args.factor)
+        args.factor += 1
+    def evaluate(self, model, dataset, dataloader, transform, tokenizer, args):
+        assert len(tokenizer(["a"])) == 1 and len(dataset) == 5
+        return {"count": args.factor * sum(map(sum, dataloader))}
+
+count = Count()
+plain_evaluate = type("Plain", (), {"evaluate": staticmethod(lambda **_: {"seen": sorted(_)})})
+plain = lambda **_: Pictures()
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A package with datasets and tasks, some of which cannot be used."""
+    (tmp_path / "other.py").write_text(OTHER)
+    (tmp_path / "broken.py").write_text("import there_is_no_such_module\n")
+    datasets = {"pictures": "other:pictures", "cifar10": "broken:x", "plain": "other:plain"}
+    datasets |= {"broken_data": "broken:x", "twice": "other:pictures"}
+    evaluators = {"count": "other:count", "zeroshot_retrieval": "broken:x", "bad": "broken:x"}
+    evaluators["plain_task"] = "other:plain_evaluate"
+    declare(tmp_path, "some-package", dict(zip(GROUPS, (datasets, evaluators), strict=True)))
+    declare(tmp_path, "rival", {GROUPS[0]: {"twice": "other:pictures"}})
+    return tmp_path
+
+
+def test_any_package_can_take_part(run, model, other):
+    on = ("patched", "none", other)
+    said, _ = run(*line(model, "here", "--factor", "3", dataset="pictures"), on=on)
+    assert result(other)["metrics"] == {"count": 4 * 10} and result(other)["task"] == "count"
+    assert "prepared 3" in said
+    assert "built here test count True ['annotation_file', 'custom_classname_file'," in said
+    words = line(model, "here", "--task", "plain_task", "--distributed", dataset="plain")
+    run(*words, on=on)
+    expected = ["args", "dataloader", "dataset", "model", "tokenizer", "transform"]
+    assert result(other)["metrics"] == {"seen": expected}
+
+
+def test_packages_that_cannot_be_used(run, model, data, pairs, other):
+    on = ("patched", "none", other)
+    said, _ = run("eval", "--help", on=on)  # imports none of them
+    assert "auto,bad,count,plain_task}" in said
+    _, said = run(*line(model, data, "--task", "bad"), on=on, code=1)
+    last = said.splitlines()[-1]
+    assert "'bad' of 'clip_benchmark.evaluators' cannot be loaded from the package" in last
+    assert "'some-package' (broken:x)" in last and "there_is_no_such_module" in last
+    _, said = run(*line(model, data, dataset="broken_data"), on=on, code=1)
+    assert "package 'some-package' (broken:x)" in said.splitlines()[-1]
+    _, said = run(*line(model, data, dataset="twice"), on=on, code=1)
+    assert "several packages, uninstall all but one of them: rival, some-package" in said
+    # Built-in names are never looked up.
+    run(*line(model, pairs, "--task", "zeroshot_retrieval"), on=on)
+    assert "image_retrieval_recall@5" in result(other)["metrics"]
+    _, said = run(*line(model, "/proc/none", dataset="cifar10"), on=on, code=1)
+    assert "some-package" not in said
