@@ -12,7 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
         # All flags after it are open_clip_train's and the plugin's, parsed there.
-        from otter_openclip.training.open_clip_v3 import main as train
+        from otter_openclip.training.launcher import main as train
 
         return train(argv[1:])
     if argv[:1] == ["eval"]:

@@ -84,7 +84,6 @@ class _PairLoss(ClipLoss):
             gather_with_grad=with_grad,
             rank=self.rank,
             world_size=self.world_size,
-            use_horovod=self.use_horovod,
         )
 
     def _terms(

@@ -2,7 +2,7 @@
 
 import sys
 
-from otter_openclip.training.open_clip_v3 import main
+from otter_openclip.training.launcher import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], prog="python -m otter_openclip.train"))

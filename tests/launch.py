@@ -5,7 +5,7 @@ import sys
 
 import open_clip
 
-from otter_openclip.training.open_clip_v3 import main
+from otter_openclip.training.launcher import main
 
 if __name__ == "__main__":
     open_clip.add_model_config(os.environ["TEST_MODEL_CONFIGS"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from otter_openclip.training.open_clip_v3 import main
+from otter_openclip.training.launcher import main
 
 COMMON = {
     "--model": "tiny-rn",

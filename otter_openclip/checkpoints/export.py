@@ -277,13 +277,17 @@ def _read_weights(path: Path, weights: str) -> dict[str, Tensor]:
     else:
         optimizer = contents.get("optimizer")
         entry = optimizer.get("otter", {}) if isinstance(optimizer, Mapping) else {}
-        if "teacher" not in entry:
+        # Under open_clip 4.x the teacher is the checkpoint's own EMA.
+        teacher = entry.get("teacher")
+        if teacher is None and "teacher_state" in entry:
+            teacher = contents.get("state_dict_ema")
+        if teacher is None:
             loss = entry.get("settings", {}).get("loss", "clip")
             raise ValueError(
                 f"{path} has no EMA teacher (its run used --loss {loss}, or a fixed teacher); only "
                 "--loss kd and otter without --distill-model have one; use --weights student"
             )
-        state = entry["teacher"]
+        state = teacher
     return check_state(state, path, weights)
 
 

@@ -174,6 +174,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     """
     parser.error = functools.partial(_error, parser)
     _add_flags(parser)
+    precision = parser.get_default("precision")
     parser.set_defaults(precision=None, loss="clip")
     args = parser.parse_args(expand_config(parser, argv))
     if args.loss not in LOSSES:  # a patched open_clip_train also lists other packages' losses
@@ -186,7 +187,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
             parser.error(str(error))
     _check_unsupported(parser, args)
     _settle_flags(parser, args)
-    _settle_precision(args)
+    _settle_precision(args, precision)
     return args
 
 
@@ -225,12 +226,13 @@ def _check_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace
             f"{name} does not go with the CoCa model {args.model}: its captioning loss is not part "
             "of the method; use a CLIP model, or --loss clip"
         )
-    if args.horovod:
+    # open_clip 4.x has neither of these two.
+    if getattr(args, "horovod", False):
         parser.error(
             f"{name} does not go with --horovod: the transport plan is sharded with "
             "torch.distributed; launch with torchrun instead"
         )
-    if args.torchscript and args.loss in TEACHER_LOSSES:
+    if getattr(args, "torchscript", False) and args.loss in TEACHER_LOSSES:
         parser.error(
             f"{name} does not go with --torchscript: a scripted model cannot be copied into a "
             "teacher; use --torchcompile instead"
@@ -266,13 +268,13 @@ def _settle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         args.teacher_pretrained, args.distill_pretrained = args.distill_pretrained, None
 
 
-def _settle_precision(args: argparse.Namespace) -> None:
-    """On a CPU float32 unless asked otherwise: amp, open_clip's default, is tens of times slower."""
+def _settle_precision(args: argparse.Namespace, default: str) -> None:
+    """On a CPU float32 unless asked otherwise: open_clip's ``default``, amp, is tens of times slower."""
     if args.precision is None:
         on_cpu = args.device == "cpu" or not (
             torch.cuda.is_available() or args.device.split(":")[0] not in ("cuda", "cpu")
         )
-        args.precision = "fp32" if on_cpu and args.loss != "clip" else "amp"
+        args.precision = "fp32" if on_cpu and args.loss != "clip" else default
 
 
 Parse = Callable[[argparse.ArgumentParser, Sequence[str]], argparse.Namespace]

@@ -67,6 +67,49 @@ def add_entry(
     optimizer.register_state_dict_post_hook(hook)
 
 
+def load_entry(
+    optimizer: torch.optim.Optimizer,
+    args: Namespace,
+    scale: nn.Parameter | None,
+    load_more: Callable[[dict[str, Any]], None],
+) -> None:
+    """The inverse of :func:`add_entry`, for an optimizer that has ``scale`` when it loads.
+
+    ``optimizer.load_state_dict`` then restores s_d and its state, and hands the entry to ``load_more``;
+    a state without an entry loads too, s_d then starts anew. It raises ValueError if the state's groups
+    are not this optimizer's.
+    """
+
+    def hook(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        entry = saved_entry(state, args)
+        own, saved = (
+            [len(group["params"]) for group in groups]
+            for groups in (optimizer.param_groups, state["param_groups"])
+        )
+        if saved != (own if scale is None else own[:-1]):
+            raise ValueError(
+                f"the checkpoint's optimizer has groups of {saved} parameters, this run's of {own}: it "
+                "was written under another major version of open_clip or with other flags; "
+                "start from its weights instead, with --pretrained in place of --resume"
+            )
+        load_more(entry)
+        if scale is None:
+            return state
+        index = sum(saved)
+        group = {k: v for k, v in optimizer.param_groups[-1].items() if k != "params"}
+        group = entry.get("distill_logit_scale_group", group) | {"params": [index]}
+        moments = entry.get("distill_logit_scale_state")
+        if "distill_logit_scale" in entry:
+            with torch.no_grad():
+                scale.copy_(entry["distill_logit_scale"])
+        return state | {
+            "param_groups": [*state["param_groups"], group],
+            "state": state["state"] | ({} if moments is None else {index: moments}),
+        }
+
+    optimizer.register_load_state_dict_pre_hook(hook)
+
+
 def add_scale(
     optimizer: torch.optim.Optimizer,
     scale: nn.Parameter,
