@@ -488,6 +488,8 @@ def test_inside_repositories_with_changes_and_settings(tmp_path, site, run, monk
         subprocess.run(["git", "-C", folder, "commit", "-qm", "all"], check=True)
     write(site, {"open_clip/__init__.py": "changed = 1\n"})
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary/deep"))
+    for name, value in (("COUNT", "1"), ("KEY_0", "apply.ignoreWhitespace"), ("VALUE_0", "change")):
+        monkeypatch.setenv(f"GIT_CONFIG_{name}", value)
     monkeypatch.setenv("GIT_DIR", str(site / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(site))
     monkeypatch.chdir(site / "open_clip")
@@ -497,7 +499,8 @@ def test_inside_repositories_with_changes_and_settings(tmp_path, site, run, monk
     assert (site / ".git/index").read_bytes() == index
     assert run("open_clip", "--revert", "--target", site)[0] == 0
     assert contents(site) == old
-    assert [path.name for path in (tmp_path / "temporary/deep").iterdir()] != []
+    write(site, {"open_clip_train/main.py": MAIN.replace("line_19 =", "line_19  =")})
+    assert run("open_clip", "--apply", "--target", site)[0] == 2
     assert not list((tmp_path / "temporary/deep").glob("otter-*"))
 
 

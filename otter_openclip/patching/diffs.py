@@ -180,11 +180,7 @@ def _transform(diff: FileDiff, content: bytes | None, tool: str, reverse: bool) 
                 f"{' '.join(command[:4])} failed on {diff.path}: {done.stdout.strip()}"
             )
         result = file.read_bytes() if file.exists() else b""
-        if leaves_none:
-            if result:
-                raise DoesNotFit("has lines that the patch does not know")
-            return None
-        return result
+        return None if leaves_none else result
 
 
 def _run(
@@ -203,7 +199,6 @@ def _run(
             "XDG_CONFIG_HOME": str(home),
             "GIT_CEILING_DIRECTORIES": str(home),
             "GIT_CONFIG_NOSYSTEM": "1",
-            "GIT_CONFIG_GLOBAL": os.devnull,
             "GIT_ATTR_NOSYSTEM": "1",
         }
     return subprocess.run(
