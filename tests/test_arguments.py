@@ -25,6 +25,7 @@ def parse(*words):
         (["--loss", "otter", "--ema-decay", "high"], "expected a number, got 'high'"),
         (["--loss", "otter", "--ot-scope", "node"], "invalid choice: 'node'"),
         (["--loss", "otter", "--siglip"], "drop --siglip"),
+        (["--loss", "kd", "--model", "ViT-B-16-SigLIP"], "ViT-B-16-SigLIP: it has a logit bias"),
         (["--loss", "otter", "--model", "coca_ViT-B-32"], "CoCa model coca_ViT-B-32"),
         (["--loss", "kd", "--horovod"], "launch with torchrun"),
         (["--loss", "otter", "--torchscript"], "use --torchcompile"),

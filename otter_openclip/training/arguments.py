@@ -226,6 +226,11 @@ def _check_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace
             f"{name} does not go with the CoCa model {args.model}: its captioning loss is not part "
             "of the method; use a CLIP model, or --loss clip"
         )
+    if "init_logit_bias" in (config or {}) and args.loss in PAIR_LOSSES:
+        parser.error(
+            f"{name} does not go with {args.model}: it has a logit bias, which belongs to SigLIP's "
+            "sigmoid loss; use a CLIP model, or --loss clip --siglip"
+        )
     # open_clip 4.x has neither of these two.
     if getattr(args, "horovod", False):
         parser.error(

@@ -122,14 +122,6 @@ class _Plugin(TrainingPlugin):
         super().__init__(prog)
         self.state: TrainState | None = None
 
-    @property
-    def stock(self) -> bool:
-        return self._stock
-
-    @property
-    def teacher(self) -> nn.Module | None:
-        return self._fixed_teacher
-
     def parse_args(self, parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         args = super().parse_args(parser, argv)
         _check_unsupported(parser, args)
@@ -137,9 +129,9 @@ class _Plugin(TrainingPlugin):
 
     def start_training(self, state: TrainState) -> None:
         self.state = state
-        self._training = (state.optimizer, state.scaler)
+        self.training = (state.optimizer, state.scaler)
 
-    def _checkpoint(self, args: Namespace, model: nn.Module, epoch: int) -> dict[str, Any]:
+    def make_checkpoint(self, args: Namespace, model: nn.Module, epoch: int) -> dict[str, Any]:
         state = self.state
         return save_checkpoint(
             state.task,
@@ -176,7 +168,7 @@ class _Run:
     def create_task(self, args: Namespace, model: nn.Module, **kwargs: Any) -> TrainingTask:
         if self.plugin.stock:
             return _stock_create_task(args, model=model, **kwargs)
-        teacher = self.plugin.teacher
+        teacher = self.plugin.fixed_teacher
         self.task = OtterTask(model, loss=create_loss(args), teacher=teacher)
         if args.loss in TEACHER_LOSSES and teacher is None:
             self.task.setup_ema(args.ema_decay, eval_mode=args.teacher_mode == "eval")

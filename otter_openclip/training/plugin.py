@@ -36,18 +36,19 @@ class TrainingPlugin:
         """``prog`` is the command's name in messages, by default the one it was called by."""
         self._prog = prog
         self._args: Namespace | None = None
-        self._fixed_teacher: nn.Module | None = None
+        self.fixed_teacher: nn.Module | None = None
         self._resumed: dict[str, Any] | None = None
         self._zeroshot: ZeroShotEvaluation | None = None
         self._loss: nn.Module | None = None
         self._student: nn.Module | None = None
         self._ema: EmaTeacher | None = None
         self._train_model: StudentWithTeacher | None = None
-        self._training: tuple[torch.optim.Optimizer, Any] | None = None
+        self.training: tuple[torch.optim.Optimizer, Any] | None = None
         self._best: BestCheckpoint | None = None
 
     @property
-    def _stock(self) -> bool:
+    def stock(self) -> bool:
+        """Whether the training itself is open_clip's own."""
         return self._args is None or self._args.loss == "clip"
 
     def parse_args(self, parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
@@ -61,7 +62,7 @@ class TrainingPlugin:
     ) -> tuple[nn.Module, Any, Any]:
         """Model: the fixed teacher of ``--distill-model`` beside it; ``--reference-crop``."""
         if args.teacher_model is not None:
-            self._fixed_teacher = fixed_teacher(args)
+            self.fixed_teacher = _fixed_teacher(args)
         if args.reference_crop:
             return model, *reference_transforms(model.visual.preprocess_cfg)
         return model, preprocess_train, preprocess_val
@@ -69,7 +70,7 @@ class TrainingPlugin:
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load: its optimizer state is kept until the optimizer is set up."""
         loaded = pt_load(path, map_location="cpu")
-        if not self._stock and "epoch" in loaded:
+        if not self.stock and "epoch" in loaded:
             # The rest of the optimizer's state as well: its group for s_d is loaded with the others.
             self._resumed = loaded["optimizer"]
         return loaded
@@ -78,7 +79,7 @@ class TrainingPlugin:
         self, args: Namespace, data: dict[str, Any], preprocess_val: Any
     ) -> dict[str, Any]:
         """Data: every epoch's order follows from (seed, epoch, rank, worker); ``--zeroshot-data``."""
-        if not self._stock:
+        if not self.stock:
             repeatable.make_repeatable(data, seed=args.seed, rank=args.rank)
         if args.zeroshot_data is not None:
             try:
@@ -91,16 +92,16 @@ class TrainingPlugin:
     def create_loss(self, args: Namespace) -> Callable[..., dict[str, Tensor]]:
         """Loss: the one that ``--loss`` names."""
         self._loss = create_loss(args)
-        return self._loss if self._stock else log_statistics(self._loss)
+        return self._loss if self.stock else log_statistics(self._loss)
 
     def wrap_model(self, args: Namespace, model: nn.Module) -> nn.Module:
         """Model wrapper: what the loop trains has the teacher's features in its output."""
         self._student = model
-        if self._stock:
+        if self.stock:
             return model
-        if args.loss in arguments.TEACHER_LOSSES and self._fixed_teacher is None:
+        if args.loss in arguments.TEACHER_LOSSES and self.fixed_teacher is None:
             self._ema = EmaTeacher(model, args.ema_decay, eval_mode=args.teacher_mode == "eval")
-        teacher = self._fixed_teacher if self._ema is None else self._ema.module
+        teacher = self.fixed_teacher if self._ema is None else self._ema.module
         compiled = torch.compile(teacher) if args.torchcompile and teacher is not None else None
         self._train_model = StudentWithTeacher(
             model,
@@ -116,8 +117,8 @@ class TrainingPlugin:
         self, args: Namespace, optimizer: torch.optim.Optimizer, scaler: Any
     ) -> None:
         """Optimizer: its step moves the EMA teacher, it learns s_d, its state holds our entry."""
-        self._training = (optimizer, scaler)
-        if self._stock:
+        self.training = (optimizer, scaler)
+        if self.stock:
             return
         saved = {} if self._resumed is None else checkpoint.saved_entry(self._resumed, args)
         ema, student = self._ema, self._student
@@ -129,7 +130,7 @@ class TrainingPlugin:
                 f"EMA teacher: decay {args.ema_decay}, {args.teacher_mode} mode, "
                 f"{ema.num_updates} updates so far"
             )
-        elif self._fixed_teacher is not None:
+        elif self.fixed_teacher is not None:
             logging.info(f"Fixed teacher: {args.teacher_model} ({args.teacher_pretrained})")
         scale = getattr(self._loss, "distill_logit_scale", None)
         if scale is not None:
@@ -146,7 +147,7 @@ class TrainingPlugin:
 
     def start_epoch(self, args: Namespace, epoch: int) -> None:
         """Epoch: its random numbers follow from (seed, rank, epoch), whatever ran before it."""
-        if not self._stock:
+        if not self.stock:
             self._train_model.start_epoch()
             repeatable.seed_process(args.seed, args.rank, epoch)
 
@@ -157,20 +158,20 @@ class TrainingPlugin:
         if self._zeroshot is None or not due(epoch, args):
             return {}
         found = self._zeroshot.metrics(model, tokenizer, epoch, args)
-        if self._training is not None and args.save_logs:
+        if self.training is not None and args.save_logs:
             if self._best is None:
                 self._best = BestCheckpoint(args.checkpoint_path, resumed=args.resume is not None)
-            self._best.offer(found, lambda: self._checkpoint(args, model, epoch))
+            self._best.offer(found, lambda: self.make_checkpoint(args, model, epoch))
         return found
 
     def save_checkpoint(self, checkpoint_dict: Any, path: str | os.PathLike[str]) -> None:
         """Checkpoint save: whole or not at all. Our entry is in the optimizer's state already."""
-        save = torch.serialization.save if self._stock else files.save
+        save = torch.serialization.save if self.stock else files.save
         save(checkpoint_dict, path)
 
-    def _checkpoint(self, args: Namespace, model: nn.Module, epoch: int) -> dict[str, Any]:
+    def make_checkpoint(self, args: Namespace, model: nn.Module, epoch: int) -> dict[str, Any]:
         """What open_clip's ``main`` saves after an epoch."""
-        optimizer, scaler = self._training
+        optimizer, scaler = self.training
         state = {
             "epoch": epoch,
             "name": args.name,
@@ -180,7 +181,7 @@ class TrainingPlugin:
         return state if scaler is None else {**state, "scaler": scaler.state_dict()}
 
 
-def fixed_teacher(args: Namespace) -> nn.Module:
+def _fixed_teacher(args: Namespace) -> nn.Module:
     """The model of ``--distill-model``, without gradients."""
     teacher, _, _ = open_clip.create_model_and_transforms(
         args.teacher_model,
