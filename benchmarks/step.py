@@ -2,7 +2,7 @@
 
 Both are what the training command runs for a batch that is already on the device: forward under its
 autocast, loss, backward, optimizer and, for OTTER, the EMA teacher. The floor is 4/3: a step of CLIP is
-about three forwards, and the teacher adds one.
+about three forwards, and the teacher adds one. Under open_clip 4.x the steps are those of its tasks.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ class Step:
         self.images = torch.randn(batch, 3, height, width, device=device)
         self.texts = torch.randint(1, 400, (batch, model.context_length), device=device)
         self.autocast = get_autocast(precision, device_type=torch.device(device).type)
-        parameters = list(model.parameters())
+        self.student = model
+        self.optimizer = torch.optim.SGD(self.build(loss, device), lr=1e-4, momentum=0.9)
+
+    def build(self, loss: str, device: str) -> list[torch.nn.Parameter]:
+        """Make loss, teacher and what is trained; returns all parameters."""
         self.teacher = None
+        self.loss, self.model = ClipLoss(), self.student
         if loss == "otter":
             self.loss = OtterLoss().to(device)
-            parameters += self.loss.parameters()
-            self.teacher = EmaTeacher(model)
-            self.model = StudentWithTeacher(model, self.teacher.module)
-        else:
-            self.loss, self.model = ClipLoss(), model
-        self.student = model
+            self.teacher = EmaTeacher(self.student)
+            self.model = StudentWithTeacher(self.student, self.teacher.module)
         self.model.train()
-        self.optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
+        return [*self.student.parameters(), *self.loss.parameters()]
 
     def forward(self) -> torch.Tensor:
         """Loss of the batch."""
@@ -84,11 +85,37 @@ class Step:
         }
 
 
+class TaskStep(Step):
+    """The same by a task of open_clip 4.x."""
+
+    def build(self, loss: str, device: str) -> list[torch.nn.Parameter]:
+        """Make the task; returns all parameters."""
+        from open_clip.task import CLIPTask
+
+        from otter_openclip.training.task import OtterTask
+
+        self.task = CLIPTask(self.student)
+        self.teacher = None
+        if loss == "otter":
+            self.task = OtterTask(self.student, loss=OtterLoss().to(device)).setup_ema()
+            self.teacher = self.task.trainable_module_ema
+        self.loss = self.task.loss
+        self.task.train()
+        return [*self.student.parameters(), *self.loss.parameters()]
+
+    def forward(self) -> torch.Tensor:
+        """Loss of the batch."""
+        with self.autocast():
+            losses, _ = self.task({"image": self.images, "text": self.texts})
+        return losses["loss"]
+
+
 def compare(
     name: str, batch: int, rounds: int, device: str, precision: str
 ) -> list[dict[str, Any]]:
     """Rows for the two steps and for OTTER's additions."""
-    steps = {loss: Step(loss, name, batch, device, precision) for loss in ("clip", "otter")}
+    step = TaskStep if hasattr(open_clip, "create_task") else Step
+    steps = {loss: step(loss, name, batch, device, precision) for loss in ("clip", "otter")}
     seconds = common.paired(dict(steps), rounds, device, f"{name}, steps")
     parts = common.paired(steps["otter"].parts(), rounds, device, f"{name}, parts")
     clip = statistics.median(seconds["clip"])
@@ -150,7 +177,12 @@ def main() -> None:
     for name in args.models:
         rows += compare(name, args.batch, args.rounds, args.device, args.precision)
     print(common.table(rows))
-    results = {"machine": common.machine(args.device), "precision": args.precision, "step": rows}
+    results = {
+        "machine": common.machine(args.device),
+        "open_clip": open_clip.__version__,
+        "precision": args.precision,
+        "step": rows,
+    }
     path = common.save(args.name, results)
     draw(rows, path.with_suffix(".png"))
     print(f"Wrote {path}")
