@@ -102,3 +102,10 @@ def test_help_lists_both(capsys):
         parse("--help")
     out = capsys.readouterr().out
     assert stop.value.code == 0 and "--sinkhorn-iter" in out and "--grad-checkpointing" in out
+
+
+def test_without_a_list_the_command_line_is_parsed(monkeypatch):
+    """As open_clip_train's own ``parse_args(None)`` does."""
+    monkeypatch.setattr("sys.argv", ["train", "--loss", "otter", "--alpha", "0.3"])
+    with arguments.parser_replaced(arguments.parse):
+        assert open_clip_v3.params.parse_args(None).alpha == 0.3

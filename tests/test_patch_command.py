@@ -560,6 +560,33 @@ def test_a_failing_replacement_takes_the_others_back(
     assert (new if links else {name: (facts[0], facts[-1]) for name, facts in new.items()}) == old
 
 
+def test_a_file_that_refuses_is_left_alone(site, run, monkeypatch):
+    """As one that is immutable does, however often it is tried; it was not changed, nothing is left."""
+    old = {name: (facts[0], facts[-1]) for name, facts in snapshot(site).items()}
+    replace = os.replace
+
+    def refusing(source, target):
+        if Path(target).name == "main.py":
+            raise OSError(1, "Operation not permitted", str(target))
+        replace(source, target)
+
+    def no_links(*_, **__):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(files.os, "replace", refusing)
+    monkeypatch.setattr(files.os, "link", no_links)
+    code, _, err = run("open_clip", "--apply", "--target", site)
+    assert code == 2 and "No file was changed" in err
+    assert {name: (facts[0], facts[-1]) for name, facts in snapshot(site).items()} == old
+
+
+def test_targets_that_are_no_folder(site, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(site)
+    assert "--target is empty" in run("open_clip", "--apply", "--target", "")[2]
+    (tmp_path / "file").touch()
+    assert "not a folder" in run("open_clip", "--apply", "--target", tmp_path / "file")[2]
+
+
 def test_a_failure_while_writing_leaves_nothing(site, run, monkeypatch):
     old = snapshot(site)
     write_one, calls = files._write, []

@@ -91,3 +91,15 @@ def test_data_that_cannot_be_used_end_the_run_before_it_starts(pairs, labelled, 
     (bad / "classnames.txt").write_text("\n".join(CLASSES[:-1]))
     with pytest.raises(SystemExit, match=r"label vector of shape .* but there are 8 class names"):
         main(flags(pairs, tmp_path / "b", *extra, str(bad)))
+
+
+def test_a_checkpoint_without_optimizer_is_evaluated(pairs, labelled, tmp_path):
+    """Published checkpoints often have the epoch and the weights only."""
+    whole = load(train(pairs, tmp_path / "a", "--loss", "otter", "--epochs", "1") / "epoch_1.pt")
+    weights = tmp_path / "weights.pt"
+    torch.save({key: whole[key] for key in ("epoch", "name", "state_dict")}, weights)
+    line = ["--loss", "otter", "--model", "tiny-rn", "--zeroshot-data", str(labelled)]
+    line += ["--resume", str(weights), "--zeroshot-frequency", "1", "--workers", "1"]
+    line += ["--logs", str(tmp_path), "--name", "eval"]
+    assert main(line) == 0
+    assert results(tmp_path / "eval" / "checkpoints")[0]["epoch"] == 1

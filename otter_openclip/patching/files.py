@@ -35,6 +35,7 @@ def replace_files(changes: list[Change]) -> None:
     staged: dict[Path, Path] = {}
     kept: dict[Path, Path] = {}
     made: list[Path] = []
+    done: list[Change] = []
     path = Path()
     try:
         for change in changes:
@@ -48,13 +49,19 @@ def replace_files(changes: list[Change]) -> None:
                 _keep(path, kept[path])
         for change in changes:
             path = change.path
-            if change.after is not None:
-                os.replace(staged[path], path)
-            else:
-                path.unlink()
+            done.append(change)  # before, or an interrupt after the call would be missed
+            try:
+                if change.after is not None:
+                    os.replace(staged[path], path)
+                else:
+                    path.unlink()
+            except OSError:
+                done.pop()
+                raise
     except BaseException as error:
-        lost = _restore(changes, kept)
-        for temporary in staged.values():
+        lost = _restore(done, kept)
+        unneeded = [copy for path, copy in kept.items() if path not in lost]
+        for temporary in (*staged.values(), *unneeded):
             temporary.unlink(missing_ok=True)
         for folder in reversed(made):
             with contextlib.suppress(OSError):
@@ -88,7 +95,6 @@ def _restore(changes: list[Change], kept: dict[Path, Path]) -> dict[Path, Path]:
                 path.unlink(missing_ok=True)
             elif path in kept and kept[path].exists():
                 os.replace(kept[path], path)  # does nothing where both are one file still
-                kept[path].unlink(missing_ok=True)
         except OSError:
             if path in kept:
                 lost[path] = kept[path]

@@ -111,6 +111,8 @@ def find_target(project: Project, folder: str | None) -> Target:
         ValueError: no package there, or no version can be told.
         FileNotFoundError: no such folder.
     """
+    if folder == "":
+        raise ValueError("--target is empty (an unset variable?); name a folder, or leave it out")
     found = _installed(project) if folder is None else _given(project, Path(folder).expanduser())
     found = found.resolve()
     dist_info = _dist_info(project, found)
@@ -159,7 +161,8 @@ def _installed(project: Project) -> Path:
 def _given(project: Project, folder: Path) -> Path:
     """The folder of the packages for a ``--target``."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"--target {folder}: no such folder")
+        reason = "not a folder" if folder.exists() else "no such folder"
+        raise FileNotFoundError(f"--target {folder}: {reason}")
     folder = folder.resolve()
     candidates = [folder, folder / "src"]
     if folder.name in project.packages:

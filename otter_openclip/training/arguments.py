@@ -167,11 +167,12 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, default=None, **keywords)
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse ``argv`` with open_clip_train's ``parser`` and the plugin's flags, and check the whole.
 
     Bad input ends in ``parser.error``, which names the nearest flag to an unknown one.
     """
+    argv = sys.argv[1:] if argv is None else argv
     parser.error = functools.partial(_error, parser)
     _add_flags(parser)
     precision = parser.get_default("precision")
@@ -282,7 +283,7 @@ def _settle_precision(args: argparse.Namespace, default: str) -> None:
         args.precision = "fp32" if on_cpu and args.loss != "clip" else default
 
 
-Parse = Callable[[argparse.ArgumentParser, Sequence[str]], argparse.Namespace]
+Parse = Callable[[argparse.ArgumentParser, Sequence[str] | None], argparse.Namespace]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -294,7 +295,7 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         self.parse_args = super().parse_args
-        return self._parse(self, sys.argv[1:] if args is None else args)
+        return self._parse(self, args)
 
 
 @contextlib.contextmanager

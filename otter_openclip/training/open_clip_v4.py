@@ -122,7 +122,7 @@ class _Plugin(TrainingPlugin):
         super().__init__(prog)
         self.state: TrainState | None = None
 
-    def parse_args(self, parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    def parse_args(self, parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
         args = super().parse_args(parser, argv)
         _check_unsupported(parser, args)
         return args

@@ -51,7 +51,7 @@ class TrainingPlugin:
         """Whether the training itself is open_clip's own."""
         return self._args is None or self._args.loss == "clip"
 
-    def parse_args(self, parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    def parse_args(self, parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
         """Arguments: ``parser``, open_clip_train's, also gets the plugin's flags."""
         parser.prog = self._prog = self._prog or parser.prog
         self._args = arguments.parse(parser, argv)
@@ -72,7 +72,7 @@ class TrainingPlugin:
         loaded = pt_load(path, map_location="cpu")
         if not self.stock and "epoch" in loaded:
             # The rest of the optimizer's state as well: its group for s_d is loaded with the others.
-            self._resumed = loaded["optimizer"]
+            self._resumed = loaded.get("optimizer")  # weights alone can be evaluated
         return loaded
 
     def setup_data(
