@@ -15,6 +15,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from otter_openclip import cli
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
     "open_clip": ("open_clip", "open_clip_train"),
@@ -35,11 +37,7 @@ def copy_packages(package: str, folder: Path) -> Path:
 
 def patch(package: str, folder: Path, action: str = "--apply") -> None:
     """Run ``otter-openclip patch`` on the copy in ``folder``."""
-    command = [sys.executable, "-m", "otter_openclip.cli", "patch", package, action]
-    done = subprocess.run(
-        [*command, "--target", str(folder)], env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    assert cli.main(["patch", package, action, "--target", str(folder)]) == 0
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -107,5 +107,7 @@ def test_help_lists_both(capsys):
 def test_without_a_list_the_command_line_is_parsed(monkeypatch):
     """As open_clip_train's own ``parse_args(None)`` does."""
     monkeypatch.setattr("sys.argv", ["train", "--loss", "otter", "--alpha", "0.3"])
+    from open_clip_train import params
+
     with arguments.parser_replaced(arguments.parse):
-        assert open_clip_v3.params.parse_args(None).alpha == 0.3
+        assert params.parse_args(None).alpha == 0.3

@@ -15,9 +15,9 @@ import open_clip
 import pytest
 import torch
 from test_distributed import torchrun
-from test_teacher import GOLDEN, TwoTowers
+from test_teacher import TwoTowers, golden_case
 from torch import nn
-from training_helpers import assert_same, flags, load, train
+from training_helpers import assert_same, flags, load, tear, train
 
 from otter_openclip import DistillationLoss, EmaTeacher, LabelSmoothingLoss, OtterLoss
 from otter_openclip.checkpoints.export import export_checkpoint
@@ -135,13 +135,7 @@ class Towers(TwoTowers):
     ],
 )
 def test_reference_trajectory(case, make_loss, decay, lr):
-    golden = {k.removeprefix(f"{case}/"): GOLDEN[k] for k in GOLDEN if k.startswith(f"{case}/")}
-
-    def part(name):
-        return {
-            k.removeprefix(f"{name}/"): v for k, v in golden.items() if k.startswith(f"{name}/")
-        }
-
+    golden, part = golden_case(case)
     student = Towers(part("init")).double()
     task = OtterTask(student, loss=make_loss().double()).setup_ema(decay)
     optimizer = torch.optim.SGD([*student.parameters(), *task.loss.parameters()], lr, momentum=0.9)
@@ -540,16 +534,8 @@ def test_torchcompile(pairs, tmp_path, strategy, backend):
 
 
 def test_a_killed_save_leaves_no_torn_checkpoint(pairs, tmp_path, monkeypatch):
-    stock = torch.serialization.save
-
-    def die(obj, f, *args, **kwargs):
-        if "epoch_2" in str(f):
-            Path(f).write_bytes(b"torn")
-            raise OSError("disk full")
-        return stock(obj, f, *args, **kwargs)
-
     whole = train(pairs, tmp_path / "whole", "--loss", "otter")
-    monkeypatch.setattr(torch.serialization, "save", die)
+    tear(monkeypatch, "epoch_2")
     with pytest.raises(OSError, match="disk full"):
         train(pairs, tmp_path, "--loss", "otter")
     monkeypatch.undo()

@@ -760,13 +760,12 @@ def test_a_broken_trainer_can_be_reverted(site, tmp_path):
 
 BROKEN = ("open_clip_train", "clip_benchmark")
 REAL = sorted((ROOT / "patches").glob("*.patch"))
+assert len(REAL) == 2
 
 
-@pytest.mark.parametrize("patch", REAL or [None], ids=[path.stem for path in REAL] or ["none"])
+@pytest.mark.parametrize("patch", REAL, ids=[path.stem for path in REAL])
 def test_the_repositorys_patches(patch, tmp_path, run, tool, monkeypatch):
     """Each one: applied to a copy of the release it is for, compiled, and taken back to the byte."""
-    if patch is None:
-        pytest.skip("patches/ has no patch yet")
     name, _, version = patch.stem.rpartition("-")
     if distribution(name).version != version:
         pytest.skip(f"{name} {version} is not installed")
@@ -780,8 +779,6 @@ def test_the_repositorys_patches(patch, tmp_path, run, tool, monkeypatch):
         )
     old = contents(copy)
     code, out, err = run(key, "--apply", "--target", copy)
-    if code == 2 and "--revert" not in out and "changed otherwise" in err:
-        assert f"in {source}: patched" not in run(key)[1], f"the installed {name} is patched"
     assert (code, err) == (0, "")
     assert "not patched" in out
     for package in project.packages:

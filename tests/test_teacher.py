@@ -28,6 +28,16 @@ class TwoTowers(nn.Module):
         return F.normalize(self.image(images), dim=-1), F.normalize(self.text(texts), dim=-1)
 
 
+def golden_case(case):
+    """A recorded trajectory, and the function that gives its entries below a name."""
+
+    def below(name, values):
+        return {k.removeprefix(f"{name}/"): values[k] for k in values if k.startswith(f"{name}/")}
+
+    golden = below(case, GOLDEN)
+    return golden, lambda name: below(name, golden)
+
+
 @pytest.mark.parametrize(
     ("case", "make_loss", "decay", "lr"),
     [
@@ -37,15 +47,7 @@ class TwoTowers(nn.Module):
     ],
 )
 def test_reference_trajectory(case, make_loss, decay, lr):
-    golden = {
-        key.removeprefix(f"{case}/"): GOLDEN[key] for key in GOLDEN if key.startswith(f"{case}/")
-    }
-
-    def part(name):
-        return {
-            k.removeprefix(f"{name}/"): v for k, v in golden.items() if k.startswith(f"{name}/")
-        }
-
+    golden, part = golden_case(case)
     student, loss = TwoTowers(part("init")).double(), make_loss().double()
     teacher = EmaTeacher(student, decay)
     parameters = [*student.parameters(), *loss.parameters()]

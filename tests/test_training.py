@@ -5,13 +5,12 @@ import logging
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from open_clip_train import main as open_clip_main
-from training_helpers import assert_same, flags, load, train
+from training_helpers import assert_same, flags, load, tear, train
 
 from otter_openclip import OtterLoss
 from otter_openclip.training import open_clip_v3, plugin
@@ -120,15 +119,7 @@ class _stop_after_epoch:
 
 
 def test_a_killed_save_leaves_no_torn_checkpoint(pairs, tmp_path, monkeypatch):
-    stock = torch.serialization.save
-
-    def die(obj, f, *args, **kwargs):
-        if "epoch_2" in str(f):
-            Path(f).write_bytes(b"torn")
-            raise OSError("disk full")
-        return stock(obj, f, *args, **kwargs)
-
-    monkeypatch.setattr(torch.serialization, "save", die)
+    tear(monkeypatch, "epoch_2")
     with pytest.raises(OSError, match="disk full"):
         train(pairs, tmp_path, "--loss", "otter")
     monkeypatch.undo()

@@ -110,33 +110,12 @@ def load_entry(
     optimizer.register_load_state_dict_pre_hook(hook)
 
 
-def add_scale(
-    optimizer: torch.optim.Optimizer,
-    scale: nn.Parameter,
-    resumed: dict[str, Any] | None,
-    args: Namespace,
-) -> None:
+def add_scale(optimizer: torch.optim.Optimizer, scale: nn.Parameter, args: Namespace) -> None:
     """Let ``optimizer`` learn the log of s_d, last in its groups.
 
-    Args:
-        optimizer: the student's.
-        scale: the parameter; its gradient is averaged over ranks and micro-batches.
-        resumed: the whole optimizer state of a resumed checkpoint, whose s_d goes on; None at a start.
-        args: the run's.
+    Its gradient is averaged over ranks and micro-batches, and it stays in [0, log 100].
     """
     optimizer.add_param_group({"params": [scale], "weight_decay": 0.0})
-    saved = (resumed or {}).get(KEY) or {}
-    if "distill_logit_scale" in saved:
-        with torch.no_grad():
-            scale.copy_(saved["distill_logit_scale"])
-        group, state = saved["distill_logit_scale_group"], saved["distill_logit_scale_state"]
-        (index,) = group["params"]
-        optimizer.load_state_dict(
-            {
-                "param_groups": [*resumed["param_groups"], group],
-                "state": resumed["state"] | ({} if state is None else {index: state}),
-            }
-        )
 
     def clamp(*_: Any) -> None:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The seam with open_clip_train 4.x: everything that knows its ``main`` is in this file.
+"""The seam with open_clip_train 4.x; ``seam`` has what it shares with that of 3.x.
 
 ``open_clip_train.main.main`` runs as it is, with these of its names replaced while it runs:
 
@@ -22,8 +22,6 @@ checkpoint is open_clip's own, with the EMA teacher as its ``state_dict_ema``; t
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -33,31 +31,22 @@ import open_clip
 import torch
 from open_clip.task import TrainingTask, get_model_from_task, save_checkpoint
 from open_clip_train import main as open_clip_main
-from open_clip_train import params
-from open_clip_train import train as open_clip_train_loop
 from open_clip_train.train import TrainState
 from torch import nn
 
 from otter_openclip.training import checkpoint, repeatable
-from otter_openclip.training.arguments import TEACHER_LOSSES, parser_replaced
+from otter_openclip.training.arguments import TEACHER_LOSSES
 from otter_openclip.training.losses import create_loss
-from otter_openclip.training.plugin import ZEROSHOT_DATA, TrainingPlugin
+from otter_openclip.training.plugin import TrainingPlugin
+from otter_openclip.training.seam import Replacement, Run, run_main
 from otter_openclip.training.task import OtterTask, TeacherEma, prepare_distributed
 
 __all__ = ["OtterTask", "TeacherEma", "main", "setup_optimizer"]
 
-# With --zeroshot-data: an entry of get_data's dict that makes open_clip evaluate, without data.
-_ZEROSHOT_KEY = "imagenet-v2"
-_NO_DATA = object()
-
 # Taken before anything is replaced.
 _stock_train_one_epoch = open_clip_main.train_one_epoch
-_stock_create_model = open_clip_main.create_model_and_transforms
 _stock_create_task = open_clip_main.create_task
 _stock_create_optimizer = open_clip_main.create_optimizer
-_stock_get_data = open_clip_main.get_data
-_stock_zero_shot_eval = open_clip_train_loop.zero_shot_eval
-_stock_save = torch.save
 
 
 def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
@@ -66,22 +55,7 @@ def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
     Raises:
         SystemExit: on bad flags or unsupported mixes, before any data are read.
     """
-    run = _Run(_Plugin(prog))
-    with contextlib.ExitStack() as stack:
-        for target, name, replacement in (
-            (open_clip_main, "parse_args", run.parse_args),
-            (open_clip_main, "create_model_and_transforms", run.create_model_and_transforms),
-            (open_clip_main, "create_task", run.create_task),
-            (open_clip_main, "create_optimizer", run.create_optimizer),
-            (open_clip_main, "get_data", run.get_data),
-            (open_clip_main, "train_one_epoch", run.train_one_epoch),
-            (open_clip_train_loop, "zero_shot_eval", run.zero_shot_eval),
-            (TrainingTask, "prepare_distributed", prepare_distributed),
-            (torch, "save", run.save),
-        ):
-            stack.enter_context(mock.patch.object(target, name, replacement))
-        result = open_clip_main.main(list(argv))
-    return 1 if result == -1 else 0
+    return run_main(argv, _Run(_Plugin(prog)).replacements())
 
 
 def setup_optimizer(
@@ -101,7 +75,7 @@ def setup_optimizer(
     if ema is not None:
         optimizer.register_step_post_hook(lambda *_: task.update_ema())
     if scale is not None:
-        checkpoint.add_scale(optimizer, scale, None, args)
+        checkpoint.add_scale(optimizer, scale, args)
 
     def teacher_entry() -> dict[str, Any]:
         return {} if ema is None else {"teacher_state": ema.extra_state()}
@@ -144,26 +118,21 @@ class _Plugin(TrainingPlugin):
         )
 
 
-class _Run:
-    """One call of open_clip's ``main``: its replaced functions, around the plugin's hooks."""
+class _Run(Run):
+    """What 4.x's ``main`` has of its own: a task, an optimizer made from it."""
 
     def __init__(self, plugin: _Plugin) -> None:
-        self.plugin = plugin
-        self.args: Namespace | None = None
-        self.model_made = False
+        super().__init__(plugin)
         self.task: OtterTask | None = None
 
-    def parse_args(self, argv: Sequence[str]) -> Namespace:
-        with parser_replaced(self.plugin.parse_args):
-            self.args = params.parse_args(argv)
-        return self.args
-
-    def create_model_and_transforms(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        made = _stock_create_model(*args, **kwargs)
-        if self.model_made:  # the second is open_clip's own --distill-model
-            return made
-        self.model_made = True
-        return self.plugin.setup_model(self.args, *made)
+    def replacements(self) -> list[Replacement]:
+        return [
+            *super().replacements(),
+            (open_clip_main, "create_task", self.create_task),
+            (open_clip_main, "create_optimizer", self.create_optimizer),
+            (open_clip_main, "train_one_epoch", self.train_one_epoch),
+            (TrainingTask, "prepare_distributed", prepare_distributed),
+        ]
 
     def create_task(self, args: Namespace, model: nn.Module, **kwargs: Any) -> TrainingTask:
         if self.plugin.stock:
@@ -178,16 +147,6 @@ class _Run:
         optimizer = _stock_create_optimizer(*args, **kwargs)
         return optimizer if self.plugin.stock else setup_optimizer(self.task, optimizer, self.args)
 
-    def get_data(
-        self, args: Namespace, preprocess_fns: tuple[Any, Any], *rest: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        data = _stock_get_data(args, preprocess_fns, *rest, **kwargs)
-        data = self.plugin.setup_data(args, data, preprocess_fns[1])
-        if ZEROSHOT_DATA in data:
-            # open_clip evaluates if one of its own sets is there.
-            data.setdefault(_ZEROSHOT_KEY, _NO_DATA)
-        return data
-
     def train_one_epoch(
         self, state: TrainState, data: dict[str, Any], *rest: Any, **kw: Any
     ) -> None:
@@ -196,35 +155,14 @@ class _Run:
         if self.plugin.stock:
             return _stock_train_one_epoch(state, data, *rest, **kw)
         args, task = self.args, self.task
-        if first and task.has_ema:
-            ema = task.trainable_module_ema
-            logging.info(
-                f"EMA teacher: decay {args.ema_decay}, {args.teacher_mode} mode, "
-                f"{ema.num_updates} updates so far"
-            )
-        elif first and task.teacher is not None:
-            logging.info(f"Fixed teacher: {args.teacher_model} ({args.teacher_pretrained})")
+        if first:
+            self.plugin.log_teacher(args, task.trainable_module_ema)
         repeatable.seed_process(args.seed, args.rank, state.epoch)
         with _clipped_too(getattr(task.loss, "distill_logit_scale", None)):
             _stock_train_one_epoch(state, data, *rest, **kw)
 
-    def zero_shot_eval(
-        self,
-        model_or_task: nn.Module,
-        data: dict[str, Any],
-        epoch: int,
-        args: Namespace,
-        tokenizer: Any = None,
-    ) -> dict[str, float]:
-        own = {name: value for name, value in data.items() if value is not _NO_DATA}
-        metrics = _stock_zero_shot_eval(model_or_task, own, epoch, args, tokenizer=tokenizer)
-        student = get_model_from_task(model_or_task)
-        return {**metrics, **self.plugin.evaluate(args, student, epoch, tokenizer)}
-
-    def save(self, obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
-        if args or kwargs or not isinstance(f, str | os.PathLike):
-            return _stock_save(obj, f, *args, **kwargs)
-        self.plugin.save_checkpoint(obj, f)
+    def student(self, model: nn.Module) -> nn.Module:
+        return get_model_from_task(model)
 
 
 @contextlib.contextmanager

@@ -120,22 +120,12 @@ class TrainingPlugin:
         self.training = (optimizer, scaler)
         if self.stock:
             return
-        saved = {} if self._resumed is None else checkpoint.saved_entry(self._resumed, args)
         ema, student = self._ema, self._student
         if ema is not None:
-            if "teacher" in saved:
-                ema.load_state_dict({"module": saved["teacher"], **saved["teacher_state"]})
             optimizer.register_step_post_hook(lambda *_: ema.update(student))
-            logging.info(
-                f"EMA teacher: decay {args.ema_decay}, {args.teacher_mode} mode, "
-                f"{ema.num_updates} updates so far"
-            )
-        elif self.fixed_teacher is not None:
-            logging.info(f"Fixed teacher: {args.teacher_model} ({args.teacher_pretrained})")
         scale = getattr(self._loss, "distill_logit_scale", None)
         if scale is not None:
-            checkpoint.add_scale(optimizer, scale, self._resumed, args)
-        self._resumed = None
+            checkpoint.add_scale(optimizer, scale, args)
 
         def teacher_entry() -> dict[str, Any]:
             if ema is None:
@@ -143,7 +133,26 @@ class TrainingPlugin:
             state = ema.state_dict()
             return {"teacher": state.pop("module"), "teacher_state": state}
 
+        def load_teacher(entry: dict[str, Any]) -> None:
+            if ema is not None and "teacher" in entry:
+                ema.load_state_dict({"module": entry["teacher"], **entry["teacher_state"]})
+
         checkpoint.add_entry(optimizer, args, scale, teacher_entry)
+        checkpoint.load_entry(optimizer, args, scale, load_teacher)
+        if self._resumed is not None:  # open_clip loaded it before s_d was there
+            optimizer.load_state_dict(self._resumed)
+            self._resumed = None
+        self.log_teacher(args, ema)
+
+    def log_teacher(self, args: Namespace, ema: Any) -> None:
+        """Say which teacher there is, once it has what a checkpoint says of it."""
+        if ema is not None:
+            logging.info(
+                f"EMA teacher: decay {args.ema_decay}, {args.teacher_mode} mode, "
+                f"{ema.num_updates} updates so far"
+            )
+        elif self.fixed_teacher is not None:
+            logging.info(f"Fixed teacher: {args.teacher_model} ({args.teacher_pretrained})")
 
     def start_epoch(self, args: Namespace, epoch: int) -> None:
         """Epoch: its random numbers follow from (seed, rank, epoch), whatever ran before it."""
