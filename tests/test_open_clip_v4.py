@@ -16,6 +16,7 @@ import pytest
 import torch
 from test_distributed import torchrun
 from test_teacher import TwoTowers, golden_case
+from test_zeroshot_training import plain_flat_hit
 from torch import nn
 from training_helpers import assert_same, flags, load, tear, train
 
@@ -577,6 +578,7 @@ def test_resuming_a_plain_checkpoint_warns(pairs, tmp_path, caplog):
 
 def test_best_checkpoint_and_export(pairs, labelled, tmp_path):
     extra = ["--loss", "otter", "--model", "tiny-rn", "--zeroshot-data", str(labelled)]
+    extra += ["--lr", "0.02"]
     path = train(
         pairs, tmp_path, *extra, "--zeroshot-frequency", "1", "--val-data", str(pairs / "00000.tar")
     )
@@ -585,6 +587,8 @@ def test_best_checkpoint_and_export(pairs, labelled, tmp_path):
     assert {"clip_val_loss", "zeroshot-flat_hit@1"} <= results[0].keys()
     best = load(path / "best.pt")
     scores = [line["zeroshot-flat_hit@1"] for line in results]
+    for epoch, score in enumerate(scores, 1):  # the student's, not the EMA's
+        assert score == pytest.approx(plain_flat_hit(path / f"epoch_{epoch}.pt", labelled))
     epoch = scores.index(max(scores)) + 1
     assert best.pop("zeroshot")["epoch"] == epoch
     assert_same(best, load(path / f"epoch_{epoch}.pt"))
