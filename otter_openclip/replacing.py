@@ -79,6 +79,6 @@ def _in_release(target: Any) -> str:
         for distribution in metadata.packages_distributions().get(package, [])
     ]
     return (
-        f"(found {', '.join(found) or package}); if its code has changed, install a release of the range "
-        "in otter-openclip's pyproject.toml"
+        f"(found {', '.join(found) or package}); if its code has changed, install a release of the "
+        "range in otter-openclip's pyproject.toml"
     )

@@ -28,7 +28,7 @@ def test_names_come_back_whatever_happens(stock):
 
 def test_a_name_that_is_gone_is_named_and_nothing_stays_replaced(stock):
     function = stock.function
-    with pytest.raises(RuntimeError, match="there is no stock.gone .*pyproject.toml"):
+    with pytest.raises(RuntimeError, match=r"there is no stock\.gone .*pyproject\.toml"):
         with replaced((stock, "function", None), (stock, "gone", None)):
             pass
     assert stock.function is function
@@ -36,7 +36,7 @@ def test_a_name_that_is_gone_is_named_and_nothing_stays_replaced(stock):
 
 def test_a_call_with_other_arguments_names_the_stock_function(stock):
     with replaced((stock, "function", lambda value: value)):
-        with pytest.raises(RuntimeError, match="stock.function is called with other arguments"):
+        with pytest.raises(RuntimeError, match=r"stock\.function is called with other arguments"):
             stock.function(1, more=2)
 
 
