@@ -12,11 +12,11 @@ import sys
 from typing import Any
 
 import torch
+from otter_openclip.blocks import RowTiles
+from otter_openclip.objective import TeacherFeatures, float32_math
 
 from benchmarks import common
 from otter_openclip import kernels
-from otter_openclip.blocks import RowTiles
-from otter_openclip.objective import TeacherFeatures, float32_math
 from otter_openclip.sinkhorn import LogPlans, ScalingPlans
 
 EPSILON, ITERATIONS = 0.15, 5

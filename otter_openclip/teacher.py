@@ -2,116 +2,83 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from timm.utils import ModelEmaV3, unwrap_model
+from torch import nn
+
+from otter_openclip.checks import check_interval
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the bare module behind ``torch.compile`` and ``DistributedDataParallel``, if any."""
-    model = getattr(model, "_orig_mod", model)
-    return model.module if isinstance(model, DistributedDataParallel) else model
+class EmaTeacher(ModelEmaV3):
+    """timm's moving average of a model, with the reference's decay and run as its teacher.
 
-
-class EmaTeacher:
-    """Exponential moving average of a model's parameters, itself a model that can be run.
-
-    The decay of update n is ``min(decay, (1 + n) / (10 + n))``. The reference updates at the start of
-    every training forward, so the update before the first forward is n = 1 and changes nothing; here
-    ``update`` is called after each optimizer step and starts at n = 2.
-
-    Parameters held in half precision are averaged in a float32 copy, because an update of
-    ``(1 - decay)`` times a small difference is lost to rounding in bfloat16.
+    Update n has the decay ``min(decay, (1 + n) / (10 + n))``. The reference updates at the start of each
+    training forward, so the update before the first forward is n = 1 and changes nothing; ``update`` is
+    called after each optimizer step here and starts at n = 2. Only parameters are averaged, those in
+    half precision in float32 copies, because updates of ``1 - decay`` are lost to their rounding.
 
     Attributes:
         module: the teacher, a copy of the bare model without gradients.
         num_updates: n of the last update.
+        eval_mode: run in eval mode with the student's buffers. By default the teacher runs in train
+            mode, as in the reference, and its batch-norm statistics are those of its own forwards.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999, *, eval_mode: bool = False) -> None:
-        """Copy ``model`` (DDP and torch.compile wrappers are looked through).
+        """Copy ``model``, seen through wrappers; raises ValueError if ``decay`` is outside [0, 1]."""
+        check_interval("decay", decay, 0.0, 1.0)
+        warmup = {"use_warmup": True, "warmup_gamma": 9.0, "warmup_power": 1.0}
+        super().__init__(unwrap_model(model), decay=decay, exclude_buffers=True, **warmup)
+        self.num_updates, self.eval_mode = 1, eval_mode
+        self.module.requires_grad_(False).train(not eval_mode)
+        if hasattr(self.module, "set_grad_checkpointing"):
+            self.module.set_grad_checkpointing(False)  # nothing to recompute without gradients
+        own = dict(self.module.named_parameters())
+        self._shapes = {name: param.shape for name, param in own.items()}
+        self._half = {name: param for name, param in own.items() if param.dtype in _HALF}
+        self._masters = {name: param.float() for name, param in self._half.items()}
+        self._averages = list((own | self._masters).values())
+
+    def update(self, model: nn.Module, step: int | None = None) -> None:
+        """Move towards ``model``: one fused call for all parameters.
 
         Args:
             model: the student.
-            decay: upper bound of the decay, in [0, 1].
-            eval_mode: run the teacher in eval mode and copy the student's buffers at each update.
-                By default it runs in train mode, as in the reference, and its batch-norm statistics
-                are those of its own forwards.
-
-        Raises:
-            ValueError: if ``decay`` is outside [0, 1].
-        """
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"decay must lie in [0, 1], got {decay}")
-        self.decay = decay
-        self.eval_mode = eval_mode
-        self.num_updates = 1
-        self.module = copy.deepcopy(unwrap(model)).requires_grad_(False)
-        self.module.train(not eval_mode)
-        if hasattr(self.module, "set_grad_checkpointing"):
-            self.module.set_grad_checkpointing(False)  # nothing to recompute without gradients
-        names = [name for name, _ in self.module.named_parameters()]
-        own = list(self.module.parameters())
-        self._half_names = [n for n, p in zip(names, own, strict=True) if p.dtype in _HALF]
-        self._half = [p for p in own if p.dtype in _HALF]
-        self._masters = [p.float() for p in self._half]
-        masters = iter(self._masters)
-        self._averages = [next(masters) if p.dtype in _HALF else p for p in own]
-        self._source: nn.Module | None = None
-        self._source_params: list[Tensor] = []
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the teacher towards ``model``: one fused call for all parameters.
+            step: optimizer steps done so far; counted if not given.
 
         Raises:
             ValueError: if the parameters of ``model`` are not those the teacher was made from.
         """
-        if model is not self._source:
-            self._bind(model)
-        self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        source = self._source_params
-        if self._half:
-            source = [s.float() if s.dtype in _HALF else s for s in source]
+        self.num_updates = (self.num_updates if step is None else step) + 1
+        super().update(unwrap_model(model), step=self.num_updates + 2)
+
+    def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
+        """Average the parameters; in eval mode also copy the buffers."""
+        given = dict(model.named_parameters())
+        if self._shapes != (shapes := {name: param.shape for name, param in given.items()}):
+            wrong = sorted(dict(self._shapes.items() ^ shapes.items()))
+            raise ValueError(
+                f"the model does not fit the teacher: {len(wrong)} parameters differ, first {wrong[0]!r}"
+            )
+        source = [param.float() if param.dtype in _HALF else param for param in given.values()]
         torch._foreach_lerp_(self._averages, source, 1.0 - decay)
         if self._half:
-            torch._foreach_copy_(self._half, self._masters)
+            torch._foreach_copy_(list(self._half.values()), list(self._masters.values()))
         if self.eval_mode:
-            student = dict(unwrap(model).named_buffers())
-            for name, buffer in self.module.named_buffers():
-                buffer.copy_(student[name])
+            for own, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+                own.copy_(buffer)
 
-    def _bind(self, model: nn.Module) -> None:
-        own = {name: p.shape for name, p in self.module.named_parameters()}
-        theirs = {name: p.shape for name, p in unwrap(model).named_parameters()}
-        if own != theirs:
-            wrong = sorted(n for n in own.keys() | theirs.keys() if own.get(n) != theirs.get(n))
-            raise ValueError(
-                f"the model does not fit the teacher: {len(wrong)} parameters differ, first "
-                f"{wrong[0]!r} (teacher {own.get(wrong[0])}, model {theirs.get(wrong[0])})"
-            )
-        self._source = model
-        self._source_params = list(unwrap(model).parameters())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything an exact continuation needs: weights, counter, float32 masters of half weights."""
-        return {
-            "module": self.module.state_dict(),
-            "num_updates": self.num_updates,
-            "masters": dict(zip(self._half_names, self._masters, strict=True)),
-        }
+    def get_extra_state(self) -> dict[str, Any]:
+        """What an exact continuation needs beside ``module.state_dict()``; part of ``state_dict()``."""
+        return {"num_updates": self.num_updates, "masters": dict(self._masters)}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; raises RuntimeError if it does not fit."""
-        self.module.load_state_dict(state["module"])
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore it, once ``module`` has its weights: a master that is not there is taken from them."""
         self.num_updates = int(state["num_updates"])
-        saved = state["masters"]
-        for name, master, half in zip(self._half_names, self._masters, self._half, strict=True):
-            master.copy_(saved.get(name, half))
+        for name, master in self._masters.items():
+            master.copy_(state["masters"].get(name, self._half[name]))

@@ -1,71 +1,35 @@
 """One rank of the loss tests: gradients on a shard of a fixed batch, and what was sent for them."""
 
 import contextlib
-import sys
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from loss_cases import SETTINGS, features, run
 from open_clip import ClipLoss
-from plain_losses import features
 
-from otter_openclip import DistillationLoss, LabelSmoothingLoss, OtterLoss, blocks
+from otter_openclip import OtterLoss
+from otter_openclip.fast import tiles
+from otter_openclip.losses import IMPLEMENTATIONS
 
 COUNT, WIDTH = 24, 8
-# name -> (our loss, the plain objective's keywords)
-MAKE = {
-    "infonce": (lambda **kw: ClipLoss(**kw), {"kind": "infonce"}),
-    "ls": (lambda **kw: LabelSmoothingLoss(0.1, **kw), {"kind": "ls", "smoothing": 0.1}),
-    "kd": (lambda **kw: DistillationLoss(0.3, **kw), {"kind": "kd", "alpha": 0.3}),
-    "otter": (lambda **kw: OtterLoss(**kw), {"kind": "otter"}),
-    "otter-sharp": (
-        lambda **kw: OtterLoss(epsilon=1e-3, iterations=3, **kw),
-        {"kind": "otter", "epsilon": 1e-3, "iterations": 3},
-    ),
-    "otter-keep": (
-        lambda **kw: OtterLoss(remove_diagonal=False, vv_coef=0.5, **kw),
-        {"kind": "otter", "keep": True, "vv": 0.5},
-    ),
-    "otter-alone": (lambda **kw: OtterLoss(ot_scope="local", **kw), {"kind": "otter"}),
-}
+# open_clip's own, as a loss that is called like ours
+INFONCE = {"infonce": lambda impl=None, **kw: _ClipLoss(**kw)}
+LOCAL = {"otter-local": lambda **kw: OtterLoss(ot_scope="local", **kw)}
+NAMES = ("ls", "kd", "kd-coef", "otter", "otter-coef", "otter-keep", "otter-sharp", "otter-shared")
+MAKE = INFONCE | {name: SETTINGS[name] for name in NAMES} | LOCAL
 # (local_loss, gather_with_grad)
 FLAGS = [(True, True), (False, True), (True, False), (False, False)]
-COLLECTIVES = (
-    "all_reduce",
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_to_all_single",
-    "all_to_all",
-)
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single")
 
 
-def has_teacher(name):
-    return name not in ("infonce", "ls")
+class _ClipLoss(ClipLoss):
+    def forward(self, images, texts, scale, *_, output_dict):
+        return super().forward(images, texts, scale, output_dict=output_dict)
 
 
 def impls(name):
-    return ("dense",) if name == "infonce" else ("dense", "streaming")
-
-
-def gradients(loss, name, rows=slice(None)):
-    """Feature gradients, the two scales' gradients, and the value, of ``rows`` of the batch."""
-    images, texts, *teacher = (x[rows].clone() for x in features(COUNT, WIDTH, seed=5))
-    images.requires_grad_(), texts.requires_grad_()
-    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    given = {}
-    if has_teacher(name):
-        given = dict(zip(("dist_image_features", "dist_text_features"), teacher, strict=True))
-    total = sum(loss(images, texts, scale.exp(), **given, output_dict=True).values())
-    total.backward()
-    found = {
-        "images": images.grad,
-        "texts": texts.grad,
-        "scale": scale.grad,
-        "value": total.detach(),
-    }
-    if has_teacher(name):
-        found["distill_scale"] = loss.distill_logit_scale.grad
-    return found
+    return ("plain",) if name in ("infonce", "ls", "otter-local") else IMPLEMENTATIONS[1:]
 
 
 @contextlib.contextmanager
@@ -88,22 +52,22 @@ def counted():
         yield calls
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+def one_rank(rank, world, folder):
+    """In a process of its own: write every loss's results to ``folder/RANK.pt``."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     part = COUNT // world
-    blocks.TILE_ENTRIES["cpu"], blocks.BLOCK_ENTRIES["cpu"] = 4 * COUNT, 2 * COUNT
+    tiles.TILE_ENTRIES["cpu"] = 4 * COUNT
+    mine = [x[rank * part : (rank + 1) * part] for x in features(COUNT, WIDTH, seed=5)]
     results = {}
-    for name, (make, _) in MAKE.items():
+    for name, make in MAKE.items():
         for local, with_grad in FLAGS:
             for impl in impls(name):
-                keywords = {"local_loss": local, "gather_with_grad": with_grad}
-                keywords |= {"rank": rank, "world_size": world}
-                if name != "infonce":
-                    keywords["impl"] = impl
-                loss = make(**keywords).double()
+                keywords = {"local_loss": local, "gather_with_grad": with_grad, "impl": impl}
+                loss = make(rank=rank, world_size=world, **keywords).double()
                 with counted() as calls:
-                    found = gradients(loss, name, slice(rank * part, (rank + 1) * part))
+                    found = run(loss, mine)
                 results[name, local, with_grad, impl] = {**found, "calls": calls}
-    torch.save(results, f"{sys.argv[1]}/{rank}.pt")
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
-import distributed_worker
 import pytest
 import torch
-from distributed_worker import has_teacher
-from plain_losses import features, plain_objective
+from distributed_worker import COUNT, FLAGS, MAKE, WIDTH, impls, one_rank
+from loss_cases import SETTINGS, features, run
+from torch.multiprocessing import start_processes
 from training_helpers import assert_same, flags, load, train
+
+from otter_openclip import OtterLoss, sinkhorn
 
 HERE = Path(__file__).parent
 
@@ -36,77 +39,90 @@ def torchrun(processes, *command, env=None, cwd=None):
 def ranks(request, tmp_path_factory):
     """Results of every loss, flag and implementation on each of R ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun(request.param, str(HERE / "distributed_worker.py"), str(folder))
+    # Forks: importing torch once is enough.
+    start_processes(one_rank, (request.param, str(folder)), request.param, start_method="fork")
     return [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(request.param)]
 
 
-def plain_gradients(name, *, world, local, with_grad):
-    """The whole batch in one process, by plain autograd, under open_clip's flags."""
-    _, keywords = distributed_worker.MAKE[name]
-    images, texts, *teacher = features(distributed_worker.COUNT, distributed_worker.WIDTH, seed=5)
-    images.requires_grad_(), texts.requires_grad_()
-    # The losses hold 3.9 as a float32.
-    scales = [torch.tensor(x).double().requires_grad_() for x in (3.0, 3.9)]
-    given = [x.exp() for x in scales[: 1 + has_teacher(name)]]
-    if has_teacher(name):
-        given.append(teacher)
-    alone = world if name == "otter-alone" and local else None
-    # With --local-loss alone a feature learns only from the direction in which it is a row.
-    detach = local and not with_grad and world > 1
-    value = sum(
-        plain_objective(images, texts, *given, **keywords, ranks=alone, detach_columns=detach)
-    )
-    value.backward()
-    found = {"images": images.grad, "texts": texts.grad, "value": value.detach()}
-    found["scale"] = scales[0].grad
-    if has_teacher(name):
-        found["distill_scale"] = scales[1].grad
-    return found
+class RowsAlone(OtterLoss):
+    """What ``--local-loss`` alone is: a feature learns only from the direction in which it is a row."""
+
+    def _cosines(self, images, texts):
+        return images @ texts.detach().T, texts @ images.detach().T
 
 
-@pytest.mark.parametrize(("local", "with_grad"), distributed_worker.FLAGS)
-@pytest.mark.parametrize("name", distributed_worker.MAKE)
-def test_gradients_are_those_of_one_process(ranks, name, local, with_grad):
+class PlansAlone(OtterLoss):
+    """``--ot-scope local`` on some ranks: each transports its own rows."""
+
+    ranks = 1
+
+    def _target(self, similarity):
+        super()._target(similarity)
+        cost = -similarity
+        cost.fill_diagonal_(torch.inf)
+        plans = [sinkhorn(rows, self.epsilon, self.iterations) for rows in cost.chunk(self.ranks)]
+        if self.ranks > 1:  # of its own rows' plan
+            errors = [(plan.sum(dim=1) * len(plan) - 1).abs().mean() for plan in plans]
+            self.target_statistics["marginal_error"] = torch.stack(errors).mean()
+        target = torch.cat([plan / plan.sum(dim=1, keepdim=True) for plan in plans])
+        self.target_statistics["target_entropy"] = torch.special.entr(target).sum(dim=1).mean()
+        self.target_statistics["target_top_share"] = target.amax(dim=1).mean()
+        return target
+
+
+def of_one_process(name, *, world, local, with_grad):
+    """The whole batch in one process, by the plain formulas, under open_clip's flags."""
+    make = SETTINGS["ls-0"] if name == "infonce" else MAKE[name]
+    loss = make(impl="plain").double()
+    if local and not with_grad and world > 1:
+        loss._cosines = types.MethodType(RowsAlone._cosines, loss)
+    if local and name == "otter-local":
+        loss.__class__ = PlansAlone
+        loss.ranks = world
+    return run(loss, features(COUNT, WIDTH, seed=5))
+
+
+@pytest.mark.parametrize(("local", "with_grad"), FLAGS)
+@pytest.mark.parametrize("name", MAKE)
+def test_ranks_are_one_process(ranks, name, local, with_grad):
+    """Values, gradients of towers and scales, and statistics, of every implementation."""
     world = len(ranks)
-    expected = plain_gradients(name, world=world, local=local, with_grad=with_grad)
-    for impl in distributed_worker.impls(name):
+    expected = of_one_process(name, world=world, local=local, with_grad=with_grad)
+    # DDP averages the parameters' gradients over ranks: so do these. Without gathered gradients and
+    # local losses, open_clip leaves a factor of R to the learning rate.
+    share = 1 if not local and not with_grad else world
+    for impl in impls(name):
         found = [rank[name, local, with_grad, impl] for rank in ranks]
-        # DDP averages the parameters' gradients over ranks: so do these. Without gathered gradients
-        # and local losses, open_clip leaves a factor of R to the learning rate.
-        share = 1 if not local and not with_grad else world
-        for key in ("images", "texts"):
-            joined = torch.cat([f[key] for f in found]) / share
-            torch.testing.assert_close(joined, expected[key], rtol=1e-6, atol=1e-9)
-        for key in expected.keys() - {"images", "texts"}:
-            mean = torch.stack([f[key] for f in found]).mean()
-            torch.testing.assert_close(mean, expected[key].double(), rtol=1e-6, atol=1e-9)
+        assert found[0].keys() == expected.keys() | {"calls"}
+        for key, value in expected.items():
+            if value.ndim:
+                joined = torch.cat([f[key] for f in found]) / share
+            else:
+                joined = torch.stack([f[key] for f in found]).mean()
+            torch.testing.assert_close(joined, value, rtol=1e-6, atol=1e-9, msg=f"{impl} {key}")
 
 
-@pytest.mark.parametrize("name", ["ls", "kd", "otter", "otter-sharp", "otter-keep"])
+@pytest.mark.parametrize("name", ["kd", "otter", "otter-sharp", "otter-keep"])
 def test_what_a_step_sends(ranks, name):
     """Numbers handed to torch.distributed by a rank; nothing of size B x N among them."""
-    world, (count, width) = len(ranks), (distributed_worker.COUNT, distributed_worker.WIDTH)
-    local = count // world
-    make, _ = distributed_worker.MAKE[name]
-    for impl in distributed_worker.impls(name):
+    world, local = len(ranks), COUNT // len(ranks)
+    for impl in ("dense", "streaming"):
         calls = list(ranks[0][name, True, True, impl]["calls"])
         if world == 1:
             assert calls == []
             continue
         # Features: the texts with their gradient back, and the teacher's two sets.
         to_all, to_owners = "all_gather", "all_to_all_single"
-        expected = [(to_all, local * width), (to_owners, count * width)]
-        norms = 1
-        if has_teacher(name):
-            expected += 2 * [(to_all, local * width)]
-            norms = 3
-        # The softmax normalisers of both terms and the plan's, once; each an all-reduce's two halves.
-        expected += [(to_owners, norms * count), (to_all, norms * local)]
-        iterations = getattr(make(), "iterations", 0)
-        if name == "otter-sharp":  # the log domain
-            expected += iterations * [(to_owners, 2 * count), (to_all, 2 * local)]
+        expected = [(to_all, local * WIDTH), (to_owners, COUNT * WIDTH)]
+        expected += 2 * [(to_all, local * WIDTH)]
+        # The softmax normalisers of both terms, in an all-reduce's two halves.
+        expected += [(to_owners, 2 * COUNT), (to_all, 2 * local)]
+        iterations = MAKE[name]().iterations
+        if name in ("otter-sharp", "kd"):  # the log domain
+            expected += iterations * [(to_owners, 2 * COUNT), (to_all, 2 * local)]
+            expected += [(to_owners, COUNT), (to_all, local)]
         else:
-            expected += iterations * [("all_reduce", 2 * count)]
+            expected += [("all_reduce", COUNT), *iterations * [("all_reduce", 2 * COUNT)]]
         assert sorted(calls) == sorted(expected)
 
 
@@ -140,7 +156,7 @@ def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
         other = two["state_dict"][f"module.{key}"]
         torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-6, msg=key)
     if loss in ("kd", "otter"):
-        mine, its = (x["optimizer"]["otter"] for x in (one, two))
+        mine, its = (x["otter"] for x in (one, two))
         torch.testing.assert_close(
             its["distill_logit_scale"], mine["distill_logit_scale"], rtol=1e-6, atol=0
         )

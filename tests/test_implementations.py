@@ -1,96 +1,52 @@
-"""Dense and streaming alike: value, both terms' gradients, every setting, against plain autograd."""
+"""Every implementation against ``impl="plain"``: values, gradients, statistics, every setting."""
 
 import pytest
 import torch
-from plain_losses import features, plain_objective
+from loss_cases import SETTINGS, assert_close, features, run
 
-from otter_openclip import DistillationLoss, LabelSmoothingLoss, OtterLoss, blocks
+from otter_openclip import OtterLoss, losses
+from otter_openclip.fast import tiles
 
-# name -> (our loss, the plain objective's keywords)
-SETTINGS = {
-    "ls": (lambda **kw: LabelSmoothingLoss(0.3, **kw), {"kind": "ls", "smoothing": 0.3}),
-    "ls-0": (lambda **kw: LabelSmoothingLoss(0.0, **kw), {"kind": "ls"}),
-    "kd": (lambda **kw: DistillationLoss(0.3, **kw), {"kind": "kd", "alpha": 0.3}),
-    "kd-coef": (
-        lambda **kw: DistillationLoss(vv_coef=0.2, tt_coef=0.7, **kw),
-        {"kind": "kd", "vv": 0.2, "tt": 0.7},
-    ),
-    "otter": (lambda **kw: OtterLoss(**kw), {"kind": "otter"}),
-    "otter-coef": (
-        lambda **kw: OtterLoss(0.8, vv_coef=0.2, tt_coef=1.7, iterations=3, **kw),
-        {"kind": "otter", "alpha": 0.8, "vv": 0.2, "tt": 1.7, "iterations": 3},
-    ),
-    "otter-keep": (
-        lambda **kw: OtterLoss(remove_diagonal=False, **kw),
-        {"kind": "otter", "keep": True},
-    ),
-    "otter-1": (lambda **kw: OtterLoss(iterations=1, **kw), {"kind": "otter", "iterations": 1}),
-    "otter-0": (lambda **kw: OtterLoss(iterations=0, **kw), {"kind": "otter", "iterations": 0}),
-    "otter-sharp": (lambda **kw: OtterLoss(epsilon=0.01, **kw), {"kind": "otter", "epsilon": 0.01}),
-    "otter-flat": (lambda **kw: OtterLoss(epsilon=5.0, **kw), {"kind": "otter", "epsilon": 5.0}),
-    "otter-edge": (
-        lambda **kw: OtterLoss(epsilon=0.101, **kw),
-        {"kind": "otter", "epsilon": 0.101},
-    ),
-    "otter-alpha-1": (lambda **kw: OtterLoss(1.0, **kw), {"kind": "otter", "alpha": 1.0}),
-}
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-5}
+# In float32 a logit of 33 is known to 4e-6, a similarity times 100 to 8e-6; bfloat16 has 4e-3.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4, torch.bfloat16: 8e-3}
 
 
 @pytest.fixture(params=["dense", "streaming"])
 def impl(request, monkeypatch):
-    """An implementation, with tiles of four and blocks of two rows."""
-    monkeypatch.setitem(blocks.TILE_ENTRIES, "cpu", 4 * 21)
-    monkeypatch.setitem(blocks.BLOCK_ENTRIES, "cpu", 2 * 21)
+    """An implementation, with tiles of four rows."""
+    monkeypatch.setitem(tiles.TILE_ENTRIES, "cpu", 4 * 21)
     return request.param
-
-
-def both_terms(terms, leaves):
-    """Values, and each term's gradients by itself: a user may weigh them."""
-    found = []
-    for i, term in enumerate(terms):
-        found.append(term.detach())
-        weight = 1.0 + i
-        grads = torch.autograd.grad(
-            weight * term, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        found += [g / weight for g in grads]
-    return found
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("spread", [1.0, 0.1])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_values_and_gradients(name, spread, dtype, impl):
-    make, keywords = SETTINGS[name]
-    images, texts, *teacher = features(21, spread=spread)
-    results = []
-    for plain in (True, False):
-        kind = torch.float64 if plain else dtype
-        leaves = [x.to(kind, copy=True).requires_grad_() for x in (images, texts)]
-        log_scales = [torch.tensor(x, dtype=kind, requires_grad=True) for x in (2.5, 3.5)]
-        given = [x.to(kind) for x in teacher]
-        if plain:
-            scales = [x.exp() for x in log_scales]
-            if keywords["kind"] == "ls":
-                terms = plain_objective(*leaves, scales[0], **keywords)
-            else:
-                terms = plain_objective(*leaves, *scales, given, **keywords)
-        else:
-            loss = make(impl=impl).to(kind)
-            if keywords["kind"] == "ls":
-                terms = (loss(*leaves, log_scales[0].exp()),)
-            else:
-                with torch.no_grad():
-                    loss.distill_logit_scale.fill_(3.5)
-                log_scales[1] = loss.distill_logit_scale
-                terms = loss(*leaves, log_scales[0].exp(), *given)
-        results.append(both_terms(terms, [*leaves, *log_scales]))
-    for expected, found in zip(*results, strict=True):
-        assert found.dtype == dtype
-        # In float32 a logit of 33 is known to 4e-6.
-        tolerance = TOLERANCE[dtype] * max(expected.abs().max().item(), 0.1)
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+def test_as_plain(name, spread, dtype, impl):
+    inputs = [x.to(dtype) for x in features(21, spread=spread)]
+    exact = torch.promote_types(dtype, torch.float32)
+    found = run(SETTINGS[name](impl=impl).to(exact), inputs)
+    if dtype == torch.float32:  # against more digits
+        inputs, exact = [x.double() for x in inputs], torch.float64
+    assert_close(found, run(SETTINGS[name](impl="plain").to(exact), inputs), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", ["ls", "kd", "otter"])
+@pytest.mark.parametrize("impl", losses.IMPLEMENTATIONS)
+def test_accumulated_micro_batches_are_the_batch(name, impl):
+    """As open_clip's loop does: the whole batch's loss, once for each micro-batch with its gradients."""
+    inputs, parts = features(12), [slice(0, 4), slice(4, 8), slice(8, 12)]
+    loss = SETTINGS[name](impl=impl).double()
+    whole = run(loss, inputs)
+    for leaf, key in ((0, "images gradient"), (1, "texts gradient")):
+        pieces = []
+        for part in parts:
+            given = [x.clone() for x in inputs]
+            mine = given[leaf][part].clone().requires_grad_()
+            given[leaf] = torch.cat([given[leaf][: part.start], mine, given[leaf][part.stop :]])
+            terms = loss(*given[:2], torch.tensor(2.5).double().exp(), *given[2:], output_dict=True)
+            total = sum(w * t for w, t in zip((1.0, 2.0), terms.values(), strict=False))
+            pieces.append(torch.autograd.grad(total, mine)[0])
+        torch.testing.assert_close(torch.cat(pieces), whole[key], rtol=1e-10, atol=1e-12)
 
 
 def test_backward_twice_and_interleaved(impl):
@@ -104,6 +60,7 @@ def test_backward_twice_and_interleaved(impl):
     assert torch.equal(once, twice) and once.abs().sum() > 0
 
 
+@pytest.mark.parametrize("impl", losses.IMPLEMENTATIONS)
 def test_a_frozen_tower_is_fine(impl):
     images, texts, *teacher = (x.float() for x in features(21))
     texts.requires_grad_()
@@ -111,45 +68,76 @@ def test_a_frozen_tower_is_fine(impl):
     assert texts.grad.abs().sum() > 0 and images.grad is None
 
 
-@pytest.mark.parametrize("make", [lambda **kw: LabelSmoothingLoss(0.1, **kw), OtterLoss])
-def test_streaming_never_holds_a_matrix(make, monkeypatch):
+def test_streaming_never_holds_a_matrix(monkeypatch):
     """The largest tensor made in forward or backward is a tile, or as large as the features."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
-        entries = 0
+        entries, total = 0, 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             for x in out if isinstance(out, tuple | list) else [out]:
                 if isinstance(x, torch.Tensor):
-                    self.entries = max(
-                        self.entries, x.untyped_storage().nbytes() // x.element_size()
-                    )
+                    entries = x.untyped_storage().nbytes() // x.element_size()
+                    self.entries = max(self.entries, entries)
             return out
 
     count, width = 200, 8
-    monkeypatch.setitem(blocks.TILE_ENTRIES, "cpu", 10 * count)
+    monkeypatch.setitem(tiles.TILE_ENTRIES, "cpu", 10 * count)
     images, texts, *teacher = (x.float() for x in features(count, width))
     images.requires_grad_()
-    for impl, expected in (("streaming", 10 * count), ("dense", count * count)):
+    for impl, expected in (("streaming", 10 * count), ("plain", count * count)):
         with Largest() as seen:
-            out = make(impl=impl)(images, texts, torch.tensor(9.0), *teacher, output_dict=True)
-            sum(out.values()).backward()
+            sum(OtterLoss(impl=impl)(images, texts, torch.tensor(9.0), *teacher)).backward()
         assert seen.entries == expected
 
 
 def test_auto_keeps_matrices_while_they_are_an_eighth_of_memory(monkeypatch):
     like = torch.empty(0)
-    monkeypatch.setattr(blocks, "device_memory", lambda device: 8 * 2 * 100 * 400 * 4)
-    assert blocks.keeps_matrices("auto", 2, 100, 400, like)
-    assert not blocks.keeps_matrices("auto", 2, 101, 400, like)
-    assert blocks.keeps_matrices("auto", 1, 101, 400, like)
-    assert blocks.keeps_matrices("dense", 2, 10**6, 10**6, like)
-    assert not blocks.keeps_matrices("streaming", 1, 2, 2, like)
+    monkeypatch.setattr(tiles, "device_memory", lambda device: 8 * 2 * 100 * 400 * 4)
+    assert tiles.keeps_matrices("auto", 2 * 100 * 400, like)
+    assert not tiles.keeps_matrices("auto", 2 * 100 * 400 + 1, like)
+    assert tiles.keeps_matrices("dense", 10**12, like)
+    assert not tiles.keeps_matrices("streaming", 1, like)
+
+
+def test_plain_and_what_is_not_covered_run_without_the_fast_room(monkeypatch):
+    monkeypatch.setattr(losses.fast, "terms", lambda *_: pytest.fail("fast was called"))
+    inputs = features(6)
+    ranks = {"world_size": 2, "local_loss": True, "gather_with_grad": True}
+    run(OtterLoss(impl="plain").double(), inputs)
+    run(SETTINGS["ls"](impl="dense").double(), inputs)
+    assert not losses.fast.covers(OtterLoss(ot_scope="local", **ranks))
+    assert not losses.fast.covers(OtterLoss(**ranks | {"gather_with_grad": False}))
+    assert losses.fast.covers(OtterLoss(**ranks)) and losses.fast.covers(OtterLoss())
 
 
 @pytest.mark.parametrize("impl", ["fast", ""])
 def test_unknown_implementation_lists_the_choices(impl):
-    with pytest.raises(ValueError, match="impl must be one of auto, dense, streaming, got"):
+    with pytest.raises(ValueError, match="impl must be one of auto, dense, streaming, plain, got"):
         OtterLoss(impl=impl)
+
+
+@pytest.mark.parametrize("impl", losses.IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["ls", "kd", "otter", "otter-sharp"])
+def test_a_device_without_float64_is_enough(name, impl, monkeypatch):
+    """Apple's MPS has none: no tensor of it may be made from float32 features."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from otter_openclip.fast import engine, plans
+
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else [out]:
+                assert not (isinstance(x, torch.Tensor) and x.dtype == torch.float64), func
+            return out
+
+    inputs = [x.float() for x in features(12)]
+    expected = run(SETTINGS[name](impl=impl), inputs)
+    for module in (engine, plans):  # as on MPS
+        monkeypatch.setattr(module, "sum_dtype", lambda device: torch.float32)
+    with NoFloat64():
+        found = run(SETTINGS[name](impl=impl), inputs)
+    assert_close(found, expected, 1e-5)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_cases import features
 from open_clip import ClipLoss
 
 from otter_openclip import DistillationLoss, LabelSmoothingLoss, OtterLoss
@@ -16,7 +17,7 @@ GOLDEN = np.load(FOLDER / "losses.npz")
 SETTINGS = json.loads((FOLDER / "losses.json").read_text())
 
 
-def make_loss(setting):
+def make_loss(setting, impl):
     distill = {
         name: setting[key]
         for key, name in (("alpha", "alpha"), ("vv", "vv_coef"), ("tt", "tt_coef"))
@@ -26,10 +27,12 @@ def make_loss(setting):
     if mode == "infonce":
         return ClipLoss()
     if mode == "ls":
-        return LabelSmoothingLoss(setting["label_smoothing"])
-    if mode == "kd":
-        return DistillationLoss(teacher_scale=setting.get("T_t", 100.0), **distill)
+        return LabelSmoothingLoss(setting["label_smoothing"], impl=impl)
+    if mode == "kd":  # the released code has both coefficients at 1
+        distill = {"vv_coef": 1.0, "tt_coef": 1.0} | distill
+        return DistillationLoss(teacher_scale=setting.get("T_t", 100.0), impl=impl, **distill)
     return OtterLoss(
+        impl=impl,
         epsilon=setting.get("lam", 0.15),
         iterations=setting.get("iters", 5),
         remove_diagonal=setting.get("remove_diag", True),
@@ -42,11 +45,12 @@ def relative(value, expected):
     return ((value.double() - expected).abs().max() / expected.abs().max()).item()
 
 
+@pytest.mark.parametrize("impl", ["plain", "auto"])
 @pytest.mark.parametrize("case", SETTINGS)
-def test_reference_values_and_gradients(case):
+def test_reference_values_and_gradients(case, impl):
     setting = SETTINGS[case]
     golden = {key.split("/")[1]: GOLDEN[key] for key in GOLDEN if key.startswith(f"{case}/")}
-    loss = make_loss(setting)
+    loss = make_loss(setting, impl)
     images = torch.tensor(golden["image_features"]).float().requires_grad_()
     texts = torch.tensor(golden["text_features"]).float().requires_grad_()
     log_scale = torch.tensor(setting.get("T", 3.9), requires_grad=True)
@@ -86,44 +90,15 @@ def test_reference_values_and_gradients(case):
         assert relative(2 * loss.distill_logit_scale.grad, golden["grad_T_s"]) < 1e-4
 
 
-def features(count, width=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        F.normalize(torch.randn(count, width, generator=generator, dtype=torch.float64), dim=1)
-        for _ in range(4)
-    ]
-
-
-def plain_otter(images, texts, teacher_images, teacher_texts, scale, epsilon, iterations=5):
-    """The published formulas in float64, from the design's text, in the log domain."""
-    s_d = torch.tensor(3.9).double().exp()
-    total = 0.0
-    for a, b, ta, tb in (
-        (images, texts, teacher_images, teacher_texts),
-        (texts, images, teacher_texts, teacher_images),
-    ):
-        similarity = ta @ ta.T + tb @ tb.T + ta @ tb.T
-        log_plan = similarity / epsilon
-        log_plan.fill_diagonal_(-torch.inf)
-        count = len(a)
-        for _ in range(iterations):
-            log_plan = log_plan.log_softmax(dim=1) - np.log(count)
-            log_plan = log_plan.log_softmax(dim=0) - np.log(count)
-        target = log_plan.softmax(dim=1)
-        cosine = a @ b.T
-        kl = F.kl_div((s_d * cosine).log_softmax(dim=1), target, reduction="batchmean")
-        total += 0.5 * F.cross_entropy(scale * cosine, torch.arange(count)) + 0.5 * kl
-    return total / 2
-
-
 @pytest.mark.parametrize("teacher_norm", [1.0, 4.0])
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-2, 0.15, 1.0, 10.0])
 def test_any_lambda_norm_and_duplicates(epsilon, teacher_norm):
-    images, texts, teacher_images, teacher_texts = features(48)
+    images, texts, teacher_images, teacher_texts = features(48, 16)
     teacher_images, teacher_texts = teacher_norm * teacher_images, teacher_norm * teacher_texts
     teacher_images[7], teacher_texts[7] = teacher_images[3], teacher_texts[3]
     teacher_texts[11] = teacher_texts[5]
-    expected = plain_otter(images, texts, teacher_images, teacher_texts, 20.0, epsilon)
+    exact = OtterLoss(epsilon=epsilon, impl="plain").double()
+    expected = sum(exact(images, texts, torch.tensor(20.0), teacher_images, teacher_texts)).detach()
     leaves = [x.float().requires_grad_() for x in (images, texts)]
     loss = OtterLoss(epsilon=epsilon)
     value = sum(loss(*leaves, torch.tensor(20.0), teacher_images.float(), teacher_texts.float()))
@@ -134,7 +109,10 @@ def test_any_lambda_norm_and_duplicates(epsilon, teacher_norm):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("loss", [LabelSmoothingLoss(0.1), DistillationLoss(), OtterLoss()])
+@pytest.mark.parametrize(
+    "loss",
+    [LabelSmoothingLoss(0.1), DistillationLoss(), OtterLoss(), OtterLoss(impl="plain")],
+)
 def test_autocast_around_it_changes_nothing(loss, dtype):
     images, texts, *teacher = (x.to(dtype) for x in features(32))
     results = []
@@ -143,7 +121,7 @@ def test_autocast_around_it_changes_nothing(loss, dtype):
         rest = (x.to(kind) for x in (texts, torch.tensor(30.0), *teacher))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             terms = loss(leaf, *rest, output_dict=True)
-            (gradient,) = torch.autograd.grad(sum(terms.values()), leaf)
+        (gradient,) = torch.autograd.grad(sum(terms.values()), leaf)  # where open_clip's loop does
         assert all(value.dtype == torch.float32 for value in terms.values())
         results.append([*terms.values(), gradient.to(dtype)])
     for inside, outside in zip(*results, strict=True):
@@ -223,7 +201,8 @@ def test_a_single_pair_is_finite():
         (lambda: LabelSmoothingLoss(1.5), "smoothing must lie in .*1.5"),
         (lambda: DistillationLoss(alpha=-1), "alpha must lie in .*-1"),
         (lambda: DistillationLoss(teacher_scale=float("inf")), "teacher_scale"),
-        (lambda: OtterLoss(epsilon=0), "epsilon must be .*0"),
+        (lambda: OtterLoss(epsilon=0), "epsilon must lie in .*0.001.*got 0"),
+        (lambda: OtterLoss(epsilon=1e-40), "epsilon must lie in .*0.001.*got 1e-40"),
         (lambda: OtterLoss(iterations=2.5), "iterations"),
         (lambda: OtterLoss(ot_scope="node"), "ot_scope must be one of global, local, got 'node'"),
     ],
@@ -235,7 +214,7 @@ def test_bad_settings_are_named(make, message):
 
 def test_shapes_that_do_not_fit_are_named():
     images, texts, *teacher = (x.float() for x in features(6))
-    with pytest.raises(ValueError, match=r"must both be \(B, D\), got \(6, 16\) and \(5, 16\)"):
+    with pytest.raises(ValueError, match=r"must both be \(B, D\), got \(6, 8\) and \(5, 8\)"):
         OtterLoss()(images, texts[:5], torch.tensor(9.0), *teacher)
-    with pytest.raises(ValueError, match=r"must both be \(6, D'\).*got \(5, 16\) and \(5, 16\)"):
+    with pytest.raises(ValueError, match=r"must both be \(6, D'\).*got \(5, 8\) and \(5, 8\)"):
         OtterLoss()(images, texts, torch.tensor(9.0), *(x[:5] for x in teacher))

@@ -320,9 +320,7 @@ def test_resume_is_exact(pairs, tmp_path, extra):
     assert_same(one, load(again / "epoch_2.pt"))
     assert any(not torch.equal(v, first["state_dict"][k]) for k, v in one["state_dict"].items())
     if extra[1] in TEACHER:
-        assert (
-            first["optimizer"]["otter"]["teacher_state"]["num_updates"] == 1 + first["global_step"]
-        )
+        assert first["otter"]["teacher_state"]["num_updates"] == 1 + first["global_step"]
         assert any(
             not torch.equal(v, one["state_dict"][k]) for k, v in one["state_dict_ema"].items()
         )
@@ -336,7 +334,7 @@ def test_fixed_teacher(pairs, tmp_path, accum):
     path = train(pairs, tmp_path, *extra)
     checkpoint = load(path / "epoch_2.pt")
     assert "state_dict_ema" not in checkpoint
-    entry = checkpoint["optimizer"]["otter"]
+    entry = checkpoint["otter"]
     assert "teacher_state" not in entry and entry["distill_logit_scale"] != 3.9
     again = train(pairs, tmp_path / "again", *extra, "--resume", str(path / "epoch_1.pt"))
     assert_same(checkpoint, load(again / "epoch_2.pt"))
@@ -374,7 +372,7 @@ def test_a_step_of_the_command_is_a_step_by_hand(pairs, tmp_path, monkeypatch):
     nn.utils.clip_grad_norm_(parameters, 0.5)
     optimizer.step()
     assert_close(dict(student.state_dict()), dict(checkpoint["state_dict"]), rtol=1e-4, atol=1e-6)
-    scale = checkpoint["optimizer"]["otter"]["distill_logit_scale"]
+    scale = checkpoint["otter"]["distill_logit_scale"]
     torch.testing.assert_close(scale, loss.distill_logit_scale.detach())
     decay = (1 + 2) / (10 + 2)
     for key, value in checkpoint["state_dict_ema"].items():
@@ -401,7 +399,7 @@ def test_accumulation_is_the_whole_batch(pairs, tmp_path, loss):
     one, two = load(one / "epoch_1.pt"), load(two / "epoch_1.pt")
     assert_close(dict(one["state_dict"]), dict(two["state_dict"]), rtol=1e-3, atol=1e-5)
     if loss == "otter":
-        scales = [x["optimizer"]["otter"]["distill_logit_scale"] for x in (one, two)]
+        scales = [x["otter"]["distill_logit_scale"] for x in (one, two)]
         torch.testing.assert_close(*scales, rtol=1e-4, atol=0)
         assert scales[0] != 3.9
         assert_close(one["state_dict_ema"], two["state_dict_ema"], rtol=1e-3, atol=1e-5)
@@ -422,7 +420,7 @@ def test_two_processes_train_as_one(pairs, tmp_path, model_configs):
     two = load(tmp_path / "two" / "run" / "checkpoints" / "epoch_2.pt")
     for key in ("state_dict", "state_dict_ema"):
         assert_close(dict(one[key]), dict(two[key]), rtol=1e-4, atol=1e-6)
-    scales = [x["optimizer"]["otter"]["distill_logit_scale"] for x in (one, two)]
+    scales = [x["otter"]["distill_logit_scale"] for x in (one, two)]
     torch.testing.assert_close(*scales, rtol=1e-6, atol=0)
 
 
@@ -634,7 +632,6 @@ def test_refused_before_anything_is_read(words, message, labelled, tmp_path, cap
 
 def test_precision_on_a_cpu(tmp_path):
     from open_clip_train import params
-
     from otter_openclip.training.arguments import parse, parser_replaced
 
     def precision(*words):

@@ -235,11 +235,11 @@ def test_the_update_is_the_losss_gradient(pairs, tmp_path, monkeypatch):
     optimizer.step()
     for key, value in student.state_dict().items():
         torch.testing.assert_close(checkpoint["state_dict"][key], value, rtol=1e-4, atol=1e-6)
-    entry = checkpoint["optimizer"]["otter"]
+    entry = checkpoint["otter"]
     torch.testing.assert_close(entry["distill_logit_scale"], loss.distill_logit_scale.detach())
     assert entry["distill_logit_scale"] != 3.9
     decay = (1 + 2) / (10 + 2)
-    for key, value in entry["teacher"].items():
+    for key, value in checkpoint["state_dict_ema"].items():
         expected = decay * before[key] + (1 - decay) * checkpoint["state_dict"][key]
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
 
@@ -266,7 +266,7 @@ def test_accumulation_is_the_whole_batch(pairs, tmp_path, loss):
     for key, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-3, atol=1e-5)
     if loss in ("kd", "otter"):
-        entries = one["optimizer"]["otter"], two["optimizer"]["otter"]
+        entries = one["otter"], two["otter"]
         scales = [entry["distill_logit_scale"] for entry in entries]
         torch.testing.assert_close(*scales, rtol=1e-4, atol=0)
         assert scales[0] != 3.9
@@ -309,10 +309,10 @@ def test_works_with(pairs, tmp_path, extra):
     extra = [str(pairs / "00000.tar") if flag == "VAL" else flag for flag in extra]
     path = train(pairs, tmp_path, "--loss", "otter", "--epochs", "1", *extra) / "epoch_1.pt"
     checkpoint = load(path)
-    entry = checkpoint["optimizer"]["otter"]
-    for state in (checkpoint["state_dict"], entry["teacher"]):
+    entry = checkpoint["otter"]
+    for state in (checkpoint["state_dict"], checkpoint["state_dict_ema"]):
         assert all(value.isfinite().all() for value in state.values())
-    assert checkpoint["state_dict"].keys() == entry["teacher"].keys()
+    assert checkpoint["state_dict"].keys() == checkpoint["state_dict_ema"].keys()
 
 
 def test_torchcompile(pairs, tmp_path):
@@ -324,7 +324,7 @@ def test_torchcompile(pairs, tmp_path):
     compiled, plain = load(path), load(plain)
     for key, value in plain["state_dict"].items():
         torch.testing.assert_close(compiled["state_dict"][key], value, rtol=1e-3, atol=1e-5)
-    assert compiled["optimizer"]["otter"]["teacher"].keys() == plain["state_dict"].keys()
+    assert compiled["state_dict_ema"].keys() == plain["state_dict"].keys()
 
 
 @pytest.mark.parametrize("loss", ["kd", "otter"])
@@ -333,7 +333,7 @@ def test_fixed_teacher(pairs, tmp_path, loss, accum):
     teacher = train(pairs, tmp_path / "t", "--loss", "infonce", "--epochs", "1") / "epoch_1.pt"
     fixed = ["--distill-model", "tiny-rn", "--distill-pretrained", str(teacher)]
     path = train(pairs, tmp_path, "--loss", loss, *fixed, "--model", "tiny-vit", *accum)
-    entry = load(path / "epoch_2.pt")["optimizer"]["otter"]
+    entry = load(path / "epoch_2.pt")["otter"]
     assert "teacher" not in entry and entry["distill_logit_scale"] != 3.9
     resume = ["--resume", str(path / "epoch_1.pt")]
     again = train(

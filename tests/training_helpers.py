@@ -75,7 +75,7 @@ def tear(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
     def die(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
         if name in str(f):
-            Path(f).write_bytes(b"torn")
+            f.write(b"torn")
             raise OSError("disk full")
         stock(obj, f, *args, **kwargs)
 

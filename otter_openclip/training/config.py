@@ -28,9 +28,8 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
     Every value is then checked by ``parser`` itself. A file that cannot be read, an unknown key or a
     value no flag can have ends in ``parser.error``.
     """
-    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_config_flag(pre)
-    known, _ = pre.parse_known_args(argv)
+    # By the same parser, so that what it takes for --config (--conf, for one) is read as such.
+    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     if known.config is None:
         return list(argv)
     path = Path(known.config)

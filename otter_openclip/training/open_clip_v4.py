@@ -6,17 +6,19 @@
 ``parse_args``              also knows the plugin's flags
 ``create_model_and_...``    also the fixed teacher of ``--distill-model`` and ``--reference-crop``
 ``create_task``             an ``OtterTask`` with the loss of ``--loss``
-``create_optimizer``        learns s_d too, moves the EMA teacher, has the plugin's entry in its state
+``create_optimizer``        a resumed state of another major version is refused with the fix
+``pt_load``                 the plugin's part of a checkpoint is kept until training starts
 ``get_data``                every epoch's data order follows from (seed, epoch, rank, worker)
-``train_one_epoch``         the stock loop, on random numbers of its epoch, clipping s_d with the others
+``train_one_epoch``         the stock loop, on random numbers of its epoch, clipping s_d with the
+                            others; at first the optimizer also learns s_d and moves the EMA teacher
 ``zero_shot_eval``          also evaluates ``--zeroshot-data`` and keeps ``best.pt``
 ``prepare_distributed``     without ``device_ids`` for CPU modules, which torch refuses
-``torch.save``              to a temporary name, then renamed: a killed run leaves no torn checkpoint
+``torch.save``              with the plugin's part, to a temporary name, then renamed
 =========================== ===========================================================================
 
 With ``--loss clip`` only the first, ``--reference-crop``, ``--zeroshot-data`` and the DDP fix apply. A
 checkpoint is open_clip's own, with the EMA teacher as its ``state_dict_ema``; the plugin adds one key,
-``checkpoint["optimizer"]["otter"]``, that stock open_clip ignores.
+``otter``, that stock open_clip ignores.
 """
 
 from __future__ import annotations
@@ -25,23 +27,22 @@ import contextlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
-from unittest import mock
 
-import open_clip
 import torch
 from open_clip.task import TrainingTask, get_model_from_task, save_checkpoint
+from open_clip_train import file_utils
 from open_clip_train import main as open_clip_main
 from open_clip_train.train import TrainState
 from torch import nn
 
-from otter_openclip.training import checkpoint, repeatable
-from otter_openclip.training.arguments import TEACHER_LOSSES
-from otter_openclip.training.losses import create_loss
+from otter_openclip.replacing import replaced
+from otter_openclip.training.objectives import create_loss
 from otter_openclip.training.plugin import TrainingPlugin
 from otter_openclip.training.seam import Replacement, Run, run_main
-from otter_openclip.training.task import OtterTask, TeacherEma, prepare_distributed
+from otter_openclip.training.task import OtterTask, prepare_distributed
+from otter_openclip.training.train_flags import TEACHER_LOSSES, model_config
 
-__all__ = ["OtterTask", "TeacherEma", "main", "setup_optimizer"]
+__all__ = ["OtterTask", "main"]
 
 # Taken before anything is replaced.
 _stock_train_one_epoch = open_clip_main.train_one_epoch
@@ -58,52 +59,36 @@ def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
     return run_main(argv, _Run(_Plugin(prog)).replacements())
 
 
-def setup_optimizer(
-    task: OtterTask, optimizer: torch.optim.Optimizer, args: Namespace
-) -> torch.optim.Optimizer:
-    """Let ``optimizer``, the student's, learn s_d, move the EMA teacher, and save and load both.
-
-    For use before ``open_clip.task.load_checkpoint``.
-
-    Args:
-        task: with its teacher.
-        optimizer: made from ``task.trainable_module``.
-        args: of a run: ``world_size``, ``accum_freq``, ``loss`` and the plugin's flags.
-    """
-    ema = task.trainable_module_ema
-    scale = getattr(task.loss, "distill_logit_scale", None)
-    if ema is not None:
-        optimizer.register_step_post_hook(lambda *_: task.update_ema())
-    if scale is not None:
-        checkpoint.add_scale(optimizer, scale, args)
-
-    def teacher_entry() -> dict[str, Any]:
-        return {} if ema is None else {"teacher_state": ema.extra_state()}
-
-    def load_teacher(entry: dict[str, Any]) -> None:
-        if ema is not None and "teacher_state" in entry:
-            ema.load_extra_state(entry["teacher_state"])
-
-    checkpoint.add_entry(optimizer, args, scale, teacher_entry)
-    checkpoint.load_entry(optimizer, args, scale, load_teacher)
-    return optimizer
-
-
 class _Plugin(TrainingPlugin):
     """The hooks that do not depend on open_clip_train's version, and what 4.x has of its own."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog)
         self.state: TrainState | None = None
+        self.task: OtterTask | None = None
 
     def parse_args(self, parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
         args = super().parse_args(parser, argv)
         _check_unsupported(parser, args)
         return args
 
-    def start_training(self, state: TrainState) -> None:
+    def make_task(self, args: Namespace, model: nn.Module) -> OtterTask:
+        self._loss = create_loss(args)
+        self.task = OtterTask(model, loss=self._loss, teacher=self.fixed_teacher)
+        self.task.frozen = self.frozen_modules(args, model)
+        if args.loss in TEACHER_LOSSES and self.fixed_teacher is None:
+            self.task.setup_ema(args.ema_decay, eval_mode=args.teacher_mode == "eval")
+        return self.task
+
+    def start_training(self, args: Namespace, state: TrainState) -> None:
+        if self.state is None:
+            if self.task is not None:
+                self.ema = self.task.trainable_module_ema  # made anew for DDP
+            self.setup_optimizer(args, state.optimizer, state.scaler)
         self.state = state
-        self.training = (state.optimizer, state.scaler)
+
+    def update_teacher(self) -> None:
+        self.task.update_ema()
 
     def make_checkpoint(self, args: Namespace, model: nn.Module, epoch: int) -> dict[str, Any]:
         state = self.state
@@ -121,15 +106,12 @@ class _Plugin(TrainingPlugin):
 class _Run(Run):
     """What 4.x's ``main`` has of its own: a task, an optimizer made from it."""
 
-    def __init__(self, plugin: _Plugin) -> None:
-        super().__init__(plugin)
-        self.task: OtterTask | None = None
-
     def replacements(self) -> list[Replacement]:
         return [
             *super().replacements(),
             (open_clip_main, "create_task", self.create_task),
             (open_clip_main, "create_optimizer", self.create_optimizer),
+            (file_utils, "pt_load", self.pt_load),
             (open_clip_main, "train_one_epoch", self.train_one_epoch),
             (TrainingTask, "prepare_distributed", prepare_distributed),
         ]
@@ -137,52 +119,59 @@ class _Run(Run):
     def create_task(self, args: Namespace, model: nn.Module, **kwargs: Any) -> TrainingTask:
         if self.plugin.stock:
             return _stock_create_task(args, model=model, **kwargs)
-        teacher = self.plugin.fixed_teacher
-        self.task = OtterTask(model, loss=create_loss(args), teacher=teacher)
-        if args.loss in TEACHER_LOSSES and teacher is None:
-            self.task.setup_ema(args.ema_decay, eval_mode=args.teacher_mode == "eval")
-        return self.task
+        return self.plugin.make_task(args, model)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = _stock_create_optimizer(*args, **kwargs)
-        return optimizer if self.plugin.stock else setup_optimizer(self.task, optimizer, self.args)
+        if not self.plugin.stock:
+            optimizer.register_load_state_dict_pre_hook(_check_groups)
+        return optimizer
+
+    def pt_load(self, path: str, map_location: Any = None) -> Any:
+        return self.plugin.load_checkpoint(path)
 
     def train_one_epoch(
         self, state: TrainState, data: dict[str, Any], *rest: Any, **kw: Any
     ) -> None:
-        first = self.plugin.state is None
-        self.plugin.start_training(state)
-        if self.plugin.stock:
-            return _stock_train_one_epoch(state, data, *rest, **kw)
-        args, task = self.args, self.task
-        if first:
-            self.plugin.log_teacher(args, task.trainable_module_ema)
-        repeatable.seed_process(args.seed, args.rank, state.epoch)
-        with _clipped_too(getattr(task.loss, "distill_logit_scale", None)):
+        self.plugin.start_training(self.args, state)
+        self.plugin.start_epoch(self.args, state.epoch)
+        with _clipped_too(None if self.plugin.stock else self.plugin.scale):
             _stock_train_one_epoch(state, data, *rest, **kw)
 
     def student(self, model: nn.Module) -> nn.Module:
         return get_model_from_task(model)
 
 
+def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    own, saved = (
+        [len(group["params"]) for group in groups]
+        for groups in (optimizer.param_groups, state["param_groups"])
+    )
+    if saved != own:
+        raise ValueError(
+            f"the checkpoint's optimizer has groups of {saved} parameters, this run's of {own}: it "
+            "was written under another major version of open_clip or with other flags; "
+            "start from its weights instead, with --pretrained in place of --resume"
+        )
+
+
 @contextlib.contextmanager
 def _clipped_too(scale: nn.Parameter | None) -> Iterator[None]:
     """While active, gradient clipping, which open_clip's loop does by the student, has s_d as well."""
     stock = nn.utils.clip_grad_norm_
-    more = [] if scale is None else [scale]
 
     def clip(parameters: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return stock([*parameters, *more], *args, **kwargs)
+        return stock([*parameters, scale], *args, **kwargs)
 
-    with mock.patch.object(nn.utils, "clip_grad_norm_", clip):
+    with replaced(*([] if scale is None else [(nn.utils, "clip_grad_norm_", clip)])):
         yield
 
 
 def _check_unsupported(parser: ArgumentParser, args: Namespace) -> None:
     """What of 4.x's flags the plugin cannot do; the shared checks come before."""
-    config = open_clip.get_model_config(args.model) if ":" not in args.model else None
+    config = model_config(args)
     lower = args.model.lower()
-    audio = "audio_cfg" in (config or {}) or (args.dataset_type or "").endswith("-audio")
+    audio = "audio_cfg" in config or (args.dataset_type or "").endswith("-audio")
     generative = "genlip" in lower or "genlap" in lower
     if args.loss == "clip":
         if args.zeroshot_data is not None and (args.fsdp or args.use_naflex or audio or generative):

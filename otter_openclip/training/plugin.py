@@ -18,10 +18,12 @@ import torch
 from open_clip_train.file_utils import pt_load
 from torch import Tensor, nn
 
+from otter_openclip.checkpoints.layout import ENTRY, TEACHER, upgraded
+from otter_openclip.files import written_whole
 from otter_openclip.preprocessing import reference_transforms
 from otter_openclip.teacher import EmaTeacher
-from otter_openclip.training import arguments, checkpoint, files, repeatable
-from otter_openclip.training.losses import create_loss, log_statistics
+from otter_openclip.training import checkpoint, frozen, repeatable, train_flags
+from otter_openclip.training.objectives import create_loss, log_statistics
 from otter_openclip.training.wrapper import StudentWithTeacher
 from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due
 
@@ -41,7 +43,7 @@ class TrainingPlugin:
         self._zeroshot: ZeroShotEvaluation | None = None
         self._loss: nn.Module | None = None
         self._student: nn.Module | None = None
-        self._ema: EmaTeacher | None = None
+        self.ema: EmaTeacher | None = None
         self._train_model: StudentWithTeacher | None = None
         self.training: tuple[torch.optim.Optimizer, Any] | None = None
         self._best: BestCheckpoint | None = None
@@ -54,13 +56,17 @@ class TrainingPlugin:
     def parse_args(self, parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
         """Arguments: ``parser``, open_clip_train's, also gets the plugin's flags."""
         parser.prog = self._prog = self._prog or parser.prog
-        self._args = arguments.parse(parser, argv)
+        self._args = train_flags.parse(parser, argv)
         return self._args
 
     def setup_model(
         self, args: Namespace, model: nn.Module, preprocess_train: Any, preprocess_val: Any
     ) -> tuple[nn.Module, Any, Any]:
         """Model: the fixed teacher of ``--distill-model`` beside it; ``--reference-crop``."""
+        if args.loss in train_flags.PAIR_LOSSES and getattr(model, "logit_bias", None) is not None:
+            raise SystemExit(f"{self._prog}: error: {train_flags.logit_bias_message(args)}")
+        if args.lock_image and args.lock_image_freeze_bn_stats and not self.stock:
+            frozen.leave_batch_norm(model)
         if args.teacher_model is not None:
             self.fixed_teacher = _fixed_teacher(args)
         if args.reference_crop:
@@ -68,11 +74,11 @@ class TrainingPlugin:
         return model, preprocess_train, preprocess_val
 
     def load_checkpoint(self, path: str) -> Any:
-        """Checkpoint load: its optimizer state is kept until the optimizer is set up."""
+        """Checkpoint load: the plugin's part of it waits for the optimizer."""
         loaded = pt_load(path, map_location="cpu")
-        if not self.stock and "epoch" in loaded:
-            # The rest of the optimizer's state as well: its group for s_d is loaded with the others.
-            self._resumed = loaded.get("optimizer")  # weights alone can be evaluated
+        if not self.stock and "epoch" in loaded:  # weights alone can be evaluated
+            loaded = upgraded(loaded)
+            self._resumed = {key: loaded.get(key) for key in (ENTRY, TEACHER)}
         return loaded
 
     def setup_data(
@@ -99,66 +105,65 @@ class TrainingPlugin:
         self._student = model
         if self.stock:
             return model
-        if args.loss in arguments.TEACHER_LOSSES and self.fixed_teacher is None:
-            self._ema = EmaTeacher(model, args.ema_decay, eval_mode=args.teacher_mode == "eval")
-        teacher = self.fixed_teacher if self._ema is None else self._ema.module
+        if args.loss in train_flags.TEACHER_LOSSES and self.fixed_teacher is None:
+            self.ema = EmaTeacher(model, args.ema_decay, eval_mode=args.teacher_mode == "eval")
+        teacher = self.fixed_teacher if self.ema is None else self.ema.module
         compiled = torch.compile(teacher) if args.torchcompile and teacher is not None else None
         self._train_model = StudentWithTeacher(
             model,
             teacher,
             teacher_forward=compiled,
-            train_teacher=self._ema is not None and not self._ema.eval_mode,
+            train_teacher=self.ema is not None and not self.ema.eval_mode,
             accum_freq=args.accum_freq,
-            distill_logit_scale=getattr(self._loss, "distill_logit_scale", None),
+            distill_logit_scale=self.scale,
+            frozen=self.frozen_modules(args, model),
         )
         return self._train_model
+
+    def frozen_modules(self, args: Namespace, model: nn.Module) -> list[str]:
+        """Names of the modules that stay in eval mode."""
+        wanted = args.lock_image and args.lock_image_freeze_bn_stats
+        return frozen.locked_batch_norms(model) if wanted else []
+
+    @property
+    def scale(self) -> nn.Parameter | None:
+        """The log of s_d, if the loss has one."""
+        return getattr(self._loss, "distill_logit_scale", None)
 
     def setup_optimizer(
         self, args: Namespace, optimizer: torch.optim.Optimizer, scaler: Any
     ) -> None:
-        """Optimizer: its step moves the EMA teacher, it learns s_d, its state holds our entry."""
+        """Optimizer: its step moves the EMA teacher, it learns s_d; what a checkpoint had comes back."""
         self.training = (optimizer, scaler)
         if self.stock:
             return
-        ema, student = self._ema, self._student
-        if ema is not None:
-            optimizer.register_step_post_hook(lambda *_: ema.update(student))
-        scale = getattr(self._loss, "distill_logit_scale", None)
-        if scale is not None:
-            checkpoint.add_scale(optimizer, scale, args)
-
-        def teacher_entry() -> dict[str, Any]:
-            if ema is None:
-                return {}
-            state = ema.state_dict()
-            return {"teacher": state.pop("module"), "teacher_state": state}
-
-        def load_teacher(entry: dict[str, Any]) -> None:
-            if ema is not None and "teacher" in entry:
-                ema.load_state_dict({"module": entry["teacher"], **entry["teacher_state"]})
-
-        checkpoint.add_entry(optimizer, args, scale, teacher_entry)
-        checkpoint.load_entry(optimizer, args, scale, load_teacher)
-        if self._resumed is not None:  # open_clip loaded it before s_d was there
-            optimizer.load_state_dict(self._resumed)
+        if self.ema is not None:
+            optimizer.register_step_post_hook(lambda *_: self.update_teacher())
+        if self.scale is not None:
+            checkpoint.add_scale(optimizer, self.scale, args)
+        if self._resumed is not None:
+            entry, teacher = (self._resumed[key] for key in (ENTRY, TEACHER))
+            checkpoint.restore(entry, teacher, args, optimizer, self.scale, self.ema)
             self._resumed = None
-        self.log_teacher(args, ema)
-
-    def log_teacher(self, args: Namespace, ema: Any) -> None:
-        """Say which teacher there is, once it has what a checkpoint says of it."""
-        if ema is not None:
+        if self.ema is not None:
             logging.info(
                 f"EMA teacher: decay {args.ema_decay}, {args.teacher_mode} mode, "
-                f"{ema.num_updates} updates so far"
+                f"{self.ema.num_updates} updates so far"
             )
         elif self.fixed_teacher is not None:
             logging.info(f"Fixed teacher: {args.teacher_model} ({args.teacher_pretrained})")
 
+    def update_teacher(self) -> None:
+        """After each optimizer step."""
+        self.ema.update(self._student)
+
     def start_epoch(self, args: Namespace, epoch: int) -> None:
         """Epoch: its random numbers follow from (seed, rank, epoch), whatever ran before it."""
-        if not self.stock:
+        if self.stock:
+            return
+        if self._train_model is not None:
             self._train_model.start_epoch()
-            repeatable.seed_process(args.seed, args.rank, epoch)
+        repeatable.seed_process(args.seed, args.rank, epoch)
 
     def evaluate(
         self, args: Namespace, model: nn.Module, epoch: int, tokenizer: Any
@@ -170,13 +175,25 @@ class TrainingPlugin:
         if self.training is not None and args.save_logs:
             if self._best is None:
                 self._best = BestCheckpoint(args.checkpoint_path, resumed=args.resume is not None)
-            self._best.offer(found, lambda: self.make_checkpoint(args, model, epoch))
+            make = lambda: self.complete(self.make_checkpoint(args, model, epoch))  # noqa: E731
+            self._best.offer(found, make)
         return found
 
     def save_checkpoint(self, checkpoint_dict: Any, path: str | os.PathLike[str]) -> None:
-        """Checkpoint save: whole or not at all. Our entry is in the optimizer's state already."""
-        save = torch.serialization.save if self.stock else files.save
-        save(checkpoint_dict, path)
+        """Checkpoint save: with the plugin's part, whole or not at all."""
+        if self.stock:
+            torch.serialization.save(checkpoint_dict, path)
+            return
+        with written_whole(path) as file:
+            torch.serialization.save(self.complete(checkpoint_dict), file)
+
+    def complete(self, checkpoint_dict: dict[str, Any]) -> dict[str, Any]:
+        """What open_clip saves after an epoch, and the plugin's part."""
+        if self.stock or self.training is None or "optimizer" not in checkpoint_dict:
+            return checkpoint_dict
+        entry = checkpoint.make_entry(self._args, self.training[0], self.scale, self.ema)
+        teacher = {} if self.ema is None else {TEACHER: self.ema.module.state_dict()}
+        return {**checkpoint_dict, **teacher, ENTRY: entry}
 
     def make_checkpoint(self, args: Namespace, model: nn.Module, epoch: int) -> dict[str, Any]:
         """What open_clip's ``main`` saves after an epoch."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import os
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from open_clip_train import main as open_clip_main
@@ -15,7 +14,7 @@ from open_clip_train import params
 from open_clip_train import train as open_clip_train_loop
 from torch import nn
 
-from otter_openclip.training.arguments import parser_replaced
+from otter_openclip.replacing import replaced
 from otter_openclip.training.plugin import ZEROSHOT_DATA, TrainingPlugin
 
 # With --zeroshot-data: an entry of get_data's dict that makes open_clip evaluate, without data.
@@ -23,6 +22,7 @@ _ZEROSHOT_KEY = "imagenet-v2"
 _NO_DATA = object()
 
 # Taken before anything is replaced.
+_stock_parse_args = ArgumentParser.parse_args
 _stock_create_model = open_clip_main.create_model_and_transforms
 _stock_get_data = open_clip_main.get_data
 _stock_zero_shot_eval = open_clip_train_loop.zero_shot_eval
@@ -33,9 +33,7 @@ Replacement = tuple[Any, str, Any]
 
 def run_main(argv: Sequence[str], replacements: Iterable[Replacement]) -> int:
     """Run ``main`` with every (module, name, replacement) in place; returns the exit code."""
-    with contextlib.ExitStack() as stack:
-        for target, name, replacement in replacements:
-            stack.enter_context(mock.patch.object(target, name, replacement))
+    with replaced(*replacements):
         result = open_clip_main.main(list(argv))
     return 1 if result == -1 else 0
 
@@ -59,8 +57,13 @@ class Run:
         ]
 
     def parse_args(self, argv: Sequence[str]) -> Namespace:
-        """Also the plugin's flags."""
-        with parser_replaced(self.plugin.parse_args):
+        """Stock, but the parser it makes is parsed by the plugin."""
+
+        def parse(parser: ArgumentParser, args: Any = None, namespace: Any = None) -> Namespace:
+            with replaced((argparse.ArgumentParser, "parse_args", _stock_parse_args)):
+                return self.plugin.parse_args(parser, args)
+
+        with replaced((argparse.ArgumentParser, "parse_args", parse)):
             self.args = params.parse_args(argv)
         return self.args
 

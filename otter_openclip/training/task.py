@@ -6,85 +6,16 @@ from typing import Any
 
 import torch
 from open_clip.task import CLIPTask, TrainingTask, unwrap_model
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from otter_openclip.losses import MAX_LOG_SCALE, DistillationLoss
-from otter_openclip.training.losses import statistics
+from otter_openclip.teacher import EmaTeacher
+from otter_openclip.training.frozen import keep_in_eval_mode
+from otter_openclip.training.objectives import statistics
 from otter_openclip.training.wrapper import ScaleGradient
-
-_HALF = (torch.float16, torch.bfloat16)
 
 Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
-
-
-class TeacherEma(ModelEmaV3):
-    """The EMA that open_clip 4.x's tasks keep, timm's, averaged and run as the reference's teacher.
-
-    Only parameters are averaged: update n has the decay ``min(decay, (1 + n) / (10 + n))``, and the
-    first, after the first optimizer step, is n = 2 (see :class:`~otter_openclip.EmaTeacher`, whose
-    weights it follows). Half-precision parameters are averaged in float32 copies.
-
-    Attributes:
-        eval_mode: run in eval mode with the student's buffers; otherwise in train mode, where
-            batch-norm statistics are those of the teacher's own forwards.
-        num_updates: n of the last update.
-    """
-
-    def __init__(self, model: nn.Module, decay: float = 0.999, *, eval_mode: bool = False) -> None:
-        """Copy ``model``, a bare one; raises ValueError if ``decay`` is outside [0, 1]."""
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"decay must lie in [0, 1], got {decay}")
-        super().__init__(
-            model,
-            decay=decay,
-            use_warmup=True,
-            warmup_gamma=9.0,
-            warmup_power=1.0,
-            exclude_buffers=True,
-        )
-        self.eval_mode = eval_mode
-        self.num_updates = 1
-        if hasattr(self.module, "set_grad_checkpointing"):
-            self.module.set_grad_checkpointing(False)  # nothing to recompute without gradients
-        own = dict(self.module.named_parameters())
-        self._half = {name: param for name, param in own.items() if param.dtype in _HALF}
-        self._masters = {name: param.float() for name, param in self._half.items()}
-        self._averages = list((own | self._masters).values())
-
-    def update(self, model: nn.Module, step: int | None = None) -> None:
-        """Follow ``model``; ``step``, the number of optimizer steps done, is counted if not given."""
-        self.num_updates = (self.num_updates if step is None else step) + 1
-        super().update(model, step=self.num_updates + 2)
-
-    def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
-        """Average the parameters; in eval mode also copy the buffers."""
-        source = list(model.parameters())
-        if self._half:
-            source = [p.float() if p.dtype in _HALF else p for p in source]
-        self._foreach_lerp_(self._averages, source, weight=1.0 - decay)
-        if self._half:
-            torch._foreach_copy_(list(self._half.values()), list(self._masters.values()))
-        if self.eval_mode:
-            for own, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-                own.copy_(buffer)
-
-    def restart(self, model: nn.Module) -> None:
-        """Become a copy of ``model`` without updates."""
-        self.set(model)
-        self.load_extra_state({"num_updates": 1, "masters": {}})
-
-    def extra_state(self) -> dict[str, Any]:
-        """What an exact continuation needs beside ``module.state_dict()``."""
-        return {"num_updates": self.num_updates, "masters": dict(self._masters)}
-
-    @torch.no_grad()
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore ``extra_state``, once ``module`` has its weights."""
-        self.num_updates = int(state["num_updates"])
-        for name, master in self._masters.items():
-            master.copy_(state["masters"].get(name, self._half[name]))
 
 
 class OtterTask(CLIPTask):
@@ -128,6 +59,7 @@ class OtterTask(CLIPTask):
             teacher.eval()
             _folded(teacher)
         self.teacher = teacher
+        self.frozen: list[str] = []  # names of modules that are never in train mode
         self._teacher_forward = self._run_teacher
         # While the micro-batches of one batch get their gradients: they, the whole batch's teacher
         # features, and how many are still to come.
@@ -153,7 +85,7 @@ class OtterTask(CLIPTask):
         Args:
             decay: upper bound of the decay, in [0, 1].
             device: None or the student's, where the teacher runs.
-            eval_mode: see :class:`TeacherEma`.
+            eval_mode: see :class:`~otter_openclip.EmaTeacher`.
 
         Raises:
             ValueError: if there is a fixed teacher, the loss has none, or an argument is out of range.
@@ -167,7 +99,7 @@ class OtterTask(CLIPTask):
             raise ValueError(
                 f"the EMA runs as the teacher on the student's device, {here}, not {device}"
             )
-        self.trainable_module_ema = TeacherEma(model, decay, eval_mode=eval_mode)
+        self.trainable_module_ema = EmaTeacher(model, decay, eval_mode=eval_mode)
         _folded(self.trainable_module_ema.module)
         return self.train(self.training)
 
@@ -203,6 +135,8 @@ class OtterTask(CLIPTask):
         ema = self.trainable_module_ema
         if ema is not None:
             ema.module.train(mode and not ema.eval_mode)
+            keep_in_eval_mode(ema.module, self.frozen)
+        keep_in_eval_mode(self.trainable_module, self.frozen)
         return self
 
     def training_forward(self, batch: Batch) -> tuple[Losses, Losses]:
@@ -284,9 +218,10 @@ class OtterTask(CLIPTask):
         if ema is None:
             return
         if "state_dict_ema" in state_dict:
-            ema.load_extra_state({"num_updates": ema.num_updates, "masters": {}})
+            ema.set_extra_state({"num_updates": ema.num_updates, "masters": {}})
         else:
-            ema.restart(self.get_trainable_module())
+            ema.set(self.get_trainable_module())
+            ema.set_extra_state({"num_updates": 1, "masters": {}})
 
 
 def _folded(teacher: nn.Module) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from otter_openclip.teacher import unwrap
+from otter_openclip.training.frozen import keep_in_eval_mode
 
 Features = dict[str, Tensor]
 
@@ -49,6 +50,7 @@ class StudentWithTeacher(nn.Module):
         train_teacher: bool = True,
         accum_freq: int = 1,
         distill_logit_scale: nn.Parameter | None = None,
+        frozen: Sequence[str] = (),
     ) -> None:
         """Put the two side by side.
 
@@ -59,6 +61,7 @@ class StudentWithTeacher(nn.Module):
             train_teacher: follow the student into train mode; otherwise stay in eval mode.
             accum_freq: micro-batches for each optimizer step.
             distill_logit_scale: registered here so that gradient clipping sees it.
+            frozen: names of the student's modules that are never in train mode, nor are the teacher's.
         """
         super().__init__()
         self.student = student
@@ -72,17 +75,21 @@ class StudentWithTeacher(nn.Module):
         self._accum_freq = accum_freq
         self._waiting: deque[Features] = deque()
         self.distill_logit_scale = distill_logit_scale
+        self._frozen = frozen
 
     @property
     def module(self) -> nn.Module:
         """The bare student: open_clip's loop clamps ``unwrap_model(model).logit_scale``."""
-        return unwrap(self.student)
+        return unwrap_model(self.student)
 
     def train(self, mode: bool = True) -> StudentWithTeacher:
         """Set the student's mode, and the teacher's if it follows."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.train(mode and self._train_teacher)
+        keep_in_eval_mode(self.student, self._frozen)
+        if self.teacher is not None and self._train_teacher:  # a copy of the student
+            keep_in_eval_mode(self.teacher, self._frozen)
         return self
 
     def start_epoch(self) -> None:

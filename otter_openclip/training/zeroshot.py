@@ -12,10 +12,10 @@ import torch
 from clip_benchmark.datasets.builder import build_wds_dataset
 from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
+from timm.utils import unwrap_model
 from torch import nn
 
-from otter_openclip.teacher import unwrap
-from otter_openclip.training import files
+from otter_openclip.files import written_whole
 from otter_openclip.zeroshot.classifier import check_classnames, class_features, make_prompts
 from otter_openclip.zeroshot.images import MultiLabelImages, encode_images, is_multilabel
 from otter_openclip.zeroshot.metrics import KS, multilabel_metrics
@@ -69,7 +69,7 @@ class ZeroShotEvaluation:
         self, model: nn.Module, tokenizer: Any, epoch: int, args: argparse.Namespace
     ) -> dict[str, float]:
         """F@K and mean average precision of ``model``, in eval mode, under the run's autocast."""
-        student = unwrap(model)
+        student = unwrap_model(model)
         device = torch.device(args.device)
         autocast = get_autocast(args.precision, device_type=device.type)
         logging.info(f"Zero-shot evaluation on {len(self.prompts)} classes")
@@ -116,5 +116,6 @@ class BestCheckpoint:
         if metrics[CRITERION] <= self.value:
             return
         self.value = metrics[CRITERION]
-        files.save({**make(), "zeroshot": dict(metrics)}, self.path)
+        with written_whole(self.path) as file:
+            torch.serialization.save({**make(), "zeroshot": dict(metrics)}, file)
         logging.info(f"Best F@1 so far, {self.value:.4f}: {self.path}")

@@ -25,10 +25,10 @@ def create_loss(args: Namespace) -> nn.Module:
     }
     if args.loss == "infonce":
         return ClipLoss(cache_labels=True, **common)
-    common["impl"] = args.loss_impl
     if args.loss == "ls":
         return LabelSmoothingLoss(args.label_smoothing, **common)
     common |= {
+        "impl": args.loss_impl,
         "alpha": args.alpha,
         "vv_coef": args.vv_coef,
         "tt_coef": args.tt_coef,

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import difflib
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import open_clip
 import torch
-from open_clip_train import params
+from open_clip.factory import parse_model_name
 
-from otter_openclip.blocks import IMPLEMENTATIONS
 from otter_openclip.flags import name_nearest
-from otter_openclip.losses import OT_SCOPES
+from otter_openclip.losses import IMPLEMENTATIONS, MIN_LAMBDA, OT_SCOPES
 from otter_openclip.training.config import add_config_flag, expand_config
 from otter_openclip.training.zeroshot import check_folder
 
@@ -46,7 +44,7 @@ def _number(low: float, high: float, kind: type = float, *, open_low: bool = Fal
     return parse
 
 
-# flag -> (losses it applies to, default, argparse keywords)
+# flag -> (losses it applies to, default or {loss: default}, argparse keywords)
 _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "--alpha": (
         TEACHER_LOSSES,
@@ -67,7 +65,7 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
         ("otter",),
         0.15,
         {
-            "type": _number(0, math.inf, open_low=True),
+            "type": _number(MIN_LAMBDA, math.inf),
             "help": "entropic regularisation of the transport plan (paper: lambda)",
         },
     ),
@@ -78,12 +76,12 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     ),
     "--vv-coef": (
         TEACHER_LOSSES,
-        1.0,
+        {"kd": 0.0, "otter": 1.0},
         {"type": _number(0, math.inf), "help": "weight of image-image similarity (paper: gamma_v)"},
     ),
     "--tt-coef": (
         TEACHER_LOSSES,
-        1.0,
+        {"kd": 0.0, "otter": 1.0},
         {"type": _number(0, math.inf), "help": "weight of text-text similarity (paper: gamma_t)"},
     ),
     "--keep-diag": (
@@ -100,12 +98,13 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
         },
     ),
     "--loss-impl": (
-        PAIR_LOSSES,
+        TEACHER_LOSSES,
         "auto",
         {
             "choices": IMPLEMENTATIONS,
-            "help": "hold the loss's matrices, or compute them anew by blocks; auto holds them while "
-            "they take at most an eighth of the device's memory",
+            "help": "hold the loss's matrices (dense), or compute them anew by tiles (streaming); auto "
+            "holds them while they take at most an eighth of the device's memory; plain is the formulas "
+            "as the paper has them",
         },
     ),
     "--distill-T-t": (
@@ -135,6 +134,12 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
 }
 
 
+def _shown(default: Any) -> str:
+    if isinstance(default, dict):
+        return ", ".join(f"{value} with {loss}" for loss, value in default.items())
+    return "off" if default is False else str(default)
+
+
 def _dest(flag: str) -> str:
     return flag.lstrip("-").replace("-", "_")
 
@@ -162,8 +167,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     for flag, (losses, default, keywords) in _FLAGS.items():
         keywords = dict(keywords)
-        shown = "off" if default is False else default
-        keywords["help"] += f"; default {shown} (--loss {', '.join(losses)})"
+        keywords["help"] += f"; default {_shown(default)} (--loss {', '.join(losses)})"
         group.add_argument(flag, default=None, **keywords)
 
 
@@ -178,6 +182,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     precision = parser.get_default("precision")
     parser.set_defaults(precision=None, loss="clip")
     args = parser.parse_args(expand_config(parser, argv))
+    _check_model(parser, args)
     if args.loss not in LOSSES:  # a patched open_clip_train also lists other packages' losses
         parser.error(f"--loss {args.loss} is not one of this plugin's: {', '.join(LOSSES)}")
     _check_reference_crop(parser, args)
@@ -196,6 +201,35 @@ def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     message = name_nearest(message, parser._option_string_actions)
     # The usage line of 100 flags would bury the message.
     parser.exit(2, f"{parser.prog}: error: {message}\nSee {parser.prog} --help for all flags.\n")
+
+
+def model_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The JSON of ``--model``, whatever its schema; {} if it cannot be read here."""
+    schema = parse_model_name(args.model)[0]
+    try:
+        config = open_clip.get_model_config(args.model if schema else args.model.replace("/", "-"))
+    except Exception:  # open_clip says what is wrong with a folder or a repository
+        config = None
+    return config or {}
+
+
+def logit_bias_message(args: argparse.Namespace) -> str:
+    """Why a model with a logit bias is refused."""
+    return (
+        f"--loss {args.loss} does not go with {args.model}: it has a logit bias, which belongs to "
+        "SigLIP's sigmoid loss; use a CLIP model, or --loss clip --siglip"
+    )
+
+
+def _check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Name the nearest to a model that open_clip does not know."""
+    name, known = args.model.replace("/", "-"), open_clip.list_models()
+    if parse_model_name(args.model)[0] is None and name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = (
+            f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() has the names"
+        )
+        parser.error(f"open_clip knows no --model {args.model}; {hint}")
 
 
 def _check_reference_crop(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -221,16 +255,19 @@ def _check_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace
             f"{name} does not go with --siglip: its targets are for the softmax loss, not the "
             "sigmoid one; drop --siglip, or use --loss clip --siglip"
         )
-    config = open_clip.get_model_config(args.model) if ":" not in args.model else None
-    if "coca" in args.model.lower() or "multimodal_cfg" in (config or {}):
+    config = model_config(args)
+    if "coca" in args.model.lower() or "multimodal_cfg" in config:
         parser.error(
             f"{name} does not go with the CoCa model {args.model}: its captioning loss is not part "
             "of the method; use a CLIP model, or --loss clip"
         )
-    if "init_logit_bias" in (config or {}) and args.loss in PAIR_LOSSES:
+    if "init_logit_bias" in config and args.loss in PAIR_LOSSES:
+        parser.error(logit_bias_message(args))
+    built_in = "text_cfg" in config and "hf_model_name" not in config["text_cfg"]
+    if args.lock_text and not args.lock_text_freeze_layer_norm and built_in:
         parser.error(
-            f"{name} does not go with {args.model}: it has a logit bias, which belongs to SigLIP's "
-            "sigmoid loss; use a CLIP model, or --loss clip --siglip"
+            "--lock-text needs --lock-text-freeze-layer-norm too: open_clip cannot leave the layer norms "
+            f"of {args.model}'s text tower unlocked; add it"
         )
     # open_clip 4.x has neither of these two.
     if getattr(args, "horovod", False):
@@ -262,7 +299,8 @@ def _settle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     for flag, (losses, default, _) in _FLAGS.items():
         given = getattr(args, _dest(flag))
         if given is None or given is False:
-            setattr(args, _dest(flag), default)
+            per_loss = isinstance(default, dict)
+            setattr(args, _dest(flag), default.get(args.loss) if per_loss else default)
         elif args.loss not in losses:
             wanted = " or ".join(f"--loss {loss}" for loss in losses)
             parser.error(f"{flag} has no meaning with --loss {args.loss}; it needs {wanted}")
@@ -281,34 +319,6 @@ def _settle_precision(args: argparse.Namespace, default: str) -> None:
             torch.cuda.is_available() or args.device.split(":")[0] not in ("cuda", "cpu")
         )
         args.precision = "fp32" if on_cpu and args.loss != "clip" else default
-
-
-Parse = Callable[[argparse.ArgumentParser, Sequence[str] | None], argparse.Namespace]
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose ``parse_args`` is another function's work."""
-
-    def __init__(self, parse: Parse) -> None:
-        super().__init__()
-        self._parse = parse
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        self.parse_args = super().parse_args
-        return self._parse(self, args)
-
-
-@contextlib.contextmanager
-def parser_replaced(parse: Parse) -> Iterator[None]:
-    """While active, ``open_clip_train.params.parse_args`` leaves its parser to ``parse``."""
-    stock = params.argparse
-    params.argparse = SimpleNamespace(
-        ArgumentParser=functools.partial(_Parser, parse), Action=stock.Action
-    )
-    try:
-        yield
-    finally:
-        params.argparse = stock
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""Matrices with one entry per pair of samples, visited by tiles of rows.
+
+A B x N matrix is either kept, or computed anew at each visit, one tile at a time: then nothing of its
+size is ever held. What reads it does not know which.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+# Entries of a tile: few enough for a CPU's cache, enough for the matrix product behind it.
+TILE_ENTRIES = {"cpu": 2**21, "cuda": 2**26}
+# `auto` keeps matrices that together take at most this share of the device's memory.
+KEPT_SHARE = 1 / 8
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU, of the machine for other devices."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def keeps_matrices(impl: str, entries: int, like: Tensor) -> bool:
+    """Whether ``impl`` holds its matrices, which have so many entries together."""
+    if impl != "auto":
+        return impl == "dense"
+    return entries * like.element_size() <= KEPT_SHARE * device_memory(like.device)
+
+
+class RowTiles:
+    """A matrix by tiles of rows; ``rows``, ``columns`` are its shape, ``like`` its dtype and device."""
+
+    def __init__(
+        self,
+        fill: Callable[[slice, Tensor], None],
+        shape: tuple[int, int],
+        like: Tensor,
+        keep: bool,
+    ) -> None:
+        """``fill(rows, out)`` writes the rows of a slice into ``out``; ``keep`` holds the matrix."""
+        self.rows, self.columns = shape
+        self.like = like
+        entries = TILE_ENTRIES.get(like.device.type, TILE_ENTRIES["cuda"])
+        self._tile_rows = min(self.rows, max(1, entries // self.columns))
+        self._fill, self._keep = fill, keep
+        self._kept: dict[int, Tensor] = {}
+
+    def empty_tile(self) -> Tensor:
+        """An uninitialised tensor of a tile's shape."""
+        return self.like.new_empty(self._tile_rows, self.columns)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield ``(rows, tile)``; a tile that is not kept is valid until the next one."""
+        buffer = None if self._keep else self.empty_tile()
+        for start in range(0, self.rows, self._tile_rows):
+            part = slice(start, min(start + self._tile_rows, self.rows))
+            tile = self._kept.get(start)
+            if tile is None:
+                tile = (self.empty_tile() if self._keep else buffer)[: part.stop - start]
+                self._fill(part, tile)
+            if self._keep:
+                self._kept[start] = tile
+            yield part, tile
