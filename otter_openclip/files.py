@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
 import secrets
 import shutil
@@ -39,6 +40,17 @@ def written_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small UTF-8 text file."""
+    with written_whole(path, "w") as file:
+        file.write(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a small JSON file."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def sync_folder(folder: Path) -> None:
