@@ -29,7 +29,7 @@ class _WhenImported(MetaPathFinder):
         """The spec that the other finders have for open_clip; None for everything else."""
         if name != "open_clip":
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
+        others = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
         specs = (finder.find_spec(name, path, target) for finder in others)
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
