@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import multiprocessing
 import os
 import platform
@@ -17,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+
+from otter_openclip.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -161,7 +162,5 @@ def save(name: str, results: dict[str, Any]) -> Path:
     """Write ``benchmarks/results/NAME.json`` whole or not at all; returns its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(path)
+    write_json(path, results)
     return path

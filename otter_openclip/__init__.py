@@ -1,14 +1,53 @@
 """OTTER, optimal transport distillation for CLIP (ICLR 2022), as a plugin of open_clip."""
 
-from pathlib import Path
+from __future__ import annotations
 
-import open_clip
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from otter_openclip.losses import DistillationLoss, LabelSmoothingLoss, OtterLoss
-from otter_openclip.sinkhorn import sinkhorn
-from otter_openclip.teacher import EmaTeacher
+from otter_openclip import models
+
+if TYPE_CHECKING:
+    from otter_openclip.losses import DistillationLoss, LabelSmoothingLoss, OtterLoss
+    from otter_openclip.sinkhorn import sinkhorn
+    from otter_openclip.teacher import EmaTeacher
 
 __version__ = "0.1.0"
 __all__ = ["DistillationLoss", "EmaTeacher", "LabelSmoothingLoss", "OtterLoss", "sinkhorn"]
 
-open_clip.add_model_config(Path(__file__).parent / "model_configs")
+# Imported when a name is used: torch and open_clip take seconds, and most commands need neither.
+_MODULES = {
+    "DistillationLoss": "losses",
+    "EmaTeacher": "teacher",
+    "LabelSmoothingLoss": "losses",
+    "OtterLoss": "losses",
+    "sinkhorn": "sinkhorn",
+}
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # ``sinkhorn`` is the function; importing the module of that name would put itself in its place.
+        if name in _MODULES and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+models.register()

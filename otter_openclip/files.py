@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import json
 import os
-from collections.abc import Iterator
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+# A file's path, its bytes as they are and as they shall be; None stands for no such file.
+Change = tuple[Path, bytes | None, bytes | None]
 
 
 @contextlib.contextmanager
@@ -35,6 +42,17 @@ def written_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO
     sync_folder(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small UTF-8 text file."""
+    with written_whole(path, "w") as file:
+        file.write(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a small JSON file."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -42,3 +60,93 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_together(changes: Sequence[Change]) -> None:
+    """Make all ``changes``, or none if one of them fails: then the files come back as they were.
+
+    Every file is written in full before the first is renamed into place. None is written through, so a
+    hard link elsewhere (uv's cache, for one) keeps its contents. Modes and owners stay. Folders are made
+    and, once empty, removed; so are the .pyc files of changed modules, which may outlive their source.
+
+    Raises:
+        OSError: saying what to do, and where the originals are that could not be put back.
+    """
+    kept: dict[Path, Path] = {}
+    try:
+        with contextlib.ExitStack() as renames:
+            for path, before, after in changes:
+                if before is not None:
+                    kept[path] = path.with_name(f".{path.name}.{secrets.token_hex(4)}.original")
+                    _keep(path, kept[path])
+                if after is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    file = renames.enter_context(written_whole(path))
+                    file.write(after)
+                    if before is not None:
+                        _take_mode(file.name, path)
+        for path, _, after in changes:
+            if after is None:
+                path.unlink()
+    except BaseException as error:
+        lost = _put_back(changes, kept)
+        if not isinstance(error, OSError):
+            raise
+        state = f"These could not be put back: {', '.join(lost)}" if lost else "No file was changed"
+        raise OSError(
+            f"cannot write: {error}. {state}. Fix: make the folders writable (are they another user's, "
+            "or on a full disk?), or work on a copy"
+        ) from error
+    finally:
+        for copy in kept.values():
+            copy.unlink(missing_ok=True)
+    for path, _, after in changes:
+        if path.suffix == ".py":
+            for compiled in path.parent.glob(f"__pycache__/{glob.escape(path.stem)}.*.pyc"):
+                with contextlib.suppress(OSError):
+                    compiled.unlink()
+        if after is None:
+            _remove_empty(path)
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """A second name for a file, or a copy where the file system has no hard links."""
+    try:
+        os.link(path, copy, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(path, copy, follow_symlinks=False)
+
+
+def _take_mode(file: str, like: Path) -> None:
+    shutil.copymode(like, file)
+    owner = like.stat()
+    with contextlib.suppress(PermissionError):  # only root gives files away
+        os.chown(file, owner.st_uid, owner.st_gid)
+
+
+def _put_back(changes: Sequence[Change], kept: dict[Path, Path]) -> list[str]:
+    """Undo ``changes``; names the files where that failed, whose originals stay out of ``kept``."""
+    lost = []
+    for path, before, _ in changes:
+        try:
+            if before is None:
+                path.unlink(missing_ok=True)
+                _remove_empty(path)
+            elif path in kept and not (path.exists() and path.read_bytes() == before):
+                os.replace(kept[path], path)
+        except OSError:
+            lost.append(f"{path} (its original is {kept.pop(path)})" if path in kept else str(path))
+    return lost
+
+
+def _remove_empty(path: Path) -> None:
+    """Remove the folders around ``path`` as far as they are empty."""
+    for folder in path.parents:
+        try:
+            if (folder / "__pycache__").is_dir():
+                (folder / "__pycache__").rmdir()
+            folder.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            break

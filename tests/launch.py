@@ -5,7 +5,7 @@ import sys
 
 import open_clip
 
-from otter_openclip.training.launcher import main
+from otter_openclip.train import main
 
 if __name__ == "__main__":
     open_clip.add_model_config(os.environ["TEST_MODEL_CONFIGS"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from unittest import mock
 
 import open_clip
@@ -11,13 +12,13 @@ import torch
 from conftest import COLOURS, SHAPES
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, BertConfig, BertModel, BertTokenizerFast
+from transformers import AutoConfig, AutoModel, BertConfig, BertTokenizerFast, RobertaConfig
 
 from otter_openclip import cli
 from otter_openclip.checkpoints import convert
 from otter_openclip.checkpoints.convert import convert_checkpoint
 
-WIDTH = 16
+WIDTH = 16  # of the text tower
 ARGS = {"image_arch": "test_resnet", "text_arch": "declutr-sci-base", "max_token_length": 7}
 
 
@@ -49,7 +50,7 @@ class Reference(nn.Module):
             nn.Module() for _ in range(3)
         )
         self.image_encoder.model = timm.create_model("test_resnet", num_classes=dim)
-        self.text_encoder.model = BertModel(BertConfig.from_pretrained(tower))
+        self.text_encoder.model = AutoModel.from_config(AutoConfig.from_pretrained(tower))
         self.text_encoder.fc = nn.Linear(WIDTH, dim) if dim != WIDTH else nn.Identity()
         if dim != WIDTH and not bias:
             nn.init.zeros_(self.text_encoder.fc.bias)
@@ -142,11 +143,23 @@ def test_stock_open_clip_computes_the_references_features(tower, tmp_path, name)
         assert_converted(out, teacher)
 
 
-def test_projection_without_bias(tower, tmp_path):
-    reference = Reference(tower, dim=24)
+@pytest.mark.parametrize(
+    ("kind", "dim", "bias"),
+    [("BERT", 24, False), ("BERT", 12, True), ("BERT", 15, True), ("RoBERTa", 12, True)],
+)
+def test_projections(kind, dim, bias, tower, tmp_path, capsys):
+    """One with a bias is exact where the text tower is at least as wide as the embedding."""
+    if kind == "RoBERTa":
+        config = BertConfig.from_pretrained(tower).to_dict() | {"num_hidden_layers": 11}
+        config = RobertaConfig(**{k: v for k, v in config.items() if k != "model_type"})
+        tower = shutil.copytree(tower, tmp_path / "roberta")
+        config.save_pretrained(tower)
+    reference = Reference(tower, dim=dim, bias=bias)
     file = save(tmp_path / "last.pth.tar", reference.state_dict())
-    out = convert_checkpoint(file, tmp_path / "out", text_model=str(tower))
-    assert_converted(out, reference, dim=24)
+    out = convert_checkpoint(file, tmp_path / "out", text_model=str(tower), report=print)
+    assert_converted(out, reference, dim=dim)
+    said = f"layer.{10 if kind == 'RoBERTa' else 0}.output.LayerNorm.bias: open_clip's"
+    assert (said in capsys.readouterr().out) == bias
 
 
 def test_the_command_and_its_folder(tower, tmp_path, capsys, monkeypatch):
@@ -196,7 +209,9 @@ class Payload:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bias": True}, "its text projection (text_encoder.fc) has a bias"),
+        ({"dim": 24}, "the embedding (24) is wider than the text tower (16)"),
+        ({"dim": 12, "add": {"text_encoder.fc.weight": torch.ones(12, WIDTH)}}, "not full rank"),
+        ({"dim": 12, "drop": ".*output.LayerNorm.*"}, "has no encoder.layer.N.output.LayerNorm"),
         ({"weights": "teacher"}, "has no teacher: only the reference's runs with --ema_distill"),
         ({"text_model": None}, "declutr-sci-base cannot be read"),
         ({"text_model": None, "text_arch": "gpt"}, "pass --text-model NAME_OR_DIR"),
@@ -216,8 +231,8 @@ def test_errors_name_input_and_fix(tower, tmp_path, capsys, monkeypatch, change,
     change = dict(change)
     given = {"text_model": str(tower), "weights": "student"}
     given |= {name: change.pop(name) for name in list(given) if name in change}
-    bias, drop, add = change.pop("bias", False), change.pop("drop", "-"), change.pop("add", {})
-    state = Reference(tower, dim=24 if bias else WIDTH, bias=bias).state_dict()
+    dim, drop, add = change.pop("dim", WIDTH), change.pop("drop", "-"), change.pop("add", {})
+    state = Reference(tower, dim=dim, bias=True).state_dict()
     if given["text_model"] is None:  # no network in tests
         monkeypatch.setattr(
             AutoConfig, "from_pretrained", mock.Mock(side_effect=OSError("offline"))

@@ -11,7 +11,7 @@ import pytest
 from data_helpers import jpeg, run, tree, write_files
 from test_data_eval import DICTIONARY
 
-from otter_openclip.data import files
+from otter_openclip import files
 
 IMAGES = 23
 

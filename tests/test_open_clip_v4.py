@@ -22,7 +22,7 @@ from training_helpers import assert_same, flags, load, tear, train
 
 from otter_openclip import DistillationLoss, EmaTeacher, LabelSmoothingLoss, OtterLoss
 from otter_openclip.checkpoints.export import export_checkpoint
-from otter_openclip.training.launcher import main
+from otter_openclip.train import main
 
 V4 = importlib.util.find_spec("open_clip.task") is not None
 pytestmark = pytest.mark.skipif(not V4, reason="open_clip 4.x (open_clip.task) is not importable")

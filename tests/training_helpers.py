@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from otter_openclip.training.launcher import main
+from otter_openclip.train import main
 
 COMMON = {
     "--model": "tiny-rn",

@@ -16,6 +16,7 @@ import difflib
 import json
 import logging
 import math
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 
 import open_clip
 import timm
+import torch
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
@@ -54,9 +56,11 @@ DEFAULT_ARGS = {
 }
 IMAGE_SIZE = 224
 MAX_LOG_SCALE = math.log(100.0)
+BIAS_TOLERANCE = 1e-5  # of the text projection's bias, when another tensor has taken it over
 
 # Any of these makes a folder one with a tokenizer in it.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+_LAST_NORM = re.compile(r"text_encoder\.model\.encoder\.layer\.(\d+)\.output\.LayerNorm\.bias")
 _SCALES = ("contrastive_loss.loss.T", "contrastive_loss.T")
 # Buffers of transformers 4.3 that are now computed, and BERT's pooler, which the reference never calls.
 _UNUSED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.")
@@ -90,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         report=print,
     )
-    print(f"Wrote {out}; re-loaded with open_clip, every tensor is the checkpoint's.")
+    print(f"Wrote {out}; re-loaded with open_clip, every tensor is the converted one.")
     print(f"  open_clip.create_model_and_transforms('local-dir:{out}')")
     print(
         "Stock preprocessing resizes to 224 where the reference resizes to 256 and crops 224; for its "
@@ -114,7 +118,7 @@ def convert_checkpoint(
     without DataParallel's ``module.``; ``T`` of both its loss modules; and what transformers 4.3 saved
     (``position_ids``, the pooler). The contrastive ``T`` becomes ``logit_scale``, limited to
     [0, log 100] as the reference limits it in its forward; the distillation's ``T_s`` is training state
-    and is left out.
+    and is left out. The bias of a text projection goes into the text tower's last layer norm.
 
     Args:
         checkpoint: ``last.pth.tar`` or ``best.pth.tar``; read with ``weights_only=True``.
@@ -132,7 +136,8 @@ def convert_checkpoint(
         FileNotFoundError: if there is no such checkpoint.
         FileExistsError: if ``out`` exists and is not to be overwritten.
         ValueError: if the file is not the reference's, open_clip cannot express its architecture (a
-            text projection with a bias), or the text tower does not fit or cannot be read.
+            text projection with a bias and more outputs than inputs), or the text tower does not fit or
+            cannot be read.
         RuntimeError: if what open_clip loads from the written folder is not what the checkpoint has.
     """
     path, out = Path(checkpoint), Path(out)
@@ -145,6 +150,7 @@ def convert_checkpoint(
     args = _stored_args(contents, path)
     state = _select(contents, path, weights)
     text_model = _text_model(text_model, args["text_arch"])
+    state = _without_projection_bias(state, path, report)
     config = _config(args, state, text_model, path)
     report(
         f"Converting the {weights} of {path}: {args['image_arch']} + {text_model}, "
@@ -214,18 +220,54 @@ def _text_model(given: str | None, text_arch: str) -> str:
     return given
 
 
+def _without_projection_bias(
+    state: dict[str, Tensor], path: Path, report: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """``state`` with the same text features and no bias in the text projection W (D x width).
+
+    open_clip's Hugging Face tower averages the last hidden states h over the tokens and projects without
+    bias. Both are linear, so W mean(h) + c = W mean(h + d) where W d = c. BERT's and RoBERTa's h is the
+    output of a layer norm, whose bias takes d, the shortest solution.
+
+    Raises:
+        ValueError: if there is no such d to float32's precision, or no such layer norm.
+    """
+    state = dict(state)
+    bias = state.pop("text_encoder.fc.bias", None)
+    if bias is None or not bias.any():
+        return state
+    weight = state["text_encoder.fc.weight"].double()
+    norms = [match for match in map(_LAST_NORM.fullmatch, state) if match]
+    outputs, inputs = weight.shape
+    why = "the projection has not full rank"
+    if outputs > inputs:
+        why = f"the embedding ({outputs}) is wider than the text tower ({inputs})"
+    if norms:
+        key = max(norms, key=lambda match: int(match[1]))[0]
+        before = state[key]
+        shifted = before.double() + torch.linalg.pinv(weight) @ bias.double()
+        state[key] = shifted.to(before.dtype)
+        error = weight @ (state[key].double() - before.double()) - bias.double()
+        if error.norm() <= BIAS_TOLERANCE * bias.double().norm():
+            report(
+                f"The bias of its text projection is now part of {key}: open_clip's projections "
+                "have none"
+            )
+            return state
+    else:
+        why = "its text tower has no encoder.layer.N.output.LayerNorm, as BERT's and RoBERTa's have"
+    raise ValueError(
+        f"{path} cannot be converted: its text projection (text_encoder.fc) has a bias, open_clip has "
+        f"none, and the last layer norm of its text tower cannot take it over: {why}. Checkpoints whose "
+        "text tower is at least as wide as the embedding can be converted"
+    )
+
+
 def _config(
     args: Mapping[str, Any], state: Mapping[str, Tensor], text_model: str, path: Path
 ) -> dict[str, Any]:
     """open_clip's model configuration, from the stored args."""
     projection = state.get("text_encoder.fc.weight")
-    bias = state.get("text_encoder.fc.bias")
-    if bias is not None and bias.any():
-        raise ValueError(
-            f"{path} cannot be converted: its text projection (text_encoder.fc) has a bias, and "
-            "open_clip's Hugging Face text tower has projections without bias only. Text towers whose "
-            "width is the embedding's need no projection"
-        )
     head = state.get("image_encoder.model.fc.weight")
     if head is None:
         raise ValueError(
@@ -257,8 +299,7 @@ def _config(
             "hf_model_name": text_model,
             "hf_tokenizer_name": text_model,
             "hf_model_pretrained": False,
-            # The reference projects, then averages over tokens; without a bias, or with one, the order
-            # makes no difference.
+            # The reference projects, then averages over tokens: the order makes no difference.
             "hf_proj_type": None if projection is None else "linear",
             "hf_pooler_type": "mean_pooler",
             "context_length": args["max_token_length"],
@@ -282,7 +323,7 @@ def _rename(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         elif key in _SCALES:
             # The reference limits it in the forward, open_clip's loop after each step.
             renamed["logit_scale"] = value.reshape(()).clamp(0.0, MAX_LOG_SCALE)
-        elif key != "text_encoder.fc.bias":  # zero here
+        else:
             unknown.append(key)
     if unknown:
         raise ValueError(

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
+
+from otter_openclip.flags import Command, run_command
+
+COMMANDS = {
+    "open-images": Command(
+        "otter_openclip.data.open_images",
+        "Google Open Images' test split, for zero-shot evaluation",
+    ),
+    "imagenet10k": Command(
+        "otter_openclip.data.imagenet10k",
+        "Tencent ML-Images' ImageNet part, for zero-shot evaluation",
+    ),
+    "cc3m": Command("otter_openclip.data.cc3m", "Conceptual Captions, for training"),
+    "yfcc15m": Command("otter_openclip.data.yfcc15m", "OpenAI's subset of YFCC100M, for training"),
+    "wit": Command("otter_openclip.data.wit", "Wikipedia image text, for training"),
+    "csv": Command(
+        "otter_openclip.data.csv_file", "any table of image paths and captions, for training"
+    ),
+    "inspect": Command(
+        "otter_openclip.data.inspect",
+        "counts, lengths, sizes, faults and a contact sheet of shards",
+    ),
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the subcommands to ``parser``."""
-    from otter_openclip.data import cc3m, csv_file, imagenet10k, inspect, open_images, wit, yfcc15m
-
-    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
-    for name, module, summary in (
-        ("open-images", open_images, "Google Open Images' test split, for zero-shot evaluation"),
-        ("imagenet10k", imagenet10k, "Tencent ML-Images' ImageNet part, for zero-shot evaluation"),
-        ("cc3m", cc3m, "Conceptual Captions, for training"),
-        ("yfcc15m", yfcc15m, "OpenAI's subset of YFCC100M, for training"),
-        ("wit", wit, "Wikipedia image text, for training"),
-        ("csv", csv_file, "any table of image paths and captions, for training"),
-        ("inspect", inspect, "counts, lengths, sizes, faults and a contact sheet of shards"),
-    ):
-        command = commands.add_parser(name, help=summary, description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(run_data=module.main)
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run the subcommand; returns its exit code."""
-    args.command = f"data {args.data_command}"  # for error messages
+def main(argv: Sequence[str]) -> int:
+    """Run one of the data commands; returns its exit code."""
     try:
-        return args.run_data(args)
+        return run_command("otter-openclip data", __doc__, COMMANDS, argv)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
         return 130

@@ -17,10 +17,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from otter_openclip.data import pairs, sources
-from otter_openclip.data.files import replacing
 from otter_openclip.data.options import existing_file
 from otter_openclip.data.shards import NOT_DOWNLOADED, Planner, Result
 from otter_openclip.data.tables import lines
+from otter_openclip.files import written_whole
 
 LABELS_FILE = "processed_labels.csv"
 # Of github.com/igorbrigadir/DownloadConceptualCaptions, which the reference uses; no header.
@@ -136,7 +136,7 @@ def write_labels(output: Path, result: Result) -> None:
     first = next(rows, None)
     if first is None:
         return
-    with replacing(output / LABELS_FILE, "w") as file:
+    with written_whole(output / LABELS_FILE, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["", "filename", "caption"])
         writer.writerow([0, *first])

@@ -13,8 +13,8 @@ import os
 import re
 from pathlib import Path
 
-from otter_openclip.data import multilabel
-from otter_openclip.data.multilabel import class_name
+from otter_openclip.data import labelled
+from otter_openclip.data.labelled import class_name
 from otter_openclip.data.options import existing_file
 from otter_openclip.data.tables import lines
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels", required=True, metavar="FILE", help="val_image_id_from_imagenet.txt"
     )
-    multilabel.add_image_options(
+    labelled.add_image_options(
         parser, "folder or archives of n01440764_10026.JPEG, in folders per synset or not"
     )
 
@@ -44,8 +44,8 @@ def main(args: argparse.Namespace) -> int:
     class_file = existing_file(args.classes, "--classes")
     label_file = existing_file(args.labels, "--labels")
     names = read_classes(class_file)
-    rows, without = multilabel.read_index_rows(label_file, len(names))
-    return multilabel.build(
+    rows, without = labelled.read_index_rows(label_file, len(names))
+    return labelled.build(
         args,
         {"classes": class_file, "labels": label_file},
         names,

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import textwrap
 import warnings
 from array import array
@@ -28,18 +29,18 @@ import braceexpand
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-from webdataset.tariterators import base_plus_ext
 
 from otter_openclip.data import sources
-from otter_openclip.data.files import write_json
-from otter_openclip.data.images import STOCK_FORMATS, UndecodableImageError, decode
+from otter_openclip.data.decoding import STOCK_FORMATS, UndecodableImageError, decode
 from otter_openclip.data.options import positive
 from otter_openclip.data.pool import default_workers, parallel_map
 from otter_openclip.data.shards import STATE_FOLDER
+from otter_openclip.files import write_json, written_whole
 
 THUMBNAIL = 160
 COLUMNS = 8
 _SHOWN_FAULTS = 10
+_KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's, which imports torch
 _STOCK_SUFFIXES = (*dict.fromkeys(STOCK_FORMATS.values()), "jpeg")
 
 
@@ -164,9 +165,10 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, sources.Member]]]:
     """Groups of consecutive members with one key, as webdataset forms them."""
     current, files = None, {}
     for member in sources.members(path):
-        key, suffix = base_plus_ext(member.name)
-        if key is None:
+        match = _KEY_AND_SUFFIX.match(member.name)
+        if match is None:
             continue
+        key, suffix = match.groups()
         if key != current or suffix.lower() in files:
             if current is not None:
                 yield current, files
@@ -365,9 +367,8 @@ def draw(chosen: Sequence[tuple[int, bytes, Any]], names: Sequence[str] | None, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that the font lacks show as boxes
         logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-        temporary = path.with_name(path.name + ".tmp")
-        figure.savefig(temporary, format="png", dpi=110, facecolor="white")
-        os.replace(temporary, path)
+        with written_whole(path) as file:
+            figure.savefig(file, format="png", dpi=110, facecolor="white")
     pyplot.close(figure)
 
 

@@ -12,8 +12,8 @@ import argparse
 import re
 from pathlib import Path
 
-from otter_openclip.data import multilabel
-from otter_openclip.data.multilabel import Row, class_name
+from otter_openclip.data import labelled
+from otter_openclip.data.labelled import Row, class_name
 from otter_openclip.data.options import existing_file
 from otter_openclip.data.tables import csv_rows, first_line, lines
 
@@ -21,7 +21,7 @@ from otter_openclip.data.tables import csv_rows, first_line, lines
 _MID = re.compile(r"/[a-z]/[0-9a-z_]+")
 _CLASS_HEADER = ["LabelName", "DisplayName"]
 _LABEL_COLUMNS = ("ImageID", "LabelName", "Confidence")
-_LAYOUTS = (lambda name: f"{name}.jpg", lambda name: f"{multilabel.SPLIT}/{name}.jpg")
+_LAYOUTS = (lambda name: f"{name}.jpg", lambda name: f"{labelled.SPLIT}/{name}.jpg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="test-annotations-human-imagelabels.csv, or goi_images.txt",
     )
-    multilabel.add_image_options(parser, "folder or archives of ImageID.jpg")
+    labelled.add_image_options(parser, "folder or archives of ImageID.jpg")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
         )
     else:
         rows, without = read_labels(label_file, mids, class_file)
-    return multilabel.build(
+    return labelled.build(
         args,
         {"classes": class_file, "labels": label_file},
         names,
@@ -150,4 +150,4 @@ def read_reference_labels(path: Path, classes: int) -> tuple[list[Row], int]:
     Raises:
         ValueError: naming the line, for a label outside the class list, no number, or a repeated image.
     """
-    return multilabel.read_index_rows(path, classes, lambda name: Path(name).stem)
+    return labelled.read_index_rows(path, classes, lambda name: Path(name).stem)

@@ -61,7 +61,7 @@ def build(
     """Build a training set; returns the command's exit code.
 
     Args:
-        args: the options of this module, and ``data_command``.
+        args: the options of this module, and ``command``.
         settings: flag -> value of the command's own options.
         inputs: files the result depends on.
         plan: fills the plan with pairs.
@@ -73,7 +73,7 @@ def build(
         raise ValueError(f"--seed must be at least 0, got {seed}")
     job = shards.Build(
         output=output,
-        command=args.data_command,
+        command=args.command,
         settings={
             **settings,
             "images": _absolute_all(args.images),

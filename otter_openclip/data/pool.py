@@ -24,7 +24,7 @@ def default_workers() -> int:
 
 
 def start_context() -> BaseContext:
-    """Forking saves each worker the import of torch; outside Linux it is not safe."""
+    """Forking saves each worker its imports; outside Linux it is not safe."""
     return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 

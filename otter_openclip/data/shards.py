@@ -33,9 +33,9 @@ import numpy as np
 from tqdm import tqdm
 
 from otter_openclip.data import sources
-from otter_openclip.data.files import replacing, sync_folder, write_json, write_text
-from otter_openclip.data.images import UndecodableImageError, prepare
+from otter_openclip.data.decoding import UndecodableImageError, prepare
 from otter_openclip.data.pool import start_context, worker_pool
+from otter_openclip.files import sync_folder, write_json, write_text, written_whole
 
 try:
     import fcntl
@@ -204,7 +204,7 @@ class Planner:
             os.fsync(file.fileno())
             file.close()
         for name, values in (("offsets", np.frombuffer(self._offsets, np.int64)), ("order", order)):
-            with replacing(self.folder / f"{name}.npy") as file:
+            with written_whole(self.folder / f"{name}.npy") as file:
                 np.save(file, values)
         return len(order), self._dropped_count
 
@@ -436,7 +436,7 @@ def _write_shard(number: int, bar: tqdm | None = None) -> None:
     build, state, plan, order, archives, progress, stop = _worker
     path = state / "shards" / f"{number}.tar"
     dropped, kept = [], 0
-    with replacing(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+    with written_whole(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for position in _positions(number, build.shard_size, len(order)):
             if stop.value:
                 raise RuntimeError("stopped")
@@ -596,7 +596,7 @@ def _write_dropped(
     output: Path, state: Path, reports: Iterable[tuple[int, dict[str, Any]]]
 ) -> None:
     planned = state / "plan-dropped.tsv"
-    with replacing(output / DROPPED_FILE, "w") as file:
+    with written_whole(output / DROPPED_FILE, "w") as file:
         file.write("sample\treason\tdetail\n")
         if planned.exists():
             with open(planned, encoding="utf-8", newline="") as before:

@@ -29,10 +29,10 @@ import braceexpand
 import numpy as np
 from tqdm import tqdm
 
-from otter_openclip.data.files import replacing
-from otter_openclip.data.images import UndecodableImageError
+from otter_openclip.data.decoding import UndecodableImageError
 from otter_openclip.data.pool import parallel_map
 from otter_openclip.data.tables import DAMAGED
+from otter_openclip.files import written_whole
 
 Locator = list[str] | list[int]
 
@@ -232,7 +232,7 @@ def unpacked(archives: Sequence[Path], folder: Path) -> list[Path]:
                 tqdm.wrapattr(
                     open(path, "rb"), "read", path.stat().st_size, desc=f"Unpacking {path.name}"
                 ) as packed,
-                replacing(target) as out,
+                written_whole(target) as out,
             ):
                 try:
                     with opener(packed) as plain:

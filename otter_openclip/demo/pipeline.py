@@ -27,6 +27,7 @@ from tqdm import tqdm
 from otter_openclip import OtterLoss
 from otter_openclip.demo import dataset
 from otter_openclip.demo.report import Row, draw, print_table
+from otter_openclip.files import write_json
 
 MODEL = "otter-glyph"
 KS = (1, 5, 10)
@@ -114,9 +115,7 @@ def run(output: str | Path, *, seed: int = 0, all_losses: bool = False, quick: b
         "blind_flat_hit": blind,
         "methods": {row.loss: row._asdict() for row in rows},
     }
-    temporary = output / "demo.json.tmp"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.replace(output / "demo.json")
+    write_json(output / "demo.json", report)
     print_table(rows, blind)
     print(
         f"\nOne seed ({seed}), {_steps(budget)} steps of batch {budget.batch}: a check of the whole "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,8 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from PIL import Image
+
+from otter_openclip.files import written_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -75,10 +76,9 @@ def draw(
     bars, heatmap = figure.subplots(1, 2, width_ratios=[1, 1.05])
     _draw_bars(bars, rows, steps, budget)
     _draw_targets(figure, heatmap, *batch)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary)
+    with written_whole(path) as file:
+        figure.savefig(file, format="png")
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def _draw_bars(axes: plt.Axes, rows: Sequence[Row], steps: int, budget: dict[str, Any]) -> None:

@@ -15,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from otter_openclip.data import shards, sources
-from otter_openclip.data.files import write_text
 from otter_openclip.data.options import MaxMissing, absolute, add_output, summary
 from otter_openclip.data.tables import lines
+from otter_openclip.files import write_text
 
 SPLIT = "test"
 TEMPLATE = "a photo of {c}."
@@ -78,7 +78,7 @@ def build(
     """Build a test set from its parsed metadata; returns the command's exit code.
 
     Args:
-        args: the options of `add_image_options`, and ``data_command``.
+        args: the options of `add_image_options`, and ``command``.
         metadata: flag -> file it was read from.
         classes: class names as they are to be prompted.
         rows: the images with labels, in order.
@@ -89,7 +89,7 @@ def build(
     output = Path(os.path.abspath(args.output))
     job = shards.Build(
         output=output,
-        command=args.data_command,
+        command=args.command,
         settings={
             **{flag: str(path) for flag, path in metadata.items()},
             "images": [absolute(path) for path in args.images],

@@ -1,0 +1,160 @@
+"""What is imported when, what commands say to unknown words, and open_clip's knowing our models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from patched import ROOT, environment
+
+from otter_openclip import cli, flags
+
+HEAVY = ("matplotlib", "open_clip", "open_clip_train", "clip_benchmark", "torch", "webdataset")
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+LOADED = f"""
+import atexit, sys
+atexit.register(lambda: print("loaded", *sorted({set(HEAVY)!r} & set(sys.modules))))
+"""
+COMMAND = LOADED + "from otter_openclip import cli; sys.exit(cli.main())"
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("--help", 0),
+        ("", 2),
+        ("dta", 2),
+        ("data --help", 0),
+        ("data", 2),
+        ("data cssv", 2),
+        *((f"data {name} --help", 0) for name in ("open-images", "imagenet10k", "cc3m", "wit")),
+        *((f"data {name} --help", 0) for name in ("yfcc15m", "csv", "inspect")),
+        ("data csv --captions nowhere.csv --output out", 2),
+        ("data csv --caption x", 2),
+        ("data cc3m --captions x --resize 0 --images a --output b", 2),
+        ("data inspect nowhere.tar", 2),
+        ("patch --help", 0),
+        ("patch open_clp", 2),
+        ("patch open_clip --target nowhere", 2),
+        ("patch open_clip", None),
+        ("demo --help", 0),
+    ],
+)
+def test_commands_that_need_no_torch_do_not_import_it(words, code):
+    done = python(COMMAND, *words.split())
+    assert done.stdout.splitlines()[-1].split() == ["loaded"], done.stdout[-500:]
+    assert code is None or done.returncode == code, done.stderr
+
+
+def test_building_and_looking_at_shards_import_no_torch(tmp_path):
+    from data_helpers import jpeg
+
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(jpeg(0, (8, 8)))
+    (tmp_path / "t.csv").write_text("filepath\ttitle\na.jpg\tone\nb.jpg\ttwo\n")
+    words = f"data csv --captions {tmp_path}/t.csv --output {tmp_path}/out --workers 2".split()
+    done = python(COMMAND, *words)
+    assert done.returncode == 0 and done.stdout.endswith("loaded\n"), done.stderr
+    draws = "from otter_openclip.data import inspect; inspect.draw = lambda *_: None\n"
+    words = f"data inspect {tmp_path}/out --sheet {tmp_path}/sheet.png --workers 1".split()
+    done = python(COMMAND.replace("from", draws + "from", 1), *words)
+    assert done.returncode == 0 and done.stdout.endswith("loaded\n"), done.stderr
+
+
+def test_the_package_imports_what_is_used():
+    done = python(
+        LOADED + "import otter_openclip; print(otter_openclip.__version__, dir(otter_openclip))"
+    )
+    assert done.stdout.endswith("loaded\n"), done.stderr
+    for name in ("DistillationLoss", "EmaTeacher", "LabelSmoothingLoss", "OtterLoss", "sinkhorn"):
+        assert repr(name) in done.stdout
+    with pytest.raises(AttributeError, match="no attribute 'OterLoss'"):
+        cli.sys.modules["otter_openclip"].OterLoss  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from otter_openclip import sinkhorn",
+        "from otter_openclip.losses import OtterLoss",
+        "from otter_openclip import *",
+    ],
+)
+def test_sinkhorn_is_the_function_whatever_is_imported_first(first):
+    done = python(
+        f"{first}\nimport otter_openclip\nprint(otter_openclip.sinkhorn.__class__.__name__)"
+    )
+    assert done.stdout == "function\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import otter_openclip, open_clip",
+        "import open_clip, otter_openclip",
+        "import otter_openclip.preprocessing",
+        # looked for but not imported, then a first attempt that fails
+        "import importlib.util, otter_openclip, sys\nimportlib.util.find_spec('open_clip')\n"
+        "sys.modules['open_clip.factory'] = None\n"
+        "try:\n    import open_clip\nexcept ImportError:\n    del sys.modules['open_clip.factory']",
+    ],
+)
+def test_open_clip_knows_our_models(code):
+    done = python(
+        f"{code}\nimport sys, open_clip, inspect, otter_openclip.models\n"
+        "assert 'otter-glyph' in open_clip.list_models()\n"
+        "paths = open_clip.factory._MODEL_CONFIG_PATHS\n"
+        "assert paths.count(otter_openclip.models.FOLDER) == 1, paths\n"
+        "assert not [f for f in sys.meta_path if 'otter' in type(f).__module__]\n"
+        "print(inspect.getsource(open_clip)[:4])"
+    )
+    assert done.returncode == 0 and done.stdout == "from\n", done.stderr
+
+
+def test_without_open_clip_the_package_can_be_imported():
+    done = python(
+        "import sys\nsys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
+        "import otter_openclip\ntry:\n    import open_clip\n"
+        "except ModuleNotFoundError as error:\n    print(error)"
+    )
+    assert done.stdout == "No module named 'open_clip'\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("dta inspect", "did you mean data?"),
+        ("exprt run out", "did you mean export?"),
+        ("data imagenet-10k", "did you mean imagenet10k?"),
+        ("data csv --captoins a --output b", "the following arguments are required: --captions"),
+        ("data csv --captions a --output b --shard-sise 3", "did you mean --shard-size?"),
+        ("patch clip-benchmark", "did you mean clip_benchmark?"),
+        ("convert a b --weights techer", "did you mean teacher?"),
+        ("zzz", "invalid choice: 'zzz'"),
+    ],
+)
+def test_the_nearest_name_is_suggested(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words.split())
+    assert message in capsys.readouterr().err
+
+
+def test_messages_that_name_nothing_near_stay():
+    for message in ("invalid choice: 'zzz' (choose from 'a', 'b')", "expected one argument"):
+        assert flags.name_nearest(message, ["--alpha"]) == message
+    quoted = "invalid choice: 'otterr' (choose from 'ls', 'otter')"
+    bare = "invalid choice: 'otterr' (choose from ls, otter)"  # Python 3.12 and later
+    for message in (quoted, bare):
+        assert flags.name_nearest(message, []) == f"{message} (did you mean otter?)"
