@@ -309,7 +309,6 @@ def test_works_with(pairs, tmp_path, extra):
     extra = [str(pairs / "00000.tar") if flag == "VAL" else flag for flag in extra]
     path = train(pairs, tmp_path, "--loss", "otter", "--epochs", "1", *extra) / "epoch_1.pt"
     checkpoint = load(path)
-    entry = checkpoint["otter"]
     for state in (checkpoint["state_dict"], checkpoint["state_dict_ema"]):
         assert all(value.isfinite().all() for value in state.values())
     assert checkpoint["state_dict"].keys() == checkpoint["state_dict_ema"].keys()

@@ -266,8 +266,8 @@ def _check_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace
     built_in = "text_cfg" in config and "hf_model_name" not in config["text_cfg"]
     if args.lock_text and not args.lock_text_freeze_layer_norm and built_in:
         parser.error(
-            "--lock-text needs --lock-text-freeze-layer-norm too: open_clip cannot leave the layer norms "
-            f"of {args.model}'s text tower unlocked; add it"
+            "--lock-text needs --lock-text-freeze-layer-norm too: open_clip cannot leave the layer "
+            f"norms of {args.model}'s text tower unlocked; add it"
         )
     # open_clip 4.x has neither of these two.
     if getattr(args, "horovod", False):
