@@ -29,7 +29,6 @@ def evaluation_transform(
     size: int = 224,
     mean: Sequence[float] = OPENAI_DATASET_MEAN,
     std: Sequence[float] = OPENAI_DATASET_STD,
-    interpolation: str = "bicubic",
 ) -> Compose:
     """The reference's test transform: shorter side to 256 (bicubic), centre crop of 224.
 
@@ -39,11 +38,10 @@ def evaluation_transform(
         size: of the crop; the shorter side becomes ``size / CROP_PCT``.
         mean: of the channels, in [0, 1].
         std: of the channels.
-        interpolation: "bicubic" or "bilinear".
     """
     return Compose(
         [
-            Resize(round(size / CROP_PCT), interpolation=InterpolationMode(interpolation)),
+            Resize(round(size / CROP_PCT), interpolation=InterpolationMode.BICUBIC),
             CenterCrop(size),
             _rgb,
             ToTensor(),
@@ -60,7 +58,8 @@ def training_transform(
 ) -> Compose:
     """The reference's training transform: shorter side to 256, random crop of 224, nothing else.
 
-    Arguments as of :func:`evaluation_transform`. The reference trains on YFCC with "bilinear".
+    Arguments as of :func:`evaluation_transform`, and the interpolation, "bicubic" or "bilinear", with
+    which the reference trains on YFCC.
     """
     return Compose(
         [
@@ -74,11 +73,15 @@ def training_transform(
 
 
 def reference_transforms(preprocess: Mapping[str, Any]) -> tuple[Compose, Compose]:
-    """Training and evaluation transform for open_clip's ``preprocess_cfg`` of a model."""
+    """Training and evaluation transform for open_clip's ``preprocess_cfg`` of a model.
+
+    Its interpolation is that of training; the reference evaluates with bicubic resizing throughout.
+    """
     size = preprocess["size"]
     if not isinstance(size, int):
         if len(set(size)) > 1:
             raise ValueError(f"--reference-crop crops squares, the model's image size is {size}")
         size = size[0]
-    arguments = (size, preprocess["mean"], preprocess["std"], preprocess["interpolation"])
-    return training_transform(*arguments), evaluation_transform(*arguments)
+    arguments = (size, preprocess["mean"], preprocess["std"])
+    training = training_transform(*arguments, preprocess["interpolation"])
+    return training, evaluation_transform(*arguments)

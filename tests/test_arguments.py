@@ -1,26 +1,32 @@
 """The command line: what is refused, before any data are read, and what the message says."""
 
+import json
+from argparse import Namespace
+
+import open_clip
 import pytest
 import torch
+from training_helpers import parse_args as parse
 
-from otter_openclip.training import arguments, open_clip_v3
-
-
-def parse(*words):
-    from open_clip_train import params
-
-    with arguments.parser_replaced(arguments.parse):
-        return params.parse_args(list(words))
+from otter_openclip.training import open_clip_v3, train_flags
+from otter_openclip.training.objectives import create_loss
+from otter_openclip.training.plugin import TrainingPlugin
+from otter_openclip.training.seam import Run
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--loss", "ottr"], "invalid choice: 'ottr'"),
+        (["--loss", "otterr"], "did you mean otter?"),
+        (["--loss", "otter", "--model", "RN5O"], "knows no --model RN5O; did you mean RN50"),
+        (["--model", "ViT-B/23"], "knows no --model ViT-B/23; did you mean ViT-B-"),
         (["--loss", "otter", "--sinkhorn-lamda", "0.1"], "did you mean --sinkhorn-lambda?"),
         (["--loss", "otter", "--batchsize", "64"], "did you mean --batch-size?"),
         (["--loss", "otter", "--alpha", "1.5"], "--alpha: must be at least 0 and at most 1, got 1.5"),
-        (["--loss", "otter", "--sinkhorn-lambda", "0"], "--sinkhorn-lambda: must be above 0, got 0"),
+        (["--loss", "otter", "--sinkhorn-lambda", "0"], "must be at least 0.001, got 0"),
+        (["--loss", "otter", "--sinkhorn-lambda", "1e-40"], "must be at least 0.001, got 1e-40"),
+        (["--loss", "ls", "--loss-impl", "plain"], "it needs --loss kd or --loss otter"),
+        (["--loss", "otter", "--lock-text"], "add it"),
         (["--loss", "otter", "--sinkhorn-iter", "2.5"], "expected a whole number, got '2.5'"),
         (["--loss", "otter", "--ema-decay", "high"], "expected a number, got 'high'"),
         (["--loss", "otter", "--ot-scope", "node"], "invalid choice: 'node'"),
@@ -56,7 +62,7 @@ def test_other_open_clip_releases_are_refused(version, monkeypatch):
 
 def test_defaults_are_the_papers():
     args = parse("--loss", "otter")
-    assert arguments.settings(args) == {
+    assert train_flags.settings(args) == {
         "loss": "otter",
         "alpha": 0.5,
         "ema_decay": 0.999,
@@ -107,7 +113,41 @@ def test_help_lists_both(capsys):
 def test_without_a_list_the_command_line_is_parsed(monkeypatch):
     """As open_clip_train's own ``parse_args(None)`` does."""
     monkeypatch.setattr("sys.argv", ["train", "--loss", "otter", "--alpha", "0.3"])
-    from open_clip_train import params
+    assert Run(TrainingPlugin()).parse_args(None).alpha == 0.3
 
-    with arguments.parser_replaced(arguments.parse):
-        assert params.parse_args(None).alpha == 0.3
+
+def test_an_abbreviated_flag_is_that_flag(tmp_path):
+    """As argparse has it: taken as the whole flag, never accepted and ignored."""
+    (tmp_path / "recipe.yaml").write_text("loss: otter\nsinkhorn-lambda: 0.3\n")
+    for words in (["--conf"], ["--confi"], ["--config"]):
+        args = parse(*words, str(tmp_path / "recipe.yaml"))
+        assert (args.loss, args.sinkhorn_lambda) == ("otter", 0.3)
+    assert (
+        parse("--conf=" + str(tmp_path / "recipe.yaml"), "--sinkhorn-l", "0.2").sinkhorn_lambda
+        == 0.2
+    )
+    assert parse("--loss", "kd", "--distill-T", "20").distill_T_t == 20
+
+
+def test_coefficients_are_the_losss_own_by_default():
+    for loss, coef in (("kd", 0.0), ("otter", 1.0)):
+        args = parse("--loss", loss)
+        assert args.vv_coef == args.tt_coef == coef
+        made = create_loss(Namespace(**vars(args) | {"device": "cpu", "rank": 0, "world_size": 1}))
+        assert made.vv_coef == made.tt_coef == coef
+    assert parse("--loss", "kd", "--vv-coef", "1").vv_coef == 1.0
+
+
+@pytest.mark.parametrize("loss", ["ls", "kd", "otter"])
+def test_a_logit_bias_is_refused_through_any_schema(loss, tmp_path, capsys, pairs):
+    """In the folder's JSON before anything is read; and where only the model tells, before the data."""
+    siglip = open_clip.get_model_config("ViT-B-16-SigLIP")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": siglip}))
+    with pytest.raises(SystemExit):
+        parse("--loss", loss, "--model", f"local-dir:{tmp_path}")
+    assert "it has a logit bias" in capsys.readouterr().err
+    model = open_clip.create_model("tiny-vit", init_logit_bias=-10.0)
+    plugin = TrainingPlugin("train")
+    args = Run(plugin).parse_args(["--loss", loss, "--model", "tiny-vit"])
+    with pytest.raises(SystemExit, match=f"train: error: --loss {loss} .* it has a logit bias"):
+        plugin.setup_model(args, model, None, None)

@@ -52,7 +52,7 @@ def test_features_preprocessing_and_tokens_are_the_runs(run, tmp_path, weights):
     checkpoint = load(run / "checkpoints" / "epoch_1.pt")
     state = {
         "student": checkpoint["state_dict"],
-        "teacher": checkpoint["optimizer"]["otter"]["teacher"],
+        "teacher": checkpoint["state_dict_ema"],
     }[weights]
     out = export_checkpoint(run, tmp_path / "deep" / "out", weights=weights)
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")

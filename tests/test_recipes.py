@@ -8,23 +8,22 @@ import open_clip
 import pytest
 import torch
 import yaml
-from open_clip_train import params
 from PIL import Image
+from torchvision.transforms import Resize
 from training_helpers import load, train
+from training_helpers import parse_args as parse
 from transformers import AutoConfig, BertConfig, RobertaConfig
 
 from otter_openclip.checkpoints.convert import TEXT_TOWERS
 from otter_openclip.checkpoints.export import export_checkpoint
-from otter_openclip.preprocessing import evaluation_transform, training_transform
-from otter_openclip.training import arguments
+from otter_openclip.preprocessing import (
+    evaluation_transform,
+    reference_transforms,
+    training_transform,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
-
-
-def parse(*words):
-    with arguments.parser_replaced(arguments.parse):
-        return params.parse_args(list(words))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -65,7 +64,7 @@ def test_flags_win_over_the_recipe(tmp_path):
     ("text", "message"),
     [
         ("sinkhorn-lamda: 0.1", "unknown key 'sinkhorn-lamda'; did you mean sinkhorn-lambda?"),
-        ("loss: otter\nsinkhorn-lambda: 0", "--sinkhorn-lambda: must be above 0, got 0"),
+        ("loss: otter\nsinkhorn-lambda: 0", "--sinkhorn-lambda: must be at least 0.001, got 0"),
         ("loss: oter", "invalid choice: 'oter'"),
         ("loss: ls\nalpha: 0.2", "--alpha has no meaning with --loss ls"),
         ("local-loss: 1", "local-loss is a switch: true or false, got 1"),
@@ -143,6 +142,16 @@ def test_transforms_resize_to_256_and_crop_224():
     assert training_transform(64)(Image.new("L", (500, 90))).shape == (3, 64, 64)
 
 
+def test_evaluation_is_bicubic_whatever_training_resizes_with():
+    """As the reference, and ``eval --reference_crop``; YFCC trains with bilinear resizing."""
+    preprocess = {"size": 64, "mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bilinear"}
+    training, evaluation = reference_transforms(preprocess)
+    resizes = [
+        next(t for t in x.transforms if isinstance(t, Resize)) for x in (training, evaluation)
+    ]
+    assert [resize.interpolation.value for resize in resizes] == ["bilinear", "bicubic"]
+
+
 def test_training_from_a_recipe_and_export(pairs, tmp_path):
     recipe = {
         "loss": "otter",
@@ -152,7 +161,7 @@ def test_training_from_a_recipe_and_export(pairs, tmp_path):
     }
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     folder = train(pairs, tmp_path, "--config", str(tmp_path / "r.yaml"), "--epochs", "1")
-    assert load(folder / "epoch_1.pt")["optimizer"]["otter"]["settings"]["loss"] == "otter"
+    assert load(folder / "epoch_1.pt")["otter"]["settings"]["loss"] == "otter"
     assert not (folder / "epoch_2.pt").exists()
     lines = []
     out = export_checkpoint(tmp_path / "run", tmp_path / "out", report=lines.append)

@@ -137,3 +137,47 @@ def test_another_model_is_refused():
         teacher.update(nn.Linear(2, 3))
     with pytest.raises(ValueError, match="decay must lie in"):
         EmaTeacher(nn.Linear(1, 1), 1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("eval_mode", [False, True])
+def test_it_goes_on_exactly_from_its_saved_parts(eval_mode, dtype):
+    """Weights, and the rest after them, as a checkpoint has them; counted or told the steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).to(dtype)
+    teacher, other = (EmaTeacher(model, eval_mode=eval_mode) for _ in range(2))
+
+    def step(*teachers, **told):
+        with torch.no_grad():
+            for param in model.parameters():
+                param += 1e-3 * torch.randn_like(param)
+        x = torch.randn(5, 3).to(dtype)
+        model(x)
+        for each in teachers:
+            each.module(x)
+            each.update(model, **told)
+
+    for count in range(1, 30):
+        step(teacher, **({"step": count} if count % 2 else {}))
+        assert teacher.num_updates == count + 1
+    other.module.load_state_dict(teacher.module.state_dict())
+    other.set_extra_state(teacher.get_extra_state())
+    step(teacher, other)
+    one, two = teacher.state_dict(), other.state_dict()
+    masters, others = (state.pop("_extra_state")["masters"] for state in (one, two))
+    assert one.keys() == two.keys() and masters.keys() == others.keys()
+    assert len(masters) == (0 if dtype == torch.float32 else 4)
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
+    assert all(torch.equal(v, others[k]) for k, v in masters.items())
+
+
+@pytest.mark.parametrize("decay", [0.999, 0.9, 0.3, 0.0])
+def test_decay_is_the_papers(decay):
+    model = nn.Linear(1, 1, bias=False)
+    for n in (*range(2, 40), 9_000, 10**6):
+        nn.init.zeros_(model.weight)
+        teacher = EmaTeacher(model, decay)
+        nn.init.ones_(model.weight)
+        teacher.update(model, step=n - 1)
+        expected = 1 - min(decay, (1 + n) / (10 + n))
+        assert teacher.module.weight.item() == pytest.approx(expected, rel=1e-5)

@@ -23,6 +23,14 @@ COMMON = {
 }
 
 
+def parse_args(*argv: str, prog: str | None = None) -> Any:
+    """The command's parsed arguments, as its ``main`` gets them."""
+    from otter_openclip.training.plugin import TrainingPlugin
+    from otter_openclip.training.seam import Run
+
+    return Run(TrainingPlugin(prog)).parse_args(list(argv))
+
+
 def flags(pairs: Path, logs: Path, *extra: str, csv: bool = False) -> list[str]:
     """A full command line; ``extra`` flags override the common ones."""
     data = str(pairs / "pairs.csv") if csv else str(pairs / "{00000..00001}.tar")

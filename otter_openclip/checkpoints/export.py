@@ -35,6 +35,7 @@ from otter_openclip.checkpoints.folder import (
     read_file,
     write_folder,
 )
+from otter_openclip.checkpoints.layout import ENTRY, TEACHER, upgraded
 from otter_openclip.preprocessing import CROP_PCT
 
 WEIGHTS = ("student", "teacher")
@@ -275,19 +276,15 @@ def _read_weights(path: Path, weights: str) -> dict[str, Tensor]:
     if weights == "student":
         state = contents.get("state_dict", contents)
     else:
-        optimizer = contents.get("optimizer")
-        entry = optimizer.get("otter", {}) if isinstance(optimizer, Mapping) else {}
-        # Under open_clip 4.x the teacher is the checkpoint's own EMA.
-        teacher = entry.get("teacher")
-        if teacher is None and "teacher_state" in entry:
-            teacher = contents.get("state_dict_ema")
-        if teacher is None:
+        contents = upgraded(contents)
+        entry = contents.get(ENTRY, {})
+        if "teacher_state" not in entry:
             loss = entry.get("settings", {}).get("loss", "clip")
             raise ValueError(
                 f"{path} has no EMA teacher (its run used --loss {loss}, or a fixed teacher); only "
                 "--loss kd and otter without --distill-model have one; use --weights student"
             )
-        state = teacher
+        state = contents[TEACHER]
     return check_state(state, path, weights)
 
 
