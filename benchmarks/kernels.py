@@ -12,51 +12,28 @@ import sys
 from typing import Any
 
 import torch
-from otter_openclip.blocks import RowTiles
-from otter_openclip.objective import TeacherFeatures, float32_math
 
 from benchmarks import common
-from otter_openclip import kernels
-from otter_openclip.sinkhorn import LogPlans, ScalingPlans
+from otter_openclip import OtterLoss
+from otter_openclip.fast import engine
+from otter_openclip.precision import float32_math
 
-EPSILON, ITERATIONS = 0.15, 5
+ITERATIONS = 5
 
 
 def solvers(count: int, width: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Calls that solve both plans of one batch, streaming."""
+    """Calls that solve both plans of one batch, streaming: tiles in both forms, and Triton."""
     _, _, images, texts = common.features(count, width, device, dtype)
-    full = [x.float() for x in (images, texts, images, texts)]
-    teacher = TeacherFeatures(*full, None, 1.0, 1.0, EPSILON, ITERATIONS, False)
-    bound = 3 / EPSILON
+    teacher = (images, texts)
 
-    def tiles(*, exponential: bool) -> RowTiles:
-        def fill(part: slice, out: torch.Tensor) -> None:
-            teacher.similarity(part, out).sub_(bound)
-            if exponential:
-                out.exp_()
-
-        return RowTiles(fill, count, count, full[0], keep=False)
-
-    def triton() -> None:
-        plans = kernels.TritonPlans(
-            *(tiles(exponential=False), full[0]),
-            rows=(images, texts),
-            columns=(images, texts),
-            coefs=(1 / EPSILON, 1 / EPSILON, 1 / EPSILON),
-            shift=bound,
-            diagonal=None,
-            both=True,
-        )
-        plans.solve(ITERATIONS)
+    def solve(epsilon: float, half: torch.dtype | None) -> None:
+        loss = OtterLoss(epsilon=epsilon, iterations=ITERATIONS)
+        engine._solved_plans(loss, teacher, 0, False, half)
 
     return {
-        "tiles, scaling": lambda: ScalingPlans(tiles(exponential=True), full[0], both=True).solve(
-            ITERATIONS
-        ),
-        "tiles, log domain": lambda: LogPlans(tiles(exponential=False), full[0], both=True).solve(
-            ITERATIONS
-        ),
-        "triton": triton,
+        "tiles, scaling": lambda: solve(0.15, None),
+        "tiles, log domain": lambda: solve(0.05, None),
+        "triton": lambda: solve(0.15, torch.bfloat16),
     }
 
 

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.loss`` compares, in one process and in turn,
 
-* ``plain``: the published formulas written out (``benchmarks.plain``);
-* ``dense`` and ``streaming``: ``OtterLoss``;
+* ``plain``: ``OtterLoss(impl="plain")``, the published formulas written out;
+* ``dense`` and ``streaming``: the same loss by the other implementations;
 * ``clip`` and ``distill``: open_clip's ``ClipLoss`` and ``DistillClipLoss``;
 
 then the transport plan alone against POT and geomloss (``pip install .[benchmarks]``), and with
@@ -21,7 +21,6 @@ import torch
 from open_clip.loss import ClipLoss, DistillClipLoss
 
 from benchmarks import common
-from benchmarks.plain import plain_otter
 from otter_openclip import OtterLoss, sinkhorn
 
 WIDTH = 512
@@ -41,13 +40,10 @@ def contestant(name: str, count: int, device: str, dtype: torch.dtype) -> Callab
     scale = torch.tensor(30.0, device=device, requires_grad=True)
     distill = torch.tensor(49.4, device=device, requires_grad=True)
     teacher = (teacher_images, teacher_texts)
-    if name in ("dense", "streaming"):
+    if name in ("plain", "dense", "streaming"):
         loss = OtterLoss(impl=name).to(device)
 
     def total() -> Any:
-        if name == "plain":
-            full = (x.float() for x in (images, texts))
-            return plain_otter(*full, scale, *(x.float() for x in teacher), distill)
         if name == "clip":
             return ClipLoss()(images.float(), texts.float(), scale)
         if name == "distill":
