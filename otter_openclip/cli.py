@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(argv[1:])
     if argv[:1] == ["eval"]:
         # Likewise clip_benchmark's.
-        from otter_openclip.evaluation.command import main as evaluate
+        from otter_openclip.evaluation.eval import main as evaluate
 
         return evaluate(argv[1:])
 

@@ -1,19 +1,13 @@
-"""Multi-label webdatasets: the two with a name of their own, and what is asked of any."""
+"""Folders of multi-label webdatasets, and the two that have a name of their own. Imports no torch."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import tempfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_benchmark.datasets.builder import build_wds_dataset
-
-NAMED_DATASETS = ("goi", "imagenet10k")
 CLASSES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
+NAMED_DATASETS = ("goi", "imagenet10k")
 
 
 class Names(list):
@@ -38,73 +32,53 @@ def named_root(name: str, root: str, split: str) -> str:
     Raises:
         ValueError: if neither is one.
     """
+    folders = [Path(root), Path(root) / name]
+    counts = [folder / split / "nshards.txt" for folder in folders]
+    for folder, count in zip(folders, counts, strict=True):
+        if count.is_file():
+            return str(folder)
     if "://" in root:
         return root
-    candidates = [Path(root), Path(root) / name]
-    for folder in candidates:
-        if (folder / split / "nshards.txt").is_file():
-            return str(folder)
     raise ValueError(
-        f"no webdataset of {name}: neither {candidates[0] / split / 'nshards.txt'} nor "
-        f"{candidates[1] / split / 'nshards.txt'} exists; give its folder, or the one it is in, with "
-        "--dataset_root"
+        f"no webdataset of {name}: neither {counts[0]} nor {counts[1]} exists; give its folder, or the "
+        "one it is in, with --dataset_root"
     )
 
 
-def check_root(root: str, split: str) -> None:
-    """Raise ValueError if there is no webdataset in the local folder ``root``."""
-    count = Path(root) / split / "nshards.txt"
-    if "://" not in root and not count.is_file():
-        raise ValueError(
-            f"{root} is no clip_benchmark webdataset: {count} is missing; correct --dataset_root (it "
-            "may contain {dataset}) or --split"
-        )
+def check_webdataset(
+    root: str, split: str, *, names: bool = True, templates: bool = True, flag: str | None = None
+) -> None:
+    """Look for the text files of a webdataset for zero-shot classification.
 
-
-def open_named(
-    name: str,
-    *,
-    root: str,
-    transform: Any,
-    split: str,
-    wds_cache_dir: str | None = None,
-    custom_classname_file: str | None = None,
-    custom_template_file: str | None = None,
-    **_: Any,
-) -> Any:
-    """The webdataset of ``name``, from the arguments of clip_benchmark's ``build_dataset``.
+    Args:
+        root: its folder; for ``eval``, addresses are passed over.
+        split: of the shards.
+        names: whether there must be class names.
+        templates: whether there must be templates.
+        flag: by which ``root`` was given, if not to ``eval``.
 
     Raises:
-        ValueError: if it is not there, or its class names or templates are neither there nor given.
+        ValueError: naming the file that is missing and what to do about it.
     """
-    root = named_root(name, root, split)
-    dataset = build_wds_dataset(name, transform, split, root, wds_cache_dir)
-    if dataset.classes is None and not custom_classname_file:
-        raise ValueError(f"Classes not specified for {name}: {classes_missing(root)}")
-    if dataset.templates is None and not custom_template_file:
-        raise ValueError(f"Templates not specified for {name}: {templates_missing(root)}")
-    shorten_names(dataset)
-    return dataset
-
-
-def classes_missing(root: str) -> str:
-    """What to do about it."""
-    return (
-        f"{Path(root) / CLASSES_FILE} is missing; write it with one class a line, or pass "
-        "--custom_classname_file"
-    )
-
-
-def templates_missing(root: str) -> str:
-    """What to do about it."""
-    return f"{Path(root) / TEMPLATES_FILE} is missing; pass --templates, e.g. --templates simple"
-
-
-@contextlib.contextmanager
-def templates_file(templates: Sequence[str]) -> Iterator[str]:
-    """Path of ``templates`` as ``--custom_template_file``, for any dataset."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
-        # Of any dataset: the key that clip_benchmark falls back on.
-        json.dump({"imagenet1k": list(templates)}, file)
-        file.flush()
-        yield file.name
+    if flag is None and "://" in root:
+        return
+    hint = "" if flag else "; correct it (it may contain {dataset}) or --split"
+    or_names = "" if flag else "pass --custom_classname_file, or "
+    or_templates = "" if flag else "pass --templates, or "
+    given = f"{flag or '--dataset_root'} {root}"
+    count = Path(root) / split / "nshards.txt"
+    if not count.is_file():
+        raise ValueError(
+            f"{given} is no clip_benchmark webdataset: {count} is missing; otter-openclip data "
+            f"open-images and imagenet10k write such folders{hint}"
+        )
+    for path, needed, fix in (
+        (Path(root) / CLASSES_FILE, names, f"{or_names}write it with one class a line"),
+        (
+            Path(root) / TEMPLATES_FILE,
+            templates,
+            f"{or_templates}write 'a photo of {{c}}.' into it",
+        ),
+    ):
+        if needed and not path.is_file():
+            raise ValueError(f"{given}: {path} is missing; {fix}")

@@ -14,11 +14,17 @@ from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 from torch import nn
 
+from otter_openclip.evaluation.classifier import class_features
+from otter_openclip.evaluation.datasets import check_webdataset
+from otter_openclip.evaluation.labelled_images import (
+    MultiLabelImages,
+    encode_images,
+    is_multilabel,
+)
+from otter_openclip.evaluation.metrics import KS, multilabel_metrics
+from otter_openclip.evaluation.prompts import class_prompts
 from otter_openclip.teacher import unwrap
 from otter_openclip.training import files
-from otter_openclip.zeroshot.classifier import check_classnames, class_features, make_prompts
-from otter_openclip.zeroshot.images import MultiLabelImages, encode_images, is_multilabel
-from otter_openclip.zeroshot.metrics import KS, multilabel_metrics
 
 BEST = "best.pt"
 CRITERION = "zeroshot-flat_hit@1"
@@ -26,12 +32,7 @@ CRITERION = "zeroshot-flat_hit@1"
 
 def check_folder(folder: str) -> None:
     """Raise ValueError unless ``folder`` looks like a clip_benchmark webdataset."""
-    count = Path(folder) / "test" / "nshards.txt"
-    if not count.is_file():
-        raise ValueError(
-            f"--zeroshot-data {folder} is no clip_benchmark webdataset: {count} is missing; "
-            "otter-openclip data open-images and imagenet10k write such folders"
-        )
+    check_webdataset(folder, "test", flag="--zeroshot-data")
 
 
 class ZeroShotEvaluation:
@@ -57,9 +58,7 @@ class ZeroShotEvaluation:
                 f"--zeroshot-data {folder} is not multi-label (dataset_type.txt says so); F@K needs "
                 "label vectors"
             )
-        names = self.dataset.classes
-        check_classnames(names, str(Path(folder) / "classnames.txt"))
-        self.prompts = make_prompts(names, self.dataset.templates)
+        self.prompts = class_prompts(self.dataset)
         self._images().check()
 
     def _images(self) -> MultiLabelImages:

@@ -1,0 +1,227 @@
+"""``otter-openclip eval``: ``clip_benchmark eval`` that also evaluates thousands of classes.
+
+``clip_benchmark.cli.main`` runs as it is, with these names replaced while it runs:
+
+==================================== ================================================================
+``ArgumentParser.parse_args``        while the line is parsed: also knows the flags of ``run.py``
+``ArgumentParser.error``             likewise: names the flag nearest to an unknown one
+``cli.get_parser_args``              so that the two above end with the parsing
+``cli.main_eval``                    ``--templates``; meets the other processes of ``--distributed``
+``cli.run``                          slashes of a model's name stay out of the output's name; under
+                                     ``--distributed`` every rank takes part in multi-label runs
+``cli.load_clip``                    the model's transform is kept for multi-label runs
+``cli.build_dataset``                knows ``goi`` and ``imagenet10k``; says which text file is missing
+``zeroshot_classification.evaluate`` multi-label webdatasets are evaluated by ``run.py``
+``zeroshot_classification.float``    NumPy 2.4 and later refuse the one-element array it is given
+``cli.open``                         results are written whole or not at all, by rank 0 only
+``plugins.find_entry_points``        of a patched clip_benchmark: it would find the same names again
+``sys.argv``                         where clip_benchmark reads its line
+==================================== ================================================================
+
+Everything else, single-label classification and retrieval too, is clip_benchmark's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import contextlib
+import functools
+import io
+import itertools
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+from clip_benchmark import cli
+from clip_benchmark.datasets.builder import build_wds_dataset
+from clip_benchmark.metrics import zeroshot_classification as stock_classification
+from torch import nn
+
+from otter_openclip.evaluation import run
+from otter_openclip.evaluation.datasets import (
+    NAMED_DATASETS,
+    check_webdataset,
+    named_root,
+    shorten_names,
+)
+from otter_openclip.evaluation.labelled_images import is_multilabel
+from otter_openclip.files import written_whole
+from otter_openclip.flags import name_nearest
+from otter_openclip.replacing import replaced
+
+PACKAGE = "otter-openclip"
+# Tasks that need class names and templates.
+CLASSIFICATION = ("zeroshot_classification", "linear_probe")
+
+# Taken before anything is replaced.
+_stock_parse_args = argparse.ArgumentParser.parse_args
+_stock_get_parser_args = cli.get_parser_args
+_stock_main_eval = cli.main_eval
+_stock_run = cli.run
+_stock_load_clip = cli.load_clip
+_stock_build_dataset = cli.build_dataset
+_stock_evaluate = stock_classification.evaluate
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate with clip_benchmark's flags and those of ``run.py``; returns the exit code."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    command = _Command()
+    replacements = [
+        (sys, "argv", ["otter-openclip", "eval", *argv]),
+        (cli, "get_parser_args", _get_parser_args),
+        (cli, "main_eval", command.main_eval),
+        (cli, "run", command.run),
+        (cli, "load_clip", command.load_clip),
+        (cli, "build_dataset", command.build_dataset),
+        (cli, "open", command.open),
+        (stock_classification, "evaluate", command.evaluate),
+        (stock_classification, "float", _float),
+    ]
+    if hasattr(cli, "plugins"):
+        others = functools.partial(_others, cli.plugins.find_entry_points)
+        replacements.append((cli.plugins, "find_entry_points", others))
+    try:
+        with replaced(*replacements):
+            cli.main()
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        print(f"otter-openclip eval: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if command.world_size > 1:
+            dist.destroy_process_group()
+    return 0
+
+
+def _get_parser_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser
+    with replaced((parser, "parse_args", _parse_args), (parser, "error", _error)):
+        return _stock_get_parser_args()
+
+
+def _parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    run.add_arguments(_eval_parser(parser))
+    return _stock_parse_args(parser)
+
+
+def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    parser = _eval_parser(parser)
+    message = name_nearest(message, parser._option_string_actions)
+    parser.exit(2, f"{parser.prog}: error: {message}\nSee {parser.prog} --help for all flags.\n")
+
+
+def _eval_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    return parser._subparsers._group_actions[0].choices["eval"] if parser._subparsers else parser
+
+
+def _others(find: Callable[[str], dict[str, dict[str, Any]]], group: str) -> dict[str, Any]:
+    """What packages other than this one provide: name -> package -> entry point."""
+    found = {
+        name: {package: point for package, point in packages.items() if package != PACKAGE}
+        for name, packages in find(group).items()
+    }
+    return {name: packages for name, packages in found.items() if packages}
+
+
+def _float(value: Any) -> float:
+    """``float`` that also takes an array of shape (1,)."""
+    return builtins.float(value.item() if hasattr(value, "item") else value)
+
+
+class _Command:
+    """One run of the command: what its replaced functions must know of each other."""
+
+    def __init__(self) -> None:
+        self.args: argparse.Namespace | None = None
+        self.transform: Any = None
+        self.rank, self.world_size = 0, 1
+        self.together = False  # whether all ranks work on the present run
+        self.turns: Iterator[int] = itertools.cycle([0])  # the ranks that have the other runs
+
+    def main_eval(self, base: argparse.Namespace) -> None:
+        self.args = base
+        if "{" not in (folder := os.path.dirname(base.output)) and folder:
+            os.makedirs(folder, exist_ok=True)
+        if base.distributed:
+            # clip_benchmark deals whole runs out to ranks; here each rank sees all of them, see ``run``.
+            self.rank, self.world_size = run.join_ranks()
+            self.turns = itertools.cycle(range(self.world_size))
+            base.distributed = False
+        with run.templates_given(base):
+            _stock_main_eval(base)
+        if self.world_size > 1:
+            dist.barrier()
+
+    def run(self, args: argparse.Namespace) -> Any:
+        self.args = args
+        args.output = args.output.replace("{model}", args.model.replace("/", "_"))
+        if self.world_size > 1:
+            self.together = self._is_multilabel(args)
+            if self.together:
+                args.verbose = args.verbose and self.rank == 0
+            elif next(self.turns) != self.rank:
+                return None
+        return _stock_run(args)
+
+    def _is_multilabel(self, args: argparse.Namespace) -> bool:
+        classification = args.task in ("auto", "zeroshot_classification")
+        if args.dataset in NAMED_DATASETS or not classification:
+            return classification
+        if not args.dataset.startswith("wds/"):
+            return False
+        name = args.dataset.removeprefix("wds/")
+        root = args.dataset_root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
+        self._check(root, args.split, classification=True)
+        return is_multilabel(build_wds_dataset(name, None, args.split, root))
+
+    def _check(self, root: str, split: str, *, classification: bool) -> None:
+        names, templates = self.args.custom_classname_file, self.args.custom_template_file
+        check_webdataset(
+            root,
+            split,
+            names=classification and not names,
+            templates=classification and not templates,
+        )
+
+    def load_clip(self, **kwargs: Any) -> tuple[Any, ...]:
+        model, self.transform, tokenizer = _stock_load_clip(**kwargs)
+        if self.args.reference_crop:
+            self.transform = run.reference_crop(model)
+        return model, self.transform, tokenizer
+
+    def build_dataset(self, **kwargs: Any) -> Any:
+        name, split = kwargs["dataset_name"], kwargs.get("split", "test")
+        if name in NAMED_DATASETS:
+            root = named_root(name, kwargs["root"], split)
+            kwargs |= {"dataset_name": f"wds/{name}", "root": root}
+        if kwargs["dataset_name"].startswith("wds/"):
+            task = kwargs.get("task", "zeroshot_classification")
+            self._check(kwargs["root"], split, classification=task in CLASSIFICATION)
+        dataset = _stock_build_dataset(**kwargs)
+        if is_multilabel(dataset):
+            shorten_names(dataset)
+        return dataset
+
+    def evaluate(
+        self, model: nn.Module, dataloader: Any, tokenizer: Any, *names: Any, **options: Any
+    ) -> dict[str, float]:
+        if not is_multilabel(dataloader.dataset):
+            return _stock_evaluate(model, dataloader, tokenizer, *names, **options)
+        ranks = (self.rank, self.world_size) if self.together else (0, 1)
+        return run.evaluate(model, dataloader.dataset, self.transform, tokenizer, self.args, *ranks)
+
+    @contextlib.contextmanager
+    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Iterator[Any]:
+        if "w" not in mode:
+            with builtins.open(path, mode, *args, **kwargs) as file:
+                yield file
+        elif self.together and self.rank > 0:
+            yield io.StringIO()
+        else:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            with written_whole(path, mode) as file:
+                yield file
