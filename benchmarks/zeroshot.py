@@ -31,8 +31,7 @@ from clip_benchmark.metrics import zeroshot_classification as stock
 from torch import Tensor
 
 from benchmarks import common
-from otter_openclip.evaluation import multilabel_metrics
-from otter_openclip.zeroshot import classifier
+from otter_openclip.evaluation import classifier, multilabel_metrics
 
 GOI = (125_436, 19_994)
 WIDTH = 768
@@ -152,7 +151,7 @@ def encoding(name: str, count: int, rounds: int) -> list[dict[str, Any]]:
     tokenizer = open_clip.get_tokenizer(name)
     every = open_clip.IMAGENET_CLASSNAMES
     names = list(dict.fromkeys(every[:: max(1, len(every) // count)]))[:count]
-    prompts = classifier.make_prompts(names, [TEMPLATE])
+    prompts = [(TEMPLATE.format(c=name),) for name in names]
 
     def batched() -> Tensor:
         return classifier.class_features(model, tokenizer, prompts, device="cpu")

@@ -23,9 +23,8 @@ from safetensors.torch import save_file
 
 from otter_openclip import cli
 from otter_openclip.checkpoints.export import export_checkpoint
-from otter_openclip.evaluation import class_cache, classifier, multilabel_metrics, prompts, run
+from otter_openclip.evaluation import classifier, multilabel_metrics, run
 from otter_openclip.preprocessing import evaluation_transform
-
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
@@ -313,7 +312,7 @@ def test_reference_crop(ours, model, data, monkeypatch):
     monkeypatch.setattr(run, "encode_images", keep)
     ours()
     ours("--reference_crop")
-    plain, cropped = (found.features for found in seen)
+    plain, cropped = (features for features, _ in seen)
     network, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model}")
     first = Image.open(io.BytesIO(shards()[0]["0000.png"]))
     for features, transform in ((plain, preprocess), (cropped, evaluation_transform(32))):
@@ -362,8 +361,8 @@ def count(monkeypatch):
         calls.append(args)
         return compute(*args, **kwargs)
 
-    compute = class_cache.class_features
-    monkeypatch.setattr(class_cache, "class_features", counted)
+    compute = classifier.class_features
+    monkeypatch.setattr(classifier, "class_features", counted)
     return calls
 
 
@@ -535,9 +534,9 @@ def test_nan_weights(ours, model, tmp_path, capsys):
 def test_class_features_are_the_plain_ones(model):
     network = open_clip.create_model(f"local-dir:{model}").eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{model}")
-    texts = prompts.make_prompts(NAMES, ["a photo of {c}.", "{c}"])
+    texts = [(f"a photo of {name}.", name) for name in NAMES]
     found = classifier.class_features(network, tokenizer, texts, device="cpu", batch_size=5)
-    for texts, feature in zip(texts, found, strict=True):
+    for written, feature in zip(texts, found, strict=True):
         with torch.no_grad():
-            mean = network.encode_text(tokenizer(list(texts)), normalize=True).mean(0)
+            mean = network.encode_text(tokenizer(list(written)), normalize=True).mean(0)
         assert torch.allclose(feature, F.normalize(mean, dim=0), atol=1e-5)

@@ -1,20 +1,28 @@
-"""Features of classes: prompts, encoded in batches, averaged over templates."""
+"""Features of classes: prompts, encoded in batches, averaged over templates, kept on disk."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from otter_openclip.files import written_whole
+
 BATCH_SIZE = 256  # prompts
 PROBES = 2  # each costs as much as encoding several names
+NAME = "class_features"
+VERSION = 3  # of how they are computed
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -28,7 +36,6 @@ def class_features(
     device: str | torch.device,
     autocast: Autocast = nullcontext,
     batch_size: int = BATCH_SIZE,
-    progress: bool = False,
 ) -> Tensor:
     """(C, D) unit-norm features: the mean of each class's normalised prompts, normalised.
 
@@ -36,23 +43,19 @@ def class_features(
     equal features. In float32 the padding behind the longest prompt of a batch is cut off, after a
     check on a few prompts that the model's features do not depend on it.
 
-    Args:
-        model: an open_clip model in eval mode.
-        tokenizer: its tokenizer.
-        prompts: C sequences of prompts.
-        device: where the model is.
-        autocast: makes the context the model runs in.
-        batch_size: prompts encoded at a time.
-        progress: show a progress bar.
+    ``prompts`` are C sequences; about ``batch_size`` prompts are encoded at a time, by an open_clip
+    model in eval mode on ``device``, inside the context that ``autocast`` makes.
     """
     encode = None
     vectors: list[Tensor] = []
     row_of: dict[bytes, int] = {}  # by digest of the tokens
     rows = torch.zeros(len(prompts), dtype=torch.int64)
-    with autocast(), tqdm(total=len(prompts), desc="Classes", disable=not progress) as bar:
-        for group in _groups(prompts, batch_size):
+    similar = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))  # in length
+    step = max(1, batch_size // max(map(len, prompts)))
+    with autocast(), tqdm(total=len(prompts), desc="Classes") as bar:
+        for begin in range(0, len(prompts), step):
+            group, new = similar[begin : begin + step], []
             tokens = tokenizer([text for i in group for text in prompts[i]])
-            new = []
             parts = tokens.split([len(prompts[i]) for i in group])
             for i, part in zip(group, parts, strict=True):
                 digest = hashlib.sha256(part.numpy()).digest()
@@ -69,19 +72,6 @@ def class_features(
                     vectors.append(mean / mean.norm())
             bar.update(len(group))
         return torch.stack(vectors)[rows.to(device)]
-
-
-def _groups(prompts: Sequence[Sequence[str]], size: int) -> Iterator[list[int]]:
-    """Indices of classes with prompts of similar length, about ``size`` prompts together."""
-    group, count = [], 0
-    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i][0])):
-        group.append(i)
-        count += len(prompts[i])
-        if count >= size:
-            yield group
-            group, count = [], 0
-    if group:
-        yield group
 
 
 def _encoder(model: nn.Module, tokenizer: Any, tokens: Tensor) -> Callable[[Tensor], Tensor]:
@@ -112,8 +102,7 @@ class _WithoutPadding(nn.Module):
         self.sized = {
             name: value
             for name, value in [*self.named_parameters(), *self.named_buffers()]
-            if ".visual." not in name
-            and name.rsplit(".", 1)[-1] in ("positional_embedding", "attn_mask")
+            if ".visual." not in name and name.endswith((".positional_embedding", ".attn_mask"))
         }
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -130,20 +119,89 @@ class _WithoutPadding(nn.Module):
         return torch.func.functional_call(self, cut, (tokens[:, :length],))
 
 
-def warn_about_cut_prompts(tokenizer: Any, prompts: Sequence[Sequence[str]]) -> Tensor:
+def cached_class_features(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    prompts: Sequence[Sequence[str]],
+    *,
+    device: str | torch.device,
+    autocast: Autocast,
+    folder: Path | None,
+) -> Tensor:
+    """``class_features``, read from ``folder`` if they are there, else computed and kept there.
+
+    The file's name is a digest of everything they depend on: weights and structure of the model,
+    tokens, prompts in their order, precision. A file that is damaged is computed anew.
+    """
+    tokens = _warn_about_cut_prompts(tokenizer, prompts)
+    path = None
+    if folder is not None:
+        with autocast():
+            key = _key(model, tokens, prompts, torch.device(device).type)
+        path = folder / f"{key}.safetensors"
+        if path.is_file() and (features := _read(path)) is not None:
+            return features.to(device)
+    features = class_features(model, tokenizer, prompts, device=device, autocast=autocast)
+    if path is not None:
+        _write(path, features.cpu().contiguous())
+    return features
+
+
+def _warn_about_cut_prompts(tokenizer: Any, prompts: Sequence[Sequence[str]]) -> Tensor:
     """Warn if the tokenizer cuts prompts off; returns the tokens of each class's longest prompt."""
     longest = [max(texts, key=len) for texts in prompts]
     tokens = tokenizer(longest)
     full = (tokens[:, -1] != tokenizer([""])[0, -1]).nonzero()[:, 0].tolist()
-    if full:
-        # Cut if more text makes no difference.
-        longer = tokenizer([f"{longest[i]} and more" for i in full])
-        cut = [i for i, row in zip(full, longer, strict=True) if torch.equal(tokens[i], row)]
-        if cut:
-            lost = len(set(longest)) - len(torch.unique(tokens, dim=0))
-            logging.warning(
-                f"{len(cut)} of {len(prompts)} classes have prompts longer than the model's "
-                f"{tokens.shape[1]} tokens, which are cut off, e.g. {longest[cut[0]]!r}"
-                + (f"; {lost} can no longer be told from another class" if lost else "")
-            )
+    # Cut if more text makes no difference.
+    longer = tokenizer([f"{longest[i]} and more" for i in full]) if full else ()
+    cut = [i for i, row in zip(full, longer, strict=True) if torch.equal(tokens[i], row)]
+    if cut:
+        lost = len(set(longest)) - len(torch.unique(tokens, dim=0))
+        logging.warning(
+            f"{len(cut)} of {len(prompts)} classes have prompts longer than the model's "
+            f"{tokens.shape[1]} tokens, which are cut off, e.g. {longest[cut[0]]!r}"
+            + (f"; {lost} can no longer be told from another class" if lost > 0 else "")
+        )
     return tokens
+
+
+def _key(model: nn.Module, tokens: Tensor, prompts: Any, kind: str) -> str:
+    half = torch.is_autocast_enabled(kind)
+    precision = str(torch.get_autocast_dtype(kind)) if half else "full"
+    digest = hashlib.sha256(f"{VERSION} {kind} {precision}\n{model}\n".encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(_bytes(value))
+    digest.update(_bytes(tokens))
+    digest.update(json.dumps(prompts).encode())
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _seal(path: Path, features: Tensor) -> dict[str, str]:
+    return {"sha256": hashlib.sha256(path.name.encode() + _bytes(features)).hexdigest()}
+
+
+def _read(path: Path) -> Tensor | None:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, features = file.metadata(), file.get_tensor(NAME)
+        if metadata == _seal(path, features):
+            return features
+        reason: Any = "its contents do not match its digest"
+    except (SafetensorError, OSError) as error:
+        reason = error
+    logging.warning(f"Class features in {path} are damaged ({reason}); computing them again")
+    return None
+
+
+def _write(path: Path, features: Tensor) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as file:
+            file.write(save({NAME: features}, metadata=_seal(path, features)))
+    except OSError as error:  # a cache that cannot be written is no reason to lose the result
+        logging.warning(f"Class features could not be kept in {path.parent}: {error}")

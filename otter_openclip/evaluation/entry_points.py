@@ -16,8 +16,8 @@ from clip_benchmark.datasets.builder import build_wds_dataset
 from torch import nn
 
 from otter_openclip.evaluation import run
-from otter_openclip.evaluation.datasets import check_webdataset, named_root, shorten_names
 from otter_openclip.evaluation.labelled_images import is_multilabel
+from otter_openclip.evaluation.prompts import check_webdataset
 
 
 class NamedDataset:
@@ -29,28 +29,14 @@ class NamedDataset:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(
-        self,
-        *,
-        root: str,
-        transform: Any,
-        split: str,
-        wds_cache_dir: str | None = None,
-        custom_classname_file: str | None = None,
-        custom_template_file: str | None = None,
-        **_: Any,
-    ) -> Any:
-        """Open it, from the arguments of clip_benchmark's ``build_dataset``.
-
-        Raises:
-            ValueError: if it is not there, or has no class names or templates and none are given.
-        """
-        root = named_root(self.name, root, split)
-        names, templates = not custom_classname_file, not custom_template_file
+    def __call__(self, *, root: str, split: str, transform: Any, **given: Any) -> Any:
+        """Open it; raises ValueError if it is not there, or its names or templates nowhere."""
+        root = run.named_root(self.name, root, split)
+        names = not given["custom_classname_file"]
+        templates = not given["custom_template_file"]
         check_webdataset(root, split, names=names, templates=templates)
-        dataset = build_wds_dataset(self.name, transform, split, root, wds_cache_dir)
-        shorten_names(dataset)
-        return dataset
+        dataset = build_wds_dataset(self.name, transform, split, root, given["wds_cache_dir"])
+        return run.printed_shortened(dataset)
 
 
 class MultiLabelTask:
@@ -75,9 +61,8 @@ class MultiLabelTask:
         model: nn.Module,
         dataset: Any,
         transform: Any,
-        tokenizer: Any,
         args: argparse.Namespace,
-        **_: Any,
+        **given: Any,
     ) -> dict[str, float]:
         """Metrics of one run, on every rank."""
         self._files.close()
@@ -90,8 +75,8 @@ class MultiLabelTask:
         if args.reference_crop:
             transform = run.reference_crop(model)
         together = args.distributed and dist.is_initialized()
-        ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-        metrics = run.evaluate(model, dataset, transform, tokenizer, args, *ranks)
+        tokenizer = given["tokenizer"]
+        metrics = run.evaluate(model, dataset, transform, tokenizer, args, together=together)
         if together:
             dist.barrier()  # nobody leaves while another still listens
         return metrics

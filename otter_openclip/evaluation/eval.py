@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import builtins
-import contextlib
 import functools
 import io
 import itertools
@@ -42,20 +41,13 @@ from clip_benchmark.metrics import zeroshot_classification as stock_classificati
 from torch import nn
 
 from otter_openclip.evaluation import run
-from otter_openclip.evaluation.datasets import (
-    NAMED_DATASETS,
-    check_webdataset,
-    named_root,
-    shorten_names,
-)
 from otter_openclip.evaluation.labelled_images import is_multilabel
+from otter_openclip.evaluation.prompts import TEMPLATES_FILE, check_templates, check_webdataset
 from otter_openclip.files import written_whole
 from otter_openclip.flags import name_nearest
 from otter_openclip.replacing import replaced
 
 PACKAGE = "otter-openclip"
-# Tasks that need class names and templates.
-CLASSIFICATION = ("zeroshot_classification", "linear_probe")
 
 # Taken before anything is replaced.
 _stock_parse_args = argparse.ArgumentParser.parse_args
@@ -169,23 +161,12 @@ class _Command:
 
     def _is_multilabel(self, args: argparse.Namespace) -> bool:
         classification = args.task in ("auto", "zeroshot_classification")
-        if args.dataset in NAMED_DATASETS or not classification:
-            return classification
-        if not args.dataset.startswith("wds/"):
-            return False
+        if args.dataset in run.NAMED_DATASETS or not args.dataset.startswith("wds/"):
+            return classification and args.dataset in run.NAMED_DATASETS
         name = args.dataset.removeprefix("wds/")
         root = args.dataset_root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
-        self._check(root, args.split, classification=True)
-        return is_multilabel(build_wds_dataset(name, None, args.split, root))
-
-    def _check(self, root: str, split: str, *, classification: bool) -> None:
-        names, templates = self.args.custom_classname_file, self.args.custom_template_file
-        check_webdataset(
-            root,
-            split,
-            names=classification and not names,
-            templates=classification and not templates,
-        )
+        check_webdataset(root, args.split, names=False, templates=False)
+        return classification and is_multilabel(build_wds_dataset(name, None, args.split, root))
 
     def load_clip(self, **kwargs: Any) -> tuple[Any, ...]:
         model, self.transform, tokenizer = _stock_load_clip(**kwargs)
@@ -193,35 +174,38 @@ class _Command:
             self.transform = run.reference_crop(model)
         return model, self.transform, tokenizer
 
-    def build_dataset(self, **kwargs: Any) -> Any:
-        name, split = kwargs["dataset_name"], kwargs.get("split", "test")
-        if name in NAMED_DATASETS:
-            root = named_root(name, kwargs["root"], split)
-            kwargs |= {"dataset_name": f"wds/{name}", "root": root}
-        if kwargs["dataset_name"].startswith("wds/"):
-            task = kwargs.get("task", "zeroshot_classification")
-            self._check(kwargs["root"], split, classification=task in CLASSIFICATION)
-        dataset = _stock_build_dataset(**kwargs)
-        if is_multilabel(dataset):
-            shorten_names(dataset)
-        return dataset
+    def build_dataset(self, **given: Any) -> Any:
+        name, split = given["dataset_name"], given.get("split", "test")
+        task = given.get("task", "zeroshot_classification")
+        if name in run.NAMED_DATASETS:
+            given["dataset_name"] = f"wds/{name}"
+            given["root"] = run.named_root(name, given["root"], split)
+        own = given["dataset_name"].startswith("wds/")  # the text files in its folder
+        if own:
+            needed = task in ("zeroshot_classification", "linear_probe")
+            names = needed and not given.get("custom_classname_file")
+            templates = needed and not given.get("custom_template_file")
+            check_webdataset(given["root"], split, names=names, templates=templates)
+        dataset = _stock_build_dataset(**given)
+        file = given.get("custom_template_file") or (
+            f"{given['root']}/{TEMPLATES_FILE}" if own else None
+        )
+        if task == "zeroshot_classification" and file and isinstance(dataset.templates, list):
+            check_templates(dataset.templates, file)
+        return run.printed_shortened(dataset) if is_multilabel(dataset) else dataset
 
     def evaluate(
         self, model: nn.Module, dataloader: Any, tokenizer: Any, *names: Any, **options: Any
     ) -> dict[str, float]:
         if not is_multilabel(dataloader.dataset):
             return _stock_evaluate(model, dataloader, tokenizer, *names, **options)
-        ranks = (self.rank, self.world_size) if self.together else (0, 1)
-        return run.evaluate(model, dataloader.dataset, self.transform, tokenizer, self.args, *ranks)
+        given = model, dataloader.dataset, self.transform, tokenizer, self.args
+        return run.evaluate(*given, together=self.together)
 
-    @contextlib.contextmanager
-    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         if "w" not in mode:
-            with builtins.open(path, mode, *args, **kwargs) as file:
-                yield file
-        elif self.together and self.rank > 0:
-            yield io.StringIO()
-        else:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            with written_whole(path, mode) as file:
-                yield file
+            return builtins.open(path, mode, *args, **kwargs)
+        if self.together and self.rank > 0:
+            return io.StringIO()
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        return written_whole(path, mode)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,13 +36,6 @@ class ImageError(ValueError):
     """A sample or shard that cannot be used; the message names it."""
 
 
-class EncodedImages(NamedTuple):
-    """(N, D) features as the model gave them, normalised, and each image's true classes."""
-
-    features: Tensor
-    labels: list[np.ndarray]
-
-
 def is_multilabel(dataset: Any) -> bool:
     """Whether clip_benchmark opened ``dataset`` as a multi-label webdataset."""
     stages = getattr(dataset, "pipeline", [])
@@ -57,20 +50,12 @@ class MultiLabelImages(IterableDataset):
     """
 
     def __init__(
-        self,
-        dataset: Any,
-        transform: Callable[[Any], Tensor],
-        classes: int,
-        *,
-        load_truncated: bool = False,
+        self, dataset: Any, transform: Callable, classes: int, *, load_truncated: bool = False
     ) -> None:
-        """Take shards and tar reading (with its cache) from clip_benchmark's ``dataset``.
+        """Take shards and tar reading, with its cache, from clip_benchmark's ``dataset``.
 
-        Args:
-            dataset: what ``clip_benchmark.datasets.builder.build_wds_dataset`` returned.
-            transform: of PIL images to tensors.
-            classes: how many classes the class list has.
-            load_truncated: fill what is missing of an incomplete image with grey instead of raising.
+        ``transform`` is of PIL images to tensors, ``classes`` the length of the class list; with
+        ``load_truncated`` what is missing of an incomplete image is grey instead of an error.
         """
         super().__init__()
         self.urls = list(dataset.pipeline[0].urls)
@@ -124,19 +109,15 @@ class MultiLabelImages(IterableDataset):
         return [(shard, slot // shards, len(range(shard, slots, shards)))]
 
     def _samples(self, url: str, offset: int, step: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        samples = enumerate(self.read(iter([{"url": url}])))
-        while True:
-            try:
-                place, sample = next(samples)
-            except StopIteration:
-                return
-            except Exception as error:  # tarfile, gopen and curl each have their own
-                raise ImageError(
-                    f"{url} cannot be read to its end ({type(error).__name__}: {error}); copy or build "
-                    "the shard again"
-                ) from error
-            if place % step == offset:
-                yield place, sample
+        try:
+            for place, sample in enumerate(self.read(iter([{"url": url}]))):
+                if place % step == offset:
+                    yield place, sample
+        except Exception as error:  # tarfile, gopen and curl each have their own
+            raise ImageError(
+                f"{url} cannot be read to its end ({type(error).__name__}: {error}); copy or build the "
+                "shard again"
+            ) from error
 
     def _image(self, sample: dict[str, Any], where: str) -> Tensor:
         found = next((e for e in EXTENSIONS if e in sample), None)
@@ -188,32 +169,23 @@ def encode_images(
     dtype: torch.dtype | None = None,
     batch_size: int = 64,
     workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: bool = False,
-) -> EncodedImages | None:
-    """Encode this rank's share; rank 0 returns all of them, the others None.
+    together: bool = False,
+) -> tuple[Tensor, list[np.ndarray]] | None:
+    """(N, D) features as the model gives them, normalised, and each image's true classes.
 
-    Args:
-        model: an open_clip model in eval mode.
-        images: what to encode.
-        device: where the model is.
-        autocast: makes the context the model runs in.
-        dtype: of the input, if not float32.
-        batch_size: images encoded at a time.
-        workers: loader processes.
-        rank: of this process, in torch.distributed's default group if there are several.
-        world_size: number of processes.
-        progress: show a progress bar.
+    The model is an open_clip one in eval mode on ``device``; it runs inside the context that
+    ``autocast`` makes, on input of ``dtype``, if not float32. If the processes of torch.distributed's
+    default group work ``together``, each encodes its share and all but rank 0 return None.
 
     Raises:
         ImageError: naming shard and sample, if an image or a label vector cannot be used.
     """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     images.batch_size, images.rank, images.world_size = batch_size, rank, world_size
     # A generator of its own: the loader must not draw from the random numbers of a training run.
     loader = DataLoader(images, batch_size=None, num_workers=workers, generator=torch.Generator())
     parts, labels, places, failure = [], [], [], None
-    with tqdm(desc="Images", unit="image", disable=not progress) as bar:
+    with tqdm(desc="Images", unit="image", disable=rank > 0) as bar:
         for batch in loader:
             if isinstance(batch, ImageError):
                 failure = batch
@@ -225,7 +197,7 @@ def encode_images(
             labels += batch_labels
             places += batch_places
             bar.update(len(batch_labels))
-    if world_size > 1:
+    if together:
         everyone = [None] * world_size if rank == 0 else None
         dist.gather_object((parts, labels, places, failure), everyone)
         if rank == 0:
@@ -239,4 +211,4 @@ def encode_images(
     order = sorted(range(len(places)), key=places.__getitem__)
     features = torch.cat(parts)
     parts.clear()
-    return EncodedImages(features[torch.tensor(order)], [labels[i] for i in order])
+    return features[torch.tensor(order)], [labels[i] for i in order]

@@ -45,14 +45,13 @@ def multilabel_metrics(
         progress: show progress bars.
 
     Returns:
-        ``{"flat_hit@K": ..., "mean_average_precision": ...}``, shares in [0, 1]. An image without
-        labels counts as a miss, a class without images as an average precision of 0, as in the
-        reference and in clip_benchmark.
+        ``{"flat_hit@K": ..., "mean_average_precision": ...}``, shares in [0, 1]. As in the reference
+        and clip_benchmark, an image without labels is a miss and a class without images counts 0.
 
-    Ties: F@K ranks classes of equal score by index, lower first, and classes of equal features always
-    have equal scores; it computes in at least float32. The average precision ranks images of equal
-    score as clip_benchmark does, in whatever order ``torch.sort(scores, 0, True)`` leaves them on the
-    CPU; under ``torch.autocast`` its scores are in autocast's dtype, as clip_benchmark's are.
+    F@K computes in at least float32 and ranks classes of equal score by index, lower first; classes of
+    equal features always have equal scores. The average precision ranks images of equal score as
+    clip_benchmark does, in whatever order ``torch.sort(scores, 0, True)`` leaves them on the CPU; under
+    ``torch.autocast`` its scores are in autocast's dtype, as clip_benchmark's are.
 
     Raises:
         ValueError: if shapes do not fit, features are not finite, a label is not a class, or a K is
@@ -157,13 +156,10 @@ def full_precision() -> Iterator[None]:
 
 def check_ks(ks: Sequence[int]) -> list[int]:
     """``ks`` without repetitions; raises ValueError unless all are positive whole numbers."""
-    ks = list(dict.fromkeys(ks))
-    for k in ks:
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise ValueError(f"K of F@K must be a whole number of at least 1, got {k!r}")
-    if not ks:
-        raise ValueError("ks is empty; give at least one K, e.g. ks=(1, 2, 5, 10)")
-    return ks
+    whole = [isinstance(k, int | np.integer) and not isinstance(k, bool) and k > 0 for k in ks]
+    if not whole or not all(whole):
+        raise ValueError(f"K of F@K must be whole numbers of at least 1, got {ks!r}; e.g. {KS}")
+    return list(dict.fromkeys(ks))
 
 
 def _check_features(images: Any, classes: Any) -> tuple[Tensor, Tensor]:

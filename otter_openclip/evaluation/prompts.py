@@ -10,60 +10,74 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from otter_openclip.evaluation.datasets import CLASSES_FILE, TEMPLATES_FILE
-
+CLASSES_FILE = "classnames.txt"
+TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 SIMPLE = "a photo of {c}."
+
+
+def check_webdataset(
+    root: str,
+    split: str = "test",
+    *,
+    names: bool = True,
+    templates: bool = True,
+    flag: str = "--dataset_root",
+) -> None:
+    """Raise ValueError if a text file of the webdataset ``root``, given by ``flag``, is missing.
+
+    Whoever evaluates calls it before anything is loaded; ``names`` and ``templates`` say whether the
+    dataset must bring its own. Addresses are passed over for ``eval``.
+    """
+    of_eval = flag == "--dataset_root"
+    if of_eval and "://" in root:
+        return
+    for name, needed, fix, or_else in (
+        (
+            f"{split}/nshards.txt",
+            True,
+            "otter-openclip data builds such folders",
+            "correct --split",
+        ),
+        (CLASSES_FILE, names, "write one class a line", "pass --custom_classname_file"),
+        (TEMPLATES_FILE, templates, f"write {SIMPLE!r} into it", "pass --templates"),
+    ):
+        if needed and not (path := Path(root) / name).is_file():
+            raise ValueError(
+                f"{flag} {root} is no clip_benchmark webdataset of classes: {path} is missing; "
+                f"{f'{or_else}, or ' if of_eval else ''}{fix}"
+            )
 
 
 def class_prompts(
     dataset: Any, *, names_from: str | None = None, templates_from: str | None = None
 ) -> list[tuple[str, ...]]:
-    """Each class's prompts, of a webdataset as clip_benchmark opened it; blank templates are dropped.
+    """Each class's prompts, of a webdataset as clip_benchmark opened it.
 
-    Args:
-        dataset: its ``classes`` are names, its ``templates`` a list with ``{c}`` for the name, or a
-            dict of each name's prompts.
-        names_from: the file that the names are from, if not the dataset's own.
-        templates_from: the file that the templates are from, if not the dataset's own.
+    Its ``classes`` are names; its ``templates`` a list with ``{c}`` for the name, of which blank ones
+    are dropped, or a dict of each name's prompts. Both may be from other files than the dataset's own.
 
     Raises:
         ValueError: naming the file and the line of what cannot be used.
     """
     folder = os.path.dirname(os.path.dirname(dataset.pipeline[0].urls[0]))
-    check_classnames(dataset.classes, names_from or f"{folder}/{CLASSES_FILE}")
+    names, templates = dataset.classes, dataset.templates
+    check_classnames(names, names_from or f"{folder}/{CLASSES_FILE}")
     templates_from = templates_from or f"{folder}/{TEMPLATES_FILE}"
-    if isinstance(dataset.templates, list):
-        dataset.templates[:] = check_templates(dataset.templates, templates_from)
-    try:
-        return make_prompts(dataset.classes, dataset.templates)
-    except ValueError as error:
-        raise ValueError(f"{error}; correct {templates_from}") from None
-
-
-def make_prompts(
-    names: Sequence[str], templates: Sequence[str] | Mapping[str, Sequence[str]]
-) -> list[tuple[str, ...]]:
-    """Each class's prompts: ``templates`` filled in, or those it maps the name to.
-
-    Raises:
-        ValueError: if a name has no prompts, or a template another place than ``{c}``.
-    """
     if isinstance(templates, Mapping):
         for name in names:
             texts = templates.get(name)
-            if not isinstance(texts, list | tuple) or not texts or not all(map(_is_text, texts)):
-                raise ValueError(f"no list of prompts, but {texts!r}, for the class {name!r}")
+            if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
+                fault = f"no list of prompts, but {texts!r}, for the class {name!r}"
+                raise ValueError(f"{fault}; correct {templates_from}")
         return [tuple(templates[name]) for name in names]
-    templates = check_templates(templates, "templates")
+    templates[:] = check_templates(templates, templates_from)
     return [tuple(template.format(c=name) for template in templates) for name in names]
 
 
 def read_templates(source: str) -> list[str]:
-    """Templates with ``{c}`` for the class name.
+    """Templates with ``{c}`` for the name: "simple", "imagenet" (open_clip's 80), or a file's.
 
-    Args:
-        source: "simple" (``a photo of {c}.``), "imagenet" (open_clip's 80), or a UTF-8 file with one
-            template a line and ``{}`` or ``{c}`` where the name goes.
+    The file is UTF-8 with one template a line and ``{}`` or ``{c}`` where the name goes.
 
     Raises:
         ValueError: naming the line, if it is no template.
@@ -89,8 +103,7 @@ def check_templates(lines: Sequence[Any], where: str) -> list[str]:
     """The templates in ``lines``, without the blank ones.
 
     Raises:
-        ValueError: naming ``where`` and the line, unless each has ``{c}`` in it and no other field, or
-            if there are none.
+        ValueError: naming ``where`` and the line without ``{c}`` or with another field; if none is left.
     """
     for number, line in enumerate(lines, 1):
         if fault := _fault(line):

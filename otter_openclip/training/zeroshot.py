@@ -15,14 +15,13 @@ from open_clip_train.precision import get_autocast
 from torch import nn
 
 from otter_openclip.evaluation.classifier import class_features
-from otter_openclip.evaluation.datasets import check_webdataset
 from otter_openclip.evaluation.labelled_images import (
     MultiLabelImages,
     encode_images,
     is_multilabel,
 )
 from otter_openclip.evaluation.metrics import KS, multilabel_metrics
-from otter_openclip.evaluation.prompts import class_prompts
+from otter_openclip.evaluation.prompts import check_webdataset, class_prompts
 from otter_openclip.teacher import unwrap
 from otter_openclip.training import files
 
@@ -32,7 +31,7 @@ CRITERION = "zeroshot-flat_hit@1"
 
 def check_folder(folder: str) -> None:
     """Raise ValueError unless ``folder`` looks like a clip_benchmark webdataset."""
-    check_webdataset(folder, "test", flag="--zeroshot-data")
+    check_webdataset(folder, flag="--zeroshot-data")
 
 
 class ZeroShotEvaluation:
@@ -74,9 +73,9 @@ class ZeroShotEvaluation:
         logging.info(f"Zero-shot evaluation on {len(self.prompts)} classes")
         with torch.no_grad():
             classes = class_features(
-                student, tokenizer, self.prompts, device=device, autocast=autocast, progress=True
+                student, tokenizer, self.prompts, device=device, autocast=autocast
             )
-            encoded = encode_images(
+            features, labels = encode_images(
                 student,
                 self._images(),
                 device=device,
@@ -84,11 +83,8 @@ class ZeroShotEvaluation:
                 dtype=get_input_dtype(args.precision),
                 batch_size=args.batch_size,
                 workers=args.workers,
-                progress=True,
             )
-            found = multilabel_metrics(
-                encoded.features.float().to(device), classes.float(), encoded.labels, KS
-            )
+            found = multilabel_metrics(features.float().to(device), classes.float(), labels, KS)
         return {**{f"zeroshot-{name}": value for name, value in found.items()}, "epoch": epoch}
 
 
