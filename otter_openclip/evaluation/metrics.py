@@ -164,6 +164,8 @@ def check_ks(ks: Sequence[int]) -> list[int]:
 
 def _check_features(images: Any, classes: Any) -> tuple[Tensor, Tensor]:
     images, classes = torch.as_tensor(images), torch.as_tensor(classes)
+    if images.dtype != torch.float64 and classes.dtype == torch.float64:
+        classes = classes.float()  # the images' device may have no float64
     for name, features in (("image_features", images), ("class_features", classes)):
         if features.ndim != 2 or 0 in features.shape or not features.is_floating_point():
             raise ValueError(
@@ -181,8 +183,6 @@ def _check_features(images: Any, classes: Any) -> tuple[Tensor, Tensor]:
             f"image_features have {images.shape[1]} columns and class_features {classes.shape[1]}; "
             "both must come from the same model"
         )
-    if images.dtype != torch.float64 and classes.dtype == torch.float64:
-        classes = classes.float()  # the images' device may have no float64
     both = torch.promote_types(images.dtype, classes.dtype)
     return images.to(both), classes.to(images.device, both)
 
