@@ -1,7 +1,4 @@
-"""Zero-shot evaluation: F@K and mean average precision for any number of classes.
-
-What runs inside clip_benchmark, inside training, and the metrics on their own.
-"""
+"""F@K and mean average precision for any number of classes: in clip_benchmark, in training, alone."""
 
 from typing import Any
 

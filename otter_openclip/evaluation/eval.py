@@ -160,13 +160,13 @@ class _Command:
         return _stock_run(args)
 
     def _is_multilabel(self, args: argparse.Namespace) -> bool:
-        classification = args.task in ("auto", "zeroshot_classification")
-        if args.dataset in run.NAMED_DATASETS or not args.dataset.startswith("wds/"):
-            return classification and args.dataset in run.NAMED_DATASETS
+        if args.task not in ("auto", "zeroshot_classification"):
+            return False
+        if not args.dataset.startswith("wds/"):
+            return args.dataset in run.NAMED_DATASETS
         name = args.dataset.removeprefix("wds/")
         root = args.dataset_root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
-        check_webdataset(root, args.split, names=False, templates=False)
-        return classification and is_multilabel(build_wds_dataset(name, None, args.split, root))
+        return is_multilabel(build_wds_dataset(name, None, args.split, root))
 
     def load_clip(self, **kwargs: Any) -> tuple[Any, ...]:
         model, self.transform, tokenizer = _stock_load_clip(**kwargs)
@@ -180,16 +180,13 @@ class _Command:
         if name in run.NAMED_DATASETS:
             given["dataset_name"] = f"wds/{name}"
             given["root"] = run.named_root(name, given["root"], split)
-        own = given["dataset_name"].startswith("wds/")  # the text files in its folder
-        if own:
+        file = custom = given.get("custom_template_file")
+        if given["dataset_name"].startswith("wds/"):
             needed = task in ("zeroshot_classification", "linear_probe")
             names = needed and not given.get("custom_classname_file")
-            templates = needed and not given.get("custom_template_file")
-            check_webdataset(given["root"], split, names=names, templates=templates)
+            check_webdataset(given["root"], split, names=names, templates=needed and not custom)
+            file = custom or f"{given['root']}/{TEMPLATES_FILE}"
         dataset = _stock_build_dataset(**given)
-        file = given.get("custom_template_file") or (
-            f"{given['root']}/{TEMPLATES_FILE}" if own else None
-        )
         if task == "zeroshot_classification" and file and isinstance(dataset.templates, list):
             check_templates(dataset.templates, file)
         return run.printed_shortened(dataset) if is_multilabel(dataset) else dataset

@@ -114,10 +114,8 @@ class MultiLabelImages(IterableDataset):
                 if place % step == offset:
                     yield place, sample
         except Exception as error:  # tarfile, gopen and curl each have their own
-            raise ImageError(
-                f"{url} cannot be read to its end ({type(error).__name__}: {error}); copy or build the "
-                "shard again"
-            ) from error
+            fault = f"cannot be read to its end ({type(error).__name__}: {error})"
+            raise ImageError(f"{url} {fault}; copy or build the shard again") from error
 
     def _image(self, sample: dict[str, Any], where: str) -> Tensor:
         found = next((e for e in EXTENSIONS if e in sample), None)

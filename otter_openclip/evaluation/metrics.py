@@ -7,8 +7,7 @@ What needs float64 is done by numpy: not every device that computes scores has i
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -58,12 +57,16 @@ def multilabel_metrics(
             not a positive whole number.
     """
     image_features, class_features = _check_features(image_features, class_features)
-    ks = check_ks(ks)
+    if not ks or not all(isinstance(k, int | np.integer) and k is not True and k > 0 for k in ks):
+        raise ValueError(f"K of F@K must be whole numbers of at least 1, got {ks!r}; e.g. {KS}")
     pairs = _true_pairs(targets, len(image_features), len(class_features))
     given = image_features, class_features, pairs, chunk_size, progress
-    with full_precision():
-        places = _best_places(*given)
-        precisions = _average_precisions(*given)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")  # TF32 would tie classes that differ
+        places, precisions = _best_places(*given), _average_precisions(*given)
+    finally:
+        torch.set_float32_matmul_precision(before)
     hits = {k: places < min(k, len(class_features)) for k in ks}
     found = {f"flat_hit@{k}": float(hit.mean()) for k, hit in hits.items()}
     return found | {"mean_average_precision": float(precisions.mean())}
@@ -143,25 +146,6 @@ def _at_least_float32(features: Tensor) -> Tensor:
     return features if features.dtype == torch.float64 else features.float()
 
 
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32 or bfloat16 inside float32 products: they would tie classes that differ."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def check_ks(ks: Sequence[int]) -> list[int]:
-    """``ks`` without repetitions; raises ValueError unless all are positive whole numbers."""
-    whole = [isinstance(k, int | np.integer) and not isinstance(k, bool) and k > 0 for k in ks]
-    if not whole or not all(whole):
-        raise ValueError(f"K of F@K must be whole numbers of at least 1, got {ks!r}; e.g. {KS}")
-    return list(dict.fromkeys(ks))
-
-
 def _check_features(images: Any, classes: Any) -> tuple[Tensor, Tensor]:
     images, classes = torch.as_tensor(images), torch.as_tensor(classes)
     if images.dtype != torch.float64 and classes.dtype == torch.float64:
@@ -208,16 +192,14 @@ def _true_pairs(targets: Any, num_images: int, num_classes: int) -> Pairs:
     for i, row in enumerate(lists):
         if row.ndim != 1 or (len(row) and row.dtype.kind not in "iu"):
             raise ValueError(
-                f"targets of image {i} must be a list of class indices, got {targets[i]!r}; or give an "
-                "(images, classes) array of zeros and ones"
+                f"targets of image {i} must be a list of class indices, got {targets[i]!r}"
             )
     images = np.repeat(np.arange(num_images), [len(row) for row in lists])
     classes = np.concatenate([row.astype(np.int64) for row in lists])
     outside = np.flatnonzero((classes < 0) | (classes >= num_classes))
     if len(outside):
-        at = outside[0]
+        image, label = images[outside[0]], classes[outside[0]]
         raise ValueError(
-            f"image {images[at]} has the label {classes[at]}, but there are {num_classes} classes "
-            f"(0 to {num_classes - 1})"
+            f"image {image} has the label {label}, but there are {num_classes} classes"
         )
     return np.divmod(np.unique(images * num_classes + classes), num_classes)

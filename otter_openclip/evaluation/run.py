@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from otter_openclip.evaluation.classifier import cached_class_features
 from otter_openclip.evaluation.labelled_images import MultiLabelImages, encode_images
-from otter_openclip.evaluation.metrics import KS, check_ks, multilabel_metrics
+from otter_openclip.evaluation.metrics import KS, multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts, read_templates
 from otter_openclip.files import written_whole
 from otter_openclip.preprocessing import reference_transforms
@@ -34,12 +34,10 @@ DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser(
 
 
 def _k(text: str) -> int:
-    try:
-        return check_ks([int(text)])[0]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"K must be a whole number of at least 1, got {text!r}; e.g. --ks 1 2 5 10"
-        ) from None
+    if not text.isdecimal() or int(text) < 1:
+        fault = f"K must be a whole number of at least 1, got {text!r}; e.g. --ks 1 2 5 10"
+        raise argparse.ArgumentTypeError(fault)
+    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,28 +56,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Shortened(list):
-    """A list that clip_benchmark does not print in full: it may be 20,000 names long."""
-
     def __repr__(self) -> str:
         return reprlib.repr(list(self))
 
 
 def printed_shortened(dataset: Any) -> Any:
-    """clip_benchmark's ``dataset``, whose class names and templates print shortened from now on."""
-    for attribute in ("classes", "templates"):
-        if isinstance(names := getattr(dataset, attribute), list):
-            setattr(dataset, attribute, _Shortened(names))
+    """clip_benchmark's ``dataset``, of whose classes, maybe 20,000, it does not print all."""
+    dataset.classes = _Shortened(dataset.classes or ())
     return dataset
 
 
 def named_root(name: str, root: str, split: str) -> str:
     """The webdataset of ``name``: ``root`` or the folder of that name in it, else a ValueError."""
     counts = [Path(root) / folder / split / "nshards.txt" for folder in ("", name)]
-    for count in counts:
-        if count.is_file():
-            return str(count.parent.parent)
-    if "://" in root:
+    if "://" in root or counts[0].is_file():
         return root
+    if counts[1].is_file():
+        return str(Path(root) / name)
     raise ValueError(
         f"no webdataset of {name}: neither {counts[0]} nor {counts[1]} exists; give its folder, or the "
         "one it is in, with --dataset_root"
@@ -87,11 +80,7 @@ def named_root(name: str, root: str, split: str) -> str:
 
 
 def templates_given(args: argparse.Namespace) -> contextlib.AbstractContextManager:
-    """Has ``--templates`` in ``args.custom_template_file``, for any dataset, until it is left.
-
-    Raises:
-        ValueError: for ``--templates`` beside ``--custom_template_file``, or that are none.
-    """
+    """Has ``--templates`` in ``args.custom_template_file``, for any dataset, until it is left."""
     if not args.templates:
         return contextlib.nullcontext()
     if args.custom_template_file:
@@ -105,11 +94,7 @@ def templates_given(args: argparse.Namespace) -> contextlib.AbstractContextManag
 
 
 def join_ranks() -> tuple[int, int]:
-    """Rank and number of the processes of ``--distributed``, which form the default group if several.
-
-    Raises:
-        ValueError: if the environment does not say where to meet, as under ``torchrun``.
-    """
+    """Rank and number of the processes of ``--distributed``; several form the default group."""
     local_rank, rank, world_size = world_info_from_env()
     if world_size > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
@@ -159,7 +144,11 @@ def evaluate(
     box = [None]
     if first:
         features, labels = encoded
-        _warn_about_metrics(labels, args.ks, len(prompts))
+        if without := sum(len(label) == 0 for label in labels):
+            logging.warning(f"{without} of {len(labels)} images have no true label: misses in F@K")
+        if large := " ".join(str(k) for k in args.ks if k > len(prompts)):
+            more = f"more than the {len(prompts)} classes, so every image with a label is a hit"
+            logging.warning(f"--ks {large}: {more}")
         with autocast():
             box[0] = multilabel_metrics(
                 features.to(args.device), classes, labels, args.ks, progress=True
@@ -201,13 +190,3 @@ def reference_crop(model: nn.Module) -> Any:
     known = {"size": 224, "mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
     known |= get_model_preprocess_cfg(model) | {"interpolation": "bicubic"}
     return reference_transforms(known)[1]
-
-
-def _warn_about_metrics(labels: Sequence[Any], ks: Sequence[int], classes: int) -> None:
-    without, images = sum(len(label) == 0 for label in labels), len(labels)
-    if without:
-        logging.warning(f"{without} of {images} images have no true label: misses in F@K")
-    if large := " ".join(str(k) for k in ks if k > classes):
-        logging.warning(
-            f"--ks {large}: more than the {classes} classes, so every image with a label is a hit"
-        )
