@@ -21,7 +21,6 @@ import statistics
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import open_clip
@@ -31,8 +30,8 @@ from clip_benchmark.metrics import zeroshot_classification as stock
 from torch import Tensor
 
 from benchmarks import common
-from otter_openclip.evaluation import multilabel_metrics
-from otter_openclip.zeroshot import classifier
+from otter_openclip.evaluation import classifier, multilabel_metrics
+from otter_openclip.replacing import replaced
 
 GOI = (125_436, 19_994)
 WIDTH = 768
@@ -80,7 +79,7 @@ def theirs(images: int, classes: int) -> Callable[[], dict[str, float]]:
             yield batch, target
 
     def call() -> dict[str, float]:
-        with mock.patch.object(stock, "tqdm", lambda loader: loader):
+        with replaced((stock, "tqdm", lambda loader: loader)):
             found = stock.run_classification(model, weights, batches(), "cpu", amp=False)
         return {"mean_average_precision": stock.average_precision_per_class(*found).mean().item()}
 
@@ -152,17 +151,17 @@ def encoding(name: str, count: int, rounds: int) -> list[dict[str, Any]]:
     tokenizer = open_clip.get_tokenizer(name)
     every = open_clip.IMAGENET_CLASSNAMES
     names = list(dict.fromkeys(every[:: max(1, len(every) // count)]))[:count]
-    prompts = classifier.make_prompts(names, [TEMPLATE])
+    prompts = [(TEMPLATE.format(c=name),) for name in names]
 
     def batched() -> Tensor:
         return classifier.class_features(model, tokenizer, prompts, device="cpu")
 
     def padded() -> Tensor:  # without the shorter sequences, to tell the two gains apart
-        with mock.patch.object(classifier, "_encoder", lambda model, *_: model.encode_text):
+        with replaced((classifier, "_encoder", lambda model, *_: model.encode_text)):
             return batched()
 
     def single() -> Tensor:
-        with mock.patch.object(stock, "tqdm", lambda names: names):
+        with replaced((stock, "tqdm", lambda names: names)):
             return stock.zero_shot_classifier(
                 model, tokenizer, names, [TEMPLATE], "cpu", amp=False
             ).T

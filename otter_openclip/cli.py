@@ -12,7 +12,7 @@ COMMANDS = {
         "otter_openclip.train", "open_clip's training command with --loss otter", own_parser=True
     ),
     "eval": Command(
-        "otter_openclip.evaluation.command",
+        "otter_openclip.evaluation.eval",
         "clip_benchmark's eval with F@K, for any number of classes",
         own_parser=True,
     ),

@@ -1,5 +1,6 @@
 """``otter-openclip eval`` against stock ``clip_benchmark eval`` on the same exported folder."""
 
+import argparse
 import csv
 import io
 import json
@@ -23,10 +24,11 @@ from safetensors.torch import save_file
 
 from otter_openclip import cli
 from otter_openclip.checkpoints.export import export_checkpoint
-from otter_openclip.evaluation import multilabel, multilabel_metrics
+from otter_openclip.data import inspect
+from otter_openclip.evaluation import classifier, multilabel_metrics, prompts, run
 from otter_openclip.preprocessing import evaluation_transform
-from otter_openclip.zeroshot import classifier
 
+TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 NAMES[3:6] = ["Kakigōri 草", "Cucumber, gourd, and melon family", NAMES[0]]  # the last a duplicate
@@ -54,7 +56,7 @@ def write_data(folder, shards, names=NAMES, kind="multilabel", templates=("a pho
     (folder / "test" / "nshards.txt").write_text(f"{len(shards)}\n")
     (folder / "classnames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
     (folder / "dataset_type.txt").write_text(kind)
-    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
+    (folder / TEMPLATES_FILE).write_text("\n".join(templates))
     return folder
 
 
@@ -160,13 +162,17 @@ def test_flat_hit_is_the_references():
         assert found[f"flat_hit@{k}"] == value
 
 
-def test_single_label_is_stocks(ours, stocks, tmp_path, monkeypatch):
+def single_label(folder):
     rng = random.Random(1)
     files = {}
     for i in range(20):
         files[f"{i}.png"] = png(picture(rng, rng.choice(COLOURS), rng.choice(SHAPES)))
         files[f"{i}.cls"] = str(i % 6).encode()
-    single = write_data(tmp_path / "single", [files], list(COLOURS), "classification")
+    return write_data(folder, [files], list(COLOURS), "classification")
+
+
+def test_single_label_is_stocks(ours, stocks, tmp_path, monkeypatch):
+    single = single_label(tmp_path / "single")
     with monkeypatch.context() as patch:
         # Under NumPy 2.4 stock stops at float() of a one-element array.
         patch.setattr(zeroshot_classification, "float", lambda x: x.item(), raising=False)
@@ -201,8 +207,11 @@ def test_build_makes_its_csv(ours, tmp_path, monkeypatch):
 
 
 def test_two_processes_give_the_same_numbers(ours, model, data, tmp_path):
-    output = tmp_path / "distributed.json"
-    words = line(model, data, output, "--distributed", "--class_cache", "", "--num_workers", "1")
+    """They share the images of multi-label runs; the others are dealt out whole."""
+    (tmp_path / "made").symlink_to(data)
+    single_label(tmp_path / "a"), single_label(tmp_path / "b")
+    words = line(model, tmp_path / "{dataset}", tmp_path / "{dataset}.json", "--distributed")
+    words += ["--class_cache", "", "--num_workers", "1", "--dataset", "wds/a", "wds/made", "wds/b"]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -213,8 +222,10 @@ def test_two_processes_give_the_same_numbers(ours, model, data, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(output.read_text())
-    assert found["metrics"] == pytest.approx(ours()["metrics"], abs=1e-6)
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("made", *"ab")}
+    assert found["made"]["metrics"] == pytest.approx(ours()["metrics"], abs=1e-6)
+    assert found["a"]["metrics"] == found["b"]["metrics"] == ours(data=tmp_path / "a")["metrics"]
+    assert [done.stdout.count(f"Dump results to: {tmp_path}/{n}.json") for n in found] == [1] * 3
 
 
 # Flags -------------------------------------------------------------------------------------------
@@ -227,19 +238,15 @@ def test_ks(ours, caplog):
     assert "--ks 500: more than the 18 classes" in caplog.text
 
 
-@pytest.mark.parametrize("bad", ["0", "-1", "1.5", "ten"])
-def test_bad_ks(ours, capsys, bad):
-    with pytest.raises(SystemExit) as stop:
-        ours("--ks", bad)
-    assert stop.value.code == 2
-    assert f"at least 1, got {bad!r}" in capsys.readouterr().err
-
-
-def test_mistyped_flag(ours, capsys):
-    with pytest.raises(SystemExit) as stop:
-        ours("--templtes", "simple")
-    assert stop.value.code == 2
-    assert "--templtes" in (err := capsys.readouterr().err) and "did you mean --templates" in err
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(("--ks", bad), f"at least 1, got {bad!r}") for bad in ("0", "-1", "1.5", "ten")]
+    + [(("--templtes", "simple"), "--templtes simple (did you mean --templates?)")],
+)
+def test_bad_flags(ours, capsys, flags, message):
+    with pytest.raises(SystemExit, match="2"):
+        ours(*flags)
+    assert message in capsys.readouterr().err
 
 
 def test_templates(ours, data, stocks, tmp_path):
@@ -260,32 +267,80 @@ def test_templates(ours, data, stocks, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        (None, "no such file; give simple, imagenet or a file"),
-        ("a {c}\na photo\n", "line 2: 'a photo' is no template"),
-        ("a {name}\n", "line 1: 'a {name}' is no template"),
-        ("\n \n", "is empty"),
-    ],
+    [(None, "no such file; give simple, imagenet or a file"), ("\n \n", "is empty; give one")],
 )
-def test_bad_templates(ours, capsys, tmp_path, text, message):
+def test_no_templates(ours, capsys, tmp_path, text, message):
     if text is not None:
         (tmp_path / "t.txt").write_text(text)
+        own = write_data(tmp_path / "own", shards(), templates=[text])
+        ours(data=own, code=2)
+        assert f"{own}/{TEMPLATES_FILE} {message}" in capsys.readouterr().err
     ours("--templates", tmp_path / "t.txt", code=2)
     assert message in capsys.readouterr().err
 
 
-def test_templates_of_the_data_set(ours, capsys, tmp_path):
+@pytest.mark.parametrize(
+    "template",
+    [
+        "a photo",
+        "a {name}",
+        "a {}",
+        "{0}",
+        "{c.x}",
+        "{c.upper}",
+        "{c[0]}",
+        "{c!z}",
+        "{c:>9}",
+        "{",
+        "{c} }",
+    ],
+)
+def test_bad_templates(template):
+    with pytest.raises(ValueError, match=r"^here, line 2: ") as stop:
+        prompts.check_templates(["a {c}", template], "here")
+    assert f"{template!r} is no template" in str(stop.value)
+
+
+def test_bad_templates_are_named_on_every_way_in(ours, capsys, tmp_path):
+    """Through the launcher; for the patched command and for training it is the same function."""
+    lines, file, prompts_file = ["a {c}", "{c.x}"], tmp_path / "t.txt", tmp_path / "c.json"
+    file.write_text("\n".join(lines))
+    prompts_file.write_text(json.dumps({"made": lines}))
+    own, single = tmp_path / "own", single_label(tmp_path / "single")
+    write_data(own, shards(), templates=lines)
+    for flags, data, where in (
+        (("--templates", file), own, f"--templates {file}"),
+        ((), own, f"{own}/{TEMPLATES_FILE}"),
+        (("--custom_template_file", prompts_file), own, prompts_file),
+        (("--custom_template_file", prompts_file), single, prompts_file),
+    ):
+        ours(*flags, data=data, code=2)
+        assert f"{where}, line 2: '{{c.x}}' is no template" in capsys.readouterr().err
+    assert inspect.main(arguments(own, tmp_path)) == 1
+    assert f"{TEMPLATES_FILE}, line 2: '{{c.x}}' is no template" in capsys.readouterr().out
+
+
+def arguments(shards, folder):
+    """Of ``otter-openclip data inspect``."""
+    parser = argparse.ArgumentParser()
+    inspect.add_arguments(parser)
+    return parser.parse_args([str(shards), "--sheet", str(folder / "s.png"), "--workers", "1"])
+
+
+def test_blank_templates_are_passed_over(ours, tmp_path):
+    blank = write_data(tmp_path / "blank", shards(), templates=["", "a photo of {c}.", " ", ""])
+    found = ours("--dump_templates", data=blank)
+    assert found == ours("--dump_templates") and found["templates"] == ["a photo of {c}."]
+
+
+def test_templates_of_the_data_set(ours, tmp_path):
+    """Not needed, nor looked at, beside --templates; clip_benchmark has no other field than {c}."""
     bad = write_data(tmp_path / "bad", shards(), templates=["a photo of {}."])
     ours(data=bad, code=2)
-    err = capsys.readouterr().err
-    assert "'a photo of {}.'" in err and "zeroshot_classification_templates.txt" in err
     expected = ours()["metrics"]
     assert ours("--templates", "simple", data=bad)["metrics"] == expected
-    (bad / "zeroshot_classification_templates.txt").unlink()
+    (bad / TEMPLATES_FILE).unlink()
     assert ours("--templates", "simple", data=bad)["metrics"] == expected
-    (tmp_path / "out" / "ours.json").unlink()
-    ours(data=bad, code=2)
-    assert "pass --templates" in capsys.readouterr().err
 
 
 def test_prompts_of_each_class(ours, stocks, capsys, tmp_path):
@@ -298,8 +353,7 @@ def test_prompts_of_each_class(ours, stocks, capsys, tmp_path):
     file.write_text(json.dumps({"made": {name: [name] for name in NAMES[1:4]}}))
     ours("--custom_template_file", file, code=2)
     assert f"'red circle'; correct {file}" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        ours("--custom_template_file", file, "--templates", "simple")
+    ours("--custom_template_file", file, "--templates", "simple", code=2)
     assert "exclude each other" in capsys.readouterr().err
 
 
@@ -310,11 +364,11 @@ def test_reference_crop(ours, model, data, monkeypatch):
         seen.append(encode(*args, **kwargs))
         return seen[-1]
 
-    encode = multilabel.encode_images
-    monkeypatch.setattr(multilabel, "encode_images", keep)
+    encode = run.encode_images
+    monkeypatch.setattr(run, "encode_images", keep)
     ours()
     ours("--reference_crop")
-    plain, cropped = (found.features for found in seen)
+    plain, cropped = (features for features, _ in seen)
     network, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model}")
     first = Image.open(io.BytesIO(shards()[0]["0000.png"]))
     for features, transform in ((plain, preprocess), (cropped, evaluation_transform(32))):
@@ -344,11 +398,31 @@ def test_named_data_sets(ours, tmp_path, capsys, name):
 def test_saved_and_loaded_classifier(ours, stocks, tmp_path):
     mine = ours("--save_clf", tmp_path / "clf.pt")["metrics"]
     weights = torch.load(tmp_path / "clf.pt")
-    assert weights.shape == (16, len(NAMES))
-    loaded = ours("--load_clfs", tmp_path / "clf.pt", tmp_path / "clf.pt")["metrics"]
-    assert loaded == pytest.approx(mine, abs=1e-6)
+    assert weights.shape == (16, len(NAMES)) and not list(tmp_path.glob("*.tmp"))
+    its = stocks("--save_clf", str(tmp_path / "stock.pt"))["metrics"]["mean_average_precision"]
+    assert torch.allclose(weights, torch.load(tmp_path / "stock.pt"), rtol=0, atol=1e-6)
+    for files in (["clf.pt", "clf.pt"], ["stock.pt"], ["clf.pt", "stock.pt"]):
+        loaded = ours("--load_clfs", *(tmp_path / file for file in files))["metrics"]
+        assert loaded == pytest.approx(mine, abs=1e-6)
+    assert mine["mean_average_precision"] == pytest.approx(its, abs=1e-6)
     its = stocks("--load_clfs", str(tmp_path / "clf.pt"))["metrics"]["mean_average_precision"]
     assert its == pytest.approx(mine["mean_average_precision"], abs=1e-6)
+
+
+def test_equal_classes_rank_by_index_whatever_the_batch(ours, tmp_path):
+    """Equal by name, by prompts that the tokenizer makes equal, and by what --load_clfs gives."""
+    names = ["dog", *NAMES[:7], "DOG", *NAMES[:7], "Dog", "dog"]
+    twins = write_data(tmp_path / "twins", shards(), names)
+    ks = ("--ks", *map(str, range(1, 18)))
+    found = [ours(*ks, "--batch_size", b, data=twins)["metrics"] for b in ("1", "7", "8", "64")]
+    clf = tmp_path / "clf.pt"
+    found.append(ours(*ks, "--save_clf", clf, data=twins)["metrics"])
+    found += [ours(*ks, "--load_clfs", clf, "--batch_size", b, data=twins)["metrics"] for b in "18"]
+    assert all(metrics == pytest.approx(found[0], abs=1e-6) for metrics in found)
+    weights = torch.load(clf)
+    twin = [names.index(name) if name.lower() != "dog" else 0 for name in names]
+    assert torch.equal(weights, weights[:, twin])
+    assert found[0]["flat_hit@1"] < found[0]["flat_hit@17"] < 1
 
 
 # Cache of class features -------------------------------------------------------------------------
@@ -435,20 +509,24 @@ def test_unfit_class_list(ours, count, tmp_path, capsys, names, message):
     assert message in capsys.readouterr().err and not count
 
 
-def test_missing_class_list(ours, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("classnames.txt", "pass --custom_classname_file"),
+        (TEMPLATES_FILE, "pass --templates"),
+        ("test/nshards.txt", "correct --split"),
+    ],
+)
+def test_missing_text_files(ours, tmp_path, capsys, name, fix):
     bad = write_data(tmp_path / "bad", shards())
-    (bad / "classnames.txt").unlink()
+    (bad / name).unlink()
     ours(data=bad, code=2)
-    assert "classnames.txt" in capsys.readouterr().err
+    assert f"{bad / name} is missing; {fix}" in capsys.readouterr().err
 
 
-def test_duplicate_names_are_told(ours, caplog):
+def test_names_that_cannot_be_told_apart(ours, tmp_path, caplog):
     ours()
     assert "1 names stand for several classes, e.g. 'red circle'" in caplog.text
-
-
-def test_names_that_the_tokenizer_cuts(ours, tmp_path, caplog):
-    ours()
     assert "cut off" not in caplog.text
     ours(model=exported(tmp_path, 6))
     assert "longer than the model's 6 tokens" in caplog.text
@@ -488,25 +566,16 @@ def test_bad_samples_are_named(ours, tmp_path, capsys, files, message):
 
 def test_shards(ours, tmp_path, capsys):
     bad = write_data(tmp_path / "bad", shards())
-    cut = (bad / "test" / "2.tar").read_bytes()
-    (bad / "test" / "2.tar").write_bytes(cut[:3000])
-    ours(data=bad, code=2)
-    assert "2.tar cannot be read to its end" in capsys.readouterr().err
+    whole = (bad / "test" / "2.tar").read_bytes()
+    for content in (whole[:3000], b""):  # no tar of nothing, but a copy that failed
+        (bad / "test" / "2.tar").write_bytes(content)
+        ours(data=bad, code=2)
+        assert "2.tar cannot be read to its end" in capsys.readouterr().err
     (bad / "test" / "2.tar").unlink()
     ours(data=bad, code=2)
     assert "1 of 3 shards are missing, first" in capsys.readouterr().err
-    (bad / "test" / "nshards.txt").unlink()
-    ours(data=bad, code=2)
-    assert "nshards.txt is missing" in capsys.readouterr().err
     ours(data=write_data(tmp_path / "empty", [{}, {}]), code=2)
     assert "no images in 2 shards" in capsys.readouterr().err
-
-
-def test_an_empty_file_as_shard(ours, tmp_path, capsys):
-    empty = write_data(tmp_path / "empty", shards())
-    (empty / "test" / "1.tar").write_bytes(b"")
-    ours(data=empty, code=2)  # no tar of nothing, but a copy that failed
-    assert "1.tar cannot be read to its end" in capsys.readouterr().err
 
 
 def test_an_image_without_labels_is_a_miss(ours, stocks, tmp_path, caplog):
@@ -536,9 +605,11 @@ def test_nan_weights(ours, model, tmp_path, capsys):
 def test_class_features_are_the_plain_ones(model):
     network = open_clip.create_model(f"local-dir:{model}").eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{model}")
-    prompts = classifier.make_prompts(NAMES, ["a photo of {c}.", "{c}"])
-    found = classifier.class_features(network, tokenizer, prompts, device="cpu", batch_size=5)
-    for texts, feature in zip(prompts, found, strict=True):
-        with torch.no_grad():
-            mean = network.encode_text(tokenizer(list(texts)), normalize=True).mean(0)
-        assert torch.allclose(feature, F.normalize(mean, dim=0), atol=1e-5)
+    texts = [(f"a photo of {name}.", name) for name in [*NAMES, *map(str.upper, NAMES)]]
+    for size in (1, 5, 256):
+        found = classifier.class_features(network, tokenizer, texts, device="cpu", batch_size=size)
+        for written, feature in zip(texts, found, strict=True):
+            with torch.no_grad():
+                mean = network.encode_text(tokenizer(list(written)), normalize=True).mean(0)
+            assert torch.allclose(feature, F.normalize(mean, dim=0), atol=1e-5)
+        assert torch.equal(found[: len(NAMES)], found[len(NAMES) :])  # the tokens are equal

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -80,14 +81,30 @@ def test_frequency_is_open_clips(pairs, labelled, tmp_path):
 
 def test_data_that_cannot_be_used_end_the_run_before_it_starts(pairs, labelled, tmp_path, capsys):
     extra = ["--loss", "otter", "--zeroshot-data"]
-    with pytest.raises(SystemExit, match="2"):
-        main(flags(pairs, tmp_path / "a", *extra, str(tmp_path)))
-    assert "is no clip_benchmark webdataset" in capsys.readouterr().err
     bad = tmp_path / "bad"
-    (bad / "test").mkdir(parents=True)
-    for file in labelled.rglob("*"):
-        if file.is_file():
-            (bad / file.relative_to(labelled)).write_bytes(file.read_bytes())
+    templates = bad / "zeroshot_classification_templates.txt"
+    shutil.copytree(labelled, bad)
+    for file in (bad / "test" / "nshards.txt", bad / "classnames.txt", templates):
+        content = file.read_text()
+        file.unlink()
+        with pytest.raises(SystemExit, match="2"):
+            main(flags(pairs, tmp_path / "a", *extra, str(bad)))
+        assert f"is no clip_benchmark webdataset of classes: {file} is missing" in (
+            said := capsys.readouterr().err
+        )
+        assert "--zeroshot-data" in said and "--templates" not in said
+        file.write_text(content)
+    for i, (text, message) in enumerate(
+        (
+            ("{c}\n{c.x}", r"templates.txt, line 2: '{c.x}' is no template"),
+            ("a photo", "no {c} in it"),
+            (" \n", "templates.txt is empty"),
+        )
+    ):
+        templates.write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            main(flags(pairs, tmp_path / f"b{i}", *extra, str(bad)))
+    templates.write_text("a {c}")
     (bad / "classnames.txt").write_text("\n".join(CLASSES[:-1]))
     with pytest.raises(SystemExit, match=r"label vector of shape .* but there are 8 class names"):
         main(flags(pairs, tmp_path / "b", *extra, str(bad)))

@@ -35,6 +35,7 @@ from otter_openclip.data.decoding import STOCK_FORMATS, UndecodableImageError, d
 from otter_openclip.data.options import positive
 from otter_openclip.data.pool import default_workers, parallel_map
 from otter_openclip.data.shards import STATE_FOLDER
+from otter_openclip.evaluation import prompts
 from otter_openclip.files import write_json, written_whole
 
 THUMBNAIL = 160
@@ -100,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
     faults = [(shard.path, *fault) for shard in looks for fault in shard.faults]
     faults += _across(looks) + _counted_otherwise(looks)
     names = _class_names(paths[0])
-    faults += _outside(looks, names)
+    faults += _outside(looks, names) + prompts.faults(paths[0].parent.parent)
     figures = summarise(looks)
     print(_table(figures, names))
     for path, key, fault in faults[:_SHOWN_FAULTS]:

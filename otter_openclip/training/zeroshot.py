@@ -15,10 +15,15 @@ from open_clip_train.precision import get_autocast
 from timm.utils import unwrap_model
 from torch import nn
 
+from otter_openclip.evaluation.classifier import class_features
+from otter_openclip.evaluation.labelled_images import (
+    MultiLabelImages,
+    encode_images,
+    is_multilabel,
+)
+from otter_openclip.evaluation.metrics import KS, multilabel_metrics
+from otter_openclip.evaluation.prompts import check_webdataset, class_prompts
 from otter_openclip.files import written_whole
-from otter_openclip.zeroshot.classifier import check_classnames, class_features, make_prompts
-from otter_openclip.zeroshot.images import MultiLabelImages, encode_images, is_multilabel
-from otter_openclip.zeroshot.metrics import KS, multilabel_metrics
 
 BEST = "best.pt"
 CRITERION = "zeroshot-flat_hit@1"
@@ -26,12 +31,7 @@ CRITERION = "zeroshot-flat_hit@1"
 
 def check_folder(folder: str) -> None:
     """Raise ValueError unless ``folder`` looks like a clip_benchmark webdataset."""
-    count = Path(folder) / "test" / "nshards.txt"
-    if not count.is_file():
-        raise ValueError(
-            f"--zeroshot-data {folder} is no clip_benchmark webdataset: {count} is missing; "
-            "otter-openclip data open-images and imagenet10k write such folders"
-        )
+    check_webdataset(folder, flag="--zeroshot-data")
 
 
 class ZeroShotEvaluation:
@@ -57,9 +57,7 @@ class ZeroShotEvaluation:
                 f"--zeroshot-data {folder} is not multi-label (dataset_type.txt says so); F@K needs "
                 "label vectors"
             )
-        names = self.dataset.classes
-        check_classnames(names, str(Path(folder) / "classnames.txt"))
-        self.prompts = make_prompts(names, self.dataset.templates)
+        self.prompts = class_prompts(self.dataset)
         self._images().check()
 
     def _images(self) -> MultiLabelImages:
@@ -75,9 +73,9 @@ class ZeroShotEvaluation:
         logging.info(f"Zero-shot evaluation on {len(self.prompts)} classes")
         with torch.no_grad():
             classes = class_features(
-                student, tokenizer, self.prompts, device=device, autocast=autocast, progress=True
+                student, tokenizer, self.prompts, device=device, autocast=autocast
             )
-            encoded = encode_images(
+            features, labels = encode_images(
                 student,
                 self._images(),
                 device=device,
@@ -85,11 +83,8 @@ class ZeroShotEvaluation:
                 dtype=get_input_dtype(args.precision),
                 batch_size=args.batch_size,
                 workers=args.workers,
-                progress=True,
             )
-            found = multilabel_metrics(
-                encoded.features.float().to(device), classes.float(), encoded.labels, KS
-            )
+            found = multilabel_metrics(features.float().to(device), classes.float(), labels, KS)
         return {**{f"zeroshot-{name}": value for name, value in found.items()}, "epoch": epoch}
 
 

@@ -12,14 +12,12 @@ import contextlib
 from typing import Any
 
 import torch.distributed as dist
-from clip_benchmark.cli import world_info_from_env
+from clip_benchmark.datasets.builder import build_wds_dataset
 from torch import nn
 
-from otter_openclip.evaluation import multilabel, ranks
-from otter_openclip.evaluation.arguments import add_arguments, check_arguments
-from otter_openclip.evaluation.datasets import open_named, templates_file
-from otter_openclip.zeroshot.classifier import read_templates
-from otter_openclip.zeroshot.images import MultiLabelImages, is_multilabel
+from otter_openclip.evaluation import run
+from otter_openclip.evaluation.labelled_images import is_multilabel
+from otter_openclip.evaluation.prompts import check_webdataset
 
 
 class NamedDataset:
@@ -31,9 +29,14 @@ class NamedDataset:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, **arguments: Any) -> Any:
-        """Open it, from the arguments of clip_benchmark's ``build_dataset``."""
-        return open_named(self.name, **arguments)
+    def __call__(self, *, root: str, split: str, transform: Any, **given: Any) -> Any:
+        """Open it; raises ValueError if it is not there, or its names or templates nowhere."""
+        root = run.named_root(self.name, root, split)
+        names = not given["custom_classname_file"]
+        templates = not given["custom_template_file"]
+        check_webdataset(root, split, names=names, templates=templates)
+        dataset = build_wds_dataset(self.name, transform, split, root, given["wds_cache_dir"])
+        return run.printed_shortened(dataset)
 
 
 class MultiLabelTask:
@@ -41,22 +44,16 @@ class MultiLabelTask:
 
     use_classnames_and_templates = True
     distributed = True
-    add_arguments = staticmethod(add_arguments)
+    add_arguments = staticmethod(run.add_arguments)
 
     def __init__(self) -> None:
         self._files = contextlib.ExitStack()
 
     def prepare(self, args: argparse.Namespace) -> None:
-        """Check the flags; meet the other processes."""
-        check_arguments(args)
-        if args.templates:
-            file = templates_file(read_templates(args.templates))
-            args.custom_template_file = self._files.enter_context(file)
-        if args.distributed and not dist.is_initialized():
-            local_rank, rank, world_size = world_info_from_env()
-            if world_size > 1:
-                ranks.join(local_rank, rank, world_size)
-                atexit.register(dist.destroy_process_group)
+        """Read ``--templates``; meet the other processes."""
+        self._files.enter_context(run.templates_given(args))
+        if args.distributed and not dist.is_initialized() and run.join_ranks()[1] > 1:
+            atexit.register(dist.destroy_process_group)
 
     def evaluate(
         self,
@@ -64,9 +61,8 @@ class MultiLabelTask:
         model: nn.Module,
         dataset: Any,
         transform: Any,
-        tokenizer: Any,
         args: argparse.Namespace,
-        **_: Any,
+        **given: Any,
     ) -> dict[str, float]:
         """Metrics of one run, on every rank."""
         self._files.close()
@@ -77,21 +73,10 @@ class MultiLabelTask:
                 "zeroshot_classification"
             )
         if args.reference_crop:
-            transform = multilabel.reference_crop(model)
+            transform = run.reference_crop(model)
         together = args.distributed and dist.is_initialized()
-        metrics = multilabel.evaluate(
-            model,
-            MultiLabelImages(
-                dataset, transform, len(dataset.classes), load_truncated=args.load_truncated
-            ),
-            tokenizer,
-            dataset.classes,
-            dataset.templates,
-            args,
-            device=args.device,
-            rank=dist.get_rank() if together else 0,
-            world_size=dist.get_world_size() if together else 1,
-        )
+        tokenizer = given["tokenizer"]
+        metrics = run.evaluate(model, dataset, transform, tokenizer, args, together=together)
         if together:
             dist.barrier()  # nobody leaves while another still listens
         return metrics

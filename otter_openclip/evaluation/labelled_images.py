@@ -1,7 +1,8 @@
 """Images and labels of a multi-label clip_benchmark webdataset, as features in a fixed order.
 
 The order is that of the shards and of the samples in them, whatever the number of loader workers and
-of ranks: what a metric depends on does not change with them.
+of ranks: what a metric depends on does not change with them. To read on through an incomplete image,
+``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` is replaced while it is decoded.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,20 +24,16 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from webdataset.autodecode import ImageHandler
 
-from otter_openclip.zeroshot.classifier import Autocast
+from otter_openclip.evaluation.classifier import Autocast
+from otter_openclip.replacing import replaced
 
 EXTENSIONS = ("webp", "png", "jpg", "jpeg")  # clip_benchmark's
+
+Batch = tuple[Tensor, list[np.ndarray], list[tuple[int, int]]]  # images, labels, (shard, sample)
 
 
 class ImageError(ValueError):
     """A sample or shard that cannot be used; the message names it."""
-
-
-class EncodedImages(NamedTuple):
-    """(N, D) features as the model gave them, normalised, and each image's true classes."""
-
-    features: Tensor
-    labels: list[np.ndarray]
 
 
 def is_multilabel(dataset: Any) -> bool:
@@ -46,35 +43,26 @@ def is_multilabel(dataset: Any) -> bool:
 
 
 class MultiLabelImages(IterableDataset):
-    """Batches of (images, labels, places) of a multi-label webdataset.
+    """Batches of images, labels and places of a multi-label webdataset, or the error that ends them.
 
     Each loader worker of each rank is a slot. With at least as many shards as slots a slot reads every
     slots-th shard; with fewer, the slots share the shards and each decodes its part of the samples.
     """
 
     def __init__(
-        self,
-        dataset: Any,
-        transform: Callable[[Any], Tensor],
-        classes: int,
-        *,
-        load_truncated: bool = False,
+        self, dataset: Any, transform: Callable, classes: int, *, load_truncated: bool = False
     ) -> None:
-        """Take shards and tar reading (with its cache) from clip_benchmark's ``dataset``.
+        """Take shards and tar reading, with its cache, from clip_benchmark's ``dataset``.
 
-        Args:
-            dataset: what ``clip_benchmark.datasets.builder.build_wds_dataset`` returned.
-            transform: of PIL images to tensors.
-            classes: how many classes the class list has.
-            load_truncated: fill what is missing of an incomplete image with grey instead of raising.
+        ``transform`` is of PIL images to tensors, ``classes`` the length of the class list; with
+        ``load_truncated`` what is missing of an incomplete image is grey instead of an error.
         """
         super().__init__()
         self.urls = list(dataset.pipeline[0].urls)
-        self.read = next(s for s in dataset.pipeline if "tarfile" in _stage_name(s))
+        functions = {getattr(getattr(s, "f", s), "__name__", ""): s for s in dataset.pipeline}
+        self.read = next(stage for name, stage in functions.items() if "tarfile" in name)
         self.decode = ImageHandler("pil", extensions=EXTENSIONS)
-        self.transform = transform
-        self.classes = classes
-        self.load_truncated = load_truncated
+        self.transform, self.classes, self.load_truncated = transform, classes, load_truncated
         self.batch_size, self.rank, self.world_size = 64, 0, 1
 
     def check(self) -> None:
@@ -87,29 +75,27 @@ class MultiLabelImages(IterableDataset):
             )
         for url in self.urls:
             for _, sample in self._samples(url, 0, 1):
-                self._labels(sample, url)
+                self._labels(sample, f"{url}: sample {sample['__key__']}")
                 return
         raise ImageError(f"no images in {len(self.urls)} shards, first {self.urls[0]}")
 
-    def __iter__(self) -> Iterator[Any]:
-        """Yield batches, or the error that ends the work: a worker's exception would lose its text."""
+    def __iter__(self) -> Iterator[Batch | ImageError]:
+        """Batches; an error is yielded, because a worker's exception would lose its text."""
+        batch: list[Any] = []
         try:
-            yield from self._batches()
+            for shard, offset, step in self._shares():
+                url = self.urls[shard]
+                for place, sample in self._samples(url, offset, step):
+                    where = f"{url}: sample {sample['__key__']}"
+                    image, labels = self._image(sample, where), self._labels(sample, where)
+                    batch.append((image, labels, (shard, place)))
+                    if len(batch) == self.batch_size:
+                        yield _collate(batch)
+                        batch = []
+            if batch:
+                yield _collate(batch)
         except ImageError as error:
             yield error
-
-    def _batches(self) -> Iterator[tuple[Tensor, list[np.ndarray], list[tuple[int, int]]]]:
-        batch: list[Any] = []
-        for shard, offset, step in self._shares():
-            url = self.urls[shard]
-            for place, sample in self._samples(url, offset, step):
-                image = self._image(sample, url)
-                batch.append((image, self._labels(sample, url), (shard, place)))
-                if len(batch) == self.batch_size:
-                    yield _collate(batch)
-                    batch = []
-        if batch:
-            yield _collate(batch)
 
     def _shares(self) -> list[tuple[int, int, int]]:
         """This slot's (shard, first sample, step)."""
@@ -123,44 +109,32 @@ class MultiLabelImages(IterableDataset):
         return [(shard, slot // shards, len(range(shard, slots, shards)))]
 
     def _samples(self, url: str, offset: int, step: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        samples = enumerate(self.read(iter([{"url": url}])))
-        while True:
-            try:
-                place, sample = next(samples)
-            except StopIteration:
-                return
-            except Exception as error:  # tarfile, gopen and curl each have their own
-                raise ImageError(
-                    f"{url} cannot be read to its end ({type(error).__name__}: {error}); copy or build "
-                    "the shard again"
-                ) from error
-            if place % step == offset:
-                yield place, sample
+        try:
+            for place, sample in enumerate(self.read(iter([{"url": url}]))):
+                if place % step == offset:
+                    yield place, sample
+        except Exception as error:  # tarfile, gopen and curl each have their own
+            fault = f"cannot be read to its end ({type(error).__name__}: {error})"
+            raise ImageError(f"{url} {fault}; copy or build the shard again") from error
 
-    def _image(self, sample: dict[str, Any], url: str) -> Tensor:
+    def _image(self, sample: dict[str, Any], where: str) -> Tensor:
         found = next((e for e in EXTENSIONS if e in sample), None)
-        where = f"{url}: sample {sample['__key__']}"
         if found is None:
             raise ImageError(f"{where} has no image ({', '.join(EXTENSIONS)})")
+        # For this image only: the switch is the whole process's.
+        switch = self.load_truncated or ImageFile.LOAD_TRUNCATED_IMAGES
         try:
-            # For this image only: the switch is the whole process's.
-            with mock.patch.object(
-                ImageFile,
-                "LOAD_TRUNCATED_IMAGES",
-                self.load_truncated or ImageFile.LOAD_TRUNCATED_IMAGES,
-            ):
+            with replaced((ImageFile, "LOAD_TRUNCATED_IMAGES", switch)):
                 image = self.decode(found, sample[found])
         except Exception as error:  # PIL's decoders raise many types
-            truncated = "truncated" in str(error)
+            flag = "pass --load_truncated to use the part that is there, or "
             raise ImageError(
                 f"{where}: the {found} cannot be decoded ({type(error).__name__}: {error}); "
-                + ("pass --load_truncated to use the part that is there, or " if truncated else "")
-                + "build the shard without it"
+                f"{flag if 'truncated' in str(error) else ''}build the shard without it"
             ) from error
         return self.transform(image)
 
-    def _labels(self, sample: dict[str, Any], url: str) -> np.ndarray:
-        where = f"{url}: sample {sample['__key__']}"
+    def _labels(self, sample: dict[str, Any], where: str) -> np.ndarray:
         if "npy" not in sample:
             raise ImageError(f"{where} has no npy with its label vector")
         try:
@@ -178,12 +152,7 @@ class MultiLabelImages(IterableDataset):
         return labels.astype(np.int32)
 
 
-def _stage_name(stage: Any) -> str:
-    function = getattr(stage, "f", stage)
-    return getattr(function, "__name__", "")
-
-
-def _collate(batch: list[Any]) -> tuple[Tensor, list[np.ndarray], list[tuple[int, int]]]:
+def _collate(batch: list[Any]) -> Batch:
     images, labels, places = zip(*batch, strict=True)
     return torch.stack(images), list(labels), list(places)
 
@@ -198,32 +167,23 @@ def encode_images(
     dtype: torch.dtype | None = None,
     batch_size: int = 64,
     workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: bool = False,
-) -> EncodedImages | None:
-    """Encode this rank's share; rank 0 returns all of them, the others None.
+    together: bool = False,
+) -> tuple[Tensor, list[np.ndarray]] | None:
+    """(N, D) features as the model gives them, normalised, and each image's true classes.
 
-    Args:
-        model: an open_clip model in eval mode.
-        images: what to encode.
-        device: where the model is.
-        autocast: makes the context the model runs in.
-        dtype: of the input, if not float32.
-        batch_size: images encoded at a time.
-        workers: loader processes.
-        rank: of this process, in torch.distributed's default group if there are several.
-        world_size: number of processes.
-        progress: show a progress bar.
+    The model is an open_clip one in eval mode on ``device``; it runs inside the context that
+    ``autocast`` makes, on input of ``dtype``, if not float32. If the processes of torch.distributed's
+    default group work ``together``, each encodes its share and all but rank 0 return None.
 
     Raises:
         ImageError: naming shard and sample, if an image or a label vector cannot be used.
     """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     images.batch_size, images.rank, images.world_size = batch_size, rank, world_size
     # A generator of its own: the loader must not draw from the random numbers of a training run.
     loader = DataLoader(images, batch_size=None, num_workers=workers, generator=torch.Generator())
-    features, labels, places, failure = [], [], [], None
-    with tqdm(desc="Images", unit="image", disable=not progress) as bar:
+    parts, labels, places, failure = [], [], [], None
+    with tqdm(desc="Images", unit="image", disable=rank > 0) as bar:
         for batch in loader:
             if isinstance(batch, ImageError):
                 failure = batch
@@ -231,34 +191,22 @@ def encode_images(
             pixels, batch_labels, batch_places = batch
             with autocast():
                 encoded = model.encode_image(pixels.to(device=device, dtype=dtype))
-                features.append(F.normalize(encoded, dim=-1).cpu())
+                parts.append(F.normalize(encoded, dim=-1).cpu())
             labels += batch_labels
             places += batch_places
             bar.update(len(batch_labels))
-    mine = (torch.cat(features) if features else None, labels, places, failure)
-    if world_size == 1:
-        everyone = [mine]
-    else:
+    if together:
         everyone = [None] * world_size if rank == 0 else None
-        dist.gather_object(mine, everyone)
-        if rank != 0:
-            if failure is not None:
-                raise failure
-            return None
-    del features
-    for *_, other in everyone:
-        if other is not None:
-            raise other
-    return _in_order(everyone)
-
-
-def _in_order(everyone: list[Any]) -> EncodedImages:
-    found = [part for part, *_ in everyone if part is not None]
-    labels = [label for _, part, *_ in everyone for label in part]
-    places = [place for _, _, part, _ in everyone for place in part]
+        dist.gather_object((parts, labels, places, failure), everyone)
+        if rank == 0:
+            *columns, failures = zip(*everyone, strict=True)
+            parts, labels, places = (list(chain.from_iterable(column)) for column in columns)
+            failure = next(filter(None, failures), None)
+    if failure is not None:
+        raise failure
+    if rank > 0:
+        return None
     order = sorted(range(len(places)), key=places.__getitem__)
-    features = torch.cat(found) if len(found) > 1 else found[0]
-    if order != list(range(len(order))):
-        features = features[torch.tensor(order)]
-        labels = [labels[i] for i in order]
-    return EncodedImages(features, labels)
+    features = torch.cat(parts)
+    parts.clear()
+    return features[torch.tensor(order)], [labels[i] for i in order]

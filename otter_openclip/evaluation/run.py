@@ -1,0 +1,192 @@
+"""A run of multi-label zero-shot classification in ``clip_benchmark eval``: its flags, its work."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import logging
+import os
+import reprlib
+import tempfile
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from clip_benchmark.cli import world_info_from_env
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.model import get_model_preprocess_cfg
+from torch import Tensor, nn
+
+from otter_openclip.evaluation.classifier import cached_class_features
+from otter_openclip.evaluation.labelled_images import MultiLabelImages, encode_images
+from otter_openclip.evaluation.metrics import KS, multilabel_metrics
+from otter_openclip.evaluation.prompts import class_prompts, read_templates
+from otter_openclip.files import written_whole
+from otter_openclip.preprocessing import reference_transforms
+
+NAMED_DATASETS = ("goi", "imagenet10k")
+DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "otter_openclip"
+
+
+def _k(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        fault = f"K must be a whole number of at least 1, got {text!r}; e.g. --ks 1 2 5 10"
+        raise argparse.ArgumentTypeError(fault)
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags to the parser of ``clip_benchmark eval``."""
+    add = parser.add_argument_group("otter-openclip", "multi-label classification").add_argument
+    add("--ks", type=_k, nargs="+", default=list(KS), help="K of F@K; default 1 2 5 10")
+    text = "prompts: 'a photo of {}.', open_clip's 80 for ImageNet, or a file with one a line; "
+    text += "default: the dataset's own"
+    add("--templates", metavar="{simple,imagenet,FILE}", help=text)
+    text = "resize to 256/224 of the model's image size, then crop, as the reference does"
+    add("--reference_crop", action="store_true", help=text)
+    text = "use what is there of an incomplete image (grey elsewhere) instead of stopping"
+    add("--load_truncated", action="store_true", help=text)
+    text = "where class features are kept, '' for nowhere; default %(default)s"
+    add("--class_cache", metavar="DIR", default=str(DEFAULT_CACHE), help=text)
+
+
+class _Shortened(list):
+    def __repr__(self) -> str:
+        return reprlib.repr(list(self))
+
+
+def printed_shortened(dataset: Any) -> Any:
+    """clip_benchmark's ``dataset``, of whose classes, maybe 20,000, it does not print all."""
+    dataset.classes = _Shortened(dataset.classes or ())
+    return dataset
+
+
+def named_root(name: str, root: str, split: str) -> str:
+    """The webdataset of ``name``: ``root`` or the folder of that name in it, else a ValueError."""
+    counts = [Path(root) / folder / split / "nshards.txt" for folder in ("", name)]
+    if "://" in root or counts[0].is_file():
+        return root
+    if counts[1].is_file():
+        return str(Path(root) / name)
+    raise ValueError(
+        f"no webdataset of {name}: neither {counts[0]} nor {counts[1]} exists; give its folder, or the "
+        "one it is in, with --dataset_root"
+    )
+
+
+def templates_given(args: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """Has ``--templates`` in ``args.custom_template_file``, for any dataset, until it is left."""
+    if not args.templates:
+        return contextlib.nullcontext()
+    if args.custom_template_file:
+        raise ValueError("--templates and --custom_template_file exclude each other; drop one")
+    templates = {"imagenet1k": read_templates(args.templates)}  # what clip_benchmark falls back on
+    file = tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8")
+    json.dump(templates, file)
+    file.flush()
+    args.custom_template_file = file.name
+    return file
+
+
+def join_ranks() -> tuple[int, int]:
+    """Rank and number of the processes of ``--distributed``; several form the default group."""
+    local_rank, rank, world_size = world_info_from_env()
+    if world_size > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank)
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(days=1))
+    return rank, world_size
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Any,
+    transform: Any,
+    tokenizer: Any,
+    args: argparse.Namespace,
+    *,
+    together: bool = False,
+) -> dict[str, float]:
+    """F@K and mean average precision, printed, of a multi-label webdataset that clip_benchmark opened.
+
+    ``args`` are the flags of ``clip_benchmark eval`` and of ``add_arguments``. If the processes of the
+    default group work ``together``, they share the images out; each returns the metrics.
+
+    Raises:
+        ValueError: for class names, prompts, images or labels that cannot be used.
+    """
+    names, templates = args.custom_classname_file, args.custom_template_file
+    prompts = class_prompts(dataset, names_from=names, templates_from=templates)
+    images = MultiLabelImages(dataset, transform, len(prompts), load_truncated=args.load_truncated)
+    images.check()
+    first = not together or dist.get_rank() == 0
+    kind = torch.device(args.device).type
+    if kind == "cpu" and args.amp and first:
+        logging.warning(
+            "clip_benchmark's mixed precision is bfloat16 on a CPU; --no_amp is more exact there"
+        )
+    autocast = functools.partial(torch.autocast, kind, enabled=args.amp)
+    classes = _classes(model, tokenizer, prompts, autocast, args) if first else None
+    encoded = encode_images(
+        model,
+        images,
+        device=args.device,
+        autocast=autocast,
+        batch_size=args.batch_size,
+        workers=args.num_workers,
+        together=together,
+    )
+    box = [None]
+    if first:
+        features, labels = encoded
+        if without := sum(len(label) == 0 for label in labels):
+            logging.warning(f"{without} of {len(labels)} images have no true label: misses in F@K")
+        if large := " ".join(str(k) for k in args.ks if k > len(prompts)):
+            more = f"more than the {len(prompts)} classes, so every image with a label is a hit"
+            logging.warning(f"--ks {large}: {more}")
+        with autocast():
+            box[0] = multilabel_metrics(
+                features.to(args.device), classes, labels, args.ks, progress=True
+            )
+        print(", ".join(f"{name} {value:.4f}" for name, value in box[0].items()))
+    if together:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def _classes(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[str]],
+    autocast: Any,
+    args: argparse.Namespace,
+) -> Tensor:
+    """(C, D) features, or the mean of those in ``--load_clfs``, (D, C) each."""
+    if args.load_clfs:
+        total = 0
+        for path in args.load_clfs:
+            total = total + (part := torch.load(path, map_location="cpu")) / len(args.load_clfs)
+            if (found := part.shape[-1]) != len(prompts):
+                raise ValueError(f"--load_clfs {path} has {found} classes, not {len(prompts)}")
+        features = total.T.to(args.device)
+    else:
+        folder = Path(args.class_cache).expanduser() if args.class_cache else None
+        features = cached_class_features(
+            model, tokenizer, prompts, device=args.device, autocast=autocast, folder=folder
+        )
+    if args.save_clf is not None:
+        with written_whole(args.save_clf) as file:
+            torch.save(features.T.contiguous(), file)
+    return features
+
+
+def reference_crop(model: nn.Module) -> Any:
+    """The reference's test transform for ``model``, whose images are square."""
+    known = {"size": 224, "mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
+    known |= get_model_preprocess_cfg(model) | {"interpolation": "bicubic"}
+    return reference_transforms(known)[1]
