@@ -14,8 +14,15 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4, torch.bfloat16: 8e-3}
 @pytest.fixture(params=["dense", "streaming"])
 def impl(request, monkeypatch):
     """An implementation, with tiles of four rows."""
-    monkeypatch.setitem(tiles.TILE_ENTRIES, "cpu", 4 * 21)
+    small_tiles(monkeypatch, rows=4, columns=21)
     return request.param
+
+
+def small_tiles(monkeypatch, rows, columns):
+    """Tiles of some rows, and products of two tiles' gradients."""
+    monkeypatch.setattr(tiles, "TILE_ROWS", rows)
+    monkeypatch.setitem(tiles.TILE_ENTRIES, "cpu", rows * columns)
+    monkeypatch.setattr(tiles, "PRODUCT_ENTRIES", 2 * rows * columns)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -84,10 +91,10 @@ def test_streaming_never_holds_a_matrix(monkeypatch):
             return out
 
     count, width = 200, 8
-    monkeypatch.setitem(tiles.TILE_ENTRIES, "cpu", 10 * count)
+    small_tiles(monkeypatch, rows=10, columns=count)
     images, texts, *teacher = (x.float() for x in features(count, width))
     images.requires_grad_()
-    for impl, expected in (("streaming", 10 * count), ("plain", count * count)):
+    for impl, expected in (("streaming", 20 * count), ("plain", count * count)):
         with Largest() as seen:
             sum(OtterLoss(impl=impl)(images, texts, torch.tensor(9.0), *teacher)).backward()
         assert seen.entries == expected

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from otter_openclip.fast import tiles
 from otter_openclip.fast.plans import LOG_ZERO, MAX_LOG_BOUND, LogPlans, ScalingPlans
 from otter_openclip.fast.ranks import GatherRows, all_reduce_logsumexp, gather_rows
 from otter_openclip.fast.tiles import RowTiles, keeps_matrices
@@ -126,9 +127,9 @@ def _gradients(ctx: Any, upstream: tuple[Tensor, ...]) -> list[Tensor | None]:
         for x, needed in zip((rows, columns), ctx.needs_input_grad[:2], strict=True)
     )
     scale_gradients = [rows.new_zeros((), dtype=sum_dtype(rows.device)) for _ in weights]
-    buffer = cosines.empty_tile()
+    buffer, begin = cosines.empty(tiles.PRODUCT_ENTRIES), 0
     for (part, block), (_, kernel) in zip(cosines, plans.tiles, strict=True):
-        gradient = buffer[: len(block)]
+        gradient = buffer[part.start - begin : part.stop - begin]
         for i, (s, weight) in enumerate(zip(scales, weights, strict=True)):
             logits = block * s
             difference = (logits - column_norms[i]).exp_()
@@ -141,10 +142,13 @@ def _gradients(ctx: Any, upstream: tuple[Tensor, ...]) -> list[Tensor | None]:
             scale_gradients[i] += weight * torch.dot(difference.view(-1), block.reshape(-1))
             difference *= weight * s
             gradient.copy_(difference) if i == 0 else gradient.add_(difference)
+        if part.stop < len(rows) and part.stop - begin + len(block) <= len(buffer):
+            continue
+        gradient, done, begin = buffer[: part.stop - begin], slice(begin, part.stop), part.stop
         if row_gradient is not None:
-            torch.mm(gradient, columns, out=row_gradient[part])
+            torch.mm(gradient, columns, out=row_gradient[done])
         if column_gradient is not None:
-            column_gradient.addmm_(gradient.T, rows[part])
+            column_gradient.addmm_(gradient.T, rows[done])
     dtyped = [g.to(s.dtype) for g, s in zip(scale_gradients, scales, strict=True)]
     return [row_gradient, column_gradient, *dtyped]
 
@@ -158,10 +162,10 @@ def _solved_plans(
     """
     world_size = loss.world_size if loss.sharded else 1
     given = [*teacher, *(gather_rows(x, world_size) for x in teacher)]
-    kernels = None
+    triton = None
     if half is not None and not keep and loss.iterations > 0:
-        kernels = _triton(given[0].device)
-    if kernels is not None:
+        triton = _triton(given[0].device)
+    if triton is not None:
         given = [x.to(half).contiguous() for x in given]
     images, texts, all_images, all_texts = map(at_least_float32, given)
     coefs = tuple(loss.teacher_scale * c for c in (loss.vv_coef, loss.tt_coef, 1.0))
@@ -171,7 +175,7 @@ def _solved_plans(
     if images.device.type == "cpu":
         v, t = (float(x.norm(dim=1).max()) for x in (all_images, all_texts))
     bound = coefs[0] * v * v + coefs[1] * t * t + coefs[2] * v * t
-    scaling = bound <= MAX_LOG_BOUND and kernels is None
+    scaling = bound <= MAX_LOG_BOUND and triton is None
     removed = loss.remove_diagonal and total > 1
 
     def fill(part: slice, out: Tensor) -> None:
@@ -185,12 +189,12 @@ def _solved_plans(
         if removed:
             _own_pairs(out, part, offset).fill_(0.0 if scaling else LOG_ZERO)
 
-    tiles = RowTiles(fill, (count, total), images, keep)
-    if kernels is not None:
+    kernel = RowTiles(fill, (count, total), images, keep)
+    if triton is not None:
         diagonal = offset if removed else None
-        plans = kernels.TritonPlans(tiles, world_size, given, coefs, bound, diagonal)
+        plans = triton.TritonPlans(kernel, world_size, given, coefs, bound, diagonal)
     else:
-        plans = (ScalingPlans if scaling else LogPlans)(tiles, world_size)
+        plans = (ScalingPlans if scaling else LogPlans)(kernel, world_size)
     plans.solve(loss.iterations)
     return plans
 

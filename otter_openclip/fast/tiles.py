@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-# Entries of a tile: few enough for a CPU's cache, enough for the matrix product behind it.
-TILE_ENTRIES = {"cpu": 2**21, "cuda": 2**26}
+# Entries of a tile: few enough for a CPU's cache; and rows: enough for the matrix products with it.
+TILE_ENTRIES, TILE_ROWS = {"cpu": 2**20, "cuda": 2**26}, 128
+# Entries of several tiles' gradient, multiplied at once: each product rewrites all columns' gradient.
+PRODUCT_ENTRIES = 2**24
 # `auto` keeps matrices that together take at most this share of the device's memory.
 KEPT_SHARE = 1 / 8
 
@@ -32,6 +34,9 @@ def keeps_matrices(impl: str, entries: int, like: Tensor) -> bool:
     return entries * like.element_size() <= KEPT_SHARE * device_memory(like.device)
 
 
+Fill = Callable[[slice, Tensor], None]
+
+
 class RowTiles:
     """A matrix by tiles of rows; ``rows``, ``columns`` are its shape, ``like`` its dtype and device."""
 
@@ -46,22 +51,23 @@ class RowTiles:
         self.rows, self.columns = shape
         self.like = like
         entries = TILE_ENTRIES.get(like.device.type, TILE_ENTRIES["cuda"])
-        self._tile_rows = min(self.rows, max(1, entries // self.columns))
+        self._tile_rows = min(self.rows, max(TILE_ROWS, entries // self.columns))
         self._fill, self._keep = fill, keep
         self._kept: dict[int, Tensor] = {}
 
-    def empty_tile(self) -> Tensor:
-        """An uninitialised tensor of a tile's shape."""
-        return self.like.new_empty(self._tile_rows, self.columns)
+    def empty(self, entries: int = 0) -> Tensor:
+        """An uninitialised tensor of a tile's shape, or of as many rows as ``entries`` allow."""
+        rows = max(self._tile_rows, entries // self.columns)
+        return self.like.new_empty(min(self.rows, rows), self.columns)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield ``(rows, tile)``; a tile that is not kept is valid until the next one."""
-        buffer = None if self._keep else self.empty_tile()
+        buffer = None if self._keep else self.empty()
         for start in range(0, self.rows, self._tile_rows):
             part = slice(start, min(start + self._tile_rows, self.rows))
             tile = self._kept.get(start)
             if tile is None:
-                tile = (self.empty_tile() if self._keep else buffer)[: part.stop - start]
+                tile = (self.empty() if self._keep else buffer)[: part.stop - start]
                 self._fill(part, tile)
             if self._keep:
                 self._kept[start] = tile
