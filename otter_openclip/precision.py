@@ -31,7 +31,7 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def towers_half_precision(features: Iterable[Tensor]) -> torch.dtype | None:
+def half_precision(features: Iterable[Tensor]) -> torch.dtype | None:
     """The half precision that the towers computed ``features`` in, None if it was none.
 
     Under CUDA's autocast normalised features arrive as float32: its dtype is what counts.

@@ -26,16 +26,9 @@ from torch.autograd.function import once_differentiable
 from otter_openclip.fast import tiles
 from otter_openclip.fast.plans import LOG_ZERO, MAX_LOG_BOUND, LogPlans, ScalingPlans
 from otter_openclip.fast.ranks import GatherRows, all_reduce_logsumexp, gather_rows
-from otter_openclip.fast.tiles import RowTiles, keeps_matrices
-from otter_openclip.precision import (
-    at_least_float32,
-    float32_math,
-    sum_dtype,
-    towers_half_precision,
-)
+from otter_openclip.precision import at_least_float32, float32_math, half_precision, sum_dtype
 
 Pair = tuple[Tensor, Tensor]
-
 _UNIT_NORM = 1.01  # up to bfloat16's rounding
 
 
@@ -60,7 +53,7 @@ def terms(
         teacher: (B, D') features, likewise.
     """
     images, texts = student
-    half = towers_half_precision(teacher)
+    half = half_precision(teacher)
     statistics: dict[str, Tensor] = {}
     with float32_math(images.device.type):
         rows = at_least_float32(images)
@@ -79,8 +72,8 @@ class _Terms(torch.autograd.Function):
         count, total = len(rows), len(columns)
         world_size = loss.world_size if loss.sharded else 1
         offset = loss.rank * count if loss.sharded else 0
-        keep = keeps_matrices(loss.impl, 2 * count * total, rows)
-        cosines = RowTiles(
+        keep = tiles.keeps_matrices(loss.impl, 2 * count * total, rows)
+        cosines = tiles.RowTiles(
             lambda part, out: torch.mm(rows[part], columns.T, out=out), (count, total), rows, keep
         )
         plans = _solved_plans(loss, teacher, offset, keep, half)
@@ -189,7 +182,7 @@ def _solved_plans(
         if removed:
             _own_pairs(out, part, offset).fill_(0.0 if scaling else LOG_ZERO)
 
-    kernel = RowTiles(fill, (count, total), images, keep)
+    kernel = tiles.RowTiles(fill, (count, total), images, keep)
     if triton is not None:
         diagonal = offset if removed else None
         plans = triton.TritonPlans(kernel, world_size, given, coefs, bound, diagonal)

@@ -40,13 +40,7 @@ Fill = Callable[[slice, Tensor], None]
 class RowTiles:
     """A matrix by tiles of rows; ``rows``, ``columns`` are its shape, ``like`` its dtype and device."""
 
-    def __init__(
-        self,
-        fill: Callable[[slice, Tensor], None],
-        shape: tuple[int, int],
-        like: Tensor,
-        keep: bool,
-    ) -> None:
+    def __init__(self, fill: Fill, shape: tuple[int, int], like: Tensor, keep: bool) -> None:
         """``fill(rows, out)`` writes the rows of a slice into ``out``; ``keep`` holds the matrix."""
         self.rows, self.columns = shape
         self.like = like
