@@ -6,13 +6,12 @@ import unicodedata
 
 import numpy as np
 import pytest
-import torch
 import webdataset
 from PIL import Image
 
 from otter_openclip import cli
 from otter_openclip.demo import dataset, glyphs
-from otter_openclip.demo.pipeline import _empty_folder, blind_flat_hit, flat_hit
+from otter_openclip.demo.pipeline import _empty_folder, blind_flat_hit
 from otter_openclip.demo.report import strongest_block
 
 
@@ -83,13 +82,6 @@ def test_shards_hold_pictures_captions_and_labels(tmp_path):
             name = unicodedata.name(glyph.character).lower()
             assert true == (set(name.split()) if words else {name})
             assert np.array_equal(sample["npy"], row)
-
-
-def test_flat_hit_by_hand():
-    classes = torch.eye(3)
-    images = torch.tensor([[0.9, 0.4, 0.1], [0.1, 0.9, 0.4]])
-    labels = torch.tensor([[1, 0, 0], [0, 0, 1]], dtype=torch.uint8)
-    assert [flat_hit(images, classes, labels, k) for k in (1, 2, 3, 10)] == [0.5, 1.0, 1.0, 1.0]
 
 
 def test_blind_guesses_by_hand():

@@ -21,12 +21,12 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from otter_openclip import OtterLoss
 from otter_openclip.demo import dataset
 from otter_openclip.demo.report import Row, draw, print_table
+from otter_openclip.evaluation import multilabel_metrics
 from otter_openclip.files import write_json
 
 MODEL = "otter-glyph"
@@ -272,8 +272,8 @@ def _flat_hits(folder: Path, split: dataset.Split, tests: dict[str, Any]) -> dic
         pictures = [image for _, image in getattr(split, name.split("-")[0])]
         images = model.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
         texts = model.encode_text(tokenizer(classes), normalize=True)
-        for k in KS:
-            scores[f"{name}@{k}"] = flat_hit(images, texts, torch.from_numpy(labels), k)
+        found = multilabel_metrics(images, texts, labels, KS)
+        scores |= {f"{name}@{k}": found[f"flat_hit@{k}"] for k in KS}
     return scores
 
 
@@ -285,19 +285,6 @@ def blind_flat_hit(labels: np.ndarray, k: int) -> float:
     """
     frequent = np.argsort(-labels.sum(axis=0, dtype=np.int64), kind="stable")[:k]
     return float(labels[:, frequent].any(axis=1).mean())
-
-
-def flat_hit(images: Tensor, classes: Tensor, labels: Tensor, k: int) -> float:
-    """F@K: share of images with a true label among the k nearest classes by cosine (paper, 4.1).
-
-    Args:
-        images: (N, D) unit-norm features.
-        classes: (C, D) unit-norm features.
-        labels: (N, C), non-zero where a class is true of an image.
-        k: how many classes each image may name; capped at C.
-    """
-    nearest = (images @ classes.T).topk(min(k, len(classes)), dim=1).indices
-    return labels.gather(1, nearest).bool().any(dim=1).double().mean().item()
 
 
 @torch.no_grad()
