@@ -23,6 +23,7 @@ from otter_openclip.files import written_whole
 from otter_openclip.preprocessing import reference_transforms
 from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training import checkpoint, frozen, repeatable, train_flags
+from otter_openclip.training.guidance import advice
 from otter_openclip.training.objectives import create_loss, log_statistics
 from otter_openclip.training.wrapper import StudentWithTeacher
 from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due
@@ -47,6 +48,7 @@ class TrainingPlugin:
         self._train_model: StudentWithTeacher | None = None
         self.training: tuple[torch.optim.Optimizer, Any] | None = None
         self._best: BestCheckpoint | None = None
+        self._advised = False
 
     @property
     def stock(self) -> bool:
@@ -163,6 +165,10 @@ class TrainingPlugin:
             return
         if self._train_model is not None:
             self._train_model.start_epoch()
+        if not self._advised and (found := getattr(self._loss, "target_statistics", None)):
+            self._advised = True  # an epoch of this process is done
+            if text := advice(found, args):
+                logging.warning(text)
         repeatable.seed_process(args.seed, args.rank, epoch)
 
     def evaluate(
