@@ -58,7 +58,7 @@ class EmaTeacher(ModelEmaV3):
 
     def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
         """Average the parameters; in eval mode also copy the buffers."""
-        given = dict(model.named_parameters())
+        given = {n: param for n, param in model.named_parameters() if n in self._shapes}
         if self._shapes != (shapes := {name: param.shape for name, param in given.items()}):
             wrong = sorted(dict(self._shapes.items() ^ shapes.items()))
             raise ValueError(

@@ -1,4 +1,4 @@
-"""``--lock-image-freeze-bn-stats``: batch norm of a locked image tower that stays in eval mode.
+"""``--lock-image-freeze-bn-stats``: locked batch norm stays in eval mode, also of half-locked towers.
 
 open_clip replaces every batch norm by a plain frozen one. That drops the activation of timm's
 BatchNormAct2d (EfficientNet's, MobileNet's and RegNet's outputs are off by orders of magnitude) and

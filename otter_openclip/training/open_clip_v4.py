@@ -33,8 +33,10 @@ from open_clip.task import TrainingTask, get_model_from_task, save_checkpoint
 from open_clip_train import file_utils
 from open_clip_train import main as open_clip_main
 from open_clip_train.train import TrainState
+from timm.utils import unwrap_model
 from torch import nn
 
+from otter_openclip.features.prefix import find_prefixes
 from otter_openclip.replacing import replaced
 from otter_openclip.training.objectives import create_loss
 from otter_openclip.training.plugin import TrainingPlugin
@@ -75,7 +77,8 @@ class _Plugin(TrainingPlugin):
     def make_task(self, args: Namespace, model: nn.Module) -> OtterTask:
         self._loss = create_loss(args)
         self.task = OtterTask(model, loss=self._loss, teacher=self.fixed_teacher)
-        self.task.frozen = self.frozen_modules(args, model)
+        prefixes = find_prefixes(unwrap_model(model)).values()
+        self.task.frozen = [*self.frozen_modules(args, model), *prefixes]
         if args.loss in TEACHER_LOSSES and self.fixed_teacher is None:
             self.task.setup_ema(args.ema_decay, eval_mode=args.teacher_mode == "eval")
         return self.task

@@ -16,16 +16,18 @@ from typing import Any
 import open_clip
 import torch
 from open_clip_train.file_utils import pt_load
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from otter_openclip.checkpoints.layout import ENTRY, TEACHER, upgraded
+from otter_openclip.features.prefix import find_prefixes, install, left_out
 from otter_openclip.files import written_whole
 from otter_openclip.preprocessing import reference_transforms
 from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training import checkpoint, frozen, repeatable, train_flags
 from otter_openclip.training.guidance import advice
 from otter_openclip.training.objectives import create_loss, log_statistics
-from otter_openclip.training.wrapper import StudentWithTeacher
+from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
 from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due
 
 # Entry of the data dict that stands for --zeroshot-data.
@@ -107,8 +109,12 @@ class TrainingPlugin:
         self._student = model
         if self.stock:
             return model
+        prefixes = find_prefixes(unwrap_model(model))
+        install(unwrap_model(model), prefixes)
         if args.loss in train_flags.TEACHER_LOSSES and self.fixed_teacher is None:
-            self.ema = EmaTeacher(model, args.ema_decay, eval_mode=args.teacher_mode == "eval")
+            with left_out(unwrap_model(model), prefixes.values()) as copies:
+                self.ema = EmaTeacher(model, args.ema_decay, eval_mode=args.teacher_mode == "eval")
+                copies.append(as_teacher(self.ema.module))
         teacher = self.fixed_teacher if self.ema is None else self.ema.module
         compiled = torch.compile(teacher) if args.torchcompile and teacher is not None else None
         self._train_model = StudentWithTeacher(
@@ -118,7 +124,9 @@ class TrainingPlugin:
             train_teacher=self.ema is not None and not self.ema.eval_mode,
             accum_freq=args.accum_freq,
             distill_logit_scale=self.scale,
-            frozen=self.frozen_modules(args, model),
+            frozen=[*self.frozen_modules(args, model), *prefixes.values()],
+            prefixes=prefixes,
+            shares_prefixes=self.ema is not None,
         )
         return self._train_model
 
@@ -214,7 +222,7 @@ class TrainingPlugin:
 
 
 def _fixed_teacher(args: Namespace) -> nn.Module:
-    """The model of ``--distill-model``, without gradients."""
+    """The model of ``--distill-model``."""
     teacher, _, _ = open_clip.create_model_and_transforms(
         args.teacher_model,
         args.teacher_pretrained,
@@ -223,4 +231,4 @@ def _fixed_teacher(args: Namespace) -> nn.Module:
         output_dict=True,
         cache_dir=args.cache_dir,
     )
-    return teacher.requires_grad_(False)
+    return as_teacher(teacher)

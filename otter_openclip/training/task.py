@@ -8,11 +8,12 @@ import torch
 from open_clip.task import CLIPTask, TrainingTask, unwrap_model
 from torch import Tensor, nn
 
+from otter_openclip.features.prefix import find_prefixes, left_out
 from otter_openclip.losses import MAX_LOG_SCALE, DistillationLoss
 from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training.frozen import keep_in_eval_mode
 from otter_openclip.training.objectives import statistics
-from otter_openclip.training.wrapper import ScaleGradient
+from otter_openclip.training.wrapper import ScaleGradient, as_teacher
 
 Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
@@ -57,7 +58,7 @@ class OtterTask(CLIPTask):
         if teacher is not None:
             self._check_takes_teacher()
             teacher.eval()
-            _folded(teacher)
+            as_teacher(teacher)
         self.teacher = teacher
         self.frozen: list[str] = []  # names of modules that are never in train mode
         self._teacher_forward = self._run_teacher
@@ -99,8 +100,9 @@ class OtterTask(CLIPTask):
             raise ValueError(
                 f"the EMA runs as the teacher on the student's device, {here}, not {device}"
             )
-        self.trainable_module_ema = EmaTeacher(model, decay, eval_mode=eval_mode)
-        _folded(self.trainable_module_ema.module)
+        with left_out(model, find_prefixes(model).values()) as copies:
+            self.trainable_module_ema = EmaTeacher(model, decay, eval_mode=eval_mode)
+            copies.append(as_teacher(self.trainable_module_ema.module))
         return self.train(self.training)
 
     def prepare_distributed(
@@ -222,12 +224,6 @@ class OtterTask(CLIPTask):
         else:
             ema.set(self.get_trainable_module())
             ema.set_extra_state({"num_updates": 1, "masters": {}})
-
-
-def _folded(teacher: nn.Module) -> None:
-    # Under no_grad nothing is recorded; but torch multiplies a (batch, length, width) input by a weight
-    # in one product only if the weight asks for a gradient.
-    teacher.requires_grad_(True)
 
 
 _stock_prepare_distributed = TrainingTask.prepare_distributed

@@ -1,0 +1,133 @@
+"""The frozen first part of a tower: in eval mode, without gradients, run once for student and teacher.
+
+A prefix is a timm trunk under its head, a Hugging Face transformer with its pooling under its
+projection, or a whole tower, of which every parameter is locked. ``install`` lets a model take its
+output in place of images or tokens; what it is given tells them apart, so evaluation goes on as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from open_clip.hf_model import HFTextEncoder
+from open_clip.timm_model import TimmModel
+from torch import Tensor, nn
+
+# Of a model: its towers' attributes.
+TOWERS = ("visual", "text")
+
+
+def _is_locked(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(param.requires_grad for param in parameters)
+
+
+def _pools_a_map(module: nn.Module) -> bool:
+    return isinstance(module, TimmModel) and hasattr(module.head, "pool")
+
+
+def find_prefixes(model: nn.Module) -> dict[str, str]:
+    """Tower -> name of its locked prefix, of a bare open_clip model; towers without one are left out.
+
+    The text tower of an ``open_clip.CLIP`` is no module: ``--force-custom-text`` makes it one.
+    """
+    found = {}
+    for tower in TOWERS:
+        module = getattr(model, tower, None)
+        if not isinstance(module, nn.Module):
+            continue
+        inner = {TimmModel: "trunk", HFTextEncoder: "transformer"}.get(type(module))
+        if _is_locked(module):
+            found[tower] = tower
+        elif inner is not None and _is_locked(getattr(module, inner)) and not _pools_a_map(module):
+            found[tower] = f"{tower}.{inner}"
+    return found
+
+
+class _Whole:
+    """A whole tower is the prefix."""
+
+    def prefix(self, given: Tensor) -> Tensor:
+        return super().forward(given)
+
+    def rest(self, features: Tensor) -> Tensor:
+        return features
+
+
+class _TimmTrunk:
+    """``open_clip.timm_model.TimmModel`` is a trunk, then a head."""
+
+    def prefix(self, given: Tensor) -> Tensor:
+        return self.trunk(given)
+
+    def rest(self, features: Tensor) -> Tensor:
+        return self.head(features)
+
+
+class _Transformer:
+    """``open_clip.hf_model.HFTextEncoder`` is a transformer, a pooling, then a projection."""
+
+    def prefix(self, given: Tensor) -> Tensor:
+        mask = (given != self.config.pad_token_id).long()
+        return self.pooler(self.transformer(input_ids=given, attention_mask=mask), mask)
+
+    def rest(self, features: Tensor) -> Tensor:
+        return self.proj(features)
+
+
+class _PassedBy:
+    def forward(self, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Images have four dimensions, tokens are whole numbers.
+        if given.ndim != 4 and given.is_floating_point():
+            return self.rest(given)
+        return super().forward(given, *args, **kwargs)
+
+
+def install(model: nn.Module, prefixes: dict[str, str]) -> None:
+    """Let the towers of ``model`` take their prefix's output too; copies of the model do as well."""
+    for tower, name in prefixes.items():
+        module = getattr(model, tower)
+        parts = {"trunk": _TimmTrunk, "transformer": _Transformer}
+        part = parts.get(name.rpartition(".")[2], _Whole)
+        module.__class__ = type(type(module).__name__, (_PassedBy, part, type(module)), {})
+
+
+@torch.no_grad()
+def run(model: nn.Module, tower: str, given: Tensor) -> Tensor:
+    """(B, F) output of the tower's prefix for images or tokens; the prefix should be in eval mode."""
+    return getattr(model, tower).prefix(given)
+
+
+class _LeftOut(nn.Module):
+    """Stands for a prefix; open_clip's towers hand ``set_grad_checkpointing`` on to it."""
+
+    def set_grad_checkpointing(self, *_: Any, **__: Any) -> None:
+        pass
+
+    gradient_checkpointing_enable = set_grad_checkpointing
+
+
+@contextlib.contextmanager
+def left_out(model: nn.Module, names: Iterable[str]) -> Iterator[list[nn.Module]]:
+    """While active, the modules ``names`` are not in ``model``, so that a copy of it has none of them.
+
+    Yields a list for copies made inside: these get the very same modules in the end.
+    """
+    names, copies = list(names), [model]
+    modules = [model.get_submodule(name) for name in names]
+
+    def put(into: nn.Module, name: str, module: nn.Module) -> None:
+        parent, _, attribute = name.rpartition(".")
+        setattr(into.get_submodule(parent), attribute, module)
+
+    try:
+        for name in names:
+            put(model, name, _LeftOut())
+        yield copies
+    finally:
+        for name, module in zip(names, modules, strict=True):
+            for copy in copies:
+                put(copy, name, module)
