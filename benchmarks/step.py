@@ -20,7 +20,7 @@ from open_clip_train.precision import get_autocast
 
 from benchmarks import common
 from otter_openclip import EmaTeacher, OtterLoss
-from otter_openclip.training.wrapper import StudentWithTeacher
+from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
 
 
 class Step:
@@ -44,7 +44,7 @@ class Step:
         if loss == "otter":
             self.loss = OtterLoss().to(device)
             self.teacher = EmaTeacher(self.student)
-            self.model = StudentWithTeacher(self.student, self.teacher.module)
+            self.model = StudentWithTeacher(self.student, as_teacher(self.teacher.module))
         self.model.train()
         return [*self.student.parameters(), *self.loss.parameters()]
 
