@@ -16,7 +16,7 @@ def check_interval(name: str, value: float, low: float, high: float) -> float:
 
 def check_count(name: str, value: int) -> int:
     """``value``; raises ValueError unless it is a whole number of at least 0."""
-    if value < 0 or int(value) != value:
+    if not (isinstance(value, int) and value >= 0):
         raise ValueError(f"{name} must be a whole number of at least 0, got {value}")
     return value
 

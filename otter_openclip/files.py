@@ -20,15 +20,20 @@ Change = tuple[Path, bytes | None, bytes | None]
 def written_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a file that takes the place of ``path`` once the block is done and its bytes are on disk.
 
-    If the block raises, ``path`` is as it was and the temporary file is gone.
+    If the block raises, ``path`` is as it was and the temporary file is gone. Links are followed; a
+    device or pipe (``/dev/stdout``) is written to directly.
 
     Args:
         path: in a folder that exists.
         mode: "wb", or "w" for UTF-8 text whose line ends stay as they are written.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, mode, **text) as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, mode, **text) as file:
             yield file
@@ -72,6 +77,7 @@ def replace_together(changes: Sequence[Change]) -> None:
     Raises:
         OSError: saying what to do, and where the originals are that could not be put back.
     """
+    changes = [(Path(os.path.realpath(path)), before, after) for path, before, after in changes]
     kept: dict[Path, Path] = {}
     try:
         with contextlib.ExitStack() as renames:

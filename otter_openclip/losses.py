@@ -28,7 +28,7 @@ from otter_openclip.sinkhorn import log_sinkhorn
 
 INITIAL_LOG_SCALE = 3.9
 MAX_LOG_SCALE = math.log(100.0)
-MIN_LAMBDA = 1e-3  # a similarity is known to 1e-7 in float32
+MIN_LAMBDA, MAX_COEF = 1e-3, 1e6  # a similarity is known to 1e-7 in float32
 OT_SCOPES = ("global", "local")
 IMPLEMENTATIONS = ("auto", "dense", "streaming", "plain")
 
@@ -156,9 +156,9 @@ class DistillationLoss(_PairLoss):
         """
         super().__init__(impl, clip_loss)
         self.alpha = check_interval("alpha", alpha, 0.0, 1.0)
-        self.teacher_scale = check_interval("teacher_scale", teacher_scale, 0.0, math.inf)
-        self.vv_coef = check_interval("vv_coef", vv_coef, 0.0, math.inf)
-        self.tt_coef = check_interval("tt_coef", tt_coef, 0.0, math.inf)
+        self.teacher_scale = check_interval("teacher_scale", teacher_scale, 0.0, MAX_COEF)
+        self.vv_coef = check_interval("vv_coef", vv_coef, 0.0, MAX_COEF)
+        self.tt_coef = check_interval("tt_coef", tt_coef, 0.0, MAX_COEF)
         own = None if share_logit_scale else nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
         self.distill_logit_scale = own
         self.target_statistics: dict[str, Tensor] = {}
@@ -203,8 +203,7 @@ class DistillationLoss(_PairLoss):
                 self, student, (logit_scale, distill_scale), teacher
             )
         terms = (self.alpha * contrastive, (1 - self.alpha) * distillation)
-        names = ("contrastive_loss", "distill_loss")
-        return dict(zip(names, terms, strict=True)) if output_dict else terms
+        return {"contrastive_loss": terms[0], "distill_loss": terms[1]} if output_dict else terms
 
     def _distillation(self, directions: Pair, scale: Tensor, targets: Pair) -> Tensor:
         """KL(P || softmax(s_d C)) by rows."""

@@ -1,7 +1,6 @@
 """Entropic optimal transport between uniform marginals (Cuturi 2013): the plan of OTTER's targets.
 
-Sinkhorn-Knopp as the paper has it, in the log domain, where any ``epsilon`` is safe. The rows may be
-spread over the ranks of a process group: then only the columns' N sums travel.
+Sinkhorn-Knopp in the log domain, where any ``epsilon`` is safe. The rows may be spread over ranks.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from otter_openclip.checks import check_count, check_interval
 from otter_openclip.precision import at_least_float32
 
 MIN_EPSILON = 1e-30  # costs of some millions over less leave float32's range
+LOG_EMPTY = -1e29  # log of the sum of a row or column without mass: none of it stays none
 
 
 @torch.no_grad()
@@ -53,7 +53,8 @@ def log_sinkhorn(log_plan: Tensor, iterations: int, group: dist.ProcessGroup | N
     rows = log_plan.shape[-2] * (1 if group is None else dist.get_world_size(group))
     log_plan = log_plan - _log_column_sums(log_plan, group).logsumexp(dim=-1, keepdim=True)
     for _ in range(iterations):
-        log_plan = log_plan - log_plan.logsumexp(dim=-1, keepdim=True) - math.log(rows)
+        sums = log_plan.logsumexp(dim=-1, keepdim=True).clamp_min(LOG_EMPTY)
+        log_plan = log_plan - sums - math.log(rows)
         log_plan = log_plan - _log_column_sums(log_plan, group) - math.log(log_plan.shape[-1])
     return log_plan
 
@@ -61,9 +62,9 @@ def log_sinkhorn(log_plan: Tensor, iterations: int, group: dist.ProcessGroup | N
 def _log_column_sums(log_plan: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """(..., 1, N) log of the sums over the rows of all ranks."""
     if group is None:
-        return log_plan.logsumexp(dim=-2, keepdim=True)
-    largest = log_plan.amax(dim=-2, keepdim=True)
+        return log_plan.logsumexp(dim=-2, keepdim=True).clamp_min(LOG_EMPTY)
+    largest = log_plan.amax(dim=-2, keepdim=True).clamp_min(LOG_EMPTY)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     sums = (log_plan - largest).exp().sum(dim=-2, keepdim=True)
     dist.all_reduce(sums, group=group)
-    return sums.log() + largest
+    return (sums.log() + largest).clamp_min(LOG_EMPTY)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import COUNT, FLAGS, MAKE, WIDTH, impls, one_rank
+from distributed_worker import COUNT, FLAGS, MAKE, WIDTH, impls, one_pair, one_rank
 from loss_cases import SETTINGS, features, run
 from torch.multiprocessing import start_processes
 from training_helpers import assert_same, flags, load, train
@@ -100,6 +100,14 @@ def test_ranks_are_one_process(ranks, name, local, with_grad):
             else:
                 joined = torch.stack([f[key] for f in found]).mean()
             torch.testing.assert_close(joined, value, rtol=1e-6, atol=1e-9, msg=f"{impl} {key}")
+
+
+def test_one_pair_on_each_rank_is_finite(tmp_path):
+    """With ``--ot-scope local`` a rank's plan then has a column without mass: its own pair's."""
+    start_processes(one_pair, (2, str(tmp_path)), 2, start_method="fork")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert len(found) == 9 and all(value.isfinite().all() for value in found.values())
 
 
 @pytest.mark.parametrize("name", ["kd", "otter", "otter-sharp", "otter-keep"])

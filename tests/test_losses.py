@@ -188,6 +188,25 @@ def test_swapping_modalities_changes_nothing():
     torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("impl", ["plain", "auto"])
+def test_a_scale_of_one_number_is_a_scale(impl):
+    """open_clip's ``nonscalar_logit_scale``; and a plain number."""
+    inputs = [x.float() for x in features(6)]
+    results = []
+    for scale in (torch.tensor(9.0), torch.tensor([9.0]), 9.0):
+        if isinstance(scale, torch.Tensor):
+            scale.requires_grad_()
+        images = inputs[0].clone().requires_grad_()
+        loss = sum(OtterLoss(impl=impl)(images, inputs[1], scale, *inputs[2:]))
+        loss.sum().backward()
+        results.append((loss.detach().reshape(()), images.grad))
+        if isinstance(scale, torch.Tensor):
+            assert scale.grad.shape == scale.shape and scale.grad.abs().sum() > 0
+    for value, gradient in results[1:]:
+        torch.testing.assert_close(value, results[0][0])
+        torch.testing.assert_close(gradient, results[0][1])
+
+
 def test_a_single_pair_is_finite():
     inputs = [x.float() for x in features(1)]
     for loss in (LabelSmoothingLoss(0.1), DistillationLoss(), OtterLoss()):
@@ -203,7 +222,10 @@ def test_a_single_pair_is_finite():
         (lambda: DistillationLoss(teacher_scale=float("inf")), "teacher_scale"),
         (lambda: OtterLoss(epsilon=0), "epsilon must lie in .*0.001.*got 0"),
         (lambda: OtterLoss(epsilon=1e-40), "epsilon must lie in .*0.001.*got 1e-40"),
-        (lambda: OtterLoss(iterations=2.5), "iterations"),
+        (lambda: OtterLoss(iterations=2.5), "iterations must be .*2.5"),
+        (lambda: OtterLoss(iterations=float("nan")), "iterations must be .*nan"),
+        (lambda: OtterLoss(vv_coef=1e38), "vv_coef must lie in .*1e.38"),
+        (lambda: DistillationLoss(teacher_scale=1e31), "teacher_scale must lie in .*1e.31"),
         (lambda: OtterLoss(ot_scope="node"), "ot_scope must be one of global, local, got 'node'"),
     ],
 )

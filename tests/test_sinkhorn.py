@@ -73,3 +73,17 @@ def test_half_precision_is_computed_in_float32(dtype):
 def test_bad_arguments(cost, epsilon, iterations, message):
     with pytest.raises(ValueError, match=message):
         sinkhorn(cost, epsilon, iterations)
+
+
+def test_an_infinite_row_or_column_has_no_mass_and_spoils_nothing():
+    cost = torch.rand(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    for rows, columns in (([], [1]), ([2], []), ([0, 3], [2])):
+        holed = cost.clone()
+        holed[rows], holed[:, columns] = torch.inf, torch.inf
+        plan = sinkhorn(holed, 0.1, 5)
+        assert plan.isfinite().all()
+        assert plan[rows].sum() == 0 and plan[:, columns].sum() == 0
+        kept = [j for j in range(4) if j not in columns]
+        torch.testing.assert_close(
+            plan[:, kept].sum(dim=0), torch.full((len(kept),), 0.25).double()
+        )

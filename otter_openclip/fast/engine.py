@@ -57,6 +57,7 @@ def terms(
     statistics: dict[str, Tensor] = {}
     with float32_math(images.device.type):
         rows = at_least_float32(images)
+        scales = [torch.as_tensor(s).reshape(()) for s in scales]  # some models have (1,)
         sharded = loss.sharded
         columns = GatherRows.apply(texts, loss.world_size) if sharded else at_least_float32(texts)
         found = _Terms.apply(rows, columns, *scales, loss, teacher, half, statistics)

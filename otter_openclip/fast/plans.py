@@ -25,13 +25,12 @@ from torch import Tensor
 from otter_openclip.fast.ranks import all_reduce_logsumexp
 from otter_openclip.fast.tiles import RowTiles
 from otter_openclip.precision import sum_dtype
+from otter_openclip.sinkhorn import LOG_EMPTY
 
 # |log K| up to here: scalings then stay within exp(60) * N^2, inside float32's range.
 MAX_LOG_BOUND = 30.0
 # Log of "no mass": finite, so that 0 * log 0 is 0.
 LOG_ZERO = -1e30
-# A column without any mass gets a potential, or a scaling, that leaves no mass at none.
-LOG_EMPTY = -1e29
 _EMPTY = 1e-33
 
 

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from otter_openclip.fast.plans import LOG_EMPTY, LOG_ZERO, LogPlans
+from otter_openclip.fast.plans import LOG_ZERO, LogPlans
 from otter_openclip.fast.ranks import all_reduce_logsumexp
 from otter_openclip.fast.tiles import RowTiles
+from otter_openclip.sinkhorn import LOG_EMPTY
 
 _ROWS, _COLUMNS, _DEPTH = 64, 64, 32
 # Triton's interpreter multiplies bfloat16 as whole numbers; widening first changes no product.

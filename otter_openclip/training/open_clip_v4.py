@@ -36,6 +36,7 @@ from open_clip_train.train import TrainState
 from timm.utils import unwrap_model
 from torch import nn
 
+from otter_openclip.checkpoints.layout import ENTRY
 from otter_openclip.features.prefix import find_prefixes
 from otter_openclip.replacing import replaced
 from otter_openclip.training.objectives import create_loss
@@ -87,6 +88,10 @@ class _Plugin(TrainingPlugin):
         if self.state is None:
             if self.task is not None:
                 self.ema = self.task.trainable_module_ema  # made anew for DDP
+            if self.ema is not None and self._resumed is not None and not self._resumed[ENTRY]:
+                # Another run's EMA was loaded into it: the teacher starts as a copy of the student.
+                self.ema.set(unwrap_model(self.task.trainable_module))
+                self.ema.set_extra_state({"num_updates": 1, "masters": {}})
             self.setup_optimizer(args, state.optimizer, state.scaler)
         self.state = state
 

@@ -15,7 +15,7 @@ import torch
 from open_clip.factory import parse_model_name
 
 from otter_openclip.flags import name_nearest
-from otter_openclip.losses import IMPLEMENTATIONS, MIN_LAMBDA, OT_SCOPES
+from otter_openclip.losses import IMPLEMENTATIONS, MAX_COEF, MIN_LAMBDA, OT_SCOPES
 from otter_openclip.training.config import add_config_flag, expand_config
 from otter_openclip.training.zeroshot import check_folder
 
@@ -77,12 +77,12 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "--vv-coef": (
         TEACHER_LOSSES,
         {"kd": 0.0, "otter": 1.0},
-        {"type": _number(0, math.inf), "help": "weight of image-image similarity (paper: gamma_v)"},
+        {"type": _number(0, MAX_COEF), "help": "weight of image-image similarity (paper: gamma_v)"},
     ),
     "--tt-coef": (
         TEACHER_LOSSES,
         {"kd": 0.0, "otter": 1.0},
-        {"type": _number(0, math.inf), "help": "weight of text-text similarity (paper: gamma_t)"},
+        {"type": _number(0, MAX_COEF), "help": "weight of text-text similarity (paper: gamma_t)"},
     ),
     "--keep-diag": (
         ("otter",),
@@ -111,7 +111,7 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
         ("kd",),
         100.0,
         {
-            "type": _number(0, math.inf, open_low=True),
+            "type": _number(0, MAX_COEF, open_low=True),
             "help": "scale of the teacher's similarities (paper: T_t)",
         },
     ),
@@ -205,8 +205,8 @@ def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 def model_config(args: argparse.Namespace) -> dict[str, Any]:
     """The JSON of ``--model``, whatever its schema; {} if it cannot be read here."""
-    schema = parse_model_name(args.model)[0]
     try:
+        schema = parse_model_name(args.model)[0]
         config = open_clip.get_model_config(args.model if schema else args.model.replace("/", "-"))
     except Exception:  # open_clip says what is wrong with a folder or a repository
         config = None
@@ -224,7 +224,11 @@ def logit_bias_message(args: argparse.Namespace) -> str:
 def _check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Name the nearest to a model that open_clip does not know."""
     name, known = args.model.replace("/", "-"), open_clip.list_models()
-    if parse_model_name(args.model)[0] is None and name not in known:
+    try:
+        schema = parse_model_name(args.model)[0]
+    except ValueError as error:
+        parser.error(f"--model {args.model}: {error}")
+    if schema is None and name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = (
             f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() has the names"
@@ -268,6 +272,11 @@ def _check_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(
             "--lock-text needs --lock-text-freeze-layer-norm too: open_clip cannot leave the layer "
             f"norms of {args.model}'s text tower unlocked; add it"
+        )
+    if "lookahead" in args.opt.lower() and args.loss in TEACHER_LOSSES:
+        parser.error(
+            f"{name} does not go with --opt {args.opt}: teacher and second scale hang on torch's "
+            "optimizer hooks, which timm's Lookahead has not; use the optimizer without it"
         )
     # open_clip 4.x has neither of these two.
     if getattr(args, "horovod", False):
