@@ -14,26 +14,18 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from open_clip.hf_configs import arch_dict
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
-from transformers.utils import logging as transformers_logging
+from transformers import PretrainedConfig
 
-from otter_openclip.checkpoints.fitting import fit_by_name, fit_by_order, misfit, numbered
-from otter_openclip.checkpoints.folder import check_out, check_state, read_file, write_folder
-from otter_openclip.checkpoints.parts import (
-    build_model,
-    check_timm_name,
-    read_tokenizer,
-    unreadable,
-)
+from otter_openclip.checkpoints.folder import check_out, write_folder
+from otter_openclip.checkpoints.parts import build_model, check_timm_name, read_tokenizer
+from otter_openclip.checkpoints.pretrained import read_trunk, text_config, text_weights_for
 from otter_openclip.checks import check_choice, check_interval
 
 HEADS = ("linear", "mlp", "none")
@@ -163,10 +155,10 @@ def make_towers(
             raise ValueError(f"{name} must be at least 1, got {count}")
 
     check_timm_name(image, "given as image")
-    text, text_config, width = _text_config(text)
+    text, hf_config, width = text_config(text)
     embed_dim = embed_dim or width
-    context_length = _context_length(context_length, text, text_config)
-    trunk = _read_trunk(image, image_weights)
+    context_length = _context_length(context_length, text, hf_config)
+    trunk = read_trunk(image, image_weights)
     preprocess = _preprocessing(trunk, image_mean, image_std, image_interpolation)
     size = image_size or _plain_size(trunk.pretrained_cfg["input_size"][1:])
     probe, features = _image_features(trunk, image, size)
@@ -203,10 +195,10 @@ def make_towers(
     tokenizer = read_tokenizer(text, "--text", context_length, model.vocab_size)
     if tokenizer is None:
         raise ValueError(f"no tokenizer in the folder {text}; put its tokenizer.json there")
-    if tokenizer.tokenizer.pad_token_id != text_config.pad_token_id:
+    if tokenizer.tokenizer.pad_token_id != hf_config.pad_token_id:
         raise ValueError(
             f"the tokenizer of {text} pads with {tokenizer.tokenizer.pad_token_id}, but its config.json "
-            f"says pad_token_id {text_config.pad_token_id}, which open_clip masks; make them equal"
+            f"says pad_token_id {hf_config.pad_token_id}, which open_clip masks; make them equal"
         )
     _fill(model, trunk, text, text_weights, text_pooler)
     if widths["image"] == ("linear", embed_dim):
@@ -225,24 +217,6 @@ def make_towers(
     return out
 
 
-def _text_config(text: str) -> tuple[str, PretrainedConfig, int]:
-    """Name (of a folder, the absolute path), configuration and width of the text tower."""
-    if Path(text).is_dir():
-        if not (Path(text) / "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in the folder {text}, given as text")
-        text = str(Path(text).resolve())
-    try:
-        config = AutoConfig.from_pretrained(text)
-    except (OSError, ValueError) as error:
-        raise unreadable(text, "--text", error) from error
-    if config.model_type not in arch_dict:
-        raise ValueError(
-            f"open_clip takes text towers of the kinds {', '.join(arch_dict)}, but {text} is a "
-            f"{config.model_type}"
-        )
-    return text, config, getattr(config, arch_dict[config.model_type]["config_names"]["width"])
-
-
 def _context_length(given: int | None, text: str, config: PretrainedConfig) -> int:
     most = getattr(config, "max_position_embeddings", None)
     if most and config.model_type in _OFFSET_POSITIONS:
@@ -252,41 +226,6 @@ def _context_length(given: int | None, text: str, config: PretrainedConfig) -> i
     if most and given > most:
         raise ValueError(f"context_length {given} is more than the {most} tokens that {text} takes")
     return given
-
-
-def _read_trunk(image: str, weights: str | Path | None) -> nn.Module:
-    """timm's tower without its classifier, pretrained, in eval mode."""
-    try:
-        trunk = timm.create_model(image, pretrained=weights is None)
-    except Exception as error:  # files, network, no such tag, none published
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(
-            f"timm has no weights of {image} at hand ({reason}); pass --image-weights FILE, or allow "
-            "access to the Hugging Face hub"
-        ) from error
-    own = trunk.state_dict()
-    trunk.reset_classifier(0)
-    if weights is not None:
-        given, path = _read_state(weights, "image tower"), Path(weights)
-        needed = trunk.state_dict().keys()
-        fitting = fit_by_name(given, own, needed)
-        ordered = numbered(given) if path.suffix == ".safetensors" else given
-        if fitting is None and ordered is not None:
-            fitting = fit_by_order(ordered, own) or fit_by_order(ordered, trunk.state_dict())
-        if fitting is None:
-            hint = "" if ordered is not None else " (.safetensors keep no order: give it as .pt)"
-            wrong = misfit(given, own, needed, ordered)
-            raise ValueError(f"{path} does not fit {image}: {wrong}{hint}")
-        trunk.load_state_dict({key: fitting[key] for key in needed})
-    return trunk.eval()
-
-
-def _read_state(path: str | Path, what: str) -> dict[str, Tensor]:
-    contents = read_file(Path(path))
-    for key in ("state_dict", "model"):
-        if isinstance(contents.get(key), Mapping):
-            contents = contents[key]
-    return check_state(contents, Path(path), what)
 
 
 def _preprocessing(
@@ -357,41 +296,4 @@ def _fill(
     transformer = model.text.transformer
     if pooler == "own" and getattr(transformer, "pooler", None) is None:
         raise ValueError(f"{text} has no pooler of its own; use --text-pooler mean or cls")
-    own = transformer.state_dict()
-    if weights is not None:
-        source, given = str(weights), _read_state(weights, "text tower")
-    else:
-        source, given = text, _pretrained_text(text, model.text.config, pooler)
-    fitting = fit_by_name(given, own, own.keys())
-    if fitting is None:
-        raise ValueError(
-            f"the weights of {source} do not fit the text tower of {text}: "
-            f"{misfit(given, own, own.keys())}"
-        )
-    transformer.load_state_dict(fitting)
-
-
-def _pretrained_text(text: str, config: PretrainedConfig, pooler: str) -> dict[str, Tensor]:
-    """The weights that transformers finds; what it would have drawn, or left, is not among them."""
-    both = getattr(config, "is_encoder_decoder", False)
-    pooled = {} if both else {"add_pooling_layer": pooler == "own"}
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(
-        transformers_logging.CRITICAL
-    )  # a table of what is checked here
-    try:
-        read, found = AutoModel.from_pretrained(
-            text, output_loading_info=True, ignore_mismatched_sizes=True, **pooled
-        )
-    except Exception as error:  # files, network, formats
-        raise unreadable(text, "--text", error) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    state = dict(read.state_dict())
-    for key in found["missing_keys"]:
-        state.pop(key, None)
-    for key, shape, *_ in found["mismatched_keys"]:
-        state[key] = torch.empty(shape)
-    parts = {name for name, _ in read.named_children()}
-    more = [key for key in found["unexpected_keys"] if key.split(".")[0] in parts]
-    return state | {key: torch.empty(0) for key in more}
+    transformer.load_state_dict(text_weights_for(transformer, text, weights, pooler))
