@@ -24,6 +24,10 @@ COMMANDS = {
         "otter_openclip.checkpoints.convert",
         "turn a checkpoint of facebookresearch/OTTER into such a folder",
     ),
+    "towers": Command(
+        "otter_openclip.towers",
+        "put two pretrained towers, timm's and Hugging Face's, together into such a folder",
+    ),
     "data": Command(
         "otter_openclip.data",
         "turn data sets as downloaded into webdataset shards",

@@ -9,12 +9,12 @@ import random
 import tarfile
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when open_clip is imported
+
 import numpy as np
 import open_clip
 import pytest
 from PIL import Image, ImageDraw
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 MODELS = {

@@ -175,7 +175,7 @@ def test_the_command_and_its_folder(tower, tmp_path, capsys, monkeypatch):
     config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
     assert config["preprocess_cfg"]["crop_pct"] == 224 / 256
     assert config["preprocess_cfg"]["interpolation"] == "bicubic"
-    assert config["model_cfg"]["text_cfg"]["hf_model_name"] == str(tower)
+    assert config["model_cfg"]["text_cfg"]["hf_model_name"] == str(tmp_path / "out")
     model = open_clip.create_model("local-dir:out")
     assert model.logit_scale.exp().item() == pytest.approx(100)
     assert {p.name for p in tmp_path.iterdir()} == {"last.pth.tar", "out"}

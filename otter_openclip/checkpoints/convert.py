@@ -12,31 +12,24 @@ open_clip fetches the text tower's configuration by name when it loads the folde
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
 import logging
 import math
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import open_clip
-import timm
 import torch
-from open_clip.tokenizer import HFTokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from otter_openclip.checkpoints.folder import (
-    CONFIG_FILE,
     check_out,
     check_state,
-    errors_only,
     load_weights,
     read_file,
     write_folder,
 )
+from otter_openclip.checkpoints.parts import build_model, check_timm_name, read_tokenizer
 from otter_openclip.preprocessing import CROP_PCT
 
 WEIGHTS = ("student", "teacher")
@@ -58,8 +51,6 @@ IMAGE_SIZE = 224
 MAX_LOG_SCALE = math.log(100.0)
 BIAS_TOLERANCE = 1e-5  # of the text projection's bias, when another tensor has taken it over
 
-# Any of these makes a folder one with a tokenizer in it.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 _LAST_NORM = re.compile(r"text_encoder\.model\.encoder\.layer\.(\d+)\.output\.LayerNorm\.bias")
 _SCALES = ("contrastive_loss.loss.T", "contrastive_loss.T")
 # Buffers of transformers 4.3 that are now computed, and BERT's pooler, which the reference never calls.
@@ -145,7 +136,7 @@ def convert_checkpoint(
         raise FileNotFoundError(f"no checkpoint {path}; give the reference's last.pth.tar")
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    check_out(out, path, overwrite)
+    check_out(out, overwrite, path)
     contents = read_file(path)
     args = _stored_args(contents, path)
     state = _select(contents, path, weights)
@@ -157,14 +148,20 @@ def convert_checkpoint(
         f"{config['embed_dim']} dimensions"
     )
     state = _rename(state, path)
-    model = _build(config, text_model, args["image_arch"])
+    model = build_model(config, "--text-model")
     load_weights(
         model,
         state,
         f"{path} does not fit {args['image_arch']} + {text_model}",
         "Pass --text-model with the name or folder of the text tower it was trained with",
     )
-    tokenizer = _tokenizer(text_model, config["text_cfg"]["context_length"], model)
+    tokenizer = read_tokenizer(
+        text_model,
+        "--text-model",
+        config["text_cfg"]["context_length"],
+        model.vocab_size,
+        "the checkpoint's text tower",
+    )
     if tokenizer is None:
         logging.warning(
             f"{text_model} has no tokenizer, so {out} gets none: open_clip.get_tokenizer will fail on "
@@ -274,12 +271,7 @@ def _config(
             f"{path} cannot be converted: its image tower {args['image_arch']} has no fc head; the "
             "reference's towers are ResNets of timm"
         )
-    if args["image_arch"] not in timm.list_models() and not timm.is_model(args["image_arch"]):
-        near = difflib.get_close_matches(args["image_arch"], timm.list_models(), n=1)
-        raise ValueError(
-            f"timm {timm.__version__} has no model {args['image_arch']!r}, the checkpoint's image_arch"
-            + (f"; the nearest is {near[0]}" if near else "")
-        )
+    check_timm_name(args["image_arch"], "the checkpoint's image_arch")
     dim = args.get("embedding_dim", len(head))
     if dim != len(head):
         raise ValueError(
@@ -332,46 +324,3 @@ def _rename(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     if "logit_scale" not in renamed:
         raise ValueError(f"{path} has no temperature ({' or '.join(_SCALES)})")
     return renamed
-
-
-def _build(config: Mapping[str, Any], text_model: str, image_arch: str) -> nn.Module:
-    """The model with random weights, built by stock open_clip from ``config``."""
-    with tempfile.TemporaryDirectory() as folder, errors_only():
-        (Path(folder) / CONFIG_FILE).write_text(json.dumps({"model_cfg": config}))
-        try:
-            model = open_clip.create_model(
-                f"local-dir:{folder}", load_weights=False, pretrained_text=False
-            )
-        except OSError as error:
-            raise _unreadable(text_model, error) from error
-        except (KeyError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"open_clip cannot build {image_arch} + {text_model} ({type(error).__name__}: {error}); "
-                "it takes text towers of BERT's and RoBERTa's kind, as the reference's are"
-            ) from error
-    return model.eval()
-
-
-def _unreadable(text_model: str, error: Exception) -> ValueError:
-    reason = (str(error).strip().splitlines() or [""])[0]
-    return ValueError(
-        f"the text tower {text_model} cannot be read ({reason}); pass --text-model with a folder that "
-        "has its config.json and tokenizer, or allow access to the Hugging Face hub"
-    )
-
-
-def _tokenizer(text_model: str, context_length: int, model: nn.Module) -> HFTokenizer | None:
-    folder = Path(text_model)
-    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    try:
-        tokenizer = HFTokenizer(text_model, context_length=context_length)
-    except (OSError, ValueError) as error:
-        raise _unreadable(text_model, error) from error
-    size = len(tokenizer.tokenizer)
-    if size > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {text_model} has {size} tokens, the checkpoint's text tower "
-            f"{model.vocab_size}; pass --text-model with the one it was trained with"
-        )
-    return tokenizer

@@ -3,9 +3,9 @@
 ``open_clip.create_model("local-dir:OUT")``, ``open_clip.get_tokenizer("local-dir:OUT")`` and
 ``clip_benchmark eval --model local-dir:OUT`` use the folder as it is, without this package.
 
-Two limits of stock open_clip: a text tower from Hugging Face keeps its ``hf_model_name``, from which
-open_clip fetches the tower's configuration (not its weights; the tokenizer's files are in the folder);
-and a timm tower whose weights depend on the image size cannot be rebuilt at a forced size.
+Two limits of stock open_clip: it reads the configuration of a text tower from Hugging Face (not its
+weights; the tokenizer's files are in the folder) by its ``hf_model_name``, see ``write_folder``; and a
+timm tower whose weights depend on the image size cannot be rebuilt at a forced size.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def export_checkpoint(
             or the push failed.
     """
     path, out = _find_checkpoint(Path(checkpoint)), Path(out)
-    check_out(out, path, overwrite)
+    check_out(out, overwrite, path)
     model, flags = _settings(path, model, flags)
     config = _model_config(model, flags)
     state = _read_weights(path, weights)

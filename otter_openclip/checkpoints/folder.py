@@ -1,4 +1,4 @@
-"""The folder that ``export`` and ``convert`` write, checked with the eyes of stock open_clip.
+"""The folder that ``export``, ``convert`` and ``towers`` write, checked as stock open_clip sees it.
 
 It holds open_clip's config, the weights in safetensors and the tokenizer's files. It appears complete or
 not at all, and only after stock open_clip has loaded it and given back the same tensors, preprocessing,
@@ -41,6 +41,11 @@ def write_folder(
 ) -> None:
     """Write ``out``, or nothing.
 
+    A Hugging Face text tower's ``config.json`` is written, too. Stock open_clip looks for it under
+    ``hf_model_name`` and nowhere else, and takes no path relative to the folder: a tower from the hub
+    keeps its name; one from a folder of this machine gets the absolute path of ``out``, which must be
+    edited after a move (a warning says so).
+
     Args:
         out: the folder; checked with :func:`check_out` before.
         model: open_clip model with the weights of ``state``, in eval mode.
@@ -62,24 +67,46 @@ def write_folder(
         # In the checkpoint's dtype; cloned, because safetensors refuses tensors that share memory.
         tensors = {key: state[key].contiguous().clone() for key in model.state_dict()}
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        save_config_for_hf(model, temporary / CONFIG_FILE, config)
-        if preprocess:
-            written = json.loads((temporary / CONFIG_FILE).read_text())
-            written["preprocess_cfg"].update(preprocess)
-            (temporary / CONFIG_FILE).write_text(json.dumps(written, indent=2))
         if isinstance(tokenizer, HFTokenizer):
             tokenizer.save_pretrained(temporary)
+        tower = config["text_cfg"].get("hf_model_name")
+        if tower:
+            model.text.config.save_pretrained(temporary)
+        local = bool(tower) and Path(tower).is_dir()
+        _write_config(temporary, model, config, preprocess, temporary if local else None)
         _verify(temporary, model, state, tokenizer)
+        if local:
+            _write_config(temporary, model, config, preprocess, target)
         _move(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    tower = config["text_cfg"].get("hf_model_name")
-    if tower and Path(tower).is_dir():
-        logging.warning(f"{out} needs the folder {tower} of this machine for its text tower")
+    if local:
+        logging.warning(
+            f"{out} must stay where it is: open_clip finds the text tower's config.json by an absolute "
+            f"path only. After a move, set hf_model_name in its {CONFIG_FILE} to the new place"
+        )
 
 
-def check_out(out: Path, checkpoint: Path, overwrite: bool) -> None:
-    """Refuse an ``out`` whose replacement would lose anything but an earlier export."""
+def _write_config(
+    folder: Path,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    preprocess: Mapping[str, Any] | None,
+    tower: Path | None,
+) -> None:
+    """Write the JSON, with the text tower's ``config.json`` in the folder ``tower`` unless None."""
+    config = copy.deepcopy(dict(config))
+    if tower is not None:
+        config["text_cfg"] |= {"hf_model_name": str(tower), "hf_tokenizer_name": str(tower)}
+    save_config_for_hf(model, folder / CONFIG_FILE, config)
+    if preprocess:
+        written = json.loads((folder / CONFIG_FILE).read_text())
+        written["preprocess_cfg"].update(preprocess)
+        (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2))
+
+
+def check_out(out: Path, overwrite: bool, *inputs: Path) -> None:
+    """Refuse an ``out`` whose replacement would lose ``inputs`` or anything but an earlier export."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         if (parent := next(p for p in out.absolute().parents if p.exists())).is_dir():
             return
@@ -91,10 +118,11 @@ def check_out(out: Path, checkpoint: Path, overwrite: bool) -> None:
             f"{out} is not an exported model (no {CONFIG_FILE} in it), and --overwrite replaces nothing "
             "else; choose another folder"
         )
-    if checkpoint.resolve().is_relative_to(out.resolve()):
-        raise FileExistsError(
-            f"{checkpoint} lies in {out}, which --overwrite would delete; choose another folder"
-        )
+    for path in inputs:
+        if path.resolve().is_relative_to(out.resolve()):
+            raise FileExistsError(
+                f"{path} lies in {out}, which --overwrite would delete; choose another folder"
+            )
 
 
 def read_file(path: Path) -> Mapping[str, Any]:

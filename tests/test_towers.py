@@ -1,0 +1,409 @@
+"""Two pretrained towers in one folder: tiny ones made here, and nothing from the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import timm
+import torch
+from conftest import COLOURS, SHAPES
+from safetensors.torch import save_file
+from training_helpers import load, train
+from transformers import AutoModel, BertConfig, BertModel, BertTokenizerFast
+
+from otter_openclip import cli
+from otter_openclip.checkpoints.export import export_checkpoint
+from otter_openclip.towers import make_towers
+
+ROOT = Path(__file__).parents[1]
+WIDTH = {"test_resnet": 96, "test_vit": 64, "test_efficientnet": 256}
+
+
+def image_tower(name):
+    """A timm tower whose batch norm has statistics that are not the initial ones."""
+    torch.manual_seed(1)
+    tower = timm.create_model(name)
+    for key, value in tower.state_dict().items():
+        if key.endswith("running_mean"):
+            value.normal_(0, 0.1)
+        elif key.endswith("running_var"):
+            value.uniform_(0.5, 2)
+    return tower.eval()
+
+
+def text_folder(folder, width=64, layers=2, pooler=True):
+    torch.manual_seed(2)
+    config = BertConfig(
+        vocab_size=14,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=12,
+    )
+    BertModel(config, add_pooling_layer=pooler).save_pretrained(folder)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join([*special, *COLOURS, *SHAPES]))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A folder with ``text`` and, per image tower, its weights as NAME.pt."""
+    folder = tmp_path_factory.mktemp("parts")
+    text_folder(folder / "text")
+    for name in WIDTH:
+        torch.save(image_tower(name).state_dict(), folder / f"{name}.pt")
+    return folder
+
+
+def make(parts, out, image="test_resnet", **settings):
+    given = {"image_weights": parts / f"{image}.pt", "text": parts / "text"} | settings
+    return make_towers(out, image=image, **given)
+
+
+def stock(out):
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    return model.eval(), preprocess, open_clip.get_tokenizer(f"local-dir:{out}")
+
+
+@torch.no_grad()
+def pooled_text(folder, tokens, pooler):
+    output = AutoModel.from_pretrained(folder).eval()(tokens, attention_mask=(tokens != 0).long())
+    if pooler == "own":
+        return output.pooler_output
+    if pooler == "cls":
+        return output.last_hidden_state[:, 0]
+    mask = (tokens != 0)[..., None]
+    return (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+
+
+@pytest.mark.parametrize(
+    ("image", "pooler", "heads", "dim"),
+    [
+        ("test_resnet", "mean", ("linear", "linear"), None),
+        ("test_efficientnet", "cls", ("mlp", "none"), None),
+        ("test_vit", "own", ("linear", "linear"), None),  # both heads are the identity
+        ("test_vit", "mean", ("none", "none"), 64),
+        ("test_resnet", "mean", ("none", "linear"), WIDTH["test_resnet"]),
+        ("test_efficientnet", "mean", ("none", "mlp"), WIDTH["test_efficientnet"]),
+    ],
+)
+def test_features_are_the_parts_own_through_the_heads(parts, tmp_path, image, pooler, heads, dim):
+    settings = {"image_head": heads[0], "text_head": heads[1], "embed_dim": dim}
+    out = make(parts, tmp_path / "out", image, text_pooler=pooler, **settings)
+    model, _, tokenizer = stock(out)
+    tower, tokens = image_tower(image), tokenizer(["a red circle", "square"])
+    tower.reset_classifier(0)
+    images = torch.randn(2, 3, *tower.pretrained_cfg["input_size"][1:])
+    with torch.no_grad():
+        own = {"image": tower(images), "text": pooled_text(parts / "text", tokens, pooler)}
+        for name, head, module in (
+            ("image", heads[0], model.visual.head),
+            ("text", heads[1], model.text.proj),
+        ):
+            expected = own[name]
+            identity = head == "none" or (head == "linear" and expected.shape[1] == (dim or 64))
+            expected = expected if identity else module(expected)
+            got = model.encode_image(images) if name == "image" else model.encode_text(tokens)
+            assert got.shape == (2, dim or 64)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert model.logit_scale.item() == pytest.approx(3.9)
+
+
+def test_heads_that_are_drawn_follow_the_seed(parts, tmp_path):
+    weights = [
+        stock(make(parts, tmp_path / str(i), seed=seed))[0].visual.head.proj.weight
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert torch.equal(*weights[:2]) and not torch.equal(*weights[1:])
+    assert weights[0].abs().max() <= WIDTH["test_resnet"] ** -0.5  # open_clip's: nn.Linear's own
+
+
+def test_preprocessing_is_the_towers_unless_given(parts, tmp_path):
+    model, preprocess, tokenizer = stock(make(parts, tmp_path / "own", "test_efficientnet"))
+    config = timm.get_pretrained_cfg("test_efficientnet")
+    got = model.visual.preprocess_cfg
+    assert (tuple(got["mean"]), tuple(got["std"])) == (config.mean, config.std)
+    assert got["interpolation"] == config.interpolation and got["resize_mode"] == "shortest"
+    assert preprocess.transforms[0].size == config.input_size[1]
+    assert tokenizer(["red"]).shape == (1, 12)  # no more positions than the text tower has
+
+    words = f"towers {tmp_path}/given --image hf-hub:timm/test_efficientnet --text {parts}/text "
+    words += f"--image-weights {parts}/test_efficientnet.pt --image-size 48 --context-length 6 "
+    words += "--image-mean .1 .2 .3 --image-std .4 .5 .6 --image-interpolation bilinear "
+    words += "--init-logit-scale 2 --embed-dim 32"
+    assert cli.main(words.split()) == 0
+    model, preprocess, tokenizer = stock(tmp_path / "given")
+    got = model.visual.preprocess_cfg
+    assert (got["mean"], got["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    assert got["interpolation"] == "bilinear" and model.visual.image_size == (48, 48)
+    assert tokenizer(["red"]).shape == (1, 6) and model.logit_scale.item() == 2
+    assert model.encode_text(tokenizer(["red"])).shape == (1, 32)
+
+
+def renamed(state):
+    return {f"part_{i}.{key.split('.')[-1]}": value for i, (key, value) in enumerate(state.items())}
+
+
+def test_image_weights_are_matched_by_name_then_by_order_and_shape(parts, tmp_path):
+    state = image_tower("test_resnet").state_dict()
+    trunk = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    uncounted = {key: v for key, v in trunk.items() if not key.endswith("num_batches_tracked")}
+    files = {
+        "nested.pth": {"state_dict": {f"module.{key}": value for key, value in state.items()}},
+        "prefixed.pt": {f"visual.trunk.{k}": v for k, v in trunk.items()} | {"x": torch.ones(1)},
+        "named.safetensors": dict(reversed(state.items())),
+        "other-classes.pt": trunk | {"fc.weight": torch.ones(3, 96), "fc.bias": torch.ones(3)},
+        "old.pt": uncounted,
+        "renamed.pt": renamed(state),
+        "renamed-trunk.pth": renamed(trunk),
+        "renamed-old.pt": renamed(uncounted),
+        "renamed.safetensors": renamed(state),
+        "half.pt": {key: v.half() if v.is_floating_point() else v for key, v in state.items()},
+    }
+    for name, contents in files.items():
+        (save_file if name.endswith("safetensors") else torch.save)(contents, tmp_path / name)
+        out = make(parts, tmp_path / f"{name}-out", image_weights=tmp_path / name)
+        got = stock(out)[0].visual.trunk.state_dict()
+        assert got.keys() == trunk.keys()
+        for key, value in trunk.items():
+            if "old" not in name or key in uncounted:
+                tolerance = 1e-3 if name == "half.pt" else 0
+                torch.testing.assert_close(got[key], value, rtol=tolerance, atol=tolerance)
+
+
+def test_weights_that_do_not_fit_are_named(parts, tmp_path):
+    state = image_tower("test_resnet").state_dict()
+    names = list(state)
+    swapped = [names[0], names[2], names[1], *names[3:]]
+    text = load_text(parts)
+    cases = {
+        "fewer.pt": (
+            {key: state[key] for key in names[2:]},
+            rf"{names[0]} is missing; {names[1]} is missing",
+        ),
+        "wider.pt": (
+            state | {names[0]: torch.ones(5, 5)},
+            rf"{names[0]} is \(5, 5\), the tower's \(",
+        ),
+        "deeper.pt": (state | {"layer9.0.weight": torch.ones(2)}, "layer9.0.weight is not the"),
+        "vit.pt": (image_tower("test_vit").state_dict(), "fit test_resnet: .* in order cls_token"),
+        "kinds.pt": (
+            {f"p{i}.{n.split('.')[-1]}": state[n] for i, n in enumerate(swapped)},
+            f"in order p1.bias does not fit {names[1]}",
+        ),
+        "longer.pt": (renamed(state) | {"more": torch.ones(1)}, "in order more is one too many"),
+        "shorter.pt": (renamed({n: state[n] for n in names[:-3]}), "in order nothing is left for"),
+        "sorted.safetensors": (
+            {f"block.{key}".replace("1", "a"): v for key, v in state.items()},
+            "none has a name of the tower.*safetensors keep no order",
+        ),
+        "nan.pt": (state | {names[0]: state[names[0]] * torch.nan}, f"NaN.*first {names[0]}"),
+    }
+    for name, (contents, message) in cases.items():
+        (save_file if name.endswith("safetensors") else torch.save)(contents, tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            make(parts, tmp_path / "out", image_weights=tmp_path / name)
+    cases = {
+        "missing.pt": (
+            dict(list(text.items())[1:]),
+            "embeddings.word_embeddings.weight is missing",
+        ),
+        "deep.pt": (text | {"encoder.layer.5.x": torch.ones(1)}, "encoder.layer.5.x is not"),
+        "misfit.pt": (
+            text | {"embeddings.LayerNorm.bias": torch.ones(3)},
+            r"embeddings.LayerNorm.bias is \(3,\), the tower's \(64,\)",
+        ),
+        "other.pt": (state, "none has a name of the tower, like embeddings"),
+    }
+    for name, (contents, message) in cases.items():
+        torch.save(contents, tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            make(parts, tmp_path / "out", text_weights=tmp_path / name)
+    assert not (tmp_path / "out").exists()
+
+
+def load_text(parts):
+    return AutoModel.from_pretrained(parts / "text").state_dict()
+
+
+@pytest.mark.parametrize("prefix", ["", "bert.", "0.auto_model."])
+def test_text_weights_from_a_file(parts, tmp_path, prefix):
+    state = {key: value + 1 for key, value in load_text(parts).items()}
+    contents = {prefix + key: value for key, value in state.items()}
+    contents[f"{prefix}embeddings.position_ids"] = torch.arange(12)[None]
+    contents |= {"cls.predictions.bias": torch.ones(14)} if prefix else {}
+    torch.save(contents, tmp_path / "text.pt")
+    (bare := tmp_path / "bare").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(parts / "text" / name, bare)
+    out = make(parts, tmp_path / "out", text=bare, text_weights=tmp_path / "text.pt")
+    for key, value in stock(out)[0].text.transformer.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def broken(parts, folder, change):
+    """A copy of the text folder with one thing wrong."""
+    shutil.copytree(parts / "text", folder)
+    if change == "no tokenizer":
+        for file in [*folder.glob("token*"), *folder.glob("vocab*")]:
+            file.unlink()
+    elif change == "no config":
+        (folder / "config.json").unlink()
+    elif change == "no weights":
+        (folder / "model.safetensors").unlink()
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no tokenizer", "no tokenizer in the folder .*text"),
+        ("no config", "no config.json in the folder .*text"),
+        ("no weights", "cannot be read .*--text with a folder"),
+        ({"model_type": "distilbert"}, "kinds roberta, .*but .* is a distilbert"),
+        ({"num_hidden_layers": 3}, "encoder.layer.2.* is missing"),
+        ({"num_hidden_layers": 1}, "encoder.layer.1.* is not the tower's"),
+        ({"intermediate_size": 8}, r"is \(16, 64\), the tower's \(8, 64\)"),
+        ({"vocab_size": 9}, "has 14 tokens, the text tower 9"),
+        ({"pad_token_id": 3}, "pads with 0, but its config.json says pad_token_id 3"),
+    ],
+)
+def test_text_folders_that_cannot_be_used(parts, tmp_path, change, message):
+    text = broken(parts, tmp_path / "text", change)
+    with pytest.raises((ValueError, OSError), match=message):
+        make(parts, tmp_path / "out", text=text)
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image": "test_resnt"}, "has no model 'test_resnt', .*nearest is test_resnet"),
+        ({"image_weights": None}, "no weights of test_resnet at hand .*--image-weights"),
+        ({"image_weights": "nowhere.pt"}, "no file nowhere.pt"),
+        ({"text": "nobody/nothing"}, "text tower nobody/nothing cannot be read"),
+        ({"image": "test_vit", "image_size": 100}, "test_vit cannot take images of 100 px"),
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"embed_dim": 32, "text_head": "none"}, "text tower has 64 and the embedding 32"),
+        ({"image_head": "none"}, "image tower has 96 and the embedding 64; use linear"),
+        ({"text_head": "liner"}, "text_head must be one of linear, mlp, none, got 'liner'"),
+        ({"text_pooler": "max"}, "text_pooler must be one of mean, cls, own"),
+        ({"context_length": 13}, "context_length 13 is more than the 12 tokens"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "image_std must be above 0"),
+        ({"image_mean": [0.5]}, "image_mean takes three finite numbers"),
+        ({"image_interpolation": "nearest"}, "image_interpolation must be one of bicubic"),
+        ({"init_logit_scale": 50.0}, "init_logit_scale must lie in"),
+    ],
+)
+def test_settings_that_cannot_be(parts, tmp_path, settings, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    image = settings.get("image", "test_resnet")
+    if image == "test_resnt":
+        settings = settings | {"image_weights": parts / "test_resnet.pt"}
+    with pytest.raises((ValueError, OSError), match=message):
+        make(parts, tmp_path / "out", **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_towers_pooler_must_be_among_the_weights(parts, tmp_path):
+    bare = text_folder(tmp_path / "text", pooler=False)
+    make(parts, tmp_path / "out", text=bare)
+    with pytest.raises(ValueError, match=r"pooler.dense.* is missing"):
+        make(parts, tmp_path / "own", text=bare, text_pooler="own")
+
+
+def test_what_out_may_be(parts, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = (
+        f"towers {out} --image test_resnet --image-weights {parts}/test_resnet.pt --text".split()
+    )
+    out.mkdir()
+    (out / "thesis.txt").write_text("x")
+    for extra, message in (([], "exists; choose"), (["--overwrite"], "not an exported model")):
+        assert cli.main([*words, f"{parts}/text", *extra]) == 2
+        assert message in capsys.readouterr().err
+    (out / "thesis.txt").unlink()
+    assert cli.main([*words, f"{parts}/text"]) == 0
+    assert cli.main([*words, f"{parts}/text", "--overwrite"]) == 0
+    assert cli.main([*words, str(out), "--overwrite"]) == 2  # its own text tower
+    assert "which --overwrite would delete" in capsys.readouterr().err
+
+
+CODE = """
+import socket, sys
+def refuse(*args, **kwargs): raise AssertionError("network")
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
+"""
+
+
+def python(code, *arguments, path, **environment):
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return subprocess.run(
+        [sys.executable, "-c", CODE + code, *map(str, arguments)],
+        env=kept | {"PYTHONPATH": str(path)} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_local_files_need_no_network_and_the_folder_neither_parts_nor_this_package(parts, tmp_path):
+    shutil.copytree(parts, tmp_path / "parts")
+    words = "towers out --image test_resnet --image-weights parts/test_resnet.pt --text parts/text"
+    words = ["sh", *words.replace("parts/", f"{tmp_path}/parts/").split()]
+    words[2] = str(tmp_path / "out")
+    code = "from otter_openclip import cli; sys.exit(cli.main(sys.argv[2:]))"
+    done = python(code, *words, path=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "After a move, set hf_model_name" in done.stderr
+    shutil.rmtree(tmp_path / "parts")
+    blocked = tmp_path / "blocked" / "otter_openclip"
+    blocked.mkdir(parents=True)
+    (blocked / "__init__.py").write_text("raise ImportError('blocked')\n")
+    code = """
+import open_clip
+name = "local-dir:" + sys.argv[1]
+model = open_clip.create_model(name)
+print(tuple(model.encode_text(open_clip.get_tokenizer(name)(["a red circle"])).shape))
+"""
+    done = python(code, tmp_path / "out", path=blocked.parent)
+    assert done.stdout == "(1, 64)\n", done.stderr
+    # Moved, it needs the one line that the warning names.
+    moved = shutil.move(tmp_path / "out", tmp_path / "moved")
+    with pytest.raises(OSError, match="out"):
+        stock(moved)
+    config = moved / "open_clip_config.json"
+    written = json.loads(config.read_text())
+    written["model_cfg"]["text_cfg"]["hf_model_name"] = str(moved)
+    config.write_text(json.dumps(written))
+    assert stock(moved)[0].text.context_length == 12
+
+
+def test_the_folder_trains_with_both_towers_locked_and_exports(parts, pairs, tmp_path):
+    out = make(parts, tmp_path / "towers", "test_efficientnet", image_size=32)
+    name = f"local-dir:{out}"
+    words = ["--loss", "otter", "--model", name, "--epochs", "1", "--lock-image", "--lock-text"]
+    words += ["--lock-text-freeze-layer-norm"]
+    checkpoints = train(pairs, tmp_path / "logs", *words)
+    before, after = stock(out)[0].state_dict(), load(checkpoints / "epoch_1.pt")["state_dict"]
+    learned = {key for key in before if not torch.equal(before[key], after[key])}
+    statistics = {key for key in learned if "running_" in key or "num_batches" in key}
+    assert learned - statistics == {"visual.head.proj.weight", "text.proj.weight", "logit_scale"}
+
+    exported = export_checkpoint(checkpoints.parent, tmp_path / "exported", model=name)
+    shutil.rmtree(out)
+    model, preprocess, _ = stock(exported)
+    assert torch.equal(model.text.proj.weight, after["text.proj.weight"])
+    assert preprocess.transforms[0].size == 32
