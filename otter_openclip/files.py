@@ -17,22 +17,25 @@ Change = tuple[Path, bytes | None, bytes | None]
 
 
 @contextlib.contextmanager
-def written_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+def written_whole(
+    path: str | os.PathLike[str], mode: str = "wb", *, follow_links: bool = True
+) -> Iterator[IO[Any]]:
     """Open a file that takes the place of ``path`` once the block is done and its bytes are on disk.
 
-    If the block raises, ``path`` is as it was and the temporary file is gone. Links are followed; a
-    device or pipe (``/dev/stdout``) is written to directly.
+    If the block raises, ``path`` is as it was and the temporary file is gone. A device or pipe
+    (``/dev/stdout``) is written to directly.
 
     Args:
         path: in a folder that exists.
         mode: "wb", or "w" for UTF-8 text whose line ends stay as they are written.
+        follow_links: write where a link points to; otherwise a file takes the link's place.
     """
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     if os.path.exists(path) and not os.path.isfile(path):
         with open(path, mode, **text) as file:
             yield file
         return
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path) if follow_links else path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, mode, **text) as file:
@@ -70,14 +73,13 @@ def sync_folder(folder: Path) -> None:
 def replace_together(changes: Sequence[Change]) -> None:
     """Make all ``changes``, or none if one of them fails: then the files come back as they were.
 
-    Every file is written in full before the first is renamed into place. None is written through, so a
-    hard link elsewhere (uv's cache, for one) keeps its contents. Modes and owners stay. Folders are made
+    Every file is written in full before the first is renamed into place. None is written through, so
+    what a link leads to (uv's cache, for one) keeps its contents. Modes and owners stay. Folders are made
     and, once empty, removed; so are the .pyc files of changed modules, which may outlive their source.
 
     Raises:
         OSError: saying what to do, and where the originals are that could not be put back.
     """
-    changes = [(Path(os.path.realpath(path)), before, after) for path, before, after in changes]
     kept: dict[Path, Path] = {}
     try:
         with contextlib.ExitStack() as renames:
@@ -87,7 +89,7 @@ def replace_together(changes: Sequence[Change]) -> None:
                     _keep(path, kept[path])
                 if after is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    file = renames.enter_context(written_whole(path))
+                    file = renames.enter_context(written_whole(path, follow_links=False))
                     file.write(after)
                     if before is not None:
                         _take_mode(file.name, path)
