@@ -74,8 +74,8 @@ def replace_together(changes: Sequence[Change]) -> None:
     """Make all ``changes``, or none if one of them fails: then the files come back as they were.
 
     Every file is written in full before the first is renamed into place. None is written through, so
-    what a link leads to (uv's cache, for one) keeps its contents. Modes and owners stay. Folders are made
-    and, once empty, removed; so are the .pyc files of changed modules, which may outlive their source.
+    what a link leads to (uv's cache, for one) keeps its contents. Modes and owners stay. Folders are
+    made and, once empty, removed; .pyc files of changed modules go, which may outlive their source.
 
     Raises:
         OSError: saying what to do, and where the originals are that could not be put back.
