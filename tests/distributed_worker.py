@@ -58,7 +58,7 @@ def one_rank(rank, world, folder):
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     part = COUNT // world
-    tiles.TILE_ENTRIES["cpu"], tiles.TILE_ROWS, tiles.PRODUCT_ENTRIES = 4 * COUNT, 4, 8 * COUNT
+    tiles.TILE_ENTRIES["cpu"], tiles.TILE_ROWS, tiles.PRODUCT_ROWS = 4 * COUNT, 4, 8
     mine = [x[rank * part : (rank + 1) * part] for x in features(COUNT, WIDTH, seed=5)]
     results = {}
     for name, make in MAKE.items():

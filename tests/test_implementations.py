@@ -22,7 +22,7 @@ def small_tiles(monkeypatch, rows, columns):
     """Tiles of some rows, and products of two tiles' gradients."""
     monkeypatch.setattr(tiles, "TILE_ROWS", rows)
     monkeypatch.setitem(tiles.TILE_ENTRIES, "cpu", rows * columns)
-    monkeypatch.setattr(tiles, "PRODUCT_ENTRIES", 2 * rows * columns)
+    monkeypatch.setattr(tiles, "PRODUCT_ROWS", 2 * rows)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -121,7 +121,7 @@ def _gradients(ctx: Any, upstream: tuple[Tensor, ...]) -> list[Tensor | None]:
         for x, needed in zip((rows, columns), ctx.needs_input_grad[:2], strict=True)
     )
     scale_gradients = [rows.new_zeros((), dtype=sum_dtype(rows.device)) for _ in weights]
-    buffer, begin = cosines.empty(tiles.PRODUCT_ENTRIES), 0
+    buffer, begin = cosines.empty(tiles.PRODUCT_ROWS), 0
     for (part, block), (_, kernel) in zip(cosines, plans.tiles, strict=True):
         gradient = buffer[part.start - begin : part.stop - begin]
         for i, (s, weight) in enumerate(zip(scales, weights, strict=True)):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 # Entries of a tile: few enough for a CPU's cache; and rows: enough for the matrix products with it.
 TILE_ENTRIES, TILE_ROWS = {"cpu": 2**20, "cuda": 2**26}, 128
-# Entries of several tiles' gradient, multiplied at once: each product rewrites all columns' gradient.
-PRODUCT_ENTRIES = 2**24
+# Rows of gradient that are multiplied at once: each product rewrites all columns' gradient.
+PRODUCT_ROWS = 512
 # `auto` keeps matrices that together take at most this share of the device's memory.
 KEPT_SHARE = 1 / 8
 
@@ -49,10 +49,9 @@ class RowTiles:
         self._fill, self._keep = fill, keep
         self._kept: dict[int, Tensor] = {}
 
-    def empty(self, entries: int = 0) -> Tensor:
-        """An uninitialised tensor of a tile's shape, or of as many rows as ``entries`` allow."""
-        rows = max(self._tile_rows, entries // self.columns)
-        return self.like.new_empty(min(self.rows, rows), self.columns)
+    def empty(self, rows: int = 0) -> Tensor:
+        """An uninitialised tensor of a tile's shape, or of ``rows`` if these are more."""
+        return self.like.new_empty(min(self.rows, max(self._tile_rows, rows)), self.columns)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield ``(rows, tile)``; a tile that is not kept is valid until the next one."""
