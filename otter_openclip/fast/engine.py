@@ -52,8 +52,7 @@ def terms(
         scales: scalars s and s_d.
         teacher: (B, D') features, likewise.
     """
-    images, texts = student
-    half = half_precision(teacher)
+    (images, texts), half = student, half_precision(teacher)
     statistics: dict[str, Tensor] = {}
     with float32_math(images.device.type):
         rows = at_least_float32(images)
@@ -172,7 +171,7 @@ def _solved_plans(
     scaling = bound <= MAX_LOG_BOUND and triton is None
     removed = loss.remove_diagonal and total > 1
 
-    def fill(part: slice, out: Tensor) -> None:
+    def write(part: slice, out: Tensor) -> None:
         v, t = images[part], texts[part]
         torch.mm(coefs[1] * t + coefs[2] * v, all_texts.T, out=out)
         if coefs[0]:
@@ -183,7 +182,7 @@ def _solved_plans(
         if removed:
             _own_pairs(out, part, offset).fill_(0.0 if scaling else LOG_ZERO)
 
-    kernel = tiles.RowTiles(fill, (count, total), images, keep)
+    kernel = tiles.RowTiles(write, (count, total), images, keep)
     if triton is not None:
         diagonal = offset if removed else None
         plans = triton.TritonPlans(kernel, world_size, given, coefs, bound, diagonal)

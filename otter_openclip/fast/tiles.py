@@ -34,20 +34,23 @@ def keeps_matrices(impl: str, entries: int, like: Tensor) -> bool:
     return entries * like.element_size() <= KEPT_SHARE * device_memory(like.device)
 
 
-Fill = Callable[[slice, Tensor], None]
+Write = Callable[[slice, Tensor], None]
+
+
+def _parts(rows: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 class RowTiles:
     """A matrix by tiles of rows; ``rows``, ``columns`` are its shape, ``like`` its dtype and device."""
 
-    def __init__(self, fill: Fill, shape: tuple[int, int], like: Tensor, keep: bool) -> None:
-        """``fill(rows, out)`` writes the rows of a slice into ``out``; ``keep`` holds the matrix."""
-        self.rows, self.columns = shape
-        self.like = like
+    def __init__(self, write: Write, shape: tuple[int, int], like: Tensor, keep: bool) -> None:
+        """``write(rows, out)`` puts the rows of a slice into ``out``; ``keep`` holds the matrix."""
+        (self.rows, self.columns), self.like = shape, like
         entries = TILE_ENTRIES.get(like.device.type, TILE_ENTRIES["cuda"])
         self._tile_rows = min(self.rows, max(TILE_ROWS, entries // self.columns))
-        self._fill, self._keep = fill, keep
-        self._kept: dict[int, Tensor] = {}
+        self._write, self._keep = write, keep
+        self._kept: Tensor | None = None
 
     def empty(self, rows: int = 0) -> Tensor:
         """An uninitialised tensor of a tile's shape, or of ``rows`` if these are more."""
@@ -55,13 +58,14 @@ class RowTiles:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield ``(rows, tile)``; a tile that is not kept is valid until the next one."""
-        buffer = None if self._keep else self.empty()
-        for start in range(0, self.rows, self._tile_rows):
-            part = slice(start, min(start + self._tile_rows, self.rows))
-            tile = self._kept.get(start)
-            if tile is None:
-                tile = (self.empty() if self._keep else buffer)[: part.stop - start]
-                self._fill(part, tile)
-            if self._keep:
-                self._kept[start] = tile
-            yield part, tile
+        if self._keep and self._kept is None:
+            self._kept = self.like.new_empty(self.rows, self.columns)
+            for part in _parts(self.rows, max(self._tile_rows, PRODUCT_ROWS)):
+                self._write(part, self._kept[part])
+        buffer = self.empty() if self._kept is None else None
+        for part in _parts(self.rows, self._tile_rows):
+            if buffer is None:
+                yield part, self._kept[part]
+            else:
+                self._write(part, tile := buffer[: part.stop - part.start])
+                yield part, tile
