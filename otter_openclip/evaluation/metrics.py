@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from otter_openclip.precision import at_least_float32
+
 KS = (1, 2, 5, 10)
 CHUNK_SIZE = 2**25
 
@@ -80,7 +82,7 @@ def _best_places(
     # Two columns of one product may differ in the last bit even where the vectors do not.
     vectors, column = torch.unique(classes.cpu(), dim=0, return_inverse=True)
     repeated = len(vectors) < count
-    vectors = _at_least_float32(vectors.to(device) if repeated else classes).T
+    vectors = at_least_float32(vectors.to(device) if repeated else classes).T
     column, index = column.to(device), torch.arange(count, device=device)
     rows = max(1, chunk_size // count)
     starts = np.searchsorted(image_of, np.arange(len(images) + 1))
@@ -88,7 +90,7 @@ def _best_places(
     bar = tqdm(total=len(images), desc="F@K", unit="image", disable=not progress)
     with torch.autocast(device.type, enabled=False), bar:
         for begin in range(0, len(images), rows):
-            block = _at_least_float32(images[begin : begin + rows])
+            block = at_least_float32(images[begin : begin + rows])
             scores = block @ vectors
             if repeated:
                 scores = scores.index_select(1, column)
@@ -125,7 +127,7 @@ def _average_precisions(
         for begin in range(0, len(present), columns):
             here = present[begin : begin + columns]
             scores = classes[torch.from_numpy(here).to(classes.device)] @ scaled
-            rows = _at_least_float32(scores).cpu().numpy()
+            rows = at_least_float32(scores).cpu().numpy()
             result[here] = list(pool.map(_average_precision, rows, true[begin : begin + columns]))
             bar.update(len(here))
     return result
@@ -140,10 +142,6 @@ def _average_precision(scores: np.ndarray, true: np.ndarray) -> float:
         is_true[true] = True
         above = np.flatnonzero(is_true[torch.sort(torch.from_numpy(scores), 0, True)[1].numpy()])
     return float((np.arange(1, len(true) + 1) / (above + 1)).mean())
-
-
-def _at_least_float32(features: Tensor) -> Tensor:
-    return features if features.dtype == torch.float64 else features.float()
 
 
 def _check_features(images: Any, classes: Any) -> tuple[Tensor, Tensor]:

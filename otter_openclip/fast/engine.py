@@ -1,4 +1,4 @@
-"""The terms of one batch and their gradient, block by block.
+"""The terms of one batch and their gradient, tile by tile.
 
 x, y are a rank's image rows and all text columns of student features, ``C = x y^T`` their cosines.
 Everything about the text rows is read off the same matrix, by columns: a rank holds its rows of C and of
