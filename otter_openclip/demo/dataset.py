@@ -20,6 +20,14 @@ HELD_OUT_FACE = "DejaVuSerif-Italic"
 SHARDS = 6
 
 
+class Data(NamedTuple):
+    """What a run trains and tests on: shards of pairs, clip_benchmark webdatasets by title."""
+
+    shards: list[Path]
+    pairs: int
+    tests: dict[str, Path]
+
+
 class Split(NamedTuple):
     """Which glyphs are trained on and tested on; pairs of a glyph and its picture.
 
@@ -74,6 +82,18 @@ def _draw(
     return drawn
 
 
+def make_glyphs(folder: Path, seed: int, *, pairs: int, test: int) -> Data:
+    """Draw, caption and write them into ``folder``."""
+    rng = random.Random(seed)
+    split = split_glyphs(rng, train=pairs, test=test)
+    write_training_shards(split.train, folder / "train", rng)
+    tests = {}
+    for name in ("unseen_characters", "unseen_face"):
+        tests[name.replace("_", " ")] = folder / name
+        write_test_set(getattr(split, name), folder / name)
+    return Data(sorted((folder / "train").glob("*.tar")), len(split.train), tests)
+
+
 def thin(name: str, rng: random.Random) -> str:
     """Keep a random half of a name's words, in order, at least one."""
     words = name.split()
@@ -98,36 +118,20 @@ def write_training_shards(
     (folder / "sizes.json").write_text(json.dumps(sizes))
 
 
-def labels_of(names: Sequence[str], classes: Sequence[str], *, words: bool) -> np.ndarray:
-    """(images, classes) uint8: which classes are true of each name.
-
-    With ``words`` the classes are words and a name has all of its own; otherwise they are full names.
-    """
-    index = {name: i for i, name in enumerate(classes)}
-    labels = np.zeros((len(names), len(classes)), dtype=np.uint8)
-    for row, name in enumerate(names):
-        labels[row, [index[c] for c in (set(name.split()) if words else [name])]] = 1
-    return labels
-
-
-def write_test_set(
-    glyphs: Sequence[tuple[Glyph, Image.Image]], folder: Path, *, words: bool
-) -> tuple[list[str], np.ndarray]:
-    """Write a multi-label clip_benchmark webdataset; returns its classes and labels."""
+def write_test_set(glyphs: Sequence[tuple[Glyph, Image.Image]], folder: Path) -> None:
+    """Write a multi-label clip_benchmark webdataset whose classes are the full names."""
     (folder / "test").mkdir(parents=True)
-    names = [glyph.name for glyph, _ in glyphs]
-    classes = sorted({c for name in names for c in (name.split() if words else [name])})
-    labels = labels_of(names, classes, words=words)
-    rows = zip(glyphs, labels, strict=True)
-    write_tar(
-        folder / "test" / "0.tar",
-        ({"png": png(image), "npy": _npy(row)} for (_, image), row in rows),
+    classes = sorted({glyph.name for glyph, _ in glyphs})
+    labels = np.eye(len(classes), dtype=np.uint8)
+    samples = (
+        {"png": png(image), "npy": _npy(labels[classes.index(glyph.name)])}
+        for glyph, image in glyphs
     )
+    write_tar(folder / "test" / "0.tar", samples)
     (folder / "test" / "nshards.txt").write_text("1")
     (folder / "classnames.txt").write_text("\n".join(classes))
     (folder / "zeroshot_classification_templates.txt").write_text("{c}")
     (folder / "dataset_type.txt").write_text("multilabel")
-    return classes, labels
 
 
 def png(image: Image.Image) -> bytes:

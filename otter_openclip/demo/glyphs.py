@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
-SIZE = 32
+SIZE = 112  # that of the image tower, so that nothing is resized
 FAMILIES = ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral")
 
 
@@ -44,7 +44,7 @@ def characters(face: str) -> list[str]:
 
 
 def render(glyph: Glyph) -> Image.Image | None:
-    """The glyph, black on white, centred in an RGB picture of 32 x 32 pixels; None if blank."""
+    """The glyph, black on white, centred in a square RGB picture of ``SIZE`` pixels; None if blank."""
     font = _font(glyph.face)
     left, top, right, bottom = font.getbbox(glyph.character)
     if right <= left or bottom <= top:
@@ -63,4 +63,4 @@ def _folder() -> Path:
 
 @functools.cache
 def _font(face: str) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(_folder() / f"{face}.ttf", size=24)
+    return ImageFont.truetype(_folder() / f"{face}.ttf", size=SIZE * 3 // 4)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from otter_openclip.demo.course import KS, Example
 from otter_openclip.files import written_whole
 
 matplotlib.use("Agg")
@@ -18,99 +20,123 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
 LABELS = {"infonce": "InfoNCE", "ls": "LS", "kd": "KD", "otter": "OTTER"}
 COLOURS = {"infonce": "#8a8f98", "ls": "#d9a441", "kd": "#4f8fc0", "otter": "#c2452d"}
-TESTS = {"unseen_characters": "unseen characters", "unseen_face": "unseen face"}
-BLOCK = 12
+RIGHT = "#2e7d46"
+METRICS = {"flat_hit@5": "F@5 (%)", "mean_average_precision": "mAP (%)"}
+BLOCK, THUMBNAIL = 12, 100
 
 
-class Row(NamedTuple):
-    """One method's figures; shares are in [0, 1].
+class Run(NamedTuple):
+    """One loss's run; shares are in [0, 1].
 
-    ``flat_hit`` maps ``TEST-{words,names}@K`` to F@K, ``mean_average_precision`` ``TEST-words`` to
-    clip_benchmark's.
+    ``course`` has for each checkpoint its ``step`` and, under ``tests``, each test set's metrics.
     """
 
     loss: str
     train_seconds: float
-    flat_hit: dict[str, float]
-    mean_average_precision: dict[str, float]
+    course: list[dict[str, Any]]
+
+    def best(self, test: str) -> dict[str, Any]:
+        """The checkpoint with the highest mAP on ``test``, the first of equal ones."""
+        return max(self.course, key=lambda at: at["tests"][test]["mean_average_precision"])
 
 
-def print_table(rows: Sequence[Row], blind: dict[str, float]) -> None:
-    """Print the figures, in percent; ``blind`` holds F@K of always naming the commonest classes."""
-    print("\nF@1/5/10 (%): a true class among the 1, 5, 10 nearest. mAP (%): stock clip_benchmark.")
-    print("blind: always the 1, 5, 10 commonest classes of the test set, whatever the picture.")
+def print_table(runs: Sequence[Run]) -> None:
+    """Print the figures, in percent."""
+    ks = "/".join(map(str, KS))
+    titles = list(runs[0].course[0]["tests"])
+    width = max(map(len, titles))
+    head = f"{f'F@{ks}':>16} {'mAP':>5}"
     print(
-        f"{'test':<18} {'method':<8} {'words F@1/5/10':>19} {'full names F@1/5/10':>21} "
-        f"{'words mAP':>10} {'train':>7}"
+        f"\nF@{ks}: a true class is among the {ks} nearest; mAP: mean average precision. In percent.\n"
+        "Best: of each loss's checkpoints the one with the highest mAP on this same test set, picked\n"
+        "alike for every loss; it flatters all of them.\n\n"
+        f"{'':<{width}} {'':<8}   {'at the end':^23}   {'at the best':^23}\n"
+        f"{'test':<{width}} {'loss':<8} | {head} | {head} {'step':>5} {'train':>6}"
     )
-    for test, title in TESTS.items():
-        words, names = _rates(blind, test)
-        print(f"{title:<18} {'blind':<8} {words:>19} {names:>21} {'':>10} {'':>7}".rstrip())
-        for row in rows:
-            words, names = _rates(row.flat_hit, test)
-            precision = 100 * row.mean_average_precision[f"{test}-words"]
+    for title in titles:
+        for run in runs:
+            best = run.best(title)
+            end, top = (_figures(at["tests"][title]) for at in (run.course[-1], best))
             print(
-                f"{title:<18} {LABELS[row.loss]:<8} {words:>19} {names:>21} {precision:>10.1f} "
-                f"{row.train_seconds:>6.0f}s"
+                f"{title:<{width}} {LABELS[run.loss]:<8} | {end} | {top} {best['step']:>5} "
+                f"{run.train_seconds:>5.0f}s"
             )
 
 
-def _rates(flat_hit: dict[str, float], test: str) -> tuple[str, ...]:
-    """F@1/5/10 over the words and over the full names."""
-    return tuple(
-        "/".join(f"{100 * flat_hit[f'{test}-{kind}@{k}']:.1f}" for k in (1, 5, 10))
-        for kind in ("words", "names")
-    )
+def _figures(metrics: Mapping[str, float]) -> str:
+    rates = "/".join(f"{100 * metrics[f'flat_hit@{k}']:.1f}" for k in KS)
+    return f"{rates:>16} {100 * metrics['mean_average_precision']:>5.1f}"
 
 
 def draw(
-    rows: Sequence[Row],
+    runs: Sequence[Run],
     batch: tuple[np.ndarray, list[Image.Image], list[str]],
+    examples: tuple[list[Example], dict[str, list[list[str]]]],
     path: Path,
-    *,
-    steps: int,
-    budget: dict[str, Any],
 ) -> None:
-    """Write the table as bars and a block of one batch's OT targets as a heatmap, as one PNG."""
-    figure = plt.figure(figsize=(13, 5.6), dpi=100, layout="constrained")
-    bars, heatmap = figure.subplots(1, 2, width_ratios=[1, 1.05])
-    _draw_bars(bars, rows, steps, budget)
-    _draw_targets(figure, heatmap, *batch)
+    """Write one PNG: the courses, a block of one batch's OT targets, what pictures are called.
+
+    Args:
+        runs: the losses'.
+        batch: (N, N) targets of a batch's image rows, its pictures and captions.
+        examples: test pictures, and for each loss the names it gives each, nearest first.
+        path: of the PNG.
+    """
+    figure = plt.figure(figsize=(14, 9.5), dpi=100, layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.75, 1])
+    left, right = above.subfigures(1, 2, width_ratios=[1, 1.05])
+    _draw_courses(left, runs)
+    _draw_targets(right, right.subplots(), *batch)
+    _draw_examples(below, *examples)
     with written_whole(path) as file:
         figure.savefig(file, format="png")
     plt.close(figure)
 
 
-def _draw_bars(axes: plt.Axes, rows: Sequence[Row], steps: int, budget: dict[str, Any]) -> None:
-    groups = [(t, kind, k) for t in TESTS for kind in ("words", "names") for k in (1, 5, 10)]
-    places = np.arange(len(groups)) + np.repeat(np.arange(len(groups) // 3), 3) * 0.6
-    width = 0.8 / len(rows)
-    for i, row in enumerate(rows):
-        heights = [100 * row.flat_hit[f"{t}-{kind}@{k}"] for t, kind, k in groups]
-        at = places + (i - (len(rows) - 1) / 2) * width
-        axes.bar(at, heights, width, label=LABELS[row.loss], color=COLOURS[row.loss])
-        if len(rows) <= 2:
-            for x, height in zip(at, heights, strict=True):
-                axes.text(x, height, f"{height:.0f}", ha="center", va="bottom", fontsize=7)
-    axes.set_xticks(places, [f"F@{k}" for _, _, k in groups], fontsize=7)
-    for start, (test, kind) in zip(
-        places[::3], [(t, kind) for t in TESTS for kind in ("words", "full names")], strict=True
-    ):
-        axes.text(
-            start + 1, -0.09, f"{TESTS[test]}\n{kind}", ha="center", va="top", fontsize=8.5,
-            transform=axes.get_xaxis_transform(),
-        )  # fmt: skip
-    axes.set_ylabel("images with a true class among the nearest K (%)")
-    axes.set_title(
-        f"Zero-shot glyphs: {budget['pairs']} pairs, batch {budget['batch']}, {steps} steps, one seed",
-        fontsize=10,
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left")
+def _draw_courses(figure: Any, runs: Sequence[Run]) -> None:
+    titles = list(runs[0].course[0]["tests"])
+    grid = figure.subplots(len(titles), len(METRICS), sharex=True, squeeze=False)
+    for row, title in zip(grid, titles, strict=True):
+        for axes, (metric, name) in zip(row, METRICS.items(), strict=True):
+            for run in runs:
+                steps = [at["step"] for at in run.course]
+                values = [100 * at["tests"][title][metric] for at in run.course]
+                colour = COLOURS[run.loss]
+                axes.plot(steps, values, "o-", ms=3.5, color=colour, label=LABELS[run.loss])
+            axes.set_title(f"{title}: {name}", fontsize=10)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("training steps")
+    grid[0][0].legend(frameon=False, loc="lower right")
+    figure.suptitle("In the course of training, one seed", fontsize=11)
+
+
+def _draw_examples(
+    figure: Any, examples: Sequence[Example], nearest: Mapping[str, list[list[str]]]
+) -> None:
+    figure.suptitle("Test pictures, and the names nearest to them at the end", fontsize=11)
+    panels = figure.subfigures(1, len(examples), squeeze=False)[0]
+    for i, (panel, example) in enumerate(zip(panels, examples, strict=True)):
+        picture, names = panel.subplots(1, 2, width_ratios=[1, 2.4])
+        picture.imshow(example.picture)
+        true = textwrap.shorten(", ".join(example.names), 70, placeholder=" …")
+        picture.set_title(textwrap.fill(true, 22), fontsize=8, color=RIGHT)
+        picture.set_xticks([]), picture.set_yticks([])
+        names.set_axis_off()
+        lines = []
+        for loss, found in nearest.items():
+            lines.append((LABELS[loss], COLOURS[loss], "bold"))
+            right = [RIGHT if name in example.names else "black" for name in found[i]]
+            lines += [(f"  {n}", c, "normal") for n, c in zip(found[i], right, strict=True)]
+        for place, (text, colour, weight) in enumerate(lines):
+            at = 1 - (place + 0.5) / len(lines)
+            text = text if len(text) <= 46 else f"{text[:45]}…"
+            names.text(0, at, text, color=colour, weight=weight, fontsize=8, va="center")
 
 
 def _draw_targets(
-    figure: plt.Figure,
+    figure: Any,
     axes: plt.Axes,
     targets: np.ndarray,
     images: Sequence[Image.Image],
@@ -127,7 +153,8 @@ def _draw_targets(
     axes.set_yticks(range(size), [""] * size)
     axes.tick_params(length=0)
     for row, index in enumerate(chosen):
-        picture = OffsetImage(np.asarray(images[index]), zoom=0.62, cmap="gray")
+        thumbnail = images[index].convert("RGB").resize((THUMBNAIL, THUMBNAIL))
+        picture = OffsetImage(np.asarray(thumbnail), zoom=20 / THUMBNAIL)
         axes.add_artist(
             AnnotationBbox(
                 picture, (-0.5, row), xybox=(-14, 0), boxcoords="offset points", frameon=False

@@ -36,6 +36,7 @@ def class_features(
     device: str | torch.device,
     autocast: Autocast = nullcontext,
     batch_size: int = BATCH_SIZE,
+    progress: bool = True,
 ) -> Tensor:
     """(C, D) unit-norm features: the mean of each class's normalised prompts, normalised.
 
@@ -52,7 +53,7 @@ def class_features(
     rows = torch.zeros(len(prompts), dtype=torch.int64)
     similar = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))  # in length
     step = max(1, batch_size // max(map(len, prompts)))
-    with autocast(), tqdm(total=len(prompts), desc="Classes") as bar:
+    with autocast(), tqdm(total=len(prompts), desc="Classes", disable=not progress) as bar:
         for begin in range(0, len(prompts), step):
             group, new = similar[begin : begin + step], []
             tokens = tokenizer([text for i in group for text in prompts[i]])
