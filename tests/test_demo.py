@@ -104,8 +104,14 @@ def towers(tmp_path_factory):
     letters = [*string.ascii_lowercase, *string.digits, "-"]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{x}" for x in letters)]
     (folder / "vocab.txt").write_text("\n".join(words))
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = BertConfig(len(words), intermediate_size=16, max_position_embeddings=32, **sizes)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
     BertModel(config, add_pooling_layer=False).save_pretrained(folder / "text")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "text")
     image = {"image": "test_efficientnet", "image_weights": folder / "image.pt"}
