@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import webdataset
 from open_clip_train.data import filter_no_caption_or_no_image, log_and_continue
@@ -27,6 +27,16 @@ from otter_openclip.demo.course import TestSet, Towers, pair_features
 from otter_openclip.demo.dataset import Data, make_glyphs
 from otter_openclip.demo.own import find_own
 from otter_openclip.demo.packaged import find_towers
+from otter_openclip.demo.recipe import (
+    EPSILON,
+    GLYPHS,
+    INIT_SCALE,
+    ITERATIONS,
+    OWN,
+    QUICK,
+    Budget,
+    flags,
+)
 from otter_openclip.demo.report import LABELS, Run, draw, print_table
 from otter_openclip.files import write_json
 from otter_openclip.towers import make_towers
@@ -35,34 +45,12 @@ from otter_openclip.towers import make_towers
 SETTINGS_FILE = "otter-demo-settings.json"
 PARTS = ("demo.json", "demo.png", "data", "exports", "features", "logs", "results", "towers")
 
-# Settings, fixed before anything was measured on the demo's data. One learning rate, schedule, decay,
-# batch and initial scale for every loss: the paper's batch of 512 and scale of exp(3.9); AdamW at 1e-3
-# with a tenth of the steps as warmup, a cosine and decay 0.1, as is usual for heads. lambda 0.08 is what
-# was tried on photos with these towers (the paper's 0.15 is for towers that are trained too).
-IMAGE_SIZE, CONTEXT, INIT_SCALE = 112, 32, 3.9
-LEARNING_RATE, WEIGHT_DECAY, WARMUP = 1e-3, 0.1, 0.1
-EPSILON, ITERATIONS = 0.08, 5
+# The towers', for the sake of time: the glyphs' own size, and a caption of some twenty words.
+IMAGE_SIZE, CONTEXT = 112, 32
 EXAMPLES, NAMES = 3, 5
 
 _BAR = re.compile(r"^(?:(.*?): +)?\d+%\|.*\| (\d+)/(\d+) \[")
 _STEPS = re.compile(r"Train Epoch: (\d+) \[ *(\d+)/(\d+) ")
-
-
-class Budget(NamedTuple):
-    """What is spent on a run, the same for every loss."""
-
-    batch: int
-    steps: int
-    checkpoints: int
-    pairs: int
-    test: int
-
-
-# Photos: 300 steps are beyond what was best for either loss there, so that the course shows both sides.
-# Glyphs, of which the towers know less: 1,000.
-OWN = Budget(batch=512, steps=300, checkpoints=10, pairs=0, test=0)
-GLYPHS = Budget(batch=512, steps=1000, checkpoints=10, pairs=3072, test=600)
-QUICK = Budget(batch=32, steps=12, checkpoints=2, pairs=192, test=60)
 
 
 def run(
@@ -123,9 +111,10 @@ def run(
         test_set.encode(model)
     title, first = next(iter(tests.items()))
     chosen = first.examples(EXAMPLES, seed)
+    commands = {loss: flags(loss, output, found, budget, seed) for loss in losses}
     runs, nearest = [], {}
-    for loss in losses:
-        seconds = _train(loss, output, found, budget, seed)
+    for loss, words in commands.items():
+        seconds = _train(loss, words, output, budget)
         runs.append(Run(loss, seconds, _course(loss, output, budget, model, tests)))
         nearest[loss] = first.nearest(model, [example.number for example in chosen], NAMES)
     theirs = _clip_benchmark(runs, first, output) if first.multilabel else {}
@@ -140,10 +129,8 @@ def run(
         "seconds": time.monotonic() - started,
         "budget": budget._asdict() | {"pairs": found.pairs},
         "commands": {
-            loss: shlex.join(
-                ["otter-openclip", "train", *_flags(loss, output, found, budget, seed)]
-            )
-            for loss in losses
+            loss: shlex.join(["otter-openclip", "train", *words])
+            for loss, words in commands.items()
         },
         "versions": {
             name: metadata.version(name)
@@ -195,37 +182,12 @@ def _empty_folder(output: Path, settings: dict[str, Any]) -> Path:
     return output.resolve()
 
 
-def _train(loss: str, output: Path, data: Data, budget: Budget, seed: int) -> float:
+def _train(loss: str, words: list[str], output: Path, budget: Budget) -> float:
     """Train with the real command; returns wall seconds."""
     began = time.monotonic()
-    words = [
-        sys.executable,
-        "-m",
-        "otter_openclip.train",
-        *_flags(loss, output, data, budget, seed),
-    ]
+    words = [sys.executable, "-m", "otter_openclip.train", *words]
     _command(words, output / "logs" / f"{loss}.log", f"Training {LABELS[loss]}", budget)
     return time.monotonic() - began
-
-
-def _flags(loss: str, output: Path, data: Data, budget: Budget, seed: int) -> list[str]:
-    """The training command's flags; an epoch is what lies between two checkpoints."""
-    steps = budget.steps // budget.checkpoints
-    flags = [
-        *("--loss", loss, "--model", f"local-dir:{output / 'towers'}"),
-        *("--lock-image", "--lock-text", "--lock-text-freeze-layer-norm"),
-        *("--feature-cache", str(output / "features")),
-        *("--train-data", "::".join(map(str, data.shards))),
-        *("--train-num-samples", str(steps * budget.batch), "--epochs", str(budget.checkpoints)),
-        *("--logs", str(output / "logs"), "--name", loss, "--seed", str(seed)),
-        *("--batch-size", str(budget.batch), "--workers", "1"),
-        *("--lr", str(LEARNING_RATE), "--wd", str(WEIGHT_DECAY)),
-        *("--warmup", str(int(WARMUP * budget.steps))),
-        *("--save-frequency", "1", "--log-every-n-steps", str(max(1, steps // 5))),
-    ]
-    if loss == "otter":
-        flags += ["--sinkhorn-lambda", str(EPSILON), "--sinkhorn-iter", str(ITERATIONS)]
-    return flags
 
 
 def _checkpoint(output: Path, loss: str, number: int) -> Path:
@@ -287,7 +249,11 @@ def _command(
     budget: Budget | None = None,
     folder: Path | None = None,
 ) -> None:
-    """Run ``words`` in ``folder``; its progress is shown, its other output goes to ``log``."""
+    """Run ``words`` in ``folder``; its progress is shown, its other output goes to ``log``.
+
+    Raises:
+        RuntimeError: with the end of the log, if it fails.
+    """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with (
@@ -295,19 +261,19 @@ def _command(
         subprocess.Popen(words, cwd=folder, env=environment, **pipes) as process,
         tqdm(desc=title, leave=False) as bar,
     ):
-        for line in process.stdout:  # a bar's lines end with a carriage return
+        for line in process.stdout:  # text mode ends lines at carriage returns, which bars have
             if found := _BAR.match(line):
                 part, done, bar.total = found[1], int(found[2]), int(found[3])
-                bar.set_description(f"{title}: {part.lower()}" if part else title, refresh=False)
-            elif found := budget and _STEPS.search(line):
-                epoch, samples, all_samples = map(int, found.groups())
-                done, bar.total = (epoch * all_samples + samples) // budget.batch, budget.steps
-                bar.set_description(f"{title}: steps", refresh=False)
-            if found:
-                bar.n = done
-                bar.refresh()
-            if not _BAR.match(line):
+            else:
                 file.write(line)
+                if not (found := budget and _STEPS.search(line)):
+                    continue
+                epoch, samples, in_all = map(int, found.groups())
+                part, bar.total = "steps", budget.steps
+                done = (epoch * in_all + samples) // budget.batch
+            bar.set_description(f"{title}: {part.lower()}" if part else title, refresh=False)
+            bar.n = done
+            bar.refresh()
     if process.returncode:
         end = "\n".join(log.read_text().splitlines()[-15:])
         raise RuntimeError(f"{title} failed, see {log}:\n{end}")
