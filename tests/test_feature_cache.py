@@ -244,7 +244,7 @@ def test_other_weights_transforms_tokens_and_precisions_have_their_own(cached, m
         ("context", ["--force-context-length", "4"], {"image": 0, "text": 6}),
         ("amp", ["--precision", "amp_bf16"], {}),
         ("views", ["--feature-views", "2"], {"text": 0}),
-        ("seed", ["--seed", "9", "--workers", "2", "--batch-size", "9"], {}),
+        ("seed", ["--seed", "9", "--workers", "2", "--batch-size", "9"], {"text": 0}),
     ):
         expected = {**made, **kept}
         assert cached(name, *extra)[1] == expected, name
