@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import open_clip
 import torch
-import torch.nn.functional as F
 from clip_benchmark.datasets.builder import build_wds_dataset
 from PIL import Image
 from torch import Tensor
@@ -146,10 +145,11 @@ class TestSet:
         return [[self.classes[c] for c in row[:count]] for row in order.tolist()]
 
 
-def pair_features(towers: Towers, pictures: Sequence[Image.Image], texts: Sequence[str]) -> Any:
+def pair_features(
+    towers: Towers, pictures: Sequence[Image.Image], texts: Sequence[str]
+) -> tuple[Tensor, Tensor]:
     """(N, D) unit-norm features of pairs, images' and texts', with the heads that are on."""
     given = torch.stack([towers.transform(picture) for picture in pictures])
     with torch.no_grad():
-        images = torch.cat([towers.encode_image(part) for part in given.split(64)])
-        images, texts = towers.model.encode_image(images), towers.model.encode_text(towers(texts))
-    return F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
+        images = towers.model.encode_image(towers.encode_image(given), normalize=True)
+        return images, towers.model.encode_text(towers(texts), normalize=True)

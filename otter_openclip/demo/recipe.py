@@ -4,8 +4,8 @@
 * AdamW at 1e-3 with weight decay 0.1, a tenth of the steps as warmup, then a cosine: usual for heads.
 * 300 steps on pairs of one's own: on some thousand photos the best number lay before, for either loss,
   so that the course shows both sides. 1,000 on glyphs, which are farther from what the towers know.
-* OTTER's lambda is 0.08. The paper's 0.15 is for towers that are trained too; with these frozen ones 0.08
-  had been tried on photos with captions.
+* OTTER's lambda is 0.08. The paper's 0.15 is for towers that are trained too; with these frozen ones
+  0.08 had been tried on photos with captions.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def print_table(runs: Sequence[Run]) -> None:
     print(
         f"\nF@{ks}: a true class is among the {ks} nearest; mAP: mean average precision. In percent.\n"
         "Best: of each loss's checkpoints the one with the highest mAP on this same test set, picked\n"
-        "alike for every loss; it flatters all of them.\n\n"
+        "alike for every loss; it flatters all of them. The first train time has the encoding.\n\n"
         f"{'':<{width}} {'':<8}   {'at the end':^23}   {'at the best':^23}\n"
         f"{'test':<{width}} {'loss':<8} | {head} | {head} {'step':>5} {'train':>6}"
     )
@@ -104,6 +104,7 @@ def _draw_courses(figure: Any, runs: Sequence[Run]) -> None:
                 colour = COLOURS[run.loss]
                 axes.plot(steps, values, "o-", ms=3.5, color=colour, label=LABELS[run.loss])
             axes.set_title(f"{title}: {name}", fontsize=10)
+            axes.set_ylim(bottom=0)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[-1]:
