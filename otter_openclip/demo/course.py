@@ -18,6 +18,7 @@ from torch import Tensor
 from otter_openclip.evaluation import multilabel_metrics
 from otter_openclip.evaluation.classifier import class_features
 from otter_openclip.evaluation.labelled_images import (
+    ImageError,
     MultiLabelImages,
     encode_images,
     is_multilabel,
@@ -73,7 +74,7 @@ class _SingleLabelImages(MultiLabelImages):
     def _labels(self, sample: dict[str, Any], where: str) -> np.ndarray:
         label = sample.get("cls", b"").strip()
         if not label.isdigit() or int(label) >= self.classes:
-            raise ValueError(f"{where}: its cls, {label!r}, is none of the {self.classes} classes")
+            raise ImageError(f"{where}: its cls, {label!r}, is none of the {self.classes} classes")
         return np.array([int(label)], np.int32)
 
 
