@@ -47,6 +47,21 @@ def find_prefixes(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def no_prefix_message(model: nn.Module, tower: str) -> str:
+    """Why a locked ``tower`` of ``model`` has no prefix."""
+    module = getattr(model, tower, None)
+    name = {"visual": "image", "text": "text"}[tower]
+    if not isinstance(module, nn.Module):
+        return f"the {name} tower is not a module of its own; add --force-custom-text"
+    if _pools_a_map(module):
+        return f"the {name} tower pools in its head; use timm_pool '' in the model's JSON"
+    trained = next((key for key, param in module.named_parameters() if param.requires_grad), None)
+    return (
+        f"what is frozen of the {name} tower is neither its whole trunk nor the tower: {trained} is "
+        "trained; lock all of it, or drop --feature-cache"
+    )
+
+
 class _Whole:
     """A whole tower is the prefix."""
 
@@ -78,10 +93,14 @@ class _Transformer:
         return self.proj(features)
 
 
+def is_output(given: Tensor) -> bool:
+    """Whether it is a prefix's output: images have four dimensions, tokens are whole numbers."""
+    return given.ndim != 4 and given.is_floating_point()
+
+
 class _PassedBy:
     def forward(self, given: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Images have four dimensions, tokens are whole numbers.
-        if given.ndim != 4 and given.is_floating_point():
+        if is_output(given):
             return self.rest(given)
         return super().forward(given, *args, **kwargs)
 

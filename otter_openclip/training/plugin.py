@@ -15,12 +15,13 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip_train.data import DataInfo
 from open_clip_train.file_utils import pt_load
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from otter_openclip.checkpoints.layout import ENTRY, TEACHER, upgraded
-from otter_openclip.features.prefix import find_prefixes, install, left_out
+from otter_openclip.features.prefix import find_prefixes, install, left_out, no_prefix_message
 from otter_openclip.files import written_whole
 from otter_openclip.preprocessing import reference_transforms
 from otter_openclip.teacher import EmaTeacher
@@ -42,6 +43,9 @@ class TrainingPlugin:
         self._prog = prog
         self._args: Namespace | None = None
         self.fixed_teacher: nn.Module | None = None
+        self._model: nn.Module | None = None
+        self._augmentation: Any = None
+        self._prefixes: dict[str, str] | None = None
         self._resumed: dict[str, Any] | None = None
         self._zeroshot: ZeroShotEvaluation | None = None
         self._loss: nn.Module | None = None
@@ -69,12 +73,18 @@ class TrainingPlugin:
         """Model: the fixed teacher of ``--distill-model`` beside it; ``--reference-crop``."""
         if args.loss in train_flags.PAIR_LOSSES and getattr(model, "logit_bias", None) is not None:
             raise SystemExit(f"{self._prog}: error: {train_flags.logit_bias_message(args)}")
-        if args.lock_image and args.lock_image_freeze_bn_stats and not self.stock:
+        frozen_towers = args.feature_cache is not None or not self.stock
+        if args.lock_image and args.lock_image_freeze_bn_stats and frozen_towers:
             frozen.leave_batch_norm(model)
         if args.teacher_model is not None:
             self.fixed_teacher = _fixed_teacher(args)
         if args.reference_crop:
-            return model, *reference_transforms(model.visual.preprocess_cfg)
+            preprocess_train, preprocess_val = reference_transforms(model.visual.preprocess_cfg)
+        self._model, self._augmentation = model, preprocess_train
+        if args.lock_image and not args.lock_image_unlocked_groups and frozen_towers:
+            if not args.aug_cfg:
+                preprocess_train = preprocess_val
+                logging.info("Frozen image tower: images without augmentation; --aug-cfg adds it")
         return model, preprocess_train, preprocess_val
 
     def load_checkpoint(self, path: str) -> Any:
@@ -91,6 +101,8 @@ class TrainingPlugin:
         """Data: every epoch's order follows from (seed, epoch, rank, worker); ``--zeroshot-data``."""
         if not self.stock:
             repeatable.make_repeatable(data, seed=args.seed, rank=args.rank)
+        if args.feature_cache is not None:
+            self._use_features(args, data["train"], preprocess_val)
         if args.zeroshot_data is not None:
             try:
                 self._zeroshot = ZeroShotEvaluation(args.zeroshot_data, preprocess_val)
@@ -98,6 +110,17 @@ class TrainingPlugin:
                 raise SystemExit(f"{self._prog}: error: {error}") from error
             data[ZEROSHOT_DATA] = self._zeroshot
         return data
+
+    def _use_features(self, args: Namespace, train: DataInfo, preprocess_val: Any) -> None:
+        from otter_openclip.features.cached import use_features  # not for open_clip 4.x
+
+        self._prefixes = prefixes = find_prefixes(self._model)
+        for tower, flag in (("visual", "lock_image"), ("text", "lock_text")):
+            if getattr(args, flag) and tower not in prefixes:
+                raise SystemExit(f"{self._prog}: error: {no_prefix_message(self._model, tower)}")
+        install(self._model, prefixes)
+        transform = self._augmentation if args.feature_views > 1 else preprocess_val
+        use_features(args, train, self._model, prefixes, transform)
 
     def create_loss(self, args: Namespace) -> Callable[..., dict[str, Tensor]]:
         """Loss: the one that ``--loss`` names."""
@@ -109,8 +132,10 @@ class TrainingPlugin:
         self._student = model
         if self.stock:
             return model
-        prefixes = find_prefixes(unwrap_model(model))
-        install(unwrap_model(model), prefixes)
+        prefixes = self._prefixes  # installed for --feature-cache
+        if prefixes is None:
+            prefixes = find_prefixes(unwrap_model(model))
+            install(unwrap_model(model), prefixes)
         if args.loss in train_flags.TEACHER_LOSSES and self.fixed_teacher is None:
             with left_out(unwrap_model(model), prefixes.values()) as copies:
                 self.ema = EmaTeacher(model, args.ema_decay, eval_mode=args.teacher_mode == "eval")

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import functools
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -30,6 +31,7 @@ LOSSES = ("clip", "infonce", "ls", "kd", "otter")
 TEACHER_LOSSES = ("kd", "otter")
 PAIR_LOSSES = ("ls", *TEACHER_LOSSES)
 TEACHER_MODES = ("train", "eval")
+FEATURE_PRECISIONS = ("fp32", "bf16")
 
 
 def _number(low: float, high: float, kind: type = float, *, open_low: bool = False) -> Callable:
@@ -184,6 +186,25 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="multi-label clip_benchmark webdataset whose F@K is evaluated every --zeroshot-frequency "
         "epochs; the best by F@1 is kept as best.pt; any --loss",
     )
+    group.add_argument(
+        "--feature-cache",
+        metavar="DIR",
+        help="compute what locked towers (--lock-image, --lock-text) give once a sample, keep it in "
+        "DIR, and train on that; any --loss",
+    )
+    group.add_argument(
+        "--feature-views",
+        type=_number(1, 1000, int),
+        metavar="K",
+        help="augmented views of each image to keep in --feature-cache; by default one without "
+        "augmentation",
+    )
+    group.add_argument(
+        "--feature-precision",
+        choices=FEATURE_PRECISIONS,
+        help="bf16: features for --feature-cache are computed in bfloat16 if the device has it and they "
+        "stay within 1%%; default fp32, which is --precision",
+    )
     for flag, (losses, default, keywords) in _FLAGS.items():
         keywords = dict(keywords)
         keywords["help"] += f"; default {_shown(default)} (--loss {', '.join(losses)})"
@@ -211,6 +232,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         except ValueError as error:
             parser.error(str(error))
     _check_unsupported(parser, args)
+    _check_feature_cache(parser, args)
     _settle_flags(parser, args)
     _settle_precision(args, precision)
     return args
@@ -325,6 +347,53 @@ def _check_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(
             "--share-logit-scale has no second scale to start at --init-distill-logit-scale; drop one"
         )
+
+
+def _check_feature_cache(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.feature_cache is None:
+        for flag in ("--feature-views", "--feature-precision"):
+            if getattr(args, _dest(flag)) is not None:
+                parser.error(f"{flag} belongs to --feature-cache DIR; give that too, or drop it")
+        return
+    if open_clip.__version__ >= "4":
+        parser.error(
+            "--feature-cache works with open_clip 3.x only; without it training is the same"
+        )
+    if os.path.exists(args.feature_cache) and not os.path.isdir(args.feature_cache):
+        parser.error(
+            f"--feature-cache {args.feature_cache} is not a folder; name a new or an old one"
+        )
+    given = {"--siglip": args.siglip, "--torchscript": args.torchscript, "--trace": args.trace}
+    given |= {"--horovod": args.horovod, "--distill-model": args.distill_model is not None}
+    given |= {"--use-bnb-linear": args.use_bnb_linear is not None}
+    for flag in (flag for flag, value in given.items() if value):
+        parser.error(f"--feature-cache does not go with {flag}; drop one of them")
+    config = model_config(args)
+    if "coca" in args.model.lower() or "multimodal_cfg" in config:
+        parser.error(f"--feature-cache does not go with the CoCa model {args.model}; drop it")
+    if not (args.lock_image or args.lock_text):
+        parser.error(
+            "--feature-cache keeps what locked towers give, but none is: add --lock-image, "
+            "--lock-text or both"
+        )
+    for flag, name in (("unlocked_groups", "image"), ("unlocked_layers", "text")):
+        count = getattr(args, f"lock_{name}_{flag}")
+        if getattr(args, f"lock_{name}") and count:
+            parser.error(
+                f"--feature-cache: --lock-{name}-{flag.replace('_', '-')} {count} trains the end of the "
+                "trunk, so what is frozen is no whole trunk or tower; lock all of it, or drop the cache"
+            )
+    if not (args.train_data and args.dataset_type in ("webdataset", "csv", "auto")):
+        parser.error("--feature-cache takes --train-data of type webdataset or csv")
+    args.feature_views = args.feature_views or 1
+    args.feature_precision = args.feature_precision or FEATURE_PRECISIONS[0]
+    if args.aug_cfg and args.lock_image and args.feature_views == 1:
+        parser.error(
+            "--aug-cfg: with --feature-cache a locked image tower sees its images without augmentation; "
+            "add --feature-views K to keep K augmented views, or drop it"
+        )
+    if args.feature_views > 1 and not args.lock_image:
+        parser.error("--feature-views keeps views of images, which needs --lock-image")
 
 
 def _settle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

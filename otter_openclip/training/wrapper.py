@@ -10,7 +10,7 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from otter_openclip.features.prefix import run
+from otter_openclip.features.prefix import is_output, run
 from otter_openclip.training.frozen import keep_in_eval_mode
 
 Features = dict[str, Tensor]
@@ -128,7 +128,8 @@ class StudentWithTeacher(nn.Module):
         """What frozen prefixes give, in place of what they are given."""
         given = {"visual": images, "text": texts}
         for tower in self._prefixes:
-            given[tower] = run(self.module, tower, given[tower])
+            if not is_output(given[tower]):  # it comes from --feature-cache
+                given[tower] = run(self.module, tower, given[tower])
         return given["visual"], given["text"]
 
     @torch.no_grad()
