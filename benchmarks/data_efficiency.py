@@ -77,7 +77,7 @@ class Results:
     def add(self, key: str, result: dict[str, Any]) -> None:
         """Keep a result, at once: in one write, so that others may add theirs."""
         self.found[key] = result
-        line = json.dumps({"key": key, "result": result}) + "\n"
+        line = "\n" + json.dumps({"key": key, "result": result}) + "\n"  # the last may be torn
         with self.path.open("ab", buffering=0) as file:
             file.write(line.encode())
             os.fsync(file.fileno())
@@ -358,7 +358,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--feature-precision",
         choices=("fp32", "bf16"),
-        default="bf16",
+        default="fp32",
         help="of the training's cache",
     )
     add("--hours", type=float, default=float("inf"), help="start no run after so many")
@@ -370,12 +370,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
-    towers = towers_folder(args, out)
+    data, towers = sources(args, out), towers_folder(args, out)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="data-efficiency-", dir=memory) as scratch:
         cache = ["--feature-cache", str(out.resolve() / "features")]
         cache += ["--feature-precision", args.feature_precision]
-        place = Workplace(sources(args, out), towers, out / "kept", Path(scratch), cache)
+        place = Workplace(data, towers, out / "kept", Path(scratch), cache)
         study = Study(args, place, Results(out / "runs.jsonl"))
         left = study.run()
     settings = {name: value for name, value in vars(args).items() if name not in OF_THE_MACHINE}
@@ -388,4 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error

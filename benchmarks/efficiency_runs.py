@@ -27,6 +27,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+import transformers
 import webdataset
 from clip_benchmark.datasets.builder import build_wds_dataset
 from safetensors.torch import save_file
@@ -139,7 +140,7 @@ class Source:
         """Kind and content of each image, and its caption."""
         found = []
         for shard in self.shards:
-            for sample in webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False):
+            for sample in webdataset.WebDataset(str(shard), shardshuffle=False):
                 kind = next((kind for kind in IMAGES if kind in sample), None)
                 if kind is not None and "txt" in sample:
                     found.append((kind, sample[kind], sample["txt"]))
@@ -288,7 +289,10 @@ def quietly(*, shown: bool = False) -> Iterator[None]:
     With ``shown`` progress bars and warnings are seen, what it logs beside them is not.
     """
     root, text = logging.getLogger(), io.StringIO()
-    handlers, level = list(root.handlers), root.level
+    changed = root, logging.getLogger("transformers")
+    levels, handlers = [logger.level for logger in changed], list(root.handlers)
+    root.handlers.clear()
+    transformers.logging.disable_default_handler()  # it holds the real stderr
     try:
         with contextlib.ExitStack() as stack:
             if shown:
@@ -302,10 +306,12 @@ def quietly(*, shown: bool = False) -> Iterator[None]:
         raise RuntimeError(f"training failed: {error}\n{tail}") from error
     finally:
         logging.disable(logging.NOTSET)
-        root.setLevel(level)
-        for handler in set(root.handlers) - set(handlers):
-            root.removeHandler(handler)
+        transformers.logging.enable_default_handler()
+        for handler in root.handlers:
             handler.close()
+        root.handlers[:] = handlers
+        for logger, level in zip(changed, levels, strict=True):
+            logger.setLevel(level)
 
 
 class Workplace:
@@ -329,6 +335,7 @@ class Workplace:
         self.code_digest = code_digest()
         self._group: tuple[Any, ...] | None = None
         self._judges: dict[tuple[str, int | None], Judge] = {}
+        gc.freeze()  # collecting after each run costs less
 
     def key(self, run: Run) -> str:
         """Of a result: all settings, and digests of towers, data and code."""
