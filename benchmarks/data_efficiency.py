@@ -1,7 +1,8 @@
-"""InfoNCE, LS, KD and OTTER on two frozen pretrained towers, over pairs, noise and seeds.
+r"""InfoNCE, LS, KD and OTTER on two frozen pretrained towers, over pairs, noise and seeds.
 
-    python -m benchmarks.data_efficiency --output OUT --data NAME=TRAIN_DIR,EVAL_DIR [--data ...] \
-        [--glyphs] --image TIMM_NAME --image-weights FILE --text NAME_OR_DIR
+    otter-openclip towers TOWERS --image TIMM_NAME --image-weights FILE --text NAME_OR_DIR
+    python -m benchmarks.data_efficiency --output OUT --towers TOWERS --glyphs \
+        --data NAME=TRAIN_DIR,EVAL_DIR --data ...
 
 Every loss is tuned over the same grid by mAP on half of the evaluation images, with a seed of its own,
 for each data set with and without noise; all figures reported are of the other half. Losses have their
@@ -32,8 +33,6 @@ from tqdm import tqdm
 from benchmarks import common, efficiency_report
 from benchmarks.efficiency_runs import Run, Source, Workplace
 from otter_openclip.demo import dataset as glyphs
-from otter_openclip.files import write_json
-from otter_openclip.towers import make_towers
 
 LOSSES = ("infonce", "ls", "kd", "otter")
 TUNING_SEED = 100
@@ -41,11 +40,9 @@ TUNED_NOISE = (0.0, 0.4)
 ABLATION_SEEDS = 3
 # Of otter, each beside its defaults.
 ABLATIONS = {
-    **{
-        f"lambda {value}": ("--sinkhorn-lambda", value) for value in ("0.02", "0.04", "0.08", "0.3")
-    },
-    **{f"alpha {value}": ("--alpha", value) for value in ("0.25", "0.75")},
-    **{f"EMA decay {value}": ("--ema-decay", value) for value in ("0.9", "0.99")},
+    **{f"lambda {x}": ("--sinkhorn-lambda", x) for x in ("0.02", "0.04", "0.08", "0.3")},
+    **{f"alpha {x}": ("--alpha", x) for x in ("0.25", "0.75")},
+    **{f"EMA decay {x}": ("--ema-decay", x) for x in ("0.9", "0.99")},
     "pair itself kept": ("--keep-diag",),
     "1 iteration": ("--sinkhorn-iter", "1"),
     "20 iterations": ("--sinkhorn-iter", "20"),
@@ -55,7 +52,7 @@ ABLATIONS = {
 SOFTMAX = ("--vv-coef", "1", "--tt-coef", "1", "--distill-T-t", str(round(1 / 0.15, 3)))
 LARGE_BATCHES = (1024, 2048)
 GLYPHS = 6000, 1000  # training pairs, test characters
-OF_THE_MACHINE = ("output", "data", "towers", "image_weights", "text")  # paths: not in the report
+PATHS = ("output", "data", "towers")  # of this machine: not in the report
 
 
 class OutOfTime(Exception):
@@ -277,25 +274,6 @@ def glyph_source(folder: Path) -> Source:
     return Source("glyphs", folder / "train", folder / "eval")
 
 
-def towers_folder(args: argparse.Namespace, out: Path) -> Path:
-    """``--towers``, or those of ``--image`` and ``--text``, put together once."""
-    if args.towers is not None:
-        return Path(args.towers).resolve()
-    names = ("image", "image_weights", "text", "context_length", "image_mean", "image_std")
-    settings = {name: getattr(args, name) for name in (*names, "image_size")}
-    if settings["image"] is None or settings["text"] is None:
-        raise ValueError("give --towers DIR, or --image NAME and --text NAME_OR_DIR")
-    note = out / "towers.json"
-    if not note.is_file():
-        make_towers(out / "towers", overwrite=True, report=print, **settings)
-        write_json(note, settings)
-    elif json.loads(note.read_text()) != settings:
-        raise ValueError(
-            f"{out / 'towers'} was made with {note.read_text()}; choose another --output"
-        )
-    return (out / "towers").resolve()
-
-
 def sources(args: argparse.Namespace, out: Path) -> list[Source]:
     """The data sets in the order they were given."""
     found = []
@@ -320,33 +298,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_efficiency")
     add = parser.add_argument
-    add("--output", required=True, metavar="OUT", help="results, towers, features and the report")
+    add("--output", required=True, metavar="OUT", help="results, features and the report")
+    add("--towers", required=True, metavar="DIR", help="that otter-openclip towers wrote")
     add("--data", action="append", default=[], metavar="NAME=TRAIN_DIR,EVAL_DIR")
     add("--glyphs", action="store_true", help="also the demo's glyphs, made into OUT")
-    add("--towers", metavar="DIR", help="of otter-openclip towers; or all that makes them:")
-    add("--image", metavar="NAME")
-    add("--image-weights", metavar="FILE")
-    add("--text", metavar="NAME_OR_DIR")
-    add("--context-length", type=int)
-    add("--image-size", type=int)
-    add("--image-mean", type=float, nargs=3)
-    add("--image-std", type=float, nargs=3)
     add("--pairs", type=int, nargs="+", default=[1500, 3000, 6000])
-    add(
-        "--noise", type=float, nargs="+", default=[0.0, 0.2, 0.4], help="share of captions shuffled"
-    )
+    add("--noise", type=float, nargs="+", default=[0.0, 0.2, 0.4], help="captions shuffled")
     add("--seeds", type=int, default=5)
     add("--batch", type=int, default=512)
     add("--tuning-pairs", type=int, default=3000)
     add("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     add("--steps", type=int, nargs="+", default=[30, 100, 300])
-    add(
-        "--scales",
-        type=float,
-        nargs="+",
-        default=[2.0, 3.9],
-        help="log, of both scales at the start",
-    )
+    add("--scales", type=float, nargs="+", default=[2.0, 3.9], help="logs, of both at the start")
     add("--decays", type=float, nargs="+", default=[0.2, 1.0, 5.0], help="the first in the grid")
     add("--course", type=int, nargs="+", default=[10, 30, 100, 300, 1000], help="steps of its plot")
     add("--train-image", action="store_true", help="also train the image tower, live")
@@ -355,12 +318,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--image-steps", type=int, default=60)
     add("--image-lrs", type=float, nargs="+", default=[3e-4, 1e-3])
     add("--image-seeds", type=int, default=2)
-    add(
-        "--feature-precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="of the training's cache",
-    )
     add("--hours", type=float, default=float("inf"), help="start no run after so many")
     return parser.parse_args(argv)
 
@@ -370,15 +327,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
-    data, towers = sources(args, out), towers_folder(args, out)
+    if not (Path(args.towers) / "open_clip_config.json").is_file():
+        raise ValueError(f"--towers {args.towers} is not a folder that otter-openclip towers wrote")
+    data = sources(args, out)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="data-efficiency-", dir=memory) as scratch:
-        cache = ["--feature-cache", str(out.resolve() / "features")]
-        cache += ["--feature-precision", args.feature_precision]
-        place = Workplace(data, towers, out / "kept", Path(scratch), cache)
+        place = Workplace(data, Path(args.towers), out, Path(scratch))
         study = Study(args, place, Results(out / "runs.jsonl"))
         left = study.run()
-    settings = {name: value for name, value in vars(args).items() if name not in OF_THE_MACHINE}
+    settings = {name: value for name, value in vars(args).items() if name not in PATHS}
     info = {"machine": common.machine(), "settings": settings, "missing": left}
     efficiency_report.write(out / "report", study.found, study.tuned, study.checks, info)
     print(f"{len(study.results.found)} results in {study.results.path}; {out / 'report'}")

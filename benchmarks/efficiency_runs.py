@@ -50,7 +50,6 @@ from otter_openclip.features.prefix import run as run_prefix
 from otter_openclip.files import write_json, written_whole
 
 SHARDS = 4
-LOCKS = ["--lock-text", "--lock-text-freeze-layer-norm"]
 IMAGES = ("jpg", "png", "jpeg", "webp")
 # What a result depends on; a change of the rest of the package does not make it stale.
 CODE = (
@@ -317,21 +316,12 @@ def quietly(*, shown: bool = False) -> Iterator[None]:
 class Workplace:
     """Where runs are done, one at a time."""
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        towers: Path,
-        kept: Path,
-        scratch: Path,
-        cache_flags: Sequence[str],
-    ) -> None:
-        """``cache_flags`` are the training command's for ``--feature-cache``; ``kept`` is a folder."""
+    def __init__(self, sources: Sequence[Source], towers: Path, kept: Path, scratch: Path) -> None:
+        """What towers give is kept in the folder ``kept``; ``scratch`` is in use while runs are done."""
         self.sources = {source.name: source for source in sources}
-        self.towers, self.kept, self.scratch = towers, kept, scratch
-        self.cache_flags = list(cache_flags)
-        self.towers_digest = files_digest(
-            sorted(path for path in towers.iterdir() if path.name != "README.md"), str(towers)
-        )
+        self.towers, self.kept, self.scratch = towers.resolve(), kept.resolve(), scratch
+        parts = sorted([*towers.glob("*.json"), *towers.glob("*.safetensors")])
+        self.towers_digest = files_digest(parts, without=str(self.towers))
         self.code_digest = code_digest()
         self._group: tuple[Any, ...] | None = None
         self._judges: dict[tuple[str, int | None], Judge] = {}
@@ -352,9 +342,8 @@ class Workplace:
         if place not in self._judges:
             source = self.sources[data]
             name = f"{data}-{train_image or 'frozen'}-{self.towers_digest}-{source.digest}.pt"
-            self._judges[place] = Judge(
-                source, self.towers, self.kept / name, train_image=train_image
-            )
+            kept = self.kept / "evaluation" / name
+            self._judges[place] = Judge(source, self.towers, kept, train_image=train_image)
         return self._judges[place]
 
     def _folders(self, run: Run) -> tuple[Path, Path]:
@@ -383,14 +372,15 @@ class Workplace:
             *("--beta1", "0.9", "--beta2", "0.999", "--eps", "1e-8"),
             *("--workers", "0", "--seed", str(run.seed), "--save-frequency", "0"),
             *("--logs", str(self.scratch / "logs"), "--name", "run"),
-            *("--log-every-n-steps", "1000000", *LOCKS, *self.cache_flags, *run.flags, *extra),
+            *("--log-every-n-steps", "1000000", "--lock-text"),
+            *("--lock-text-freeze-layer-norm", "--feature-cache", str(self.kept / "features")),
         ]
         if run.loss in ("kd", "otter"):
             words += ["--init-distill-logit-scale", str(run.scale)]
         image = ["--lock-image"]
         if run.train_image is not None:
             image = ["--force-image-size", str(run.train_image)]
-        return words + image
+        return [*words, *image, *run.flags, *extra]
 
     def do(self, run: Run, *extra: str, shown: bool = False) -> dict[str, Any]:
         """Train and measure: a JSON-able result, with ``extra`` flags beside the run's own."""

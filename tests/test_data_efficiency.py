@@ -9,10 +9,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from test_towers import image_tower, text_folder
 
 from benchmarks import data_efficiency, efficiency_report, efficiency_runs
 from benchmarks.efficiency_runs import Run, draw, halves, last_logged
+from otter_openclip.towers import make_towers
 
 RUN = Run("photos", 36, 0.4, 0, "otter", 1e-2, 3, 2.0, 0.2, 12)
 
@@ -75,14 +77,13 @@ def test_paired_differences_by_hand():
 @pytest.fixture(scope="module")
 def words(tmp_path_factory, pairs, labelled):
     """A small study's command line."""
-    import torch
-
     folder = tmp_path_factory.mktemp("study")
     text_folder(folder / "text")
     torch.save(image_tower("test_resnet").state_dict(), folder / "image.pt")
-    line = f"--output {folder}/out --data photos={pairs},{labelled} --image test_resnet"
-    line += f" --image-weights {folder}/image.pt --text {folder}/text --context-length 8"
-    line += " --image-size 32 --pairs 24 99 --tuning-pairs 36 --batch 12 --seeds 2 --noise 0 0.4"
+    parts = {"image_weights": folder / "image.pt", "text": folder / "text", "image_size": 32}
+    make_towers(folder / "towers", image="test_resnet", context_length=8, **parts)
+    line = f"--output {folder}/out --towers {folder}/towers --data photos={pairs},{labelled}"
+    line += " --pairs 24 99 --tuning-pairs 36 --batch 12 --seeds 2 --noise 0 0.4"
     line += " --lrs 1e-2 --steps 2 3 --scales 2 --decays 0.2 1 --course 2 5"
     line += (
         " --train-image --image-size-trained 32 --image-batch 12 --image-steps 2 --image-lrs 1e-3"
@@ -104,8 +105,9 @@ def test_a_small_study(words, tmp_path, monkeypatch, capsys):
     assert data_efficiency.main(words) == 0
     assert "missing" not in capsys.readouterr().out
 
-    lines = (out / "runs.jsonl").read_text().splitlines()
-    keys = [json.loads(line)["key"] for line in lines]
+    keys = [
+        json.loads(line)["key"] for line in (out / "runs.jsonl").read_text().split("\n") if line
+    ]
     assert len(set(keys)) == len(keys)
     report = json.loads((out / "report" / "data_efficiency.json").read_text())
     assert report["check"]["photos"]["largest difference"] < 1e-6
@@ -138,6 +140,7 @@ def test_a_small_study(words, tmp_path, monkeypatch, capsys):
         (["--data", "more"], "--data more must be NAME=TRAIN_DIR,EVAL_DIR"),
         (["--data", "more=nowhere,nowhere"], r"--data more: no \*.tar in nowhere"),
         (["--batch", "37"], "--batch 37 is more than 24 pairs of photos"),
+        (["--towers", "nowhere"], "--towers nowhere is not a folder that otter-openclip towers"),
     ],
 )
 def test_what_is_refused(words, extra, message):
