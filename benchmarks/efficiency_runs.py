@@ -260,7 +260,8 @@ class Judge:
     def measure(self, state: dict[str, Tensor]) -> dict[str, dict[str, float]]:
         """Metrics of a checkpoint's weights on "all" images and on the two ``halves``.
 
-        ``mAP`` is ``mean_average_precision`` over the classes of which there are images.
+        ``mAP`` is ``mean_average_precision`` over the classes of which there are images. All are 0 of
+        weights that diverged.
         """
         frozen = tuple(f"{name}." for name in self.prefixes.values())
         learned = {name: value for name, value in state.items() if not name.startswith(frozen)}
@@ -272,12 +273,15 @@ class Judge:
         texts = self.model.encode_text(self.kept["texts"], normalize=True)
         means = [part.mean(dim=0) for part in texts.split([len(p) for p in self.prompts])]
         classes = F.normalize(torch.stack(means), dim=1)
+        finite = bool(images.isfinite().all() and classes.isfinite().all())
+        images, classes = images.nan_to_num(), classes.nan_to_num()
         found = {}
         for name, rows in {"all": np.arange(len(images)), **self.halves}.items():
             labels = self.labels[rows]
-            found[name] = multilabel_metrics(images[rows], classes, labels)
-            share = labels.any(axis=0).mean()  # a class without images counts 0
-            found[name]["mAP"] = found[name]["mean_average_precision"] / float(share)
+            metrics = multilabel_metrics(images[rows], classes, labels)
+            share = float(labels.any(axis=0).mean())  # a class without images counts 0
+            metrics["mAP"] = metrics["mean_average_precision"] / share
+            found[name] = {metric: value * finite for metric, value in metrics.items()}
         return found
 
 

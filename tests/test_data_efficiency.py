@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,6 +147,16 @@ def test_a_small_study(words, tmp_path, monkeypatch, capsys):
 def test_what_is_refused(words, extra, message):
     with pytest.raises(ValueError, match=message):
         data_efficiency.main([*words, *extra])
+
+
+def test_weights_that_diverged_count_nothing(words, tmp_path):
+    settings = data_efficiency.parse(words)
+    (source,) = data_efficiency.sources(settings, tmp_path)
+    judge = efficiency_runs.Judge(source, Path(settings.towers), tmp_path / "kept.pt")
+    state = judge.model.state_dict()
+    assert judge.measure(state)["test"]["mAP"] > 0
+    state["visual.head.proj.weight"] = torch.full_like(state["visual.head.proj.weight"], np.nan)
+    assert set(judge.measure(state)["test"].values()) == {0.0}
 
 
 def test_shards_hold_the_drawn_pairs(pairs, labelled, tmp_path):
