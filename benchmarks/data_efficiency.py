@@ -9,8 +9,8 @@ for each data set with and without noise; all figures reported are of the other 
 default settings: what else OTTER could be given is shown apart, as ablations, and not tuned.
 
 Every result is one line of OUT/runs.jsonl, written at once: the same command goes on where the last one
-stopped, and several may work at once on different --data of one OUT. ``OUT/report`` has the tables,
-plots and figures so far.
+stopped, and several may work at once on different --data of one OUT, all with the same --ablate.
+``OUT/report`` has the tables, plots and figures of the --data given, so far.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import transformers
 from tqdm import tqdm
 
 from benchmarks import common, efficiency_report
@@ -103,7 +104,9 @@ class Study:
                 found.append((f"{name}: tune, noise {noise:.0%}", call, losses * (grid + further)))
             count = len(self.sizes(name)) * len(args.noise) * args.seeds * losses
             found.append((f"{name}: pairs and noise", partial(self.final, name), count))
-        first = next(iter(self.place.sources))
+        first = args.ablate or next(iter(self.place.sources))
+        if first not in self.place.sources:
+            return found
         cells = len(list(self._cells()))
         count = cells * len(args.course) * losses
         found.append((f"{first}: steps", partial(self.course, first), count))
@@ -163,9 +166,9 @@ class Study:
 
     def check(self, name: str) -> None:
         """Encode all pairs in a short run, and compare its metrics with ``--zeroshot-data``'s."""
-        source, args = self.place.sources[name], self.args
+        source = self.place.sources[name]
         size = len(source.samples)
-        run = Run(name, size, 0.0, 0, "otter", 1e-3, 2, 3.9, args.decays[0], min(args.batch, size))
+        run = Run(name, size, 0.0, 0, "otter", 1e-3, 2, 3.9, 0.2, min(64, size))
         extra = ("--zeroshot-data", str(source.labelled))
         ((_, result),) = self.ensure("check", [run], *extra, shown=True)
         ours, theirs = result["student"]["all"], result["command"]
@@ -312,6 +315,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--scales", type=float, nargs="+", default=[2.0, 3.9], help="logs, of both at the start")
     add("--decays", type=float, nargs="+", default=[0.2, 1.0, 5.0], help="the first in the grid")
     add("--course", type=int, nargs="+", default=[10, 30, 100, 300, 1000], help="steps of its plot")
+    add("--ablate", metavar="NAME", help="data of steps and ablations; default: the first")
     add("--train-image", action="store_true", help="also train the image tower, live")
     add("--image-size-trained", type=int, default=112)
     add("--image-batch", type=int, default=128)
@@ -325,6 +329,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing and write the report; returns the exit code."""
     args = parse(argv)
+    transformers.logging.disable_default_handler()  # it prints a configuration in every run
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     if not (Path(args.towers) / "open_clip_config.json").is_file():

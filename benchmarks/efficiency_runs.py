@@ -27,7 +27,6 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-import transformers
 import webdataset
 from clip_benchmark.datasets.builder import build_wds_dataset
 from safetensors.torch import save_file
@@ -292,10 +291,8 @@ def quietly(*, shown: bool = False) -> Iterator[None]:
     With ``shown`` progress bars and warnings are seen, what it logs beside them is not.
     """
     root, text = logging.getLogger(), io.StringIO()
-    changed = root, logging.getLogger("transformers")
-    levels, handlers = [logger.level for logger in changed], list(root.handlers)
+    level, handlers = root.level, list(root.handlers)
     root.handlers.clear()
-    transformers.logging.disable_default_handler()  # it holds the real stderr
     try:
         with contextlib.ExitStack() as stack:
             if shown:
@@ -309,12 +306,10 @@ def quietly(*, shown: bool = False) -> Iterator[None]:
         raise RuntimeError(f"training failed: {error}\n{tail}") from error
     finally:
         logging.disable(logging.NOTSET)
-        transformers.logging.enable_default_handler()
         for handler in root.handlers:
             handler.close()
         root.handlers[:] = handlers
-        for logger, level in zip(changed, levels, strict=True):
-            logger.setLevel(level)
+        root.setLevel(level)
 
 
 class Workplace:
