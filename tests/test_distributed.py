@@ -190,6 +190,21 @@ def test_torchrun_with_everything_on_resumes_exactly(pairs, labelled, tmp_path, 
     assert_same(load(whole / "epoch_2.pt"), load(again))
 
 
+def test_ranks_fill_a_feature_cache_together(pairs, tmp_path, model_configs, caplog):
+    """What two ranks kept is all that one process needs, whatever the shards it reads."""
+    extra = ["--loss", "otter", "--model", "tiny-timm", "--lock-image", "--batch-size", "6"]
+    extra += ["--feature-cache", str(tmp_path / "cache"), "--epochs", "1"]
+    line = flags(pairs, tmp_path / "two", *extra, "--local-loss", "--gather-with-grad")
+    out = torchrun(
+        2, "--", str(HERE / "launch.py"), *line, env={"TEST_MODEL_CONFIGS": str(model_configs)}
+    )
+    assert "0 are in" in out and "Target_entropy" in out
+    assert len(list(tmp_path.glob("cache/image-*/*.safetensors"))) == 2
+    caplog.set_level("INFO")
+    train(pairs, tmp_path / "one", *extra)
+    assert "of 70 image features 70 are in" in caplog.text
+
+
 def test_readme_form_of_torchrun(tmp_path):
     """The module after ``-m --``: the plain form is ambiguous with torchrun's own flags."""
     out = torchrun(1, "-m", "--", "otter_openclip.train", "--help")

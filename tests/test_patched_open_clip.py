@@ -98,6 +98,7 @@ RUNS = {
     "kd": ["--loss=kd", "--model", "tiny-timm", "--share-logit-scale"],
     "otter": ["--loss", "otter", "--save-most-recent"],
     "accumulation": ["--loss", "otter", "--batch-size", "6", "--accum-freq", "2"],
+    "cache": ["--loss=otter", "--model", "tiny-timm", "--lock-image", "--feature-cache", "cache"],
     "crop": ["--loss", "clip", "--reference-crop", "--workers", "0", "--precision", "fp32"],
 }
 
@@ -120,8 +121,9 @@ def stock_command(patched, ours, pairs, labelled, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_same_run_as_the_launchers(stock_command, pairs, tmp_path, name):
+def test_same_run_as_the_launchers(stock_command, pairs, tmp_path, monkeypatch, name):
     """Every step's losses, the whole checkpoint bit by bit, its keys, the arguments."""
+    monkeypatch.chdir(tmp_path)
     checkpoints = train(pairs, tmp_path, "--name", name, *RUNS[name], csv=name == "crop")
     theirs = stock_command / name
     assert losses(theirs) == losses(tmp_path / name)

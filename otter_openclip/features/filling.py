@@ -67,7 +67,8 @@ class Tower:
         missing = keys[store.find(keys) < 0]
         logging.info(
             f"Feature cache: of {len(keys)} {kind} features {len(keys) - len(missing)} are in "
-            f"{store.folder}, {len(missing)} to encode in {precision}"
+            f"{store.folder}"
+            + (f", {len(missing)} to encode in {precision}" if len(missing) else "")
         )
         if not len(missing):
             return store
@@ -104,7 +105,7 @@ class Tower:
             return args.precision
         able = has_bfloat16(encoder.device)
         if args.feature_precision == "fp32":
-            hint = "; --feature-precision bf16 is faster on this device" if able else ""
+            hint = "; --feature-precision bf16 may be faster here" if able else ""
             return f"float32{hint}"
         if not able:
             return f"float32: {encoder.device} has no instructions for bfloat16"

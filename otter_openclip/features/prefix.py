@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 # Of a model: its towers' attributes.
 TOWERS = ("visual", "text")
+_CPU_PIECE = 16  # images
 
 
 def _is_locked(module: nn.Module) -> bool:
@@ -117,7 +118,12 @@ def install(model: nn.Module, prefixes: dict[str, str]) -> None:
 @torch.no_grad()
 def run(model: nn.Module, tower: str, given: Tensor) -> Tensor:
     """(B, F) output of the tower's prefix for images or tokens; the prefix should be in eval mode."""
-    return getattr(model, tower).prefix(given)
+    prefix = getattr(model, tower).prefix
+    if given.ndim == 4 and given.device.type == "cpu":
+        # EfficientNet-Lite0 takes half the time in small pieces with the channels last.
+        pieces = given.contiguous(memory_format=torch.channels_last).split(_CPU_PIECE)
+        return torch.cat([prefix(piece) for piece in pieces])
+    return prefix(given)
 
 
 class _LeftOut(nn.Module):
