@@ -60,7 +60,6 @@ CODE = (
     "training/objectives.py",
     "training/repeatable.py",
     "training/wrapper.py",
-    "features/prefix.py",
     "evaluation/metrics.py",
 )
 
