@@ -104,8 +104,12 @@ def _use_features(
     if not readable.all():
         logging.warning(f"{(~readable).sum()} samples have an unreadable image; left out")
         usable[usable] = readable
-    if args.batch_size > usable.sum() and not args.dataset_resampled:
-        raise ValueError(f"{usable.sum()} usable samples do not fill a batch of {args.batch_size}")
+    needed = args.batch_size * args.world_size
+    if needed > usable.sum() and not args.dataset_resampled:
+        raise ValueError(
+            f"{usable.sum()} usable samples do not fill a batch of {args.batch_size} on each of "
+            f"{args.world_size} ranks; lower --batch-size"
+        )
     gather = _Gather(stores, rows, tokens, args.feature_views, dtype)
     if table is not None:
         table.gather, table.__class__ = gather, _FeatureTable
