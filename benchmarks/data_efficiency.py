@@ -39,11 +39,11 @@ LOSSES = ("infonce", "ls", "kd", "otter")
 TUNING_SEED = 100
 TUNED_NOISE = (0.0, 0.4)
 ABLATION_SEEDS = 3
-# Of otter, each beside its defaults.
+# Of otter, each beside its defaults. Within 100 steps a decay above 0.92 is never reached.
 ABLATIONS = {
     **{f"lambda {x}": ("--sinkhorn-lambda", x) for x in ("0.02", "0.04", "0.08", "0.3")},
     **{f"alpha {x}": ("--alpha", x) for x in ("0.25", "0.75")},
-    **{f"EMA decay {x}": ("--ema-decay", x) for x in ("0.9", "0.99")},
+    **{f"EMA decay {x}": ("--ema-decay", x) for x in ("0", "0.7")},
     "pair itself kept": ("--keep-diag",),
     "1 iteration": ("--sinkhorn-iter", "1"),
     "20 iterations": ("--sinkhorn-iter", "20"),
@@ -235,7 +235,9 @@ class Study:
             plain = self.chosen(name, noise, "infonce", seed=seed)
             rows = {"InfoNCE": plain, "OTTER, defaults": otter}
             rows |= {f"OTTER, {title}": otter._replace(flags=f) for title, f in ABLATIONS.items()}
-            rows["softmax of the same similarities"] = otter._replace(loss="kd", flags=SOFTMAX)
+            rows["softmax of the same similarities, pair kept"] = otter._replace(
+                loss="kd", flags=SOFTMAX
+            )
             for batch in self._large_batches(name):
                 rows[f"InfoNCE, batch {batch}"] = plain._replace(batch=batch)
                 rows[f"OTTER, batch {batch}"] = otter._replace(batch=batch)

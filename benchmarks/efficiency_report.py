@@ -27,8 +27,9 @@ NAME = "data_efficiency"
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and the sample's standard deviation, 0 of one value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean and the sample's standard deviation, 0 of one value; to a thousandth."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return round(statistics.fmean(values), 3), round(deviation, 3)
 
 
 def rows(found: Found) -> list[dict[str, Any]]:
@@ -171,6 +172,13 @@ def _curves(
             )
 
 
+def _log_axis(axes: plt.Axes, values: Iterable[int]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(values))
+    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+
+
 def _save(figure: plt.Figure, path: Path) -> None:
     with written_whole(path) as file:
         figure.savefig(file, format="png", dpi=90)
@@ -190,10 +198,8 @@ def draw_final(table: list[dict[str, Any]], path: Path) -> None:
             for noise, style in ((0.0, "o-"), (noisiest, "s--")):
                 some = [row for row in here if row["noise"] == noise]
                 _curves(line[i], some, "pairs", metric, style, f", {noise:.0%} shuffled")
-            line[i].set(xscale="log", xlabel="pairs", ylabel=f"{metric} (%)", title=name)
-            line[i].set_xticks(sorted({r["pairs"] for r in here}), minor=False)
-            line[i].set_xticks([], minor=True)
-            line[i].xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+            line[i].set(xlabel="pairs", ylabel=f"{metric} (%)", title=name)
+            _log_axis(line[i], {row["pairs"] for row in here})
             some = [{**r, "noise": 100 * r["noise"]} for r in here if r["pairs"] == most]
             _curves(line[2 + i], some, "noise", metric, "o-")
             line[2 + i].set(xlabel="captions shuffled (%)", ylabel=f"{metric} (%)")
@@ -213,7 +219,8 @@ def draw_steps(table: list[dict[str, Any]], path: Path) -> None:
     places = [(noise, metric) for noise in noises for metric in SHOWN]
     for axes, (noise, metric) in zip(grid[0], places, strict=True):
         _curves(axes, [r for r in table if r["noise"] == noise], "steps", metric, "o-")
-        axes.set(xscale="log", xlabel="steps", ylabel=f"{metric} (%)")
+        axes.set(xlabel="steps", ylabel=f"{metric} (%)")
+        _log_axis(axes, {row["steps"] for row in table})
         axes.set_title(f"{table[0]['data']}, {table[0]['pairs']:,} pairs, {noise:.0%} shuffled")
         axes.grid(alpha=0.3)
     grid[0][0].legend(fontsize=7)
