@@ -21,6 +21,8 @@ import json
 import os
 import random
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -352,6 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave no scratch in memory
     try:
         raise SystemExit(main())
     except ValueError as error:
