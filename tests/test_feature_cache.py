@@ -119,6 +119,13 @@ def cached(pairs, tmp_path, model, caplog):
     return run
 
 
+def test_a_whole_tower_of_open_clip(pairs, tmp_path, losses):
+    extra = ["--loss", "otter", "--model", "tiny-rn", "--lock-image"]
+    train(pairs, tmp_path / "live", *extra)
+    train(pairs, tmp_path / "cached", *extra, "--feature-cache", str(tmp_path / "cache"))
+    same_losses(losses)
+
+
 @pytest.mark.parametrize(
     "extra",
     [
