@@ -42,6 +42,13 @@ from otter_openclip.training.seam import Run
         (["--sinkhorn-lambda", "0.1"], "has no meaning with --loss clip; it needs --loss otter"),
         (["--loss", "ls", "--alpha", "0.3"], "it needs --loss kd or --loss otter"),
         (["--loss", "kd", "--keep-diag"], "--keep-diag has no meaning with --loss kd"),
+        (["--loss", "otter", "--init-distill-logit-scale", "4.7"], "at most 4.60517, got 4.7"),
+        (["--loss", "kd", "--init-distill-logit-scale", "-1"], "at least 0 and at most"),
+        (["--loss", "ls", "--init-distill-logit-scale", "2"], "it needs --loss kd or --loss otter"),
+        (
+            ["--loss", "otter", "--share-logit-scale", "--init-distill-logit-scale", "3.9"],
+            "has no second scale to start at --init-distill-logit-scale; drop one",
+        ),
         (["--loss", "ls", "--distill-model", "a", "--distill-pretrained", "b"], "has no teacher"),
         (["--loss", "kd", "--distill-model", "a"], "must be given together"),
         (

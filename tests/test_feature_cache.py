@@ -119,6 +119,13 @@ def cached(pairs, tmp_path, model, caplog):
     return run
 
 
+def test_a_whole_tower_of_open_clip(pairs, tmp_path, losses):
+    extra = ["--loss", "otter", "--model", "tiny-rn", "--lock-image"]
+    train(pairs, tmp_path / "live", *extra)
+    train(pairs, tmp_path / "cached", *extra, "--feature-cache", str(tmp_path / "cache"))
+    same_losses(losses)
+
+
 @pytest.mark.parametrize(
     "extra",
     [
@@ -345,7 +352,9 @@ def test_bfloat16_where_it_is_close_enough(cached, monkeypatch, caplog, close):
 def test_a_worker_without_a_batch_is_told(cached):
     with pytest.raises(ValueError, match="usable samples, less than a batch of 40; lower"):
         cached("few", "--workers", "2", "--batch-size", "40")
-    with pytest.raises(SystemExit, match="72 usable samples do not fill a batch of 100 on each of 1 ranks"):
+    with pytest.raises(
+        SystemExit, match="72 usable samples do not fill a batch of 100 on each of 1 ranks"
+    ):
         cached("none", "--batch-size", "100")
 
 

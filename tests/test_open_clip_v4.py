@@ -344,6 +344,12 @@ def test_a_step_of_the_command_is_a_step_by_hand(pairs, tmp_path, monkeypatch):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_second_scale_starts_where_it_is_told(pairs, tmp_path):
+    still = ["--epochs", "1", "--lr", "0", "--warmup", "0", "--init-distill-logit-scale", "2.5"]
+    path = train(pairs, tmp_path, "--loss", "kd", *still) / "epoch_1.pt"
+    assert load(path)["otter"]["distill_logit_scale"] == 2.5
+
+
 def test_the_second_scale_is_part_of_the_clipped_norm():
     weight, scale = (nn.Parameter(torch.tensor([value])) for value in (3.0, 4.0))
     (weight**2 / 2 + scale**2 / 2).sum().backward()

@@ -187,6 +187,21 @@ def test_resuming_with_other_settings_warns(pairs, tmp_path, caplog):
     assert "alpha: 0.5 -> 0.3" in caplog.text
 
 
+@pytest.mark.parametrize("loss", ["kd", "otter"])
+def test_the_second_scale_starts_where_it_is_told(pairs, tmp_path, loss, caplog):
+    still = ["--loss", loss, "--epochs", "1", "--lr", "0", "--warmup", "0"]
+    scale = ["--init-distill-logit-scale", "2.5"]
+    path = train(pairs, tmp_path, *still, *scale) / "epoch_1.pt"
+    assert load(path)["otter"]["distill_logit_scale"] == 2.5
+    assert "init_distill_logit_scale: 2.5\n" in (tmp_path / "run" / "params.txt").read_text()
+    # A resumed run goes on from where it was, whatever the flag says.
+    again = [*still, "--epochs", "2", "--name", "b", "--resume", str(path)]
+    with caplog.at_level(logging.WARNING):
+        path = train(pairs, tmp_path, *again) / "epoch_2.pt"
+    assert load(path)["otter"]["distill_logit_scale"] == 2.5
+    assert "other settings" not in caplog.text
+
+
 def test_loss_clip_is_stock(pairs, tmp_path, monkeypatch):
     """Every stock function is called with stock objects; the checkpoint has stock keys only."""
     seen = {}

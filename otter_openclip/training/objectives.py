@@ -44,6 +44,8 @@ def create_loss(args: Namespace) -> nn.Module:
             ot_scope=args.ot_scope,
             **common,
         )
+    if loss.distill_logit_scale is not None:
+        nn.init.constant_(loss.distill_logit_scale, args.init_distill_logit_scale)
     return loss.to(args.device)
 
 

@@ -16,7 +16,14 @@ import torch
 from open_clip.factory import parse_model_name
 
 from otter_openclip.flags import name_nearest
-from otter_openclip.losses import IMPLEMENTATIONS, MAX_COEF, MIN_LAMBDA, OT_SCOPES
+from otter_openclip.losses import (
+    IMPLEMENTATIONS,
+    INITIAL_LOG_SCALE,
+    MAX_COEF,
+    MAX_LOG_SCALE,
+    MIN_LAMBDA,
+    OT_SCOPES,
+)
 from otter_openclip.training.config import add_config_flag, expand_config
 from otter_openclip.training.zeroshot import check_folder
 
@@ -125,6 +132,15 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
             "help": "use the model's logit scale for the distillation term too, instead of its own",
         },
     ),
+    "--init-distill-logit-scale": (
+        TEACHER_LOSSES,
+        INITIAL_LOG_SCALE,
+        {
+            "type": _number(0, MAX_LOG_SCALE),
+            "metavar": "LOG",
+            "help": "log of the distillation term's own scale at the start of training",
+        },
+    ),
     "--teacher-mode": (
         TEACHER_LOSSES,
         "train",
@@ -134,6 +150,9 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
         },
     ),
 }
+
+# How it is computed; what a checkpoint itself has.
+_NOT_OF_THE_OBJECTIVE = ("--loss-impl", "--init-distill-logit-scale")
 
 
 def _shown(default: Any) -> str:
@@ -324,6 +343,10 @@ def _check_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace
             "--ema-decay and --teacher-mode are for the EMA teacher, but --distill-model asks for a "
             "fixed one; drop one or the other"
         )
+    if args.share_logit_scale and args.init_distill_logit_scale is not None:
+        parser.error(
+            "--share-logit-scale has no second scale to start at --init-distill-logit-scale; drop one"
+        )
 
 
 def _check_feature_cache(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -404,6 +427,6 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     used = {
         _dest(flag): getattr(args, _dest(flag))
         for flag, (losses, _, _) in _FLAGS.items()
-        if args.loss in losses and flag != "--loss-impl"
+        if args.loss in losses and flag not in _NOT_OF_THE_OBJECTIVE
     }
     return {"loss": args.loss, **used}

@@ -1,0 +1,276 @@
+"""Tables, plots and figures of ``benchmarks.data_efficiency``, of the results there are so far."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from benchmarks.efficiency_runs import Run
+from otter_openclip.files import write_json, write_text, written_whole
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+Found = Sequence[tuple[Run, dict[str, Any]]]
+
+NAMES = {"infonce": "InfoNCE", "ls": "LS", "kd": "KD", "otter": "OTTER"}
+COLOURS = {"infonce": "#8a8f98", "ls": "#d9a441", "kd": "#4f8fc0", "otter": "#c2452d"}
+METRICS = {f"F@{k}": f"flat_hit@{k}" for k in (1, 2, 5, 10)} | {"mAP": "mAP"}
+SHOWN = ("mAP", "F@1")  # in the plots
+NAME = "data_efficiency"
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and the sample's standard deviation, 0 of one value; to a thousandth."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return round(statistics.fmean(values), 3), round(deviation, 3)
+
+
+def rows(found: Found) -> list[dict[str, Any]]:
+    """A row for each setting, over its seeds: percents of the test half as (mean, deviation)."""
+    cells: dict[Run, list[dict[str, Any]]] = defaultdict(list)
+    for run, result in found:
+        cells[run._replace(seed=-1)].append(result)
+    table = []
+    for run, results in cells.items():
+        row = {k: v for k, v in run._asdict().items() if k != "seed"} | {"seeds": len(results)}
+        for name, metric in METRICS.items():
+            row[name] = mean_std([100 * r["student"]["test"][metric] for r in results])
+        if all("teacher" in r for r in results):
+            row["teacher mAP"] = mean_std([100 * r["teacher"]["test"]["mAP"] for r in results])
+        for name in ("target_entropy", "target_top_share", "distill_scale"):
+            if values := [r["log"][name] for r in results if name in r["log"]]:
+                row[name] = statistics.fmean(values)
+        row["logit_scale"] = statistics.fmean(r["logit_scale"] for r in results)
+        table.append(row)
+    return table
+
+
+def differences(found: Found, metric: str, other: str) -> list[dict[str, Any]]:
+    """OTTER's metric minus that of the loss ``other``, seed by seed, in points, for each cell."""
+    cells: dict[tuple, dict[tuple[int, str], float]] = defaultdict(dict)
+    for run, result in found:
+        value = 100 * result["student"]["test"][METRICS[metric]]
+        cells[run.data, run.noise, run.pairs][run.seed, run.loss] = value
+    table = []
+    for (data, noise, pairs), values in cells.items():
+        seeds = [seed for seed, loss in values if loss == "otter" and (seed, other) in values]
+        if seeds:
+            gains = [values[seed, "otter"] - values[seed, other] for seed in seeds]
+            table.append(
+                {
+                    **{"data": data, "noise": noise, "pairs": pairs, "seeds": len(seeds)},
+                    **{"gain": mean_std(gains), "ahead": sum(gain > 0 for gain in gains)},
+                }
+            )
+    return table
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """A table."""
+    cells = [list(header), ["---"] * len(header), *([str(c) for c in line] for line in lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
+
+
+def _pm(value: tuple[float, float] | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
+
+
+def _cells_of(row: dict[str, Any]) -> list[str]:
+    entropy = f"{row['target_entropy']:.2f}" if "target_entropy" in row else ""
+    return [*(_pm(row[name]) for name in METRICS), _pm(row.get("teacher mAP")), entropy]
+
+
+_COLUMNS = [*METRICS, "teacher's mAP", "target entropy"]
+
+
+def tables(found: dict[str, Found], tuned: dict[tuple[str, float], dict[str, Run]]) -> str:
+    """All tables as one markdown page."""
+    parts = [
+        "# Data efficiency: tables\n",
+        "Written by `python -m benchmarks.data_efficiency`. Percents of the test half of the evaluation "
+        "images, mean ± standard deviation over seeds, which draw pairs, noise, order and heads. mAP is "
+        "over the classes of which there are images there.\n",
+        "## Settings chosen by mAP on the validation half\n",
+        markdown(
+            ["data", "noise", "loss", "scales' start", "learning rate", "steps", "weight decay"],
+            [
+                [d, f"{n:.0%}", NAMES[x], f"exp({r.scale:g})", f"{r.lr:g}", r.steps, f"{r.decay:g}"]
+                for (d, n), chosen in tuned.items()
+                for x, r in chosen.items()
+            ],
+        ),
+    ]
+    final = found.get("final", [])
+    if final:
+        parts.append("## OTTER minus each other loss, points, paired by seed\n")
+        lines: dict[tuple, list[str]] = {}
+        for metric in SHOWN:
+            for other in ("infonce", "ls", "kd"):
+                for row in differences(final, metric, other):
+                    place = row["data"], f"{row['noise']:.0%}", row["pairs"]
+                    cell = f"{_pm(row['gain'])} ({row['ahead']}/{row['seeds']})"
+                    lines.setdefault(place, []).append(cell)
+        header = [f"{m}, {NAMES[x]}" for m in SHOWN for x in ("infonce", "ls", "kd")]
+        parts.append(
+            markdown(
+                ["data", "noise", "pairs", *header],
+                [[*place, *cells] for place, cells in sorted(lines.items())],
+            )
+        )
+        parts.append("In brackets: seeds on which OTTER is ahead.\n")
+    for data in dict.fromkeys(run.data for run, _ in final):
+        ordered = sorted(
+            rows([pair for pair in final if pair[0].data == data]),
+            key=lambda row: (row["noise"], row["pairs"], list(NAMES).index(row["loss"])),
+        )
+        parts.append(f"## {data}: pairs and noise\n")
+        lines = [
+            [f"{r['noise']:.0%}", r["pairs"], NAMES[r["loss"]], *_cells_of(r)] for r in ordered
+        ]
+        parts.append(markdown(["noise", "pairs", "loss", *_COLUMNS], lines))
+    for kind, title, column in (
+        ("course", "steps, all else as tuned", "steps"),
+        ("image", "the image tower trained as well", "lr"),
+    ):
+        if kind in found:
+            ordered = sorted(rows(found[kind]), key=lambda r: (r["noise"], r[column]))
+            parts.append(f"## {found[kind][0][0].data}: {title}\n")
+            lines = [
+                [f"{r['noise']:.0%}", r[column], NAMES[r["loss"]], *_cells_of(r)] for r in ordered
+            ]
+            parts.append(markdown(["noise", column, "loss", *_COLUMNS], lines))
+    kinds = [kind for kind in found if kind.startswith("ablation: ")]
+    if kinds:
+        parts.append(f"## {found[kinds[0]][0][0].data}: OTTER's own settings, not tuned\n")
+        lines = [
+            [f"{row['noise']:.0%}", kind.removeprefix("ablation: "), row["seeds"], *_cells_of(row)]
+            for kind in kinds
+            for row in rows(found[kind])
+        ]
+        lines.sort(key=lambda line: line[0])
+        parts.append(markdown(["noise", "what", "seeds", *_COLUMNS], lines))
+    return "\n".join(parts)
+
+
+def _curves(
+    axes: plt.Axes, table: list[dict[str, Any]], x: str, metric: str, style: str, label: str = ""
+) -> None:
+    for loss, name in NAMES.items():
+        points = sorted((row[x], *row[metric]) for row in table if row["loss"] == loss)
+        if points:
+            at, mean, std = map(np.array, zip(*points, strict=True))
+            axes.plot(at, mean, style, color=COLOURS[loss], label=f"{name}{label}", markersize=4)
+            axes.fill_between(
+                at, mean - std, mean + std, color=COLOURS[loss], alpha=0.12, linewidth=0
+            )
+
+
+def _log_axis(axes: plt.Axes, values: Iterable[int]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(values))
+    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    with written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=90)
+    plt.close(figure)
+
+
+def draw_final(table: list[dict[str, Any]], path: Path) -> None:
+    """mAP and F@1 against pairs, without and with the most noise, and against noise at most pairs."""
+    data = list(dict.fromkeys(row["data"] for row in table))
+    figure, grid = plt.subplots(
+        len(data), 4, figsize=(14, 3.2 * len(data)), layout="constrained", squeeze=False
+    )
+    for line, name in zip(grid, data, strict=True):
+        here = [row for row in table if row["data"] == name]
+        most, noisiest = max(r["pairs"] for r in here), max(r["noise"] for r in here)
+        for i, metric in enumerate(SHOWN):
+            for noise, style in ((0.0, "o-"), (noisiest, "s--")):
+                some = [row for row in here if row["noise"] == noise]
+                _curves(line[i], some, "pairs", metric, style, f", {noise:.0%} shuffled")
+            line[i].set(xlabel="pairs", ylabel=f"{metric} (%)", title=name)
+            _log_axis(line[i], {row["pairs"] for row in here})
+            some = [{**r, "noise": 100 * r["noise"]} for r in here if r["pairs"] == most]
+            _curves(line[2 + i], some, "noise", metric, "o-")
+            line[2 + i].set(xlabel="captions shuffled (%)", ylabel=f"{metric} (%)")
+            line[2 + i].set_title(f"{name}, {most:,} pairs")
+    grid[0][0].legend(fontsize=6)
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_steps(table: list[dict[str, Any]], path: Path) -> None:
+    """mAP and F@1 against the number of steps."""
+    noises = sorted({row["noise"] for row in table})
+    figure, grid = plt.subplots(
+        1, 2 * len(noises), figsize=(7 * len(noises), 3.4), layout="constrained", squeeze=False
+    )
+    places = [(noise, metric) for noise in noises for metric in SHOWN]
+    for axes, (noise, metric) in zip(grid[0], places, strict=True):
+        _curves(axes, [r for r in table if r["noise"] == noise], "steps", metric, "o-")
+        axes.set(xlabel="steps", ylabel=f"{metric} (%)")
+        _log_axis(axes, {row["steps"] for row in table})
+        axes.set_title(f"{table[0]['data']}, {table[0]['pairs']:,} pairs, {noise:.0%} shuffled")
+        axes.grid(alpha=0.3)
+    grid[0][0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def cost(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of training runs: seconds that do not depend on steps, and milliseconds of a step."""
+    steps, seconds = (np.array([r[name] for r in results]) for name in ("steps_done", "seconds"))
+    if len(np.unique(steps)) < 2:
+        return {"seconds": float(np.median(seconds))}
+    slope, start = np.polyfit(steps, seconds, 1)
+    return {"overhead, s": float(start), "a step, ms": 1000 * float(slope), "runs": len(results)}
+
+
+def write(
+    folder: Path,
+    found: dict[str, Found],
+    tuned: dict[tuple[str, float], dict[str, Run]],
+    checks: dict[str, Any],
+    info: dict[str, Any],
+) -> None:
+    """``data_efficiency.json``, ``.md``, ``.png`` and ``-steps.png`` into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    by_loss: Callable[[str], list] = lambda loss: [  # noqa: E731
+        r for kind in ("tuning", "final") for run, r in found.get(kind, []) if run.loss == loss
+    ]
+    ablations = [kind for kind in found if kind.startswith("ablation: ")]
+    write_json(
+        folder / f"{NAME}.json",
+        {
+            **info,
+            "check": checks,
+            "cost": {loss: cost(results) for loss in NAMES if (results := by_loss(loss))},
+            "tuned": [
+                {"data": data, "noise": noise, **run._asdict()}
+                for (data, noise), chosen in tuned.items()
+                for run in chosen.values()
+            ],
+            **{kind: rows(found[kind]) for kind in ("final", "course", "image") if kind in found},
+            "differences": {
+                f"{metric}, {other}": differences(found.get("final", []), metric, other)
+                for metric in METRICS
+                for other in ("infonce", "ls", "kd")
+            },
+            "ablations": {kind.removeprefix("ablation: "): rows(found[kind]) for kind in ablations},
+        },
+    )
+    write_text(folder / f"{NAME}.md", tables(found, tuned))
+    if "final" in found:
+        draw_final(rows(found["final"]), folder / f"{NAME}.png")
+    if "course" in found:
+        draw_steps(rows(found["course"]), folder / f"{NAME}-steps.png")
