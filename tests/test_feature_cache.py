@@ -363,7 +363,8 @@ def test_a_table_with_an_unreadable_image(cached, pairs, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     for file in ("broken.png", "missing.png"):
         (tmp_path / "pairs.csv").write_text("\n".join([*rows, f"{tmp_path / file}\ta red line"]))
-        with pytest.raises(SystemExit, match=rf"row 73 of the table: cannot read .*{file}"):
+        message = rf"^--feature-cache: row 73 of the table: cannot read .*{file}"
+        with pytest.raises(SystemExit, match=message):
             cached(f"{file}-run", data=tmp_path, csv=True)
 
 

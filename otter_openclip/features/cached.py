@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from otter_openclip.features.encoding import ImageInputs, TokenInputs
 from otter_openclip.features.filling import Tower
-from otter_openclip.features.samples import Scan, ShardSamples, TableSamples
+from otter_openclip.features.samples import SampleError, Scan, ShardSamples, TableSamples
 from otter_openclip.features.store import DIGEST, FeatureStore, digest
 
 Samples = ShardSamples | TableSamples
@@ -52,7 +52,9 @@ def use_features(
     try:
         _use_features(args, train, model, prefixes, transform)
     except ValueError as error:
-        raise SystemExit(f"--feature-cache: {error}") from error
+        # A loader's process puts its traceback around the message.
+        reason = str(error).rpartition(f"{SampleError.__name__}: ")[2].strip()
+        raise SystemExit(f"--feature-cache: {reason}") from error
     except OSError as error:
         raise SystemExit(
             f"--feature-cache {args.feature_cache}: {error}; what is encoded stays there, the same "

@@ -6,6 +6,7 @@ carries its own digest in its name, so a damaged one is noticed, and its feature
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import secrets
@@ -50,8 +51,9 @@ class FeatureStore:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob("*.tmp"):
-            if time.time() - file.stat().st_mtime > _STALE:
-                file.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another run has just finished it
+                if time.time() - file.stat().st_mtime > _STALE:
+                    file.unlink()
         self._names: list[str] = []
         self._files: list[Tensor] = []
         self._starts = np.zeros(1, np.int64)
@@ -66,11 +68,15 @@ class FeatureStore:
         for file in sorted(self.folder.glob(f"*{_SUFFIX}")):
             if file.name in self._names:
                 continue
-            if _digest_of(file) != file.name.split(".")[0]:
+            try:
+                whole = _digest_of(file) == file.name.split(".")[0]
+                names, features = _load(file) if whole else (None, None)
+            except FileNotFoundError:  # another run found it damaged
+                continue
+            if not whole:
                 logging.warning(f"{file} is damaged; its features are made again")
                 file.unlink(missing_ok=True)
                 continue
-            names, features = _load(file)
             self._names.append(file.name)
             self._files.append(features)
             keys.append(names)
