@@ -204,7 +204,8 @@ def draw_final(table: list[dict[str, Any]], path: Path) -> None:
             _curves(line[2 + i], some, "noise", metric, "o-")
             line[2 + i].set(xlabel="captions shuffled (%)", ylabel=f"{metric} (%)")
             line[2 + i].set_title(f"{name}, {most:,} pairs")
-    grid[0][0].legend(fontsize=6)
+    lines = grid[0][0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=4, fontsize=8)
     for axes in grid.flat:
         axes.grid(alpha=0.3)
     _save(figure, path)
