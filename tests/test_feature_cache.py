@@ -17,6 +17,7 @@ from PIL import Image
 from training_helpers import assert_same, load, train
 
 from otter_openclip.features import encoding, filling, prefix
+from otter_openclip.features.cached import _Gather
 from otter_openclip.features.store import FeatureStore, digest
 
 LOCK_TEXT = ["--lock-text", "--lock-text-freeze-layer-norm"]
@@ -145,15 +146,20 @@ def test_resume_is_exact(cached, extra):
     assert_same(load(whole / end), load(again / end))
 
 
-def test_loss_clip_and_what_stock_open_clip_loads(cached, model, pairs, tmp_path):
-    """A whole model: the frozen tower as it was, the rest trained."""
-    folder, _ = cached("clip", "--lock-image-freeze-bn-stats", loss="clip")
-    state = load(folder / "run" / "checkpoints" / "epoch_2.pt")["state_dict"]
-    torch.manual_seed(0)
+def test_loss_clip_and_what_stock_open_clip_loads(cached, model, tmp_path):
+    """A whole model: the frozen towers as they were, the rest trained, nothing of ours in it."""
+    torch.manual_seed(1)
     start = open_clip.create_model(model)
-    start.load_state_dict(state)
-    assert (state["visual.trunk.bn1.num_batches_tracked"]) == 0
-    assert "otter" not in load(folder / "run" / "checkpoints" / "epoch_2.pt")
+    start.train()(torch.randn(64, 3, 32, 32))  # statistics other than the initial ones
+    torch.save(start.state_dict(), tmp_path / "start.pt")
+    extra = ["--pretrained", str(tmp_path / "start.pt"), "--lock-image-freeze-bn-stats"]
+    folder, _ = cached("clip", *extra, loss="clip")
+    checkpoint = load(folder / "run" / "checkpoints" / "epoch_2.pt")
+    before, after = start.state_dict(), checkpoint["state_dict"]
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"logit_scale", "text.proj.weight", "visual.head.proj.weight"}
+    start.load_state_dict(after)
+    assert "otter" not in checkpoint
 
 
 def test_live_frozen_towers_see_no_augmentation(pairs, tmp_path, model, monkeypatch):
@@ -288,6 +294,18 @@ def test_views_are_kept_and_follow_from_the_image(cached, tmp_path):
         shutil.rmtree(tmp_path / "cache")
     torch.testing.assert_close(found[0], found[1])
     assert not torch.allclose(found[0][0], found[0][1], atol=1e-3)
+
+
+def test_training_draws_a_view_each_time(tmp_path):
+    store = FeatureStore(tmp_path)
+    keys = [digest(bytes([i])) for i in range(4)]
+    store.add(keys, torch.arange(12.0).view(4, 3, 1))
+    store.refresh()
+    rows = store.find(np.array(keys, "S16"))
+    gather = _Gather({"visual": store}, {"visual": rows}, np.zeros((4, 2)), 3, torch.float32)
+    drawn = torch.cat([gather([0, 1, 2, 3])[0] for _ in range(40)], dim=1)
+    for row, values in enumerate(drawn):
+        assert set(values.tolist()) == {3.0 * row, 3.0 * row + 1, 3.0 * row + 2}
 
 
 def test_no_room(cached, monkeypatch):

@@ -7,6 +7,7 @@ order in which those would have come.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -49,79 +50,76 @@ def use_features(
     Raises:
         SystemExit: with the reason, if the data, the folder or the features cannot be used.
     """
+    with _reasons_given(args.feature_cache):
+        tokenizer = open_clip.get_tokenizer(
+            args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
+        )
+        table = train.dataloader.dataset if train.shared_epoch is None else None
+        samples = (
+            ShardSamples(args.train_data, args.train_data_upsampling_factors, tokenizer)
+            if table is None
+            else TableSamples(table, tokenizer)
+        )
+        scans = _scan(args, samples, "visual" in prefixes)
+        usable = np.concatenate([scan.usable for scan in scans])
+        if lacking := int((~usable).sum()):
+            logging.warning(f"{lacking} samples have no image or no readable caption; left out")
+        if not usable.any():
+            raise ValueError(f"no sample of {args.train_data} has both an image and a caption")
+        tokens = np.concatenate([scan.tokens for scan in scans if len(scan.tokens)])
+        keys = {"text": _token_digests(tokens)}
+        keys["visual"] = np.concatenate([scan.images for scan in scans])
+        stores: dict[str, FeatureStore] = {}
+        rows: dict[str, np.ndarray] = {}
+        for tower, prefix in prefixes.items():
+            wanted = np.unique(keys[tower][usable])
+            if tower == "visual":
+                inputs = ImageInputs(samples, transform, args.feature_views)
+                further = {"transform": transform, "views": args.feature_views}
+            else:
+                inputs, further = TokenInputs(keys[tower], tokens), {}
+            stores[tower] = Tower(args, model, tower, prefix, further).filled(wanted, inputs)
+            rows[tower] = stores[tower].find(keys[tower])
+        dtype = open_clip.get_input_dtype(args.precision) or torch.float32
+        if "visual" not in prefixes:
+            _replace_tokenizer(train, table, _TextFeatures(tokenizer, stores["text"], dtype))
+            return
+        readable = stores["visual"].readable(rows["visual"][usable])
+        if not readable.all():
+            logging.warning(f"{(~readable).sum()} samples have an unreadable image; left out")
+            usable[usable] = readable
+        needed = args.batch_size * args.world_size
+        if needed > usable.sum() and not args.dataset_resampled:
+            raise ValueError(
+                f"{usable.sum()} usable samples do not fill a batch of {args.batch_size} on each of "
+                f"{args.world_size} ranks; lower --batch-size"
+            )
+        gather = _Gather(stores, rows, tokens, args.feature_views, dtype)
+        if table is not None:
+            table.gather, table.__class__ = gather, _FeatureTable
+            return
+        ends = np.cumsum([len(scan.usable) for scan in scans]).tolist()
+        spans = {
+            part: range(end - len(scan.usable), end)
+            for part, scan, end in zip(samples.parts, scans, ends, strict=True)
+        }
+        _replace_stages(train, spans, usable, gather, args.batch_size)
+
+
+@contextlib.contextmanager
+def _reasons_given(folder: str) -> Iterator[None]:
+    """Errors of the data and of the disk end the command with one line."""
     try:
-        _use_features(args, train, model, prefixes, transform)
+        yield
     except ValueError as error:
         # A loader's process puts its traceback around the message.
         reason = str(error).rpartition(f"{SampleError.__name__}: ")[2].strip()
         raise SystemExit(f"--feature-cache: {reason}") from error
     except OSError as error:
         raise SystemExit(
-            f"--feature-cache {args.feature_cache}: {error}; what is encoded stays there, the same "
-            "command goes on with the rest"
+            f"--feature-cache {folder}: {error}; what is encoded stays there, the same command goes on "
+            "with the rest"
         ) from error
-
-
-def _use_features(
-    args: Namespace,
-    train: DataInfo,
-    model: nn.Module,
-    prefixes: dict[str, str],
-    transform: Callable[..., Tensor],
-) -> None:
-    tokenizer = open_clip.get_tokenizer(
-        args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
-    )
-    table = train.dataloader.dataset if train.shared_epoch is None else None
-    samples = (
-        ShardSamples(args.train_data, args.train_data_upsampling_factors, tokenizer)
-        if table is None
-        else TableSamples(table, tokenizer)
-    )
-    scans = _scan(args, samples, "visual" in prefixes)
-    usable = np.concatenate([scan.usable for scan in scans])
-    if lacking := int((~usable).sum()):
-        logging.warning(f"{lacking} samples have no image or no readable caption; left out")
-    if not usable.any():
-        raise ValueError(f"no sample of {args.train_data} has both an image and a caption")
-    tokens = np.concatenate([scan.tokens for scan in scans if len(scan.tokens)])
-    keys = {"text": _token_digests(tokens)}
-    keys["visual"] = np.concatenate([scan.images for scan in scans])
-    stores: dict[str, FeatureStore] = {}
-    rows: dict[str, np.ndarray] = {}
-    for tower, prefix in prefixes.items():
-        wanted = np.unique(keys[tower][usable])
-        if tower == "visual":
-            inputs = ImageInputs(samples, transform, args.feature_views)
-            further = {"transform": transform, "views": args.feature_views}
-        else:
-            inputs, further = TokenInputs(keys[tower], tokens), {}
-        stores[tower] = Tower(args, model, tower, prefix, further).filled(wanted, inputs)
-        rows[tower] = stores[tower].find(keys[tower])
-    dtype = open_clip.get_input_dtype(args.precision) or torch.float32
-    if "visual" not in prefixes:
-        _replace_tokenizer(train, table, _TextFeatures(tokenizer, stores["text"], dtype))
-        return
-    readable = stores["visual"].readable(rows["visual"][usable])
-    if not readable.all():
-        logging.warning(f"{(~readable).sum()} samples have an unreadable image; left out")
-        usable[usable] = readable
-    needed = args.batch_size * args.world_size
-    if needed > usable.sum() and not args.dataset_resampled:
-        raise ValueError(
-            f"{usable.sum()} usable samples do not fill a batch of {args.batch_size} on each of "
-            f"{args.world_size} ranks; lower --batch-size"
-        )
-    gather = _Gather(stores, rows, tokens, args.feature_views, dtype)
-    if table is not None:
-        table.gather, table.__class__ = gather, _FeatureTable
-        return
-    ends = np.cumsum([len(scan.usable) for scan in scans]).tolist()
-    spans = {
-        part: range(end - len(scan.usable), end)
-        for part, scan, end in zip(samples.parts, scans, ends, strict=True)
-    }
-    _replace_stages(train, spans, usable, gather, args.batch_size)
 
 
 def _token_digests(tokens: np.ndarray) -> np.ndarray:

@@ -81,10 +81,10 @@ class TrainingPlugin:
         if args.reference_crop:
             preprocess_train, preprocess_val = reference_transforms(model.visual.preprocess_cfg)
         self._model, self._augmentation = model, preprocess_train
-        if args.lock_image and not args.lock_image_unlocked_groups and frozen_towers:
-            if not args.aug_cfg:
-                preprocess_train = preprocess_val
-                logging.info("Frozen image tower: images without augmentation; --aug-cfg adds it")
+        locked = frozen_towers and args.lock_image and not args.lock_image_unlocked_groups
+        if locked and not args.aug_cfg and (args.feature_views or 1) == 1:
+            preprocess_train = preprocess_val
+            logging.info("Frozen image tower: images without augmentation; --aug-cfg adds it")
         return model, preprocess_train, preprocess_val
 
     def load_checkpoint(self, path: str) -> Any:
