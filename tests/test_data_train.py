@@ -18,7 +18,7 @@ from open_clip_train.data import get_dataset_size
 from test_data_shards import _build_until
 from training_helpers import train
 
-from otter_openclip.data import cc3m, sources, wit, yfcc15m
+from otter_openclip.data import cc3m, wit, yfcc15m
 
 
 def pairs_of(output):
@@ -272,17 +272,16 @@ def test_the_seed_decides_the_order_and_nothing_else_does(table):
 def test_no_pair_is_lost_or_doubled_by_kills(table):
     assert run(*csv_command(table, "whole")) == 0
     whole, kills, out = tree(table / "whole"), 0, table / "out"
-    for moment in (2, 5, 9, 4, 1, 3):  # one after another into the same folder
+    for moment in (2, 1, 3, 1, 2, 1):  # one after another into the same folder
         line = csv_command(table, "out", "--workers", str(1 + moment % 2))
         child = multiprocessing.get_context("fork").Process(
             target=_build_until, args=(moment, "after", line)
         )
         child.start()
         child.join()
-        # 2: with several workers it is one of them that was killed.
-        kills += child.exitcode in (-signal.SIGKILL, 2)
+        kills += child.exitcode == -signal.SIGKILL
         assert not (out / "sizes.json").exists() or tree(out) == whole
-    assert kills >= 3
+    assert kills == 6
     assert run(*csv_command(table, "out")) == 0
     assert tree(out) == whole
 
@@ -533,8 +532,9 @@ def test_wit(wikipedia, kind):
     assert skipped(out)["in another language"] == 1 and skipped(out)["without a caption"] == 1
     assert (IMAGES[0], "duplicate") in dropped(out)
     other = "https://upload.wikimedia.org/wikipedia/en/a/a1/One.jpg"
-    if kind != "img2dataset":
-        assert (other, "file name of another URL") in dropped(out)
+    if kind != "img2dataset":  # wget -x and the hash tell that its own file is not there
+        reason = "missing" if kind in ("wget -x", "md5") else "file name of another URL"
+        assert (other, reason) in dropped(out)
 
 
 def test_wit_languages_and_caption_fields(wikipedia):
@@ -558,17 +558,4 @@ def test_wit_errors(wikipedia, capsys):
     with gzip.open(wikipedia / "wit_v1.train.all-00001-of-00002.tsv.gz", "wt") as file:
         file.write("language\turl\nen\tx\n")
     assert build_wit(wikipedia, "--images", wikipedia / "images") == 2
-    assert "00001-of-00002.tsv.gz: no column image_url" in capsys.readouterr().err
-
-
-def test_layouts_of_a_folder_are_found_out_and_then_relied_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources.Folders, "_PROBED", 3)
-    write_files(tmp_path, {"x/2.jpg": b"", "2.jpg": b""})
-    names = [[f"y/{n}.jpg", f"x/{n}.jpg", f"{n}.jpg"] for n in range(6)]
-    folders = sources.Folders([tmp_path], 3)
-    found = [folders.find(name) for name in names]
-    assert found[:2] == [None, None] and found[2] == [f"{tmp_path}/x/2.jpg"]
-    assert found[3:] == [[f"{tmp_path}/x/{n}.jpg"] for n in range(3, 6)]
-    nothing = sources.Folders([tmp_path / "empty"], 3)
-    assert [nothing.find(name) for name in names] == [None] * 6
-    assert sources.Folders([], 3).find(names[0]) is None
+    assert "00001-of-00002.tsv.gz:1: has no column 'image_url'" in capsys.readouterr().err

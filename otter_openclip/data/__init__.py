@@ -22,6 +22,7 @@ COMMANDS = {
     "csv": Command(
         "otter_openclip.data.csv_file", "any table of image paths and captions, for training"
     ),
+    "hf": Command("otter_openclip.data.hf", "a Hugging Face dataset, for training"),
     "inspect": Command(
         "otter_openclip.data.inspect",
         "counts, lengths, sizes, faults and a contact sheet of shards",

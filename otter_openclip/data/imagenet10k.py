@@ -11,51 +11,34 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from pathlib import Path
 
 from otter_openclip.data import labelled
-from otter_openclip.data.labelled import class_name
 from otter_openclip.data.options import existing_file
 from otter_openclip.data.tables import lines
 
 # Blanks, not only tabs: the reference's copy has "-1  thing" in its first class, and prompts all of it.
 _LINE = re.compile(r"(?P<index>\d+)\s+(?P<id>\S+)\s+(?P<parent>-?\d+)[ \t](?P<names>.*)")
-_LAYOUTS = (lambda name: name, lambda name: f"images/{name}", os.path.basename)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    parser.add_argument(
-        "--classes",
-        required=True,
-        metavar="FILE",
-        help="dictionary_and_semantic_hierarchy.txt, or tencent_classes.txt",
-    )
-    parser.add_argument(
-        "--labels", required=True, metavar="FILE", help="val_image_id_from_imagenet.txt"
-    )
-    labelled.add_image_options(
-        parser, "folder or archives of n01440764_10026.JPEG, in folders per synset or not"
+    labelled.add_arguments(
+        parser,
+        "dictionary_and_semantic_hierarchy.txt, or tencent_classes.txt",
+        "val_image_id_from_imagenet.txt",
+        "folder or archives of n01440764_10026.JPEG, in folders per synset or not",
     )
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    class_file = existing_file(args.classes, "--classes")
-    label_file = existing_file(args.labels, "--labels")
-    names = read_classes(class_file)
-    rows, without = labelled.read_index_rows(label_file, len(names))
-    return labelled.build(
-        args,
-        {"classes": class_file, "labels": label_file},
-        names,
-        rows,
-        _LAYOUTS,
-        without_positives=without,
-    )
+    names = read_classes(existing_file(args.classes, "--classes"))
+    rows, without = labelled.read_index_rows(existing_file(args.labels, "--labels"), len(names))
+    paths = lambda name: (name, f"images/{name}", os.path.basename(name))  # noqa: E731
+    return labelled.build(args, names, rows, without, paths)
 
 
-def read_classes(path: Path) -> list[str]:
+def read_classes(path: str) -> list[str]:
     """The dictionary's class names in the form they are prompted in.
 
     Raises:
@@ -65,19 +48,14 @@ def read_classes(path: Path) -> list[str]:
     for number, line in lines(path):
         if line.startswith("category_index") or not line.strip():
             continue
-        match = _LINE.fullmatch(line)
-        if match is None:
-            raise ValueError(
-                f"{path}:{number}: {line!r} is not index, WordNet id, parent's index and names"
-            )
+        if (match := _LINE.fullmatch(line)) is None:
+            fault = f"{line!r} is not index, WordNet id, parent's index and names"
+            raise ValueError(f"{path}:{number}: {fault}")
         if int(match["index"]) != len(names):
             raise ValueError(f"{path}:{number}: class {match['index']} where {len(names)} is due")
-        names.append(class_name(prompt_form(match["names"]), path, number))
+        parts = (part.strip() for part in match["names"].split(", "))
+        # The reference's data/dataset_factory.py.
+        names.append(labelled.class_name(",or ".join(parts), path, number))
     if not names:
         raise ValueError(f"{path}: no classes in it")
     return names
-
-
-def prompt_form(name: str) -> str:
-    """ "a, b, c" as "a,or b,or c" (the reference's data/dataset_factory.py)."""
-    return ",or ".join(part.strip() for part in name.split(", "))

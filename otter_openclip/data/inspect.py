@@ -31,10 +31,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from otter_openclip.data import sources
+from otter_openclip.data.building import STATE_FOLDER
 from otter_openclip.data.decoding import STOCK_FORMATS, UndecodableImageError, decode
 from otter_openclip.data.options import positive
-from otter_openclip.data.pool import default_workers, parallel_map
-from otter_openclip.data.shards import STATE_FOLDER
+from otter_openclip.data.pool import default_workers
+from otter_openclip.data.pool import ordered_map as parallel_map
 from otter_openclip.evaluation import prompts
 from otter_openclip.files import write_json, written_whole
 
@@ -151,7 +152,7 @@ def look(path: Path, pictures: int) -> Look:
         with open(path, "rb") as file:
             for key, files in _samples(path):
                 result.samples += 1
-                result.keys.append(sources.digest(key))
+                result.keys.append(int.from_bytes(sources.digest(key), "little"))
                 content = {
                     suffix: os.pread(file.fileno(), m.size, m.offset) for suffix, m in files.items()
                 }
@@ -165,7 +166,7 @@ def look(path: Path, pictures: int) -> Look:
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, sources.Member]]]:
     """Groups of consecutive members with one key, as webdataset forms them."""
     current, files = None, {}
-    for member in sources.members(path):
+    for member in sources.members(str(path)):
         match = _KEY_AND_SUFFIX.match(member.name)
         if match is None:
             continue
@@ -188,7 +189,9 @@ def _look_at(key: str, content: dict[str, bytes], result: Look, pictures: int) -
     data = content[suffix]
     result.image_bytes.append(len(data))
     try:
-        image, format_name = decode(data)
+        image = decode(data)
+        format_name = image.format
+        image = image.convert("RGB")
     except UndecodableImageError as error:
         result.faults.append((key, f"unreadable image: {error}"))
         return
@@ -198,7 +201,7 @@ def _look_at(key: str, content: dict[str, bytes], result: Look, pictures: int) -
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data)) as header:
             result.formats[f"{format_name} {header.mode}"] += 1
-    lot = sources.digest(f"lot {result.path} {key}")
+    lot = int.from_bytes(sources.digest(f"lot {result.path} {key}"), "little")
     kept = result.thumbnails
     if len(kept) < 2 * pictures or lot < max(kept[:pictures])[0]:
         image.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -9,36 +9,27 @@ class descriptions as they are; twelve of them occur twice and stay two classes.
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from pathlib import Path
 
-from otter_openclip.data import labelled
+from otter_openclip.data import labelled, tables
 from otter_openclip.data.labelled import Row, class_name
 from otter_openclip.data.options import existing_file
-from otter_openclip.data.tables import csv_rows, first_line, lines
 
 # A class's id, /m/011k07 or /g/11bc6sh46d.
 _MID = re.compile(r"/[a-z]/[0-9a-z_]+")
-_CLASS_HEADER = ["LabelName", "DisplayName"]
+_CLASS_COLUMNS = ("LabelName", "DisplayName")
 _LABEL_COLUMNS = ("ImageID", "LabelName", "Confidence")
-_LAYOUTS = (lambda name: f"{name}.jpg", lambda name: f"{labelled.SPLIT}/{name}.jpg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    parser.add_argument(
-        "--classes",
-        required=True,
-        metavar="FILE",
-        help="oidv6-class-descriptions.csv or class-descriptions.csv, or goi_classes.txt",
+    labelled.add_arguments(
+        parser,
+        "oidv6-class-descriptions.csv or class-descriptions.csv, or goi_classes.txt",
+        "test-annotations-human-imagelabels.csv, or goi_images.txt",
+        "folder or archives of ImageID.jpg",
     )
-    parser.add_argument(
-        "--labels",
-        required=True,
-        metavar="FILE",
-        help="test-annotations-human-imagelabels.csv, or goi_images.txt",
-    )
-    labelled.add_image_options(parser, "folder or archives of ImageID.jpg")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -46,8 +37,10 @@ def main(args: argparse.Namespace) -> int:
     class_file = existing_file(args.classes, "--classes")
     label_file = existing_file(args.labels, "--labels")
     mids, names = read_classes(class_file)
-    if not first_line(label_file).startswith("ImageID,"):
-        rows, without = read_reference_labels(label_file, len(names))
+    if _LABEL_COLUMNS[0] not in tables.header(label_file, _LABEL_COLUMNS)[1]:
+        # The reference's goi_images.txt: file name and class indices, separated by tabs.
+        without_suffix = lambda name: os.path.splitext(os.path.basename(name))[0]  # noqa: E731
+        rows, without = labelled.read_index_rows(label_file, len(names), without_suffix)
     elif mids is None:
         raise ValueError(
             f"{class_file} has no class ids (/m/...), by which {label_file} names its labels; give "
@@ -55,99 +48,55 @@ def main(args: argparse.Namespace) -> int:
         )
     else:
         rows, without = read_labels(label_file, mids, class_file)
-    return labelled.build(
-        args,
-        {"classes": class_file, "labels": label_file},
-        names,
-        rows,
-        _LAYOUTS,
-        without_positives=without,
-    )
+    paths = lambda name: (f"{name}.jpg", f"{labelled.SPLIT}/{name}.jpg")  # noqa: E731
+    return labelled.build(args, names, rows, without, paths)
 
 
-def read_classes(path: Path) -> tuple[dict[str, int] | None, list[str]]:
-    """The class list.
-
-    Returns:
-        (class id -> index, or None for a list of bare names; class names).
+def read_classes(path: str) -> tuple[dict[str, int] | None, list[str]]:
+    """(class id -> index, or None for a list of bare names; class names) of a class file.
 
     Raises:
         ValueError: naming the line, for an empty name, a repeated id or a malformed row.
     """
-    first = first_line(path).split(",")
-    if first != _CLASS_HEADER and not _MID.fullmatch(first[0]):
-        named = [class_name(line, path, number) for number, line in _all_but_last_blank(path)]
-        return None, named
+    separator, first = tables.header(path, _CLASS_COLUMNS)
+    headed = set(_CLASS_COLUMNS) <= set(first)
+    if not headed and not _MID.fullmatch(first[0]):
+        listed = list(tables.lines(path))
+        while not listed[-1][1].strip():
+            listed.pop()
+        return None, [class_name(line, path, number) for number, line in listed]
+    rows = tables.table(path, _CLASS_COLUMNS, separator) if headed else tables.rows(path, separator)
     mids: dict[str, int] = {}
     names = []
-    for number, row in csv_rows(path):
-        if row == _CLASS_HEADER:
-            continue
+    for number, row in rows:
         if len(row) != 2 or not _MID.fullmatch(row[0]):
             raise ValueError(f"{path}:{number}: expected a class id and a name, got {row}")
         if row[0] in mids:
-            raise ValueError(
-                f"{path}:{number}: class {row[0]} again, first as number {mids[row[0]]}"
-            )
+            fault = f"class {row[0]} again, first as number {mids[row[0]]}"
+            raise ValueError(f"{path}:{number}: {fault}")
         mids[row[0]] = len(names)
         names.append(class_name(row[1], path, number))
     return mids, names
 
 
-def _all_but_last_blank(path: Path) -> list[tuple[int, str]]:
-    listed = list(lines(path))
-    while listed and not listed[-1][1].strip():
-        listed.pop()
-    return listed
-
-
-def read_labels(path: Path, mids: dict[str, int], class_file: Path) -> tuple[list[Row], int]:
-    """Human-verified image labels, official form.
-
-    Returns:
-        (images with their positive labels in the order of the file, number of images without any).
+def read_labels(path: str, mids: dict[str, int], class_file: str) -> tuple[list[Row], int]:
+    """(images with their positive labels, number of images without any) of the official form.
 
     Raises:
         ValueError: naming the line, for a label outside the class list or a confidence but 0 and 1.
     """
-    rows = csv_rows(path)
-    number, header = next(rows)
-    missing = [name for name in _LABEL_COLUMNS if name not in header]
-    if missing:
-        raise ValueError(f"{path}:{number}: no column {missing[0]} in {header}")
-    image_column, label_column, confidence_column = (header.index(n) for n in _LABEL_COLUMNS)
-    positives: dict[str, list[int]] = {}
-    first_seen: dict[str, int] = {}
-    for number, row in rows:
-        if len(row) != len(header):
-            raise ValueError(f"{path}:{number}: {len(row)} fields, the header has {len(header)}")
-        image, mid, confidence = row[image_column], row[label_column], row[confidence_column]
+    rows: dict[str, Row] = {}
+    for number, (image, mid, confidence) in tables.table(path, _LABEL_COLUMNS):
         if mid not in mids:
-            raise ValueError(
-                f"{path}:{number}: label {mid} is outside the class list {class_file} of {len(mids)}; "
-                "do the two files belong together?"
-            )
-        labels = positives.setdefault(image, [])
-        first_seen.setdefault(image, number)
-        if confidence in ("1", "1.0"):
-            if mids[mid] not in labels:
-                labels.append(mids[mid])
-        elif confidence not in ("0", "0.0"):
+            fault = f"label {mid} is outside the class list {class_file} of {len(mids)}"
+            raise ValueError(f"{path}:{number}: {fault}; do the two files belong together?")
+        if confidence not in ("0", "0.0", "1", "1.0"):
             raise ValueError(
                 f"{path}:{number}: confidence {confidence!r}, where people's verdicts are 0 or 1; "
                 "give the human-imagelabels file, not the machine-imagelabels one"
             )
-    kept = [Row(i, labels, first_seen[i]) for i, labels in positives.items() if labels]
-    return kept, len(positives) - len(kept)
-
-
-def read_reference_labels(path: Path, classes: int) -> tuple[list[Row], int]:
-    """The reference's goi_images.txt: file name and class indices, separated by tabs.
-
-    Returns:
-        (images with their labels, number of images without any).
-
-    Raises:
-        ValueError: naming the line, for a label outside the class list, no number, or a repeated image.
-    """
-    return labelled.read_index_rows(path, classes, lambda name: Path(name).stem)
+        labels = rows.setdefault(image, Row(image, [], number)).labels
+        if confidence[0] == "1" and mids[mid] not in labels:
+            labels.append(mids[mid])
+    kept = [row for row in rows.values() if row.labels]
+    return kept, len(rows) - len(kept)

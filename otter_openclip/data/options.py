@@ -4,106 +4,64 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
+from otter_openclip.data import sources
+from otter_openclip.data.plan import DROPPED_FILE
 from otter_openclip.data.pool import default_workers
-from otter_openclip.data.shards import DROPPED_FILE, Result
 
 
-@dataclass(frozen=True)
-class MaxMissing:
-    """``--max-missing``: a number of images, or a percentage of them."""
+def max_missing(text: str) -> Callable[[int], int]:
+    """From "25" or "0.5%" to the number of images that may be missing, of so many."""
+    share = float(text[:-1]) / 100 if text.endswith("%") and _is_number(text[:-1]) else None
+    if not text.isdecimal() and not (share is not None and 0 <= share <= 1):
+        fault = f"{text!r} is neither a count nor a percentage like 0.5%"
+        raise argparse.ArgumentTypeError(fault)
+    return lambda total: int(text) if share is None else int(total * share)
 
-    value: float
-    percent: bool
 
-    def __call__(self, total: int) -> int:
-        """The number of images allowed to be missing of ``total``."""
-        return int(total * self.value / 100) if self.percent else int(self.value)
-
-    @classmethod
-    def parse(cls, text: str) -> MaxMissing:
-        """From "25" or "0.5%"."""
-        percent = text.endswith("%")
-        try:
-            value = float(text[:-1]) if percent else int(text)
-        except ValueError:
-            value = -1.0
-        if value < 0 or (percent and value > 100):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is neither a count nor a percentage like 0.5%"
-            )
-        return cls(value, percent)
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdecimal()
 
 
 def positive(text: str) -> int:
     """A whole number above 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return value
+    return int(text)
 
 
 def add_output(parser: argparse.ArgumentParser, *, shard_size: int) -> None:
     """Add the options of the shard writer."""
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output",
-        required=True,
-        metavar="DIR",
-        help="folder to write; the same command goes on with a build that was stopped",
-    )
-    group.add_argument(
-        "--resize",
-        type=positive,
-        metavar="PIXELS",
-        help="scale images down to this shorter side (JPEG quality 95); default: files as they are",
-    )
-    group.add_argument(
-        "--shard-size",
-        type=positive,
-        default=shard_size,
-        metavar="N",
-        help=f"samples per shard; default {shard_size}",
-    )
-    group.add_argument(
-        "--workers",
-        type=positive,
-        default=default_workers(),
-        metavar="N",
-        help="processes; default: one per CPU. The result does not depend on it",
-    )
+    add, one = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    text = "folder or address to write; the same command goes on with a build that was stopped"
+    add("--output", required=True, metavar="DIR", help=text)
+    text = "scale images down to this shorter side (JPEG quality 95); default: files as they are"
+    add("--resize", type=positive, metavar="PIXELS", help=text)
+    text = f"samples per shard; default {shard_size}"
+    one("--shard-size", type=positive, default=shard_size, metavar="N", help=text)
+    text = "number of shards instead; open_clip needs one for each data-loading worker of all GPUs"
+    one("--shards", type=positive, metavar="N", help=text)
+    text = "processes; default: one per CPU. The result does not depend on it"
+    add("--workers", type=positive, default=default_workers(), metavar="N", help=text)
 
 
-def absolute(path: str | os.PathLike[str] | None) -> str | None:
-    """An absolute path, so that a resume from another folder is the same command."""
-    return None if path is None else os.path.abspath(path)
-
-
-def existing_file(path: str, flag: str) -> Path:
-    """``path`` as an absolute path.
-
-    Raises:
-        FileNotFoundError: naming the flag, if there is no such file.
-    """
-    found = Path(os.path.abspath(path))
-    if not found.is_file():
+def existing_file(path: str, flag: str) -> str:
+    """``path``, absolute or an address; FileNotFoundError naming ``flag`` if it is not there."""
+    if "://" not in path and not os.path.isfile(path):
         raise FileNotFoundError(f"{flag} {path}: no such file")
-    return found
+    return sources.absolute(path)
 
 
-def summary(output: Path, result: Result) -> str:
-    """What was written, and what was not."""
-    shards = len(result.shards)
-    lines = [f"{output}: {result.samples} samples in {shards} shard{'s' if shards > 1 else ''}."]
-    for counts, what in ((result.dropped, "Dropped"), (result.skipped, "Left out")):
-        if counts:
+def print_summary(output: str, report: dict[str, Any]) -> None:
+    """Say what was written, and what was not."""
+    shards = f"{report['shards']} shard{'s' if report['shards'] > 1 else ''}"
+    print(f"{output}: {report['samples']} samples in {shards}.")
+    for name, what in (("dropped", "Dropped"), ("skipped", "Left out")):
+        if counts := report[name]:
             listed = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-            lines.append(f"{what}: {listed}.")
-    if result.dropped:
-        lines.append(f"Which were dropped, and why: {output / DROPPED_FILE}")
-    return "\n".join(lines)
+            print(f"{what}: {listed}.")
+    if report["dropped"]:
+        print(f"Which were dropped, and why: {output}/{DROPPED_FILE}")

@@ -5,112 +5,98 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from otter_openclip.data import shards
-from otter_openclip.data.options import absolute, add_output, summary
+from otter_openclip.data import building, lookup, options, sources
+from otter_openclip.data.plan import Plan
+from otter_openclip.files import write_json
 
 SHARD_SIZE = 10_000
 EMPTY_CAPTION = "empty caption"
 
 
-@dataclass(frozen=True)
-class Caption:
-    """A caption as the ``txt`` file that open_clip reads."""
-
-    def __call__(self, caption: str) -> tuple[str, bytes]:
-        """The suffix and content of a sample's caption file."""
-        return "txt", caption.encode()
-
-
 def add_image_options(parser: argparse.ArgumentParser, images: str, *, required: bool) -> None:
     """Add --images and --img2dataset, one of which must be given if ``required``."""
-    group = parser.add_mutually_exclusive_group(required=required)
-    group.add_argument("--images", nargs="+", metavar="PATH", help=images)
-    group.add_argument(
-        "--img2dataset",
-        nargs="+",
-        metavar="PATH",
-        help="img2dataset's output folder or tars (--output_format webdataset or files)",
-    )
+    add = parser.add_mutually_exclusive_group(required=required).add_argument
+    add("--images", nargs="+", metavar="PATH", help=images)
+    text = "img2dataset's output folder, or its tars or parquet files; any --output_format but tfrecord"
+    add("--img2dataset", nargs="+", metavar="PATH", help=text)
 
 
 def add_pair_output(parser: argparse.ArgumentParser) -> None:
     """Add the options of the shard writer, with those of the samples' order."""
-    add_output(parser, shard_size=SHARD_SIZE)
-    group = parser.add_argument_group("order")
-    group.add_argument(
-        "--seed", type=int, default=0, help="shuffles the pairs before they are cut; default 0"
-    )
-    group.add_argument(
-        "--no-shuffle",
-        action="store_true",
-        help="keep the input's order (archives on a slow disk are then read from front to back)",
-    )
+    options.add_output(parser, shard_size=SHARD_SIZE)
+    add = parser.add_argument_group("order").add_argument
+    text = "shuffles the pairs before they are cut; default 0"
+    add("--seed", type=int, default=0, help=text)
+    text = "keep the input's order (archives on a slow disk are then read from front to back)"
+    add("--no-shuffle", action="store_true", help=text)
+
+
+class Images:
+    """The pictures that --images or --img2dataset stand for."""
+
+    def __init__(self, args: argparse.Namespace, default: Sequence[str] = ()) -> None:
+        """Look what is there; FileNotFoundError or ValueError naming what is not."""
+        self.downloaded, self.search = bool(args.img2dataset), bool(args.images)
+        given = args.images or args.img2dataset or default
+        self.folders, self.archives = sources.expand(given)
+        if self.downloaded and not self.archives:
+            # The parquet form holds nothing else; beside tars or folders parquet is statistics.
+            _, tables = sources.expand(given, sources.TABLES)
+            if not any(entry.is_dir() for folder in self.folders for entry in os.scandir(folder)):
+                self.archives = tables
+
+    def open(
+        self, plan: Plan, fields: tuple[str, ...] = ("url",), *, any_suffix: bool = False
+    ) -> Callable[..., lookup.Found]:
+        """Index them; returns what finds a picture, by URL or by paths."""
+        place = plan.index, self.folders, self.archives, plan.folder / "unpacked"
+        if self.downloaded:
+            return lookup.Downloaded(*place, fields).find
+        return lookup.Paths(*place, any_suffix=any_suffix, search=self.search).find
+
+
+def add(
+    plan: Plan,
+    name: str,
+    found: lookup.Found,
+    caption: str,
+    *,
+    key: str | None = None,
+    where: str = "",
+) -> None:
+    """Append a pair to the plan, or drop it."""
+    if found.file is not None and not caption.strip():
+        plan.drop(name, EMPTY_CAPTION, where)
+    else:
+        plan.add(name, found, caption, key=key, where=where)
 
 
 def build(
     args: argparse.Namespace,
     settings: dict[str, Any],
-    inputs: Sequence[Path],
-    plan: Callable[[shards.Planner], None],
-    finish: Callable[[Path, shards.Result], None] | None = None,
+    inputs: Sequence[str],
+    fill: Callable[[Plan], None],
+    *,
+    record: str,
+    finish: Callable[[Path, Plan], None] = lambda *_: None,
 ) -> int:
-    """Build a training set; returns the command's exit code.
+    """Build a training set; returns the exit code. As `building.Build` and `building.run` have it."""
+    if args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {args.seed}")
 
-    Args:
-        args: the options of this module, and ``command``.
-        settings: flag -> value of the command's own options.
-        inputs: files the result depends on.
-        plan: fills the plan with pairs.
-        finish: writes further files when the shards are in place.
-    """
-    output = Path(os.path.abspath(args.output))
+    def write_rest(folder: Path, plan: Plan) -> None:
+        finish(folder, plan)
+        sizes = {name: samples for name, samples, _ in plan.report()["written"]}
+        write_json(folder / "sizes.json", sizes)
+
     seed = None if args.no_shuffle else args.seed
-    if seed is not None and seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {seed}")
-    job = shards.Build(
-        output=output,
-        command=args.command,
-        settings={
-            **settings,
-            "images": _absolute_all(args.images),
-            "img2dataset": _absolute_all(args.img2dataset),
-            "resize": args.resize,
-            "shard-size": args.shard_size,
-            "seed": seed,
-        },
-        inputs=inputs,
-        encode=Caption(),
-        shard_name="{:05d}.tar",
-        shard_size=args.shard_size,
-        resize=args.resize,
-        seed=seed,
-        workers=args.workers,
-    )
-
-    def write_rest(folder: Path, result: shards.Result) -> None:
-        if finish is not None:
-            finish(folder, result)
-        shards.write_sizes(folder, result)
-
-    result = shards.run(job, plan, write_rest)
-    print(summary(output, result))
-    print(f"--train-data '{output}/{shard_pattern(len(result.shards))}'")
-    if len(result.shards) < 16:
-        print(
-            "open_clip needs a shard for each data-loading worker of all GPUs together: "
-            f"{len(result.shards)} at most here; a smaller --shard-size gives more."
-        )
+    encode = lambda caption: ("txt", caption.encode())  # noqa: E731
+    job = building.Build(args, settings, inputs, encode, "{:05d}.tar", record, seed)
+    report = building.run(job, fill, write_rest)
+    options.print_summary(job.shown, report)
+    last = report["shards"] - 1
+    print(f"--train-data '{job.shown}/{f'{{00000..{last:05d}}}' if last else '00000'}.tar'")
     return 0
-
-
-def shard_pattern(count: int) -> str:
-    """The braces pattern of ``count`` shards."""
-    return "00000.tar" if count == 1 else f"{{00000..{count - 1:05d}}}.tar"
-
-
-def _absolute_all(paths: Sequence[str] | None) -> list[str] | None:
-    return None if paths is None else [str(absolute(path)) for path in paths]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing.context import BaseContext
-from typing import Any, TypeVar
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+_AHEAD = 3  # items a worker
 
 
 def default_workers() -> int:
@@ -23,51 +24,45 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start_context() -> BaseContext:
-    """Forking saves each worker its imports; outside Linux it is not safe."""
-    return multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """``map`` over processes, in order; ``items`` are taken a few ahead of the results.
 
+    For one worker it runs in this process. Workers exit within a second of a ``kill -9`` of it.
 
-@contextlib.contextmanager
-def worker_pool(
-    workers: int, initializer: Callable[..., None] | None = None, initargs: tuple = ()
-) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose processes exit within a second of a ``kill -9`` of this one.
-
-    On an error the jobs not yet begun are cancelled and those that run are waited for.
+    Raises:
+        RuntimeError: if a worker is killed.
     """
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=start_context(),
-        initializer=_start,
-        initargs=(os.getpid(), initializer, initargs),
-    )
+    if workers == 1:
+        yield from map(function, items)
+        return
+    # Forking saves each worker its imports; outside Linux it is not safe.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(workers, context, _start, (os.getpid(),))
+    pending: deque = deque()
     try:
-        yield pool
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > _AHEAD * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a worker process was killed (out of memory?); what is finished is kept, and the same "
+            "command goes on from there, with fewer --workers if you like"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def parallel_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """``map`` over processes, results in the order of ``items``; in this process for one worker."""
-    items = list(items)
-    if min(workers, len(items)) <= 1:
-        yield from map(function, items)
-        return
-    with worker_pool(min(workers, len(items))) as pool:
-        yield from pool.map(function, items)
-
-
-def _start(parent: int, initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
+def _start(parent: int) -> None:
     # Ctrl-C reaches the whole process group; the parent decides what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    if initializer is not None:
-        initializer(*initargs)
 
 
 def _watch(parent: int) -> None:
-    """Without this an orphan would wait for work, or go on writing, beside the next run."""
+    """Without this an orphan would wait for work, holding the build's lock."""
     while os.getppid() == parent:
         time.sleep(0.3)
     os._exit(1)

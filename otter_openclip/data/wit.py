@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
-from otter_openclip.data import pairs, sources
+from otter_openclip.data import pairs, tables
+from otter_openclip.data.lookup import Found
 from otter_openclip.data.options import existing_file
-from otter_openclip.data.shards import MISSING, NOT_DOWNLOADED, Planner
-from otter_openclip.data.tables import csv_rows
+from otter_openclip.data.plan import Plan
 
 CAPTION_FIELDS = {
     "reference": "caption_reference_description",
@@ -33,6 +33,7 @@ CAPTION_FIELDS = {
 }
 _DEFAULT_FIELDS = ("reference", "alt", "attribution")
 _PASSES = "attribution_passes_lang_id"
+_COLUMNS = ("language", "image_url", _PASSES, *CAPTION_FIELDS.values())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,69 +64,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    tables = [existing_file(path, "--tables") for path in args.tables]
-    folders, archives = sources.expand(args.images or args.img2dataset)
+    paths = [existing_file(path, "--tables") for path in args.tables]
+    images = pairs.Images(args)
     languages = None if "all" in args.languages else set(args.languages)
+    opened = [tables.table(path, _COLUMNS, "\t") for path in paths]
 
-    def plan(planner: Planner) -> None:
-        unpacked = sources.unpacked(archives, planner.folder / "unpacked")
-        planner.archives += map(str, unpacked)
-        if args.img2dataset:
-            downloaded = sources.Downloaded(folders, unpacked, ("url",), args.workers)
-        else:
-            index = sources.index_archives(unpacked, sources.by_file_name, args.workers)
-            places = sources.Folders(folders, len(file_names("http://a/b")))
-        urls: dict[int, int] = {}
-        rows = (row for table in tables for row in read_table(table))
-        for row in tqdm(rows, "Reading rows", unit="row"):
-            if languages is not None and row["language"] not in languages:
-                planner.skip("in another language")
-                continue
+    def fill(plan: Plan) -> None:
+        find = images.open(plan)
+        for _, fields in tqdm(itertools.chain(*opened), "Reading rows", unit="row"):
+            row = dict(zip(_COLUMNS, fields, strict=True))
             caption, url = caption_of(row, args.caption_fields), row["image_url"]
-            if not caption:
-                planner.skip("without a caption")
-                continue
-            if args.img2dataset:
-                locator = downloaded.find(url)
+            if languages is not None and row["language"] not in languages:
+                plan.skip("in another language")
+            elif not caption:
+                plan.skip("without a caption")
             else:
-                names = file_names(url)
-                known = urls.setdefault(sources.digest(names[-1]), sources.digest(url))
-                if known != sources.digest(url):
-                    planner.drop(url, "file name of another URL", names[-1])
-                    continue
-                found = (index.find(os.path.basename(name)) for name in names)
-                locator = next(filter(None, found), None) or places.find(names)
-            if locator is None and args.img2dataset:
-                planner.skip(NOT_DOWNLOADED)
-            elif locator is None:
-                planner.drop(url, MISSING)
-            else:
-                planner.add(url, locator, caption, identity=f"{url}\n{caption}")
+                names = [url] if images.downloaded else file_names(url)
+                found = find(*names)
+                if not found.whole and _of_another_url(found.detail, url):
+                    found = Found(None)
+                plan.add(url, found, caption)
 
     settings = {
-        "tables": [str(table) for table in tables],
+        "tables": paths,
         "languages": sorted(args.languages),
         "caption-fields": args.caption_fields,
     }
-    return pairs.build(args, settings, [*tables, *archives], plan)
-
-
-def read_table(path: Path) -> Iterator[dict[str, str]]:
-    """The rows of a WIT file, by column name.
-
-    Raises:
-        ValueError: if a column is missing, or naming the line, if fields are.
-    """
-    rows = csv_rows(path, "\t")
-    _, header = next(rows, (0, []))
-    needed = ["language", "image_url", _PASSES, *CAPTION_FIELDS.values()]
-    missing = [name for name in needed if name not in header]
-    if missing:
-        raise ValueError(f"{path}: no column {missing[0]} in its first line; is it a WIT v1 file?")
-    for number, row in rows:
-        if len(row) != len(header):
-            raise ValueError(f"{path}:{number}: {len(row)} fields, the header has {len(header)}")
-        yield dict(zip(header, row, strict=True))
+    return pairs.build(args, settings, [*paths, *images.archives], fill, record="URL")
 
 
 def caption_of(row: dict[str, str], fields: Sequence[str]) -> str:
@@ -137,6 +102,12 @@ def caption_of(row: dict[str, str], fields: Sequence[str]) -> str:
         if text.strip():
             return text
     return ""
+
+
+def _of_another_url(place: str, url: str) -> bool:
+    """Whether the file lies, as wget -x has it, under a path of the same host but not this URL's."""
+    host = urlsplit(url).netloc
+    return f"{host}/" in place and not any(name in place for name in file_names(url)[1:3])
 
 
 def file_names(url: str) -> list[str]:

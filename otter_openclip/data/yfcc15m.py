@@ -14,16 +14,15 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from tqdm import tqdm
 
-from otter_openclip.data import pairs, sources
+from otter_openclip.data import pairs
 from otter_openclip.data.options import existing_file
-from otter_openclip.data.shards import MISSING, NOT_DOWNLOADED, Planner
+from otter_openclip.data.plan import Plan
 from otter_openclip.data.tables import lines
 
 _TAG = re.compile("<.*?>")
@@ -74,45 +73,33 @@ def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     subset = existing_file(args.subset, "--subset")
     metadata = [existing_file(path, "--metadata") for path in args.metadata]
-    folders, archives = sources.expand(args.images or args.img2dataset)
+    images = pairs.Images(args)
 
-    def plan(planner: Planner) -> None:
+    def fill(plan: Plan) -> None:
         ids, hashes = read_subset(subset)
-        unpacked = sources.unpacked(archives, planner.folder / "unpacked")
-        planner.archives += map(str, unpacked)
-        if args.img2dataset:
-            fields = ("photoid", "photo_id", "url")
-            downloaded = sources.Downloaded(folders, unpacked, fields, args.workers)
-        else:
-            index = sources.index_archives(unpacked, sources.by_stem, args.workers)
-            places = sources.Folders(folders, len(_paths("0", "0", "0")))
+        find = images.open(plan, ("photoid", "photo_id", "url"), any_suffix=True)
         described = np.zeros(len(ids), bool)
         for row, photo in select(metadata, ids):
             described[row] = True
             if photo.marker == _VIDEO:
-                planner.skip("video")
+                plan.skip("video")
                 continue
-            if args.img2dataset:
-                locator = downloaded.find(photo.id) or downloaded.find(photo.url)
-            else:
+            names = [photo.id, photo.url]
+            if not images.downloaded:
                 stem = os.path.splitext(os.path.basename(urlsplit(photo.url).path))[0]
-                code = hashes[row].decode()
-                locator = index.find(code) or index.find(photo.id) or index.find(stem)
-                locator = locator or places.find(_paths(code, photo.id, stem))
+                names = _paths(hashes[row].decode(), photo.id, stem)
             title, description = clean(photo.title), clean(photo.description)
-            if locator is None and args.img2dataset:
-                planner.skip(NOT_DOWNLOADED)
-            elif locator is None:
-                planner.drop(photo.id, MISSING)
-            elif not title.strip() and not description.strip():
-                planner.drop(photo.id, pairs.EMPTY_CAPTION)
+            found = find(*names)
+            if found.file is not None and not title.strip() and not description.strip():
+                plan.drop(photo.id, pairs.EMPTY_CAPTION)
             else:
-                planner.add(photo.id, locator, f"{title}. {description}", key=photo.id)
+                plan.add(photo.id, found, f"{title}. {description}", key=photo.id)
         if not described.all():
-            planner.skip("without metadata", int((~described).sum()))
+            plan.skip("without metadata", int((~described).sum()))
 
-    settings = {"subset": str(subset), "metadata": [str(path) for path in metadata]}
-    return pairs.build(args, settings, [subset, *metadata, *archives], plan)
+    settings = {"subset": subset, "metadata": metadata}
+    inputs = [subset, *metadata, *images.archives]
+    return pairs.build(args, settings, inputs, fill, record="photo")
 
 
 def clean(text: str) -> str:
@@ -120,7 +107,7 @@ def clean(text: str) -> str:
     return _TAG.sub("", unquote(text).replace("+", " "))
 
 
-def read_subset(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_subset(path: str) -> tuple[np.ndarray, np.ndarray]:
     """The subset's photo ids (int64, sorted, each once) and hashes (bytes).
 
     Raises:
@@ -143,7 +130,7 @@ def read_subset(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return ids, table["hash"][first]
 
 
-def select(paths: Iterable[Path], ids: np.ndarray) -> Iterator[tuple[int, Photo]]:
+def select(paths: Iterable[str], ids: np.ndarray) -> Iterator[tuple[int, Photo]]:
     """The metadata of the photos in ``ids`` (sorted), with the photo's place there."""
     with tqdm(desc="Reading metadata", unit="row", unit_scale=True) as bar:
         for path in paths:
@@ -156,7 +143,7 @@ def select(paths: Iterable[Path], ids: np.ndarray) -> Iterator[tuple[int, Photo]
                 bar.update(len(batch))
 
 
-def read_metadata(path: Path) -> Iterator[Photo]:
+def read_metadata(path: str) -> Iterator[Photo]:
     """The rows of a YFCC100M metadata file.
 
     Raises:
@@ -188,7 +175,7 @@ def read_metadata(path: Path) -> Iterator[Photo]:
         yield photo
 
 
-def _from_json(line: str, path: Path, number: int) -> Photo:
+def _from_json(line: str, path: str, number: int) -> Photo:
     try:
         values = json.loads(line)
         needed = [values[name] for name in _NEEDED]
@@ -202,4 +189,5 @@ def _from_json(line: str, path: Path, number: int) -> Photo:
 
 def _paths(code: str, photo: str, stem: str) -> list[str]:
     nested = f"{code[:3]}/{code[3:6]}/{code}.jpg"
-    return [nested, f"data/images/{nested}", f"{code}.jpg", f"{photo}.jpg", f"{stem}.jpg"]
+    names = [nested, f"data/images/{nested}", f"{code}.jpg", f"{photo}.jpg"]
+    return [*names, f"{stem}.jpg"] if stem else names
