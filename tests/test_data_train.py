@@ -206,7 +206,7 @@ def test_header_quotes_and_compression_of_cc3m(tmp_path):
         (
             "Train_GCC-training.tsv",
             "only one column\n",
-            "training.tsv:1: 1 columns, expected caption",
+            "training.tsv:1: 1 columns, expected caption, URL",
         ),
         (
             "downloaded_training_report.tsv",

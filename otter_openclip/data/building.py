@@ -61,14 +61,15 @@ class Build:
         """The output for messages: a whole path, or the address."""
         return sources.absolute(self.args.output)
 
-    def begun(self) -> dict[str, dict[str, Any]]:
-        """What a resume must repeat: settings, and the state of the inputs."""
-        args, settings = self.args, {"command": self.args.command, **self.settings}
+    def begun(self) -> dict[str, Any]:
+        """What a resume must repeat: settings by flag, and inputs with their state."""
+        args = self.args
+        settings = {"command": args.command, **self.settings, "resize": args.resize}
         for flag in ("images", "img2dataset"):
             paths = getattr(args, flag, None)
-            settings[flag] = paths and [sources.absolute(path) for path in paths]
-        settings |= {"resize": args.resize, "seed": self.seed}
+            settings[flag] = paths and " ".join(map(sources.absolute, paths))
         settings |= {"shards": args.shards} if args.shards else {"shard-size": args.shard_size}
+        settings["seed"] = self.seed
         return {"settings": settings, "inputs": {path: sources.stamp(path) for path in self.inputs}}
 
 
@@ -141,28 +142,25 @@ def _fill(plan: Plan, build: Build, fill: Callable[[Plan], None], begun: dict[st
         plan["planned"] = True
 
 
-def _check_same(output: Path | str, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same(where: Path | str, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise ValueError if settings or inputs are not those that the build was begun with."""
-
-    def shown(value: Any) -> str:
-        listed = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        return "not given" if value is None else listed
-
-    after = json.loads(json.dumps(now))
-    differences = [f"{name} has changed" for name in _changed(before["inputs"], after["inputs"])]
-    for name in _changed(before["settings"], after["settings"]):
-        flag = name if name == "command" else f"--{name}"
-        old, new = (shown(values["settings"].get(name)) for values in (before, after))
-        differences.append(f"{flag} was {old} and is now {new}")
+    now, differences = json.loads(json.dumps(now)), []
+    for kind in now:
+        for name in before[kind] | now[kind]:
+            old, new = (
+                "not given" if values[kind].get(name) is None else values[kind][name]
+                for values in (before, now)
+            )
+            flag = name if name == "command" else f"--{name}"
+            change = f"{flag} was {old} and is now {new}"
+            if old != new:
+                differences.append(f"{name} has changed" if kind == "inputs" else change)
     if differences:
-        raise ValueError(
-            f"{output} was begun differently: {'; '.join(differences[:5])}. "
-            "Run it as it was begun, or choose another --output"
+        fault, fix = (
+            "; ".join(differences[:5]),
+            "Run it as it was begun, or choose another --output",
         )
-
-
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [name for name in before | now if before.get(name) != now.get(name)]
+        raise ValueError(f"{where} was begun differently: {fault}. {fix}")
 
 
 def _check_lost(plan: Plan, build: Build) -> None:

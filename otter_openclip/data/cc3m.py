@@ -29,19 +29,12 @@ _REPORT = ("file", "folder", "mimetype", "size", "status", "url")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    parser.add_argument(
-        "--captions", required=True, metavar="FILE", help="Train_GCC-training.tsv, as downloaded"
-    )
-    parser.add_argument(
-        "--report",
-        metavar="FILE",
-        help="downloaded_training_report.tsv[.gz] of the reference's downloader; goes with --images",
-    )
-    pairs.add_image_options(
-        parser,
-        "folder or archives that the report's file names (training/0_1595581236) start from",
-        required=True,
-    )
+    text = "Train_GCC-training.tsv, as downloaded"
+    parser.add_argument("--captions", required=True, metavar="FILE", help=text)
+    text = "downloaded_training_report.tsv[.gz] of the reference's downloader; goes with --images"
+    parser.add_argument("--report", metavar="FILE", help=text)
+    text = "folder or archives that the report's file names (training/0_1595581236) start from"
+    pairs.add_image_options(parser, text, required=True)
     pairs.add_pair_output(parser)
 
 
@@ -73,35 +66,28 @@ def main(args: argparse.Namespace) -> int:
 
 
 def read_captions(path: str) -> Iterator[tuple[str, str]]:
-    """(caption, URL) of the official TSV, with or without the header that img2dataset's guide adds.
-
-    Raises:
-        ValueError: naming the line, if it has not two columns.
-    """
+    """(caption, URL) of the official TSV, with or without the header that img2dataset's guide adds."""
     for fields in _fields(path, ("caption", "URL")):
         if fields != ["caption", "url"]:
             yield _unquoted(fields[0]), fields[1].strip()
 
 
 def read_report(path: str) -> Iterator[tuple[str, str]]:
-    """(URL, file name) of the images that the downloader has saved.
-
-    Raises:
-        ValueError: naming the line, if it has not the report's six columns.
-    """
+    """(URL, file name) of the images that the downloader has saved."""
     for name, _, _, _, status, url in _fields(path, _REPORT):
         if name and status in ("200", "200.0"):
             yield _unquoted(url.strip()), _unquoted(name)
 
 
 def _fields(path: str, columns: tuple[str, ...]) -> Iterator[list[str]]:
+    """The fields of lines that are not empty; ValueError naming one that has not so many."""
     for number, line in lines(path):
         fields = line.split("\t")
-        if len(fields) != len(columns) and line:
-            listed = " and ".join(columns) if len(columns) == 2 else ", ".join(columns)
-            raise ValueError(f"{path}:{number}: {len(fields)} columns, expected {listed}")
-        if line:
+        if len(fields) == len(columns):
             yield fields
+        elif line:
+            fault = f"{len(fields)} columns, expected {', '.join(columns)}"
+            raise ValueError(f"{path}:{number}: {fault}")
 
 
 def write_labels(output: Path, plan: Plan) -> None:

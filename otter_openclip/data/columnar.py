@@ -1,4 +1,4 @@
-"""Images with JSON beside them, in tars; and parquet and arrow tables made into such tars.
+"""Images with JSON beside them in tars; and parquet and arrow tables, made into such tars.
 
 A table's images lie in a column of bytes (img2dataset) or of {bytes, path} (Hugging Face datasets).
 """
@@ -19,26 +19,26 @@ class Sample(NamedTuple):
     """A sample's name, its JSON and its image's file, each None if it is not there."""
 
     name: str
-    metadata: bytes | None
-    file: list[Any] | None
+    metadata: bytes | None = None
+    file: list[Any] | None = None
 
 
 def samples(tar: str) -> Iterator[Sample]:
-    """The samples of an uncompressed tar or a zip in their order."""
-    stem, metadata, file = "", None, None
-    with open(tar, "rb") as opened:
-        for member in sources.members(tar):
-            name, suffix = os.path.splitext(member.name)
-            if name != stem:
-                if metadata or file:
-                    yield Sample(stem, metadata, file)
-                stem, metadata, file = name, None, None
-            if suffix == ".json":
-                metadata = os.pread(opened.fileno(), member.size, member.offset)
-            elif suffix != ".txt":
-                file = [tar, *member[1:]]
-    if metadata or file:
-        yield Sample(stem, metadata, file)
+    """The samples of an uncompressed tar in their order."""
+    sample = Sample("")
+    for member in sources.members(tar):
+        name, suffix = os.path.splitext(member.name)
+        if name != sample.name:
+            if sample != Sample(sample.name):
+                yield sample
+            sample = Sample(name)
+        file = [tar, *member[1:]]
+        if suffix == ".json":
+            sample = sample._replace(metadata=sources.read(file))
+        elif suffix != ".txt":
+            sample = sample._replace(file=file)
+    if sample != Sample(sample.name):
+        yield sample
 
 
 def write_tar(table: IO[bytes], out: IO[bytes], name: str) -> None:
@@ -50,13 +50,17 @@ def write_tar(table: IO[bytes], out: IO[bytes], name: str) -> None:
     """
     try:
         import pyarrow
-        from pyarrow import ipc, parquet
+        from pyarrow import ipc, parquet, types
     except ImportError as error:
         fix = "pip install 'otter-openclip[parquet]'"
         raise OSError(f"{name}: pyarrow, which reads it, is not installed; {fix}") from error
     from webdataset import TarWriter
 
-    number = 0
+    def is_image(kind: Any) -> bool:
+        inner = {field.name: field.type for field in kind} if types.is_struct(kind) else {}
+        kind = inner.get("bytes", kind)
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
     try:
         if name.endswith(".parquet"):
             reader = parquet.ParquetFile(table)
@@ -64,37 +68,19 @@ def write_tar(table: IO[bytes], out: IO[bytes], name: str) -> None:
         else:
             batches = ipc.open_stream(table)
             schema = batches.schema
-        column = image_column(schema, name)
-        batches = tqdm(batches, f"Unpacking {os.path.basename(name)}", unit="batch")
-        with TarWriter(out, encoder=False, mtime=0) as tar:
+        images = [field.name for field in schema if is_image(field.type)]
+        if len(images) != 1:
+            listed = ", ".join(schema.names)
+            raise ValueError(f"{name}: {len(images)} columns of images among {listed}")
+        bar = tqdm(desc=f"Unpacking {os.path.basename(name)}", unit="row")
+        with TarWriter(out, encoder=False, mtime=0) as tar, bar:
             for row in (row for batch in batches for row in batch.to_pylist()):
-                image = row.pop(column)
+                image = row.pop(images[0])
                 if isinstance(image, dict):
                     row["image_path"], image = image.get("path"), image.get("bytes")
-                text = json.dumps(row, default=str).encode()
-                tar.write(
-                    {"__key__": f"{number:09d}", "json": text} | ({"x": image} if image else {})
-                )
-                number += 1
+                sample = {"json": json.dumps(row, default=str).encode()}
+                tar.write({"__key__": f"{bar.n:09d}", **sample, **({"x": image} if image else {})})
+                bar.update()
     except pyarrow.ArrowException as error:
-        raise OSError(f"{name}: damaged or cut short ({error}); download it again") from error
-
-
-def image_column(schema: Any, name: str) -> str:
-    """The column of images of a pyarrow schema.
-
-    Raises:
-        ValueError: if there is not one.
-    """
-    from pyarrow import types
-
-    def holds_bytes(kind: Any) -> bool:
-        inner = {field.name: field.type for field in kind} if types.is_struct(kind) else {}
-        return any(
-            types.is_binary(k) or types.is_large_binary(k) for k in (kind, inner.get("bytes", kind))
-        )
-
-    found = [field.name for field in schema if holds_bytes(field.type)]
-    if len(found) != 1:
-        raise ValueError(f"{name}: {len(found)} columns of images among {', '.join(schema.names)}")
-    return found[0]
+        fault = f"damaged or cut short ({error})"
+        raise OSError(f"{name}: {fault}; download it again") from error

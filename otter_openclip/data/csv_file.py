@@ -23,12 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--csv-img-key", default="filepath", metavar="NAME", help="column; default filepath")
     add("--csv-caption-key", default="title", metavar="NAME", help="column; default title")
     add("--no-quotes", action="store_true", help="quotation marks in the table are only that")
-    pairs.add_image_options(
-        parser,
-        "folders or archives that hold the paths; by default paths start from the current folder, as "
-        "open_clip has it, or from the table's",
-        required=False,
-    )
+    text = "folders or archives that hold the paths; default: the current folder and the table's"
+    pairs.add_image_options(parser, text, required=False)
     pairs.add_pair_output(parser)
 
 
@@ -47,11 +43,6 @@ def main(args: argparse.Namespace) -> int:
         for line, (image, caption) in tqdm(rows, "Reading captions", unit="caption"):
             pairs.add(plan, image, find(image), caption, where=f"line {line}")
 
-    settings = {
-        "captions": path,
-        "csv-separator": separator,
-        "csv-img-key": args.csv_img_key,
-        "csv-caption-key": args.csv_caption_key,
-        "no-quotes": args.no_quotes,
-    }
+    settings = {"captions": path, "csv-separator": separator, "no-quotes": args.no_quotes}
+    settings |= {"csv-img-key": columns[0], "csv-caption-key": columns[1]}
     return pairs.build(args, settings, [path, *images.archives], fill, record="row")

@@ -20,13 +20,8 @@ from otter_openclip.data.plan import Plan
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    parser.add_argument(
-        "--dataset",
-        required=True,
-        nargs="+",
-        metavar="PATH",
-        help="folders with .parquet or .arrow files in them or below, or such files",
-    )
+    text = "folders with .parquet or .arrow files in them or below, or such files"
+    parser.add_argument("--dataset", required=True, nargs="+", metavar="PATH", help=text)
     parser.add_argument("--text-key", metavar="NAME", help="column; default: the only one of text")
     pairs.add_pair_output(parser)
 

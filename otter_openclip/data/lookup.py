@@ -1,4 +1,4 @@
-"""Finding a row's picture: by its path, else by names that only one file has, or by its URL."""
+"""Finding a row's picture: by its path, else by what only one file's path ends with, or by its URL."""
 
 from __future__ import annotations
 
@@ -20,53 +20,46 @@ _LIMIT = 6  # files of one name that are looked at
 _NOT_IMG2DATASET = (
     "is this the output of img2dataset, and did it end well? It resumes when run again"
 )
+Entry = tuple[
+    bytes, Any, Any, Any
+]  # key, offset, size, how; of a folder its path or None for offset
 
 
 class Found(NamedTuple):
-    """A file, or None with the reason; ``whole`` if its path, not only its name, was looked for."""
+    """A file and its name, or None with the reason; ``whole`` if all of its path was looked for."""
 
     file: list[Any] | None
+    name: str = ""
     whole: bool = True
     reason: str = MISSING
-    detail: str = ""
-
-
-class Hit(NamedTuple):
-    """A file of the index and what a user calls it."""
-
-    name: str
-    file: list[Any]
 
 
 class Index:
-    """Files by key, on disk: millions of them in some megabytes of memory.
+    """Files by key, on disk: millions of them in some megabytes of memory; kept for a resume.
 
     The key of a path is its parts from the last to the first, so that all files whose path ends alike
-    are neighbours. What is indexed stays for a build that goes on.
+    are neighbours.
     """
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.db, self._sorted = db, False
-        for line in (
-            "sources (id INTEGER PRIMARY KEY, path TEXT UNIQUE)",
-            "files (key BLOB, source INTEGER, offset INTEGER, size INTEGER, how INTEGER)",
-        ):
-            db.execute(f"CREATE TABLE IF NOT EXISTS {line}")
+        db.executescript(
+            "CREATE TABLE IF NOT EXISTS sources (id INTEGER PRIMARY KEY, path TEXT UNIQUE);"
+            "CREATE TABLE IF NOT EXISTS files (key BLOB, source INT, offset, size INT, how INT);"
+        )
 
-    def add(self, source: str, entries: Iterable[tuple[bytes, Any, Any, Any]]) -> None:
-        """Index what a folder or archive holds, (key, offset, size, how), unless it is indexed."""
+    def add(self, source: str, entries: Iterable[Entry]) -> None:
+        """Index what a folder or archive holds, unless it is indexed."""
+        if self.db.execute("SELECT 1 FROM sources WHERE path = ?", (source,)).fetchone():
+            return
         with self.db:
-            if self.db.execute("SELECT 1 FROM sources WHERE path = ?", (source,)).fetchone():
-                return
             self.db.execute("DROP INDEX IF EXISTS keys")
             self._sorted = False
             row = self.db.execute("INSERT INTO sources (path) VALUES (?)", (source,)).lastrowid
-            self.db.executemany(
-                f"INSERT INTO files VALUES (?, {row}, ?, ?, ?)",
-                tqdm(entries, f"Indexing {os.path.basename(source)}", unit="file", delay=1),
-            )
+            bar = tqdm(entries, f"Indexing {os.path.basename(source)}", unit="file", delay=1)
+            self.db.executemany(f"INSERT INTO files VALUES (?, {row}, ?, ?, ?)", bar)
 
-    def select(self, low: bytes, high: bytes | None = None) -> list[Hit]:
+    def select(self, low: bytes, high: bytes | None = None) -> list[Found]:
         """The files of the key ``low``, or of keys from it to below ``high``, at most ``_LIMIT``."""
         if not self._sorted:
             self.db.execute("CREATE INDEX IF NOT EXISTS keys ON files (key)")
@@ -77,23 +70,20 @@ class Index:
             f"WHERE {where} ORDER BY key, source, offset LIMIT {_LIMIT}",
             (low,) if high is None else (low, high),
         )
-        return [_hit(*row) for row in rows]
+        return [_found(*row) for row in rows]
 
 
-def _hit(key: bytes, source: str, place: int | str | None, size: int, how: int) -> Hit:
-    path = _turned(os.fsdecode(key))
+def _found(key: bytes, source: str, place: int | str | None, size: int, how: int | None) -> Found:
+    path = "/".join(reversed(os.fsdecode(key).split("/")))
     if how is None:
         path = place or f"{source}/{path}"
-        return Hit(path, [path])
-    return Hit(f"{path} in {source}", [source, place, size, how])
-
-
-def _turned(path: str) -> str:
-    return "/".join(reversed(path.split("/")))
+        return Found([path], path)
+    return Found([source, place, size, how], f"{source}:{path}")
 
 
 def _key(path: str) -> bytes:
-    return os.fsencode(_turned(posixpath.normpath(path).lstrip("/")))
+    parts = posixpath.normpath(path).lstrip("/").split("/")
+    return os.fsencode("/".join(reversed(parts)))
 
 
 class Paths:
@@ -126,59 +116,49 @@ class Paths:
         for archive in archives:
             path = sources.local(archive, unpacked)
             index.add(path, ((_key(name), *rest) for name, *rest in sources.members(path)))
-        for folder in folders:
-            if "://" in folder:
-                index.add(folder, _listed(folder))
+        for folder in (folder for folder in folders if "://" in folder):
+            index.add(folder, _listed(folder))
 
     def find(self, *paths: str) -> Found:
         """The picture under the first of the relative or absolute ``paths`` that leads to one."""
         for path in paths:
             folders = [""] if os.path.isabs(path) else self.folders
-            places = (os.path.normpath(os.path.join(folder, path)) for folder in folders)
-            hits = [Hit(p, [p]) for p in dict.fromkeys(places) if os.path.isfile(p)]
-            if hits := hits or self.index.select(_key(path)):
-                return _the_one(hits, whole=True)
+            places = {os.path.normpath(os.path.join(folder, path)): None for folder in folders}
+            there = [Found([place], place) for place in places if os.path.isfile(place)]
+            if there := there or self.index.select(_key(path)):
+                return _only(there, whole=True)
         while self._unread:
             folder, *self._unread = self._unread
             self.index.add(folder, _walked(folder))
-        for path in paths:
-            if found := self._by_name(_key(path)):
-                return found
+        for near in map(self._near, map(_key, paths)):
+            if near:
+                return _only(near, whole=False)
         return Found(None)
 
-    def _by_name(self, key: bytes) -> Found | None:
+    def _near(self, key: bytes) -> list[Found]:
+        parts, select = key.split(b"/"), self.index.select
         if self.any_suffix:
-            stem = os.path.splitext(key.split(b"/")[0])[0]
-            near = [*self.index.select(stem), *self.index.select(stem + b"/", stem + b"0")]
-            near += [
-                hit
-                for hit in self.index.select(stem + b".", stem + b"/")
-                if os.path.splitext(hit.name.split(" in ")[0])[1].lower() in self._images
-            ]
-            return _the_one(near, whole=False) if near else None
-        parts = key.split(b"/")
-        for count in range(len(parts), 0, -1):  # those that agree in most parts, from the last on
-            end = b"/".join(parts[:count])
-            if hits := self.index.select(end) + self.index.select(end + b"/", end + b"0"):
-                return _the_one(hits, whole=False)
-        return None
+            stem = os.path.splitext(parts[0])[0]
+            others = [*select(stem + b".", stem + b"/"), *select(stem + b"/", stem + b"0")]
+            suffixed = ((found, os.path.splitext(found.name)[1]) for found in others)
+            return [*select(stem), *(f for f, suffix in suffixed if suffix.lower() in self._images)]
+        ends = (b"/".join(parts[:count]) for count in range(len(parts), 0, -1))
+        return next(filter(None, (select(e) + select(e + b"/", e + b"0") for e in ends)), [])
 
 
-def _the_one(hits: Sequence[Hit], *, whole: bool) -> Found:
-    if len(hits) == 1:
-        return Found(hits[0].file, whole, detail=hits[0].name)
-    return Found(None, whole, AMBIGUOUS, " or ".join(hit.name for hit in hits[:_LIMIT]))
+def _only(found: list[Found], *, whole: bool) -> Found:
+    if len(found) == 1:
+        return found[0]._replace(whole=whole)
+    return Found(None, " or ".join(each.name for each in found[:_LIMIT]), whole, AMBIGUOUS)
 
 
-def _walked(folder: str) -> Iterator[tuple]:
+def _walked(folder: str) -> Iterator[Entry]:
     for root, _, names in os.walk(folder):
-        within = os.path.relpath(root, folder)
         for name in names:
-            yield _key(os.path.join(within, name)), None, None, None
+            yield _key(os.path.relpath(os.path.join(root, name), folder)), None, None, None
 
 
-def _listed(address: str) -> Iterator[tuple]:
-    """The files under an address, which cannot be asked for one by one."""
+def _listed(address: str) -> Iterator[Entry]:
     import fsspec
 
     system, root = fsspec.core.url_to_fs(address)
@@ -195,32 +175,27 @@ class Downloaded:
         folders: Sequence[str],
         archives: Sequence[str],
         unpacked: Path,
-        fields: tuple[str, ...] = ("url",),
+        fields: tuple[str, ...],
     ) -> None:
-        """Index the images by what their JSON has in ``fields``.
-
-        Raises:
-            OSError: if an image has no JSON, or it has none of the fields.
-        """
+        """Index the images by ``fields``; OSError if an image has no JSON with one of them."""
         self.index = index
         for archive in archives:
             path = sources.local(archive, unpacked)
             index.add(path, _by_fields(columnar.samples(path), path, fields))
-        # A folder with tars is the webdataset form, with parquet files of images the parquet form.
-        for folder in folders:
-            if not any(os.path.dirname(archive) == folder for archive in archives):
-                index.add(folder, _by_fields(_beside(folder), folder, fields))
+        # A folder with archives is of another form; its other contents are statistics.
+        packed = set(map(os.path.dirname, archives))
+        for folder in (folder for folder in folders if folder not in packed):
+            index.add(folder, _by_fields(_beside(folder), folder, fields))
 
     def find(self, *names: str) -> Found:
         """The image whose JSON has one of the ``names``, the first of several."""
-        hits = (hit for name in names for hit in self.index.select(name.encode()))
-        hit = next(hits, None)
-        return Found(None, reason=NOT_DOWNLOADED) if hit is None else Found(hit.file)
+        there = (found for name in names for found in self.index.select(name.encode()))
+        return next(there, Found(None, reason=NOT_DOWNLOADED))
 
 
 def _by_fields(
     samples: Iterable[columnar.Sample], where: str, fields: tuple[str, ...]
-) -> Iterator[tuple]:
+) -> Iterator[Entry]:
     for name, content, file in samples:
         if file is None:
             continue  # not downloaded
@@ -234,16 +209,15 @@ def _by_fields(
         if not found:
             listed = " or ".join(fields)
             raise OSError(f"{where}: {name}.json: no {listed} in it; {_NOT_IMG2DATASET}")
-        place, *rest = file if len(file) == 1 else file[1:]
-        for key in found:
-            yield key.encode(), place, *(rest or (None, None))
+        place = (file[0], None, None) if len(file) == 1 else file[1:]
+        yield from ((key.encode(), *place) for key in found)
 
 
 def _beside(folder: str) -> Iterator[columnar.Sample]:
     for part in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()):
-        names = sorted(os.listdir(part))
-        images = (os.path.splitext(n) for n in names if not n.endswith((".json", ".txt")))
-        for stem, suffix in images:
-            beside = Path(part, f"{stem}.json")
-            content = beside.read_bytes() if beside.exists() else None
-            yield columnar.Sample(os.path.join(part, stem), content, [f"{part}/{stem}{suffix}"])
+        for name in sorted(os.listdir(part)):
+            stem, suffix = os.path.splitext(os.path.join(part, name))
+            if suffix not in (".json", ".txt"):
+                beside = Path(f"{stem}.json")
+                content = beside.read_bytes() if beside.exists() else None
+                yield columnar.Sample(stem, content, [stem + suffix])

@@ -66,7 +66,7 @@ class Plan:
         if found.file is None:
             if found.reason == NOT_DOWNLOADED:
                 return self.skip(NOT_DOWNLOADED)
-            return self.drop(name, found.reason, found.detail or where)
+            return self.drop(name, found.reason, found.name or where)
         if key is not None and not _KEY.fullmatch(key):
             fault = "cannot be the key of a webdataset sample (letters, digits, - and _)"
             raise ValueError(f"{name}: {key!r} {fault}")

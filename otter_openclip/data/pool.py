@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -25,9 +25,7 @@ def default_workers() -> int:
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """``map`` over processes, in order; ``items`` are taken a few ahead of the results.
-
-    For one worker it runs in this process. Workers exit within a second of a ``kill -9`` of it.
+    """``map`` over processes, in order; ``items`` are taken a few ahead. One worker is this process.
 
     Raises:
         RuntimeError: if a worker is killed.
@@ -38,7 +36,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
     # Forking saves each worker its imports; outside Linux it is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, _start, (os.getpid(),))
-    pending: deque = deque()
+    pending: deque[Future[R]] = deque()
     try:
         for item in items:
             pending.append(pool.submit(function, item))
@@ -47,22 +45,19 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise RuntimeError(
-            "a worker process was killed (out of memory?); what is finished is kept, and the same "
-            "command goes on from there, with fewer --workers if you like"
-        ) from None
+        fault = "a worker process was killed (out of memory?); what is finished is kept"
+        fix = "the same command goes on from there, with fewer --workers if you like"
+        raise RuntimeError(f"{fault}, and {fix}") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start(parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:  # an orphan would wait for work for ever
+            time.sleep(0.3)
+        os._exit(1)
+
     # Ctrl-C reaches the whole process group; the parent decides what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-
-
-def _watch(parent: int) -> None:
-    """Without this an orphan would wait for work, holding the build's lock."""
-    while os.getppid() == parent:
-        time.sleep(0.3)
-    os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()

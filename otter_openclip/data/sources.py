@@ -25,16 +25,16 @@ from otter_openclip.data import tables
 from otter_openclip.data.decoding import UndecodableImageError
 from otter_openclip.files import written_whole
 
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+ARCHIVES = (".tar", ".zip", *COMPRESSED)
 TABLES = (".parquet", ".arrow")  # with the images in them
-ARCHIVES = (*TARS, ".zip")
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"
-_RAW, _STORED, _DEFLATED = range(3)
+_RAW, _DEFLATED = -1, zipfile.ZIP_DEFLATED
 _LOCAL_HEADER = 30  # of a zip's member
 
 
 class Member(NamedTuple):
-    """One file of an archive; ``how`` says how its bytes are stored."""
+    """One file of an archive; ``how`` is a zip's compression method, or -1 in a tar."""
 
     name: str
     offset: int
@@ -42,11 +42,13 @@ class Member(NamedTuple):
     how: int
 
 
-def expand(patterns: Iterable[str], suffixes: Sequence[str] = ARCHIVES) -> tuple[list, list]:
+def expand(
+    patterns: Iterable[str], suffixes: tuple[str, ...] = ARCHIVES
+) -> tuple[list[str], list[str]]:
     """Split arguments into (folders, archives), absolute or addresses; braces and wildcards expanded.
 
-    A folder that holds tars or zips, or what else of ``suffixes`` is given, stands for them too.
-    Compressed tars take long to unpack and much room, so they are used only if named.
+    A folder that holds archives stands for them too; compressed tars, which take long to unpack and
+    much room, are used only if named.
 
     Raises:
         FileNotFoundError: if one of them is not there.
@@ -54,28 +56,21 @@ def expand(patterns: Iterable[str], suffixes: Sequence[str] = ARCHIVES) -> tuple
     """
     folders, archives = [], []
     for text in (text for pattern in patterns for text in braceexpand.braceexpand(str(pattern))):
-        if remote := "://" in text:
-            found = [text]
-        else:
-            found = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
-        if not found:
+        remote = "://" in text
+        if not (found := [text] if remote else sorted(glob.glob(text)) or [text]):
             raise FileNotFoundError(f"nothing matches {text}")
-        for path in found if remote else map(os.path.abspath, found):
-            if path.endswith(tuple(suffixes)) and (remote or os.path.isfile(path)):
+        for path in map(absolute, found):
+            if path.endswith(suffixes) and (remote or os.path.isfile(path)):
                 archives.append(path)
-            elif remote:
+            elif remote or os.path.isdir(path):
                 folders.append(path)
-            elif os.path.isdir(path):
-                folders.append(path)
-                plain = tuple({".tar", ".zip", *suffixes} - set(TARS[1:]))
-                archives += (
-                    p for p in sorted(glob.glob(f"{glob.escape(path)}/*")) if p.endswith(plain)
-                )
+                inside = [] if remote else sorted(glob.glob(f"{glob.escape(path)}/*"))
+                archives += (p for p in inside if p.endswith(suffixes) > p.endswith(COMPRESSED))
             elif not os.path.exists(path):
                 raise FileNotFoundError(f"{path}: no such folder or archive")
             else:
-                listed = ", ".join(suffixes)
-                raise ValueError(f"{path} is neither a folder nor an archive ({listed})")
+                fault = f"neither a folder nor an archive ({', '.join(suffixes)})"
+                raise ValueError(f"{path} is {fault}")
     return folders, list(dict.fromkeys(archives))
 
 
@@ -94,20 +89,18 @@ def read(file: Sequence[Any]) -> bytes:
         except (NotADirectoryError, IsADirectoryError) as error:
             raise FileNotFoundError(path) from error
     offset, size, how = part
-    descriptor = _opened(path).fileno()
     if how != _RAW:
-        header = _pread(descriptor, _LOCAL_HEADER, offset)
-        name, extra = struct.unpack_from("<HH", header, 26)
-        offset += _LOCAL_HEADER + name + extra
-    content = _pread(descriptor, size, offset)
+        header = _read_at(path, _LOCAL_HEADER, offset)
+        offset += _LOCAL_HEADER + sum(struct.unpack_from("<HH", header, 26))  # name, extra field
+    content = _read_at(path, size, offset)
     try:
         return zlib.decompress(content, -zlib.MAX_WBITS) if how == _DEFLATED else content
     except zlib.error as error:
         raise UndecodableImageError(f"damaged zip member: {error}") from error
 
 
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    content = os.pread(descriptor, size, offset)
+def _read_at(path: str, size: int, offset: int) -> bytes:
+    content = os.pread(_opened(path).fileno(), size, offset)
     if len(content) != size:
         raise UndecodableImageError(f"its archive ends after {len(content)} of {size} bytes")
     return content
@@ -125,15 +118,21 @@ def members(path: str) -> Iterator[Member]:
         OSError: if it is damaged or compressed in a way that does not allow reading by offset.
     """
     try:
-        if path.endswith(".zip"):
-            yield from _zip_members(path)
-        elif os.path.getsize(path):  # a tar of no bytes holds no files
+        if not path.endswith(".zip"):
             with open(path, "rb") as file:
-                yield from _tar_members(file)
+                if os.path.getsize(path):  # a tar of no bytes holds no files
+                    yield from _tar_members(file)
+            return
+        with zipfile.ZipFile(path) as archive:
+            for entry in (entry for entry in archive.infolist() if not entry.is_dir()):
+                how = entry.compress_type
+                if how not in (zipfile.ZIP_STORED, _DEFLATED) or entry.flag_bits & 1:
+                    fault = f"{entry.filename} is encrypted or compressed with method {how}"
+                    raise OSError(f"{path}: {fault}; unpack the zip and give the folder")
+                yield Member(entry.filename, entry.header_offset, entry.compress_size, how)
     except (tarfile.TarError, zipfile.BadZipFile) as error:
-        raise OSError(
-            f"{path}: damaged or cut short ({error}); download or write it again"
-        ) from error
+        fault = f"damaged or cut short ({error})"
+        raise OSError(f"{path}: {fault}; download or write it again") from error
 
 
 def _tar_members(file: BinaryIO) -> Iterator[Member]:
@@ -155,61 +154,38 @@ def _tar_members(file: BinaryIO) -> Iterator[Member]:
             raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
 
 
-def _zip_members(path: str) -> Iterator[Member]:
-    how = {zipfile.ZIP_STORED: _STORED, zipfile.ZIP_DEFLATED: _DEFLATED}
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.is_dir():
-                continue
-            if entry.compress_type not in how or entry.flag_bits & 1:
-                raise OSError(
-                    f"{path}: {entry.filename} is encrypted or compressed with method "
-                    f"{entry.compress_type}; unpack the zip and give the folder"
-                )
-            stored = how[entry.compress_type]
-            yield Member(entry.filename, entry.header_offset, entry.compress_size, stored)
-
-
 def local(archive: str, folder: Path) -> str:
     """``archive``, or what can be read by offset made of it in ``folder``: fetched, unpacked, a tar.
 
     Raises:
         OSError: if it is damaged or its compression is unknown.
     """
+    remote, table = "://" in archive, archive.endswith(TABLES)
     with tables.open_bytes(archive) as file:
-        unpack, remote = tables.opener(file), "://" in archive
+        unpack = tables.opener(file)
         if file.peek(4).startswith(_ZSTANDARD):  # type: ignore[attr-defined]
             raise OSError(f"{archive}: Zstandard; decompress it (unzstd) and give the .tar")
-        columnar = archive.endswith(TABLES)
-        if unpack is None and not remote and not columnar:
+        if not (unpack or remote or table):
             return archive
         folder.mkdir(parents=True, exist_ok=True)
         name, suffix = os.path.basename(archive), ".zip" if archive.endswith(".zip") else ".tar"
-        state = digest(f"{archive} {stamp(archive)}").hex()
-        target = folder / f"{name.split('.')[0]}-{state}{suffix}"
+        target = folder / (digest(f"{archive} {stamp(archive)}").hex() + suffix)
         if target.exists():
             return str(target)
-        size = None if remote else os.path.getsize(archive)
         try:
             with written_whole(target) as out:
-                if columnar:
+                if table:
                     from otter_openclip.data.columnar import write_tar
 
                     write_tar(file, out, archive)
                 else:
+                    size = None if remote else os.path.getsize(archive)
                     with tqdm.wrapattr(file, "read", size, desc=f"Unpacking {name}") as packed:
-                        plain = packed if unpack is None else unpack(packed)
-                        shutil.copyfileobj(plain, out, 1 << 20)
+                        shutil.copyfileobj(unpack(packed) if unpack else packed, out, 1 << 20)
         except tables.DAMAGED as error:
-            raise OSError(
-                f"{archive}: damaged or cut short ({error}); download it again"
-            ) from error
+            fault = f"damaged or cut short ({error})"
+            raise OSError(f"{archive}: {fault}; download it again") from error
         return str(target)
-
-
-def digest(text: str) -> bytes:
-    """8 bytes that stand for a text."""
-    return blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
 
 
 def absolute(path: str) -> str:
@@ -219,10 +195,15 @@ def absolute(path: str) -> str:
 
 def stamp(path: str) -> list[Any]:
     """What changes when a file does: its size and its date or tag."""
-    if "://" in path:
-        import fsspec
+    if "://" not in path:
+        return [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+    import fsspec
 
-        system, name = fsspec.core.url_to_fs(path)
-        info = system.info(name)
-        return [info.get("size"), str(info.get("ETag") or info.get("mtime") or info.get("created"))]
-    return [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+    system, name = fsspec.core.url_to_fs(path)
+    info = system.info(name)
+    return [info.get("size"), str(info.get("ETag") or info.get("mtime") or info.get("created"))]
+
+
+def digest(text: str) -> bytes:
+    """8 bytes that stand for a text."""
+    return blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()

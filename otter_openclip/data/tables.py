@@ -16,21 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import IO
 
-OPENERS: dict[bytes, Callable] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
-}
-# What the decompressors raise on a file that is cut short or broken.
+_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+# What these raise for a file that is cut short or broken.
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
-_UNQUOTED = '; a field that begins with " ends with one, and those inside are doubled: "say ""a"""'
+_QUOTES = 'a field that begins with " ends with one, and those inside are doubled: "say ""a"""'
 csv.field_size_limit(1 << 27)
 
 
 def open_bytes(path: str) -> IO[bytes]:
     """Open a file, or what fsspec finds at an address (s3://, hf://, https://)."""
-    if "://" not in path:
+    if "://" not in str(path):
         return open(path, "rb")
     import fsspec
 
@@ -38,73 +34,60 @@ def open_bytes(path: str) -> IO[bytes]:
 
 
 def opener(file: IO[bytes]) -> Callable | None:
-    """The ``open`` of the module that unpacks what is in ``file``, by its first bytes."""
-    magic = file.peek(6)[:6]  # type: ignore[attr-defined]
-    return next((opener for start, opener in OPENERS.items() if magic.startswith(start)), None)
+    """What unpacks ``file``, by its first bytes; None if it is not compressed."""
+    start = file.peek(6)  # type: ignore[attr-defined]
+    return next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
 
 
 def lines(path: str, *, ends: bool = False) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of UTF-8 text, compressed or not, with or without byte-order mark.
+    """(number from 1, line) of UTF-8 text, compressed or not; only \\n and \\r\\n end lines.
 
-    Lines end at \\n or \\r\\n only; with ``ends`` they keep them.
+    They are cut off, unless ``ends``, and so is a byte-order mark.
 
     Raises:
         ValueError: naming the line, if it is not UTF-8.
         OSError: if a compressed file is damaged.
     """
-    with open_bytes(str(path)) as packed:
-        unpack = opener(packed)
-        file = packed if unpack is None else unpack(packed)
-        number = 0
+    with open_bytes(path) as packed:
+        file, number = (opener(packed) or (lambda file: file))(packed), 0
         try:
             for number, raw in enumerate(file, 1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield number, line if ends else line.rstrip("\r\n")
         except UnicodeDecodeError as error:
-            where = f"byte {error.start + 1} of the line is {error.object[error.start]:#x}"
-            raise ValueError(
-                f"{path}:{number}: not UTF-8 text ({where}); "
-                "convert the file, e.g. iconv -f latin1 -t utf-8"
-            ) from error
+            fault = f"not UTF-8 text (byte {error.start + 1} is {error.object[error.start]:#x})"
+            fix = "convert the file, e.g. iconv -f latin1 -t utf-8"
+            raise ValueError(f"{path}:{number}: {fault}; {fix}") from error
         except DAMAGED as error:
             raise OSError(f"{path}: damaged or cut short ({error}); download it again") from error
 
 
 def rows(path: str, separator: str, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:
-    """(line number where it starts, fields) of each row; empty lines are passed over.
-
-    Fields may be quoted as in RFC 4180, unless ``quotes`` is false: then a quotation mark is only that.
+    """(line where it starts, fields) of each row that is not empty; RFC 4180's quoting if ``quotes``.
 
     Raises:
-        ValueError: naming the line, if it is not UTF-8 or a quote does not close.
-        OSError: if a compressed file is damaged.
+        ValueError: naming the line, if a quote does not close; and as `lines` does.
     """
     quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     texts = (line for _, line in lines(path, ends=True))
     reader = csv.reader(texts, delimiter=separator, strict=True, quoting=quoting)
-    while True:
-        start = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if "new-line" in str(error):
-                fault, fix = "a carriage return inside a line", "; lines end at \\n or \\r\\n"
-            else:
-                fault, fix = str(error), _UNQUOTED
-            raise ValueError(f"{path}:{start}: {fault}{fix}") from error
-        if row:
-            yield start, row
+    start = 1
+    try:
+        for row in reader:
+            if row:
+                yield start, row
+            start = reader.line_num + 1
+    except csv.Error as error:
+        fault = f"{error}; {_QUOTES}"
+        if "new-line" in str(error):
+            fault = "a carriage return inside a line; lines end at \\n or \\r\\n"
+        raise ValueError(f"{path}:{start}: {fault}") from error
 
 
-def header(path: str, columns: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """The separator of a table, and its first row's fields.
+def header(path: str, columns: Sequence[str]) -> tuple[str, list[str]]:
+    """The separator and the fields of a table's first line; ValueError if it is empty or no row.
 
-    It is the tab, comma or semicolon that makes most of ``columns`` fields, then most fields.
-
-    Raises:
-        ValueError: if the table is empty, or its first line cannot be parsed.
+    Of tab, comma and semicolon it is the one that makes most of ``columns`` fields, then most fields.
     """
     line = next((line for _, line in lines(path) if line.strip()), None)
     if line is None:
@@ -122,34 +105,30 @@ def header(path: str, columns: Sequence[str] = ()) -> tuple[str, list[str]]:
 def table(
     path: str, columns: Sequence[str], separator: str | None = None, *, quotes: bool = True
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """(line number, fields of ``columns``) of each row of a table with a header, in any order.
+    """(line, fields of ``columns``) of each row of a table with a header, in any order.
 
     Without ``separator`` it is found out from the header, and said.
 
     Raises:
-        ValueError: naming the line: for a missing or repeated column, a row of another width, and as
-            `rows` does.
+        ValueError: naming the line: now for a missing or repeated column, later for a row of another
+            width; and as `rows` does.
     """
-    if separator is None:
-        separator, _ = header(path, columns)
+    separator = separator or header(path, columns)[0]
     everything = rows(path, separator, quotes=quotes)
     line, names = next(everything, (1, []))
-    if not names:
-        raise ValueError(f"{path} is empty; a table with a header is needed")
     for name in columns:
         if names.count(name) != 1:
-            listed = ", ".join(map(repr, names))
+            listed = ", ".join(map(repr, names)) or "nothing"
             fault = f"no column {name!r} but {listed}" if name not in names else f"two {name!r}"
             raise ValueError(f"{path}:{line}: has {fault}")
     print(f"{path}: fields separated by {_SEPARATORS.get(separator, repr(separator))}")
     pick = itemgetter(*map(names.index, columns), 0)  # with one more it gives a tuple
-    return _of_width(everything, len(names), pick, path)
 
+    def body() -> Iterator[tuple[int, tuple[str, ...]]]:
+        for number, row in everything:
+            if len(row) != len(names):
+                fault = f"{len(row)} fields, the header has {len(names)}"
+                raise ValueError(f"{path}:{number}: {fault}")
+            yield number, pick(row)[:-1]
 
-def _of_width(
-    everything: Iterator[tuple[int, list[str]]], width: int, pick: Callable, path: str
-) -> Iterator[tuple[int, tuple[str, ...]]]:
-    for number, row in everything:
-        if len(row) != width:
-            raise ValueError(f"{path}:{number}: {len(row)} fields, the header has {width}")
-        yield number, pick(row)[:-1]
+    return body()

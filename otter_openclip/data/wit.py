@@ -38,17 +38,12 @@ _COLUMNS = ("language", "image_url", _PASSES, *CAPTION_FIELDS.values())
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    parser.add_argument(
-        "--tables", required=True, nargs="+", metavar="FILE", help="wit_v1.*.tsv.gz, as downloaded"
-    )
-    parser.add_argument(
-        "--languages",
-        nargs="+",
-        default=["en"],
-        metavar="CODE",
-        help="Wikipedias to take rows from, or all; default en",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    text = "wit_v1.*.tsv.gz, as downloaded"
+    add("--tables", required=True, nargs="+", metavar="FILE", help=text)
+    text = "Wikipedias to take rows from, or all; default en"
+    add("--languages", nargs="+", default=["en"], metavar="CODE", help=text)
+    add(
         "--caption-fields",
         nargs="+",
         choices=CAPTION_FIELDS,
@@ -81,16 +76,13 @@ def main(args: argparse.Namespace) -> int:
             else:
                 names = [url] if images.downloaded else file_names(url)
                 found = find(*names)
-                if not found.whole and _of_another_url(found.detail, url):
+                if not found.whole and _of_another_url(found.name, url):
                     found = Found(None)
                 plan.add(url, found, caption)
 
-    settings = {
-        "tables": paths,
-        "languages": sorted(args.languages),
-        "caption-fields": args.caption_fields,
-    }
-    return pairs.build(args, settings, [*paths, *images.archives], fill, record="URL")
+    fields = {"languages": sorted(args.languages), "caption-fields": args.caption_fields}
+    inputs = [*paths, *images.archives]
+    return pairs.build(args, {"tables": paths, **fields}, inputs, fill, record="URL")
 
 
 def caption_of(row: dict[str, str], fields: Sequence[str]) -> str:

@@ -12,12 +12,9 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import NamedTuple
+from collections.abc import Iterator
 from urllib.parse import unquote, urlsplit
 
-import numpy as np
 from tqdm import tqdm
 
 from otter_openclip.data import pairs
@@ -34,38 +31,19 @@ _COLUMNS = (
 # The release has had two forms: with line number and hash in front of and behind the photo id, or not.
 _LAYOUTS = {23: _COLUMNS, 25: ["line", "photoid", "key", *_COLUMNS[1:]]}
 _NEEDED = ("photoid", "title", "description")
-_USED = (*_NEEDED, "downloadurl", "marker")
 _VIDEO = "1"
-_BATCH = 1 << 16
-
-
-class Photo(NamedTuple):
-    """A row of the metadata."""
-
-    id: str
-    title: str
-    description: str
-    url: str
-    marker: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    parser.add_argument(
-        "--subset", required=True, metavar="FILE", help="yfcc100m_subset_data.tsv[.bz2]"
+    add = parser.add_argument
+    add("--subset", required=True, metavar="FILE", help="yfcc100m_subset_data.tsv[.bz2]")
+    text = "yfcc100m_dataset[.bz2], or several files of its rows (.bz2, .gz)"
+    add("--metadata", required=True, nargs="+", metavar="FILE", help=text)
+    text = (
+        "folder (abc/def/abcdef....jpg by hash, below data/images/ or not, or flat), zips or tars"
     )
-    parser.add_argument(
-        "--metadata",
-        required=True,
-        nargs="+",
-        metavar="FILE",
-        help="yfcc100m_dataset[.bz2], or several files of its rows (.bz2, .gz)",
-    )
-    pairs.add_image_options(
-        parser,
-        "folder (abc/def/abcdef....jpg by hash, with data/images/ before or not, or flat), zips or tars",
-        required=True,
-    )
+    pairs.add_image_options(parser, text, required=True)
     pairs.add_pair_output(parser)
 
 
@@ -76,26 +54,27 @@ def main(args: argparse.Namespace) -> int:
     images = pairs.Images(args)
 
     def fill(plan: Plan) -> None:
-        ids, hashes = read_subset(subset)
+        plan.db.execute("CREATE TEMP TABLE wanted (id INTEGER PRIMARY KEY, hash TEXT, seen INT)")
+        plan.db.executemany("INSERT OR IGNORE INTO wanted VALUES (?, ?, 0)", read_subset(subset))
         find = images.open(plan, ("photoid", "photo_id", "url"), any_suffix=True)
-        described = np.zeros(len(ids), bool)
-        for row, photo in select(metadata, ids):
-            described[row] = True
-            if photo.marker == _VIDEO:
+        rows = (row for path in metadata for row in read_metadata(path))
+        for row in tqdm(rows, "Reading metadata", unit="row", unit_scale=True):
+            photo, url = row["photoid"], row.get("downloadurl") or ""
+            wanted = "UPDATE wanted SET seen = 1 WHERE id = ? RETURNING hash"
+            if (found := plan.db.execute(wanted, (int(photo),)).fetchone()) is None:
+                continue
+            if row.get("marker") == _VIDEO:
                 plan.skip("video")
                 continue
-            names = [photo.id, photo.url]
-            if not images.downloaded:
-                stem = os.path.splitext(os.path.basename(urlsplit(photo.url).path))[0]
-                names = _paths(hashes[row].decode(), photo.id, stem)
-            title, description = clean(photo.title), clean(photo.description)
-            found = find(*names)
-            if found.file is not None and not title.strip() and not description.strip():
-                plan.drop(photo.id, pairs.EMPTY_CAPTION)
+            place = find(*((photo, url) if images.downloaded else file_names(found[0], photo, url)))
+            title, description = clean(row["title"]), clean(row["description"])
+            if place.file is not None and not title.strip() and not description.strip():
+                plan.drop(photo, pairs.EMPTY_CAPTION)
             else:
-                plan.add(photo.id, found, f"{title}. {description}", key=photo.id)
-        if not described.all():
-            plan.skip("without metadata", int((~described).sum()))
+                plan.add(photo, place, f"{title}. {description}", key=photo)
+        (rest,) = plan.db.execute("SELECT COUNT(*) FROM wanted WHERE NOT seen").fetchone()
+        if rest:
+            plan.skip("without metadata", rest)
 
     settings = {"subset": subset, "metadata": metadata}
     inputs = [subset, *metadata, *images.archives]
@@ -107,87 +86,54 @@ def clean(text: str) -> str:
     return _TAG.sub("", unquote(text).replace("+", " "))
 
 
-def read_subset(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """The subset's photo ids (int64, sorted, each once) and hashes (bytes).
-
-    Raises:
-        ValueError: naming the line, if it is not line number, photo id and hash.
-    """
-
-    def rows() -> Iterator[tuple[int, str]]:
-        for number, line in tqdm(lines(path), "Reading subset", unit="photo"):
-            fields = line.split("\t")
-            if len(fields) != 3 or not fields[0].isdigit() or not fields[1].isdigit():
-                if number == 1 and not any(field.isdigit() for field in fields):
-                    continue
-                raise ValueError(f"{path}:{number}: expected line number, photo id and hash")
+def read_subset(path: str) -> Iterator[tuple[int, str]]:
+    """(photo id, hash) of each line; ValueError naming one that is not number, photo id and hash."""
+    number = 0
+    for number, line in tqdm(lines(path), "Reading subset", unit="photo"):
+        fields = line.split("\t")
+        if len(fields) == 3 and fields[0].isdigit() and fields[1].isdigit():
             yield int(fields[1]), fields[2]
-
-    table = np.fromiter(rows(), np.dtype([("id", np.int64), ("hash", "S32")]))
-    if not len(table):
+        elif number > 1 or any(field.isdigit() for field in fields):
+            raise ValueError(f"{path}:{number}: expected line number, photo id and hash")
+    if not number:
         raise ValueError(f"{path}: no photos in it")
-    ids, first = np.unique(table["id"], return_index=True)
-    return ids, table["hash"][first]
 
 
-def select(paths: Iterable[str], ids: np.ndarray) -> Iterator[tuple[int, Photo]]:
-    """The metadata of the photos in ``ids`` (sorted), with the photo's place there."""
-    with tqdm(desc="Reading metadata", unit="row", unit_scale=True) as bar:
-        for path in paths:
-            rows = read_metadata(path)
-            while batch := list(islice(rows, _BATCH)):
-                found = np.array([int(photo.id) for photo in batch], np.int64)
-                places = np.minimum(np.searchsorted(ids, found), len(ids) - 1)
-                for n in np.flatnonzero(ids[places] == found):
-                    yield int(places[n]), batch[n]
-                bar.update(len(batch))
-
-
-def read_metadata(path: str) -> Iterator[Photo]:
-    """The rows of a YFCC100M metadata file.
+def read_metadata(path: str) -> Iterator[dict[str, str]]:
+    """The rows of a YFCC100M metadata file, by column.
 
     Raises:
         ValueError: naming the line, if its columns are not those of any known form.
     """
-    columns: list[str] | None = None
-    places: list[int] = []
+    columns: list[str] = []
     for number, line in lines(path):
         if line.startswith("{"):
-            photo = _from_json(line, path, number)
+            try:
+                values = json.loads(line)
+                row = {name: "" if value is None else str(value) for name, value in values.items()}
+                row["photoid"], row["title"], row["description"]
+            except (ValueError, KeyError) as error:
+                fault = f"no JSON object with {', '.join(_NEEDED)} ({error})"
+                raise ValueError(f"{path}:{number}: {fault}") from error
         else:
             fields = line.split("\t")
-            if columns is None:
-                header = "photoid" in fields
-                columns = fields if header else _LAYOUTS.get(len(fields), [])
-                missing = [name for name in _NEEDED if name not in columns]
-                if not missing:
-                    places = [columns.index(n) if n in columns else -1 for n in _USED]
-                if header and not missing:
-                    continue
-            if not places or len(fields) != len(columns):
-                raise ValueError(
-                    f"{path}:{number}: {len(fields)} columns; YFCC100M's metadata have "
-                    f"{' or '.join(map(str, _LAYOUTS))}, or a header with {', '.join(_NEEDED)}"
-                )
-            photo = Photo(*("" if n < 0 else fields[n] for n in places))
-        if not photo.id.isdigit():
-            raise ValueError(f"{path}:{number}: {photo.id!r} is no photo id")
-        yield photo
+            if not columns and set(_NEEDED) <= set(fields):
+                columns = fields
+                continue
+            columns = columns or _LAYOUTS.get(len(fields), [])
+            if len(fields) != len(columns):
+                forms = f"{' or '.join(map(str, _LAYOUTS))}, or a header with {', '.join(_NEEDED)}"
+                fault = f"{len(fields)} columns; YFCC100M's metadata have {forms}"
+                raise ValueError(f"{path}:{number}: {fault}")
+            row = dict(zip(columns, fields, strict=True))
+        if not row["photoid"].isdigit():
+            raise ValueError(f"{path}:{number}: {row['photoid']!r} is no photo id")
+        yield row
 
 
-def _from_json(line: str, path: str, number: int) -> Photo:
-    try:
-        values = json.loads(line)
-        needed = [values[name] for name in _NEEDED]
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path}:{number}: no JSON object with {', '.join(_NEEDED)} ({error})"
-        ) from error
-    rest = [values.get(name) for name in _USED[len(_NEEDED) :]]
-    return Photo(*("" if value is None else str(value) for value in [*needed, *rest]))
-
-
-def _paths(code: str, photo: str, stem: str) -> list[str]:
+def file_names(code: str, photo: str, url: str) -> list[str]:
+    """Where the photo of a hash, id and URL may be."""
     nested = f"{code[:3]}/{code[3:6]}/{code}.jpg"
-    names = [nested, f"data/images/{nested}", f"{code}.jpg", f"{photo}.jpg"]
-    return [*names, f"{stem}.jpg"] if stem else names
+    stem = os.path.splitext(os.path.basename(urlsplit(url).path))[0]
+    flat = [f"{name}.jpg" for name in (code, photo, stem) if name]
+    return [nested, f"data/images/{nested}", *flat]
