@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from data_helpers import jpeg, run, tree, write_files
+from data_helpers import jpeg, run, samples, tree, write_files
 from test_data_eval import DICTIONARY
 
 from otter_openclip import files
@@ -48,6 +48,16 @@ def test_empty_shards_leave_no_gap(data, whole):
     assert sorted(name for name in whole if name.endswith(".tar")) == [
         f"test/{n}.tar" for n in range(7)
     ]
+
+
+def test_shards_are_what_webdatasets_writer_gives(data, whole):
+    from webdataset import TarWriter
+
+    shard = data / "whole" / "test" / "0.tar"
+    with TarWriter(str(data / "0.tar"), "", "", 0o644, encoder=False, mtime=0) as writer:
+        for key, parts in samples(shard).items():
+            writer.write({"__key__": key, **parts})
+    assert (data / "0.tar").read_bytes() == shard.read_bytes()
 
 
 @pytest.mark.parametrize("workers", [2, 5])

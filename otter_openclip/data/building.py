@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shutil
+import tarfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -241,8 +242,6 @@ def _read(job: tuple[list[list[Any]], int | None]) -> list[tuple[str, bytes | st
 def _write_shard(
     plan: Plan, build: Build, last: int, read: Iterator[tuple[Sample, Any]], bar: tqdm
 ) -> None:
-    from webdataset import TarWriter  # imports torch, which workers, forked before, do without
-
     number = plan.report()["shards"]
     path = build.output / build.shard_name.format(number)
     kept, gone = 0, []
@@ -255,9 +254,9 @@ def _write_shard(
             if not kept:  # a shard of no samples would leave a loader without any
                 path.parent.mkdir(exist_ok=True)
                 file = stack.enter_context(written_whole(path))
-                tar = stack.enter_context(TarWriter(file, "", "", 0o644, encoder=False, mtime=0))
+                tar = stack.enter_context(tarfile.open(fileobj=file, mode="w"))
             label_suffix, label = build.encode(sample.payload)
-            tar.write({"__key__": sample.key, suffix: content, label_suffix: label})
+            sources.add_sample(tar, sample.key, {suffix: content, label_suffix: label})
             kept += 1
     with plan.db:
         for sample, reason, detail in gone:

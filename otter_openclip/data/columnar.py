@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
@@ -54,7 +55,6 @@ def write_tar(table: IO[bytes], out: IO[bytes], name: str) -> None:
     except ImportError as error:
         fix = "pip install 'otter-openclip[parquet]'"
         raise OSError(f"{name}: pyarrow, which reads it, is not installed; {fix}") from error
-    from webdataset import TarWriter
 
     def is_image(kind: Any) -> bool:
         inner = {field.name: field.type for field in kind} if types.is_struct(kind) else {}
@@ -73,13 +73,13 @@ def write_tar(table: IO[bytes], out: IO[bytes], name: str) -> None:
             listed = ", ".join(schema.names)
             raise ValueError(f"{name}: {len(images)} columns of images among {listed}")
         bar = tqdm(desc=f"Unpacking {os.path.basename(name)}", unit="row")
-        with TarWriter(out, encoder=False, mtime=0) as tar, bar:
+        with tarfile.open(fileobj=out, mode="w") as tar, bar:
             for row in (row for batch in batches for row in batch.to_pylist()):
                 image = row.pop(images[0])
                 if isinstance(image, dict):
                     row["image_path"], image = image.get("path"), image.get("bytes")
-                sample = {"json": json.dumps(row, default=str).encode()}
-                tar.write({"__key__": f"{bar.n:09d}", **sample, **({"x": image} if image else {})})
+                parts = {"json": json.dumps(row, default=str).encode()}
+                sources.add_sample(tar, f"{bar.n:09d}", parts | ({"x": image} if image else {}))
                 bar.update()
     except pyarrow.ArrowException as error:
         fault = f"damaged or cut short ({error})"
