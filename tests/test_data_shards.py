@@ -233,6 +233,29 @@ def test_a_complete_build_is_left_as_it_is(data, whole, capsys):
     assert "2.tar is gone" in capsys.readouterr().err
 
 
+def test_a_plan_that_cannot_be_read_is_an_error_that_names_it(data, whole, capsys):
+    _stopped(data, 4)
+    plan = data / "out" / ".otter-build" / "plan.db"
+    plan.write_bytes(b"SQLite format 3" + bytes(5000))
+    assert run(*command(data, "out")) == 2
+    assert f"{plan}: file is not a database" in capsys.readouterr().err
+    plan.unlink()
+    assert run(*command(data, "out")) == 0 and tree(data / "out") == whole
+
+
+def test_a_build_killed_before_its_plan_was_made_may_be_begun_differently(data, whole, capsys):
+    from otter_openclip.data.plan import Plan
+
+    state = data / "out" / ".otter-build"
+    state.mkdir(parents=True)
+    plan = Plan(state, "image")
+    with plan.db:
+        plan["begun"] = {"settings": {"command": "cc3m"}, "inputs": {}}
+        plan.skip("of another build", 3)
+    plan.db.close()
+    assert run(*command(data, "out")) == 0 and tree(data / "out") == whole
+
+
 def test_a_folder_of_something_else_is_left_alone(data, capsys):
     (data / "out").mkdir()
     (data / "out" / "thesis.tex").touch()

@@ -380,3 +380,14 @@ def test_output_and_input_at_an_address(tmp_path, monkeypatch, capsys):
         memory.rm("/in", recursive=True)
         memory.rm("/out", recursive=True)
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+
+def test_without_images_the_current_folder_comes_first(tmp_path, monkeypatch):
+    write_files(tmp_path / "here", {"0.jpg": jpeg(0)})
+    write_files(tmp_path / "there", {"0.jpg": jpeg(1), "1.jpg": jpeg(2)})
+    path = table(
+        tmp_path / "there" / "t.tsv", [("0.jpg", "as open_clip has it"), ("1.jpg", "else")]
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    assert csv(tmp_path, path) == 0
+    assert pairs_of(tmp_path / "out") == [("as open_clip has it", jpeg(0)), ("else", jpeg(2))]

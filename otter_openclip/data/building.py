@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shutil
+import sqlite3
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -70,8 +71,10 @@ class Build:
             paths = getattr(args, flag, None)
             settings[flag] = paths and " ".join(map(sources.absolute, paths))
         settings |= {"shards": args.shards} if args.shards else {"shard-size": args.shard_size}
-        settings["seed"] = self.seed
-        return {"settings": settings, "inputs": {path: sources.stamp(path) for path in self.inputs}}
+        inputs = {path: sources.stamp(path) for path in self.inputs}
+        return json.loads(
+            json.dumps({"settings": settings | {"seed": self.seed}, "inputs": inputs})
+        )
 
 
 def run(
@@ -107,12 +110,9 @@ def run(
     with lock:
         if (output / REPORT_FILE).exists():
             return _complete(output, begun)
-        plan = Plan(state, build.record)
-        with contextlib.closing(plan.db):
-            if plan["begun"] is not None:
-                _check_same(output, plan["begun"], begun)
+        with _plan(state, build.record, begun) as plan:
             if not plan["planned"]:
-                _fill(plan, build, fill, begun)
+                _fill(plan, build, fill)
             _check_lost(plan, build)
             _write_shards(plan, build)
             _check_lost(plan, build)
@@ -126,9 +126,28 @@ def run(
     return report
 
 
-def _fill(plan: Plan, build: Build, fill: Callable[[Plan], None], begun: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def _plan(state: Path, record: str, begun: dict[str, Any]) -> Iterator[Plan]:
+    """The plan that is there, or a new one; OSError if it cannot be read or written."""
+    try:
+        plan = Plan(state, record)
+        if plan["planned"]:
+            _check_same(state.parent, plan["begun"], begun)
+        elif plan["begun"] not in (None, begun):
+            plan.db.close()
+            _clean(state)
+            plan = Plan(state, record)
+        with plan.db:
+            plan["begun"] = begun
+        with contextlib.closing(plan.db):
+            yield plan
+    except sqlite3.Error as error:
+        fix = "is the disk full? If not, remove it and build again"
+        raise OSError(f"{state / 'plan.db'}: {error}; {fix}") from error
+
+
+def _fill(plan: Plan, build: Build, fill: Callable[[Plan], None]) -> None:
     with plan.db:
-        plan["begun"] = begun
         for table in ("samples", "dropped", "skipped"):  # of a plan that was not finished
             plan.db.execute(f"DELETE FROM {table}")
     try:
@@ -145,7 +164,7 @@ def _fill(plan: Plan, build: Build, fill: Callable[[Plan], None], begun: dict[st
 
 def _check_same(where: Path | str, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise ValueError if settings or inputs are not those that the build was begun with."""
-    now, differences = json.loads(json.dumps(now)), []
+    differences = []
     for kind in now:
         for name in before[kind] | now[kind]:
             old, new = (
@@ -166,7 +185,7 @@ def _check_same(where: Path | str, before: dict[str, Any], now: dict[str, Any]) 
 
 def _check_lost(plan: Plan, build: Build) -> None:
     """Raise ValueError if nothing is left, or more is lost than may be."""
-    report, samples = plan.report(), len(plan.order())
+    report, samples = plan.report(), len(plan)
     reasons = report["dropped"]
     listed = build.output / DROPPED_FILE
     lost = {r: reasons[r] for r in (MISSING, AMBIGUOUS, UNDECODABLE) if r in reasons}
@@ -242,7 +261,7 @@ def _read(job: tuple[list[list[Any]], int | None]) -> list[tuple[str, bytes | st
 def _write_shard(
     plan: Plan, build: Build, last: int, read: Iterator[tuple[Sample, Any]], bar: tqdm
 ) -> None:
-    number = plan.report()["shards"]
+    (number,) = plan.db.execute("SELECT COUNT(*) FROM shards WHERE samples").fetchone()
     path = build.output / build.shard_name.format(number)
     kept, gone = 0, []
     with contextlib.ExitStack() as stack:

@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple
 from tqdm import tqdm
 
 from otter_openclip.data import sources
+from otter_openclip.data.decoding import IMAGE_SUFFIXES
 
 
 class Sample(NamedTuple):
@@ -36,7 +37,7 @@ def samples(tar: str) -> Iterator[Sample]:
         file = [tar, *member[1:]]
         if suffix == ".json":
             sample = sample._replace(metadata=sources.read(file))
-        elif suffix != ".txt":
+        elif suffix.lower() in IMAGE_SUFFIXES:
             sample = sample._replace(file=file)
     if sample != Sample(sample.name):
         yield sample
@@ -79,7 +80,7 @@ def write_tar(table: IO[bytes], out: IO[bytes], name: str) -> None:
                 if isinstance(image, dict):
                     row["image_path"], image = image.get("path"), image.get("bytes")
                 parts = {"json": json.dumps(row, default=str).encode()}
-                sources.add_sample(tar, f"{bar.n:09d}", parts | ({"x": image} if image else {}))
+                sources.add_sample(tar, f"{bar.n:09d}", parts | ({"jpg": image} if image else {}))
                 bar.update()
     except pyarrow.ArrowException as error:
         fault = f"damaged or cut short ({error})"

@@ -15,6 +15,10 @@ from PIL import Image
 # PIL's name of a format -> suffix. clip_benchmark reads webp, png, jpg and jpeg; open_clip the same.
 # MPO is a JPEG with further pictures behind it.
 STOCK_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+IMAGE_SUFFIXES = {
+    "",
+    *(s for s, name in Image.registered_extensions().items() if name in Image.OPEN),
+}
 JPEG_QUALITY = 95
 _MIN_MAX = ((340, 341), (280, 281))  # TIFF's (S)MinSampleValue and (S)MaxSampleValue
 

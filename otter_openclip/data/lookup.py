@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
 from tqdm import tqdm
 
 from otter_openclip.data import columnar, sources
+from otter_openclip.data.decoding import IMAGE_SUFFIXES
 
 MISSING, AMBIGUOUS, NOT_DOWNLOADED = "missing", "ambiguous", "not downloaded"
 _LIMIT = 6  # files of one name that are looked at
@@ -104,15 +104,15 @@ class Paths:
         *,
         any_suffix: bool = False,
         search: bool = True,
+        first: bool = False,
     ) -> None:
-        """Index the archives; folders here are indexed only if ``search`` and a path is not found."""
-        self.index, self.any_suffix = index, any_suffix
+        """Index the archives; folders here are indexed only if ``search`` and a path is not found.
+
+        With ``first`` a path means the file in the first of the folders that has it.
+        """
+        self.index, self.any_suffix, self.first = index, any_suffix, first
         self.folders = [folder for folder in folders if "://" not in folder]
         self._unread = self.folders if search else []
-        self._images = {
-            "",
-            *(s for s, f in Image.registered_extensions().items() if f in Image.OPEN),
-        }
         for archive in archives:
             path = sources.local(archive, unpacked)
             index.add(path, ((_key(name), *rest) for name, *rest in sources.members(path)))
@@ -125,7 +125,7 @@ class Paths:
             folders = [""] if os.path.isabs(path) else self.folders
             places = {os.path.normpath(os.path.join(folder, path)): None for folder in folders}
             there = [Found([place], place) for place in places if os.path.isfile(place)]
-            if there := there or self.index.select(_key(path)):
+            if there := there[: 1 if self.first else None] or self.index.select(_key(path)):
                 return _only(there, whole=True)
         while self._unread:
             folder, *self._unread = self._unread
@@ -141,7 +141,10 @@ class Paths:
             stem = os.path.splitext(parts[0])[0]
             others = [*select(stem + b".", stem + b"/"), *select(stem + b"/", stem + b"0")]
             suffixed = ((found, os.path.splitext(found.name)[1]) for found in others)
-            return [*select(stem), *(f for f, suffix in suffixed if suffix.lower() in self._images)]
+            return [
+                *select(stem),
+                *(f for f, suffix in suffixed if suffix.lower() in IMAGE_SUFFIXES),
+            ]
         ends = (b"/".join(parts[:count]) for count in range(len(parts), 0, -1))
         return next(filter(None, (select(e) + select(e + b"/", e + b"0") for e in ends)), [])
 
@@ -217,7 +220,7 @@ def _beside(folder: str) -> Iterator[columnar.Sample]:
     for part in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()):
         for name in sorted(os.listdir(part)):
             stem, suffix = os.path.splitext(os.path.join(part, name))
-            if suffix not in (".json", ".txt"):
+            if suffix.lower() in IMAGE_SUFFIXES:
                 beside = Path(f"{stem}.json")
                 content = beside.read_bytes() if beside.exists() else None
                 yield columnar.Sample(stem, content, [stem + suffix])

@@ -40,6 +40,7 @@ class Images:
     def __init__(self, args: argparse.Namespace, default: Sequence[str] = ()) -> None:
         """Look what is there; FileNotFoundError or ValueError naming what is not."""
         self.downloaded, self.search = bool(args.img2dataset), bool(args.images)
+        self.default = not self.downloaded and not self.search
         given = args.images or args.img2dataset or default
         self.folders, self.archives = sources.expand(given)
         if self.downloaded and not self.archives:
@@ -55,7 +56,8 @@ class Images:
         place = plan.index, self.folders, self.archives, plan.folder / "unpacked"
         if self.downloaded:
             return lookup.Downloaded(*place, fields).find
-        return lookup.Paths(*place, any_suffix=any_suffix, search=self.search).find
+        paths = lookup.Paths(*place, any_suffix=any_suffix, search=self.search, first=self.default)
+        return paths.find
 
 
 def add(

@@ -78,8 +78,10 @@ class Plan:
         if other != name and not exact == sure == 2:
             reason = f"{CLAIMED} {self.record}" if exact or sure else AMBIGUOUS
             if state == "kept" and (exact > sure or reason == AMBIGUOUS):
-                self.db.execute("UPDATE samples SET state = 'no' WHERE claim = ?", (claim,))
-                self.drop(other, reason, f"{name} has {file}")
+                kept = "FROM samples WHERE claim = ? AND state = 'kept'"
+                for each, id in self.db.execute(f"SELECT name, id {kept}", (claim,)).fetchall():
+                    self.db.execute("UPDATE samples SET state = 'no' WHERE id = ?", (id,))
+                    self.drop(each, reason, f"{name} has {file}")
             if exact <= sure:
                 return self.drop(name, reason, f"{other} has {file}")
         done = self.db.execute(
@@ -97,6 +99,9 @@ class Plan:
     def skip(self, reason: str, count: int = 1) -> None:
         """Count samples that do not belong to the result."""
         self.db.execute("INSERT INTO skipped VALUES (?, ?)", (reason, count))
+
+    def __len__(self) -> int:
+        return self.db.execute("SELECT COUNT(*) FROM samples WHERE state != 'no'").fetchone()[0]
 
     def order(self, seed: int | None = None) -> np.ndarray:
         """The samples' ids as they come in the shards, those included that turn out unreadable."""

@@ -58,15 +58,14 @@ def expand(
     folders, archives = [], []
     for text in (text for pattern in patterns for text in braceexpand.braceexpand(str(pattern))):
         remote = "://" in text
-        if not (found := [text] if remote else sorted(glob.glob(text)) or [text]):
-            raise FileNotFoundError(f"nothing matches {text}")
-        for path in map(absolute, found):
+        for path in map(absolute, [text] if remote else sorted(glob.glob(text)) or [text]):
             if path.endswith(suffixes) and (remote or os.path.isfile(path)):
                 archives.append(path)
             elif remote or os.path.isdir(path):
                 folders.append(path)
                 inside = [] if remote else sorted(glob.glob(f"{glob.escape(path)}/*"))
-                archives += (p for p in inside if p.endswith(suffixes) > p.endswith(COMPRESSED))
+                plain = (each for each in inside if not each.endswith(COMPRESSED))
+                archives += (each for each in plain if each.endswith(suffixes))
             elif not os.path.exists(path):
                 raise FileNotFoundError(f"{path}: no such folder or archive")
             else:

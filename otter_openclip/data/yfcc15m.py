@@ -60,13 +60,18 @@ def main(args: argparse.Namespace) -> int:
         rows = (row for path in metadata for row in read_metadata(path))
         for row in tqdm(rows, "Reading metadata", unit="row", unit_scale=True):
             photo, url = row["photoid"], row.get("downloadurl") or ""
-            wanted = "UPDATE wanted SET seen = 1 WHERE id = ? RETURNING hash"
-            if (found := plan.db.execute(wanted, (int(photo),)).fetchone()) is None:
+            wanted = plan.db.execute(
+                "SELECT hash FROM wanted WHERE id = ?", (int(photo),)
+            ).fetchone()
+            if wanted is None:
                 continue
+            plan.db.execute("UPDATE wanted SET seen = 1 WHERE id = ?", (int(photo),))
             if row.get("marker") == _VIDEO:
                 plan.skip("video")
                 continue
-            place = find(*((photo, url) if images.downloaded else file_names(found[0], photo, url)))
+            place = find(
+                *((photo, url) if images.downloaded else file_names(wanted[0], photo, url))
+            )
             title, description = clean(row["title"]), clean(row["description"])
             if place.file is not None and not title.strip() and not description.strip():
                 plan.drop(photo, pairs.EMPTY_CAPTION)
