@@ -342,6 +342,18 @@ def test_the_same_from_http_as_from_disk(tmp_path, kind):
     assert dropped(tmp_path / "out") == [("0/9.jpg", "missing")]
 
 
+def test_an_upload_that_failed_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_files(tmp_path, {"0.jpg": jpeg(0)})
+    path = table(tmp_path / "t.tsv", [("0.jpg", "one")])
+    words = ["csv", "--captions", path, "--output", f"file://{tmp_path}/remote/out"]
+    (tmp_path / "remote").write_text("in the way")
+    assert run(*words) == 2
+    (tmp_path / "remote").unlink()
+    assert run(*words) == 0 and pairs_of(tmp_path / "remote" / "out") == [("one", jpeg(0))]
+    assert not list((tmp_path / "cache").rglob("*.tar"))
+
+
 def test_output_and_input_at_an_address(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     memory = fsspec.filesystem("memory")

@@ -71,10 +71,9 @@ class Build:
             paths = getattr(args, flag, None)
             settings[flag] = paths and " ".join(map(sources.absolute, paths))
         settings |= {"shards": args.shards} if args.shards else {"shard-size": args.shard_size}
+        settings["seed"] = self.seed
         inputs = {path: sources.stamp(path) for path in self.inputs}
-        return json.loads(
-            json.dumps({"settings": settings | {"seed": self.seed}, "inputs": inputs})
-        )
+        return json.loads(json.dumps({"settings": settings, "inputs": inputs}))
 
 
 def run(
@@ -109,20 +108,22 @@ def run(
         raise RuntimeError(fault) from None
     with lock:
         if (output / REPORT_FILE).exists():
-            return _complete(output, begun)
-        with _plan(state, build.record, begun) as plan:
-            if not plan["planned"]:
-                _fill(plan, build, fill)
-            _check_lost(plan, build)
-            _write_shards(plan, build)
-            _check_lost(plan, build)
-            plan.write_dropped(output)
-            finish(output, plan)
-            write_json(output / REPORT_FILE, plan.report() | begun)
-            report = plan.report()
-        _clean(state)
-    if output != Path(build.shown):
-        _upload(output, build.shown)
+            report = _complete(output, begun)
+        else:
+            with _plan(state, build.record, begun) as plan:
+                if not plan["planned"]:
+                    _fill(plan, build, fill)
+                _check_lost(plan, build)
+                _write_shards(plan, build)
+                _check_lost(plan, build)
+                plan.write_dropped(output)
+                finish(output, plan)
+                report = plan.report() | begun
+                write_json(output / REPORT_FILE, report)
+        _remove_plan(state)
+        shutil.rmtree(state / "unpacked", ignore_errors=True)
+        if output != Path(build.shown):
+            _upload(output, build.shown)
     return report
 
 
@@ -135,7 +136,7 @@ def _plan(state: Path, record: str, begun: dict[str, Any]) -> Iterator[Plan]:
             _check_same(state.parent, plan["begun"], begun)
         elif plan["begun"] not in (None, begun):
             plan.db.close()
-            _clean(state)
+            _remove_plan(state)
             plan = Plan(state, record)
         with plan.db:
             plan["begun"] = begun
@@ -156,7 +157,7 @@ def _fill(plan: Plan, build: Build, fill: Callable[[Plan], None]) -> None:
         _check_lost(plan, build)
     except (ValueError, OSError):
         plan.db.close()
-        _clean(plan.folder)  # what is put right now is looked for again
+        _remove_plan(plan.folder)  # what is put right now is looked for again
         raise
     with plan.db:
         plan["planned"] = True
@@ -167,20 +168,16 @@ def _check_same(where: Path | str, before: dict[str, Any], now: dict[str, Any]) 
     differences = []
     for kind in now:
         for name in before[kind] | now[kind]:
-            old, new = (
-                "not given" if values[kind].get(name) is None else values[kind][name]
-                for values in (before, now)
-            )
-            flag = name if name == "command" else f"--{name}"
-            change = f"{flag} was {old} and is now {new}"
-            if old != new:
-                differences.append(f"{name} has changed" if kind == "inputs" else change)
+            old, new = (values[kind].get(name) for values in (before, now))
+            if old != new and kind == "inputs":
+                differences.append(f"{name} has changed")
+            elif old != new:
+                old, new = ("not given" if value is None else value for value in (old, new))
+                flag = name if name == "command" else f"--{name}"
+                differences.append(f"{flag} was {old} and is now {new}")
     if differences:
-        fault, fix = (
-            "; ".join(differences[:5]),
-            "Run it as it was begun, or choose another --output",
-        )
-        raise ValueError(f"{where} was begun differently: {fault}. {fix}")
+        fix = "Run it as it was begun, or choose another --output"
+        raise ValueError(f"{where} was begun differently: {'; '.join(differences[:5])}. {fix}")
 
 
 def _check_lost(plan: Plan, build: Build) -> None:
@@ -303,7 +300,6 @@ def _complete(output: Path, begun: dict[str, Any]) -> dict[str, Any]:
         if not path.exists() or path.stat().st_size != size:
             fault = f"is gone or is not the shard of {size} bytes that was written"
             raise ValueError(f"{path} {fault}; build into a new folder")
-    _clean(output / STATE_FOLDER)
     return report
 
 
@@ -328,7 +324,6 @@ def _upload(folder: Path, address: str) -> None:
     shutil.rmtree(folder)
 
 
-def _clean(state: Path) -> None:
+def _remove_plan(state: Path) -> None:
     for path in state.glob("plan.db*"):
         path.unlink()
-    shutil.rmtree(state / "unpacked", ignore_errors=True)
