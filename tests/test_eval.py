@@ -551,7 +551,7 @@ def test_truncated_image(ours, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"x.jpg": b"no image", "x.npy": vector([1])}, "sample x: the jpg cannot be decoded"),
+        ({"x.jpg": b"no image", "x.npy": vector([1])}, "sample x: unreadable image: not an image"),
         ({"x.npy": vector([1])}, "sample x has no image"),
         ({"x.jpg": jpeg(1)}, "sample x has no npy"),
         ({"x.jpg": jpeg(1), "x.npy": b"\x93NUMPY"}, "sample x: the npy cannot be read"),

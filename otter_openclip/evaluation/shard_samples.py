@@ -51,8 +51,6 @@ def samples(
     try:
         with tarfile.open(path, "r|*", tarinfo=_Member) as tar:
             yield from _grouped(tar, strict)
-            if not getattr(tar, "ended", False):
-                raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
     except (tarfile.TarError, EOFError) as error:
         fault = f"damaged or cut short ({error}); copy or build the shard again"
         raise OSError(f"cannot be read to its end: {fault}") from error
@@ -75,6 +73,8 @@ def _grouped(tar: tarfile.TarFile, strict: bool) -> Iterator[tuple[str, dict[str
                 yield current, files
             current, files = key, {}
         files[suffix] = tar.extractfile(member).read()
+    if not getattr(tar, "ended", False):
+        raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
     if current is not None:
         yield current, files
 
