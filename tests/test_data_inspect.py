@@ -202,13 +202,13 @@ def turned(orientation):
 
 def test_pictures_are_shown_as_loaders_decode_them(tmp_path, capsys):
     files = {}
-    for n in (1, 3, 6):
-        files |= {f"{n}.jpg": turned(n), f"{n}.txt": b"x"}
+    for n, orientation in enumerate((1, 1, 6)):
+        files |= {f"{n}.jpg": turned(orientation), f"{n}.txt": b"x"}
     write_tar(tmp_path / "0.tar", files)
     code, figures = inspect(tmp_path)
-    assert code == 0 and figures["turned_by_exif"] == 2
+    assert code == 0 and figures["turned_by_exif"] == 1
     assert figures["image_width"]["min"] == 60 and figures["image_height"]["max"] == 20
-    assert "2 images are turned by EXIF, which training ignores" in capsys.readouterr().out
+    assert "1 images are turned by EXIF, which training ignores" in capsys.readouterr().out
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB")).astype(int)
     blue = (abs(pixels - (0, 0, 255)) < 20).all(axis=2)

@@ -205,7 +205,10 @@ def test_own_folders_that_cannot_be_used(demo, pairs, labelled, tmp_path, capsys
         (["--data", pairs, "--eval", retrieval], "is a set with captions by its dataset_type.txt"),
         (["--data", pairs, "--eval", fewer], "label vector of shape .*, but there are 1"),
         (["--data", pairs, "--eval", gone], "1 of 1 shards are missing"),
-        (["--data", pairs, "--eval", garbled], f"--eval {garbled}: .*cannot"),
+        (
+            ["--data", pairs, "--eval", garbled],
+            f"--eval {garbled} cannot be used: .*unreadable image",
+        ),
         (["--data", pairs, "--eval", outside], "its cls, b'7', is none of the 1 classes"),
         (["--data", pairs, "--eval", tmp_path / "demo" / "x"], "inside --output"),
     ]
