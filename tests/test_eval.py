@@ -331,6 +331,11 @@ def test_blank_templates_are_passed_over(ours, tmp_path):
     blank = write_data(tmp_path / "blank", shards(), templates=["", "a photo of {c}.", " ", ""])
     found = ours("--dump_templates", data=blank)
     assert found == ours("--dump_templates") and found["templates"] == ["a photo of {c}."]
+    single = single_label(tmp_path / "single")
+    expected = ours(data=single)
+    (single / TEMPLATES_FILE).write_text("a photo of {c}.\n\n")
+    found = ours("--dump_templates", data=single)
+    assert found.pop("templates") == ["a photo of {c}."] and found == expected
 
 
 def test_templates_of_the_data_set(ours, tmp_path):
