@@ -37,13 +37,14 @@ import otter_openclip
 from otter_openclip import train
 from otter_openclip.demo.dataset import write_tar
 from otter_openclip.evaluation import multilabel_metrics
+from otter_openclip.evaluation.folders import check_webdataset
 from otter_openclip.evaluation.labelled_images import (
     ImageError,
     MultiLabelImages,
     encode_images,
     is_multilabel,
 )
-from otter_openclip.evaluation.prompts import check_webdataset, class_prompts
+from otter_openclip.evaluation.prompts import class_prompts
 from otter_openclip.features.prefix import find_prefixes, install
 from otter_openclip.features.prefix import run as run_prefix
 from otter_openclip.files import write_json, written_whole

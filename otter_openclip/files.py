@@ -50,6 +50,18 @@ def written_whole(
     sync_folder(path.parent)
 
 
+def make_room(path: Path) -> None:
+    """Make the folder of a file that a long command writes in the end.
+
+    Raises:
+        OSError: if the file cannot be written there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    device = path.exists() and not path.is_file() and not path.is_dir()
+    if path.is_dir() or not (device or os.access(path.parent, os.W_OK)):
+        raise OSError(f"{path} is a folder, or in one that cannot be written to; name another file")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small UTF-8 text file."""
     with written_whole(path, "w") as file:

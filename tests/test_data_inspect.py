@@ -2,11 +2,15 @@
 
 import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
 from data_helpers import encoded, jpeg, run, write_tar
 from PIL import Image
+
+from otter_openclip.data.inspect import Look
+from otter_openclip.evaluation import shard_samples
 
 
 def npy(*values):
@@ -94,6 +98,8 @@ def test_zero_shot_sets(tmp_path):
     files = {"a.jpg": jpeg(1), "a.npy": npy(1, 0, 1), "b.jpg": jpeg(2), "b.npy": npy(0, 1, 0)}
     write_tar(tmp_path / "test" / "0.tar", files)
     (tmp_path / "test" / "nshards.txt").write_text("1")
+    (tmp_path / "dataset_type.txt").write_text("multilabel")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}")
     code, figures = inspect(tmp_path)
     assert code == 0 and figures["labels_per_image"]["mean"] == 1.5
     assert figures["classes_with_an_image"] == 3
@@ -101,15 +107,12 @@ def test_zero_shot_sets(tmp_path):
     files |= {"b.npy": npy(0, 0, 0), "c.jpg": jpeg(1), "c.npy": npy(0, 0, 0, 1), "d.jpg": jpeg(1)}
     write_tar(tmp_path / "test" / "0.tar", files | {"d.npy": b"no"})
     code, figures = inspect(tmp_path)
-    faults = " | ".join(f["fault"] for f in figures["faults"])
-    assert code == 1 and len(figures["faults"]) == 4
-    for part in (
-        "no positive label",
-        "classnames.txt has 3",
-        "nshards.txt but gone",
-        "unreadable la",
-    ):
-        assert part in faults
+    faults = {f["sample"]: f["fault"] for f in figures["faults"]}
+    assert code == 1 and list(faults) == ["c", "d", ""]
+    assert "classnames.txt has 3" in faults["c"] and "nshards.txt but gone" in faults[""]
+    assert "unreadable labels" in faults["d"]
+    (remark,) = figures["remarks"]  # evaluation warns of it too
+    assert remark.endswith("0.tar: 1 images with no positive label")
 
 
 def test_nothing_there_and_an_empty_shard(tmp_path, capsys):
@@ -118,3 +121,148 @@ def test_nothing_there_and_an_empty_shard(tmp_path, capsys):
     write_tar(tmp_path / "0.tar", {})
     code, figures = inspect(tmp_path)
     assert code == 0 and figures["samples"] == 0 and not (tmp_path / "sheet.png").exists()
+    assert f"No image to draw: {tmp_path}/sheet.png is not written." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_compressed_tars_and_those_cut_short(shards, mode):
+    before = inspect(shards)[1]
+    for name in ("00000.tar", "00001.tar"):
+        with tarfile.open(shards / name) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}
+        write_tar(shards / name, files, mode)
+    assert inspect(shards) == (0, before)
+    whole = (shards / "00000.tar").read_bytes()
+    length = len(whole) if mode != "w" else len(whole.rstrip(b"\0"))
+    for part in (0, 0.3, 0.6, 0.9):
+        (shards / "00000.tar").write_bytes(whole[: int(length * part)])
+        code, figures = inspect(shards)
+        assert code == 1
+        assert any("damaged or cut short" in f["fault"] for f in figures["faults"])
+
+
+def test_folders_of_tars(tmp_path, shards):
+    (tmp_path / "other" / ".otter-build").mkdir(parents=True)
+    (shards / "00000.tar").rename(tmp_path / "other" / "x.tar.gz")  # whatever the name says
+    (tmp_path / "sizes.json").write_text('{"00001.tar": 1}')
+    (tmp_path / "other" / ".otter-build" / "half.tar").write_bytes(b"x")
+    (tmp_path / "other" / "notes.txt").write_bytes(b"x")
+    code, figures = inspect(tmp_path)
+    assert (code, figures["shards"], figures["samples"]) == (0, 2, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "file", "fault"),
+    [
+        ("{broken", "sizes.json", "cannot be read as JSON"),
+        ('["00000.tar"]', "sizes.json", "is no object of shard names and numbers"),
+        ("3", "sizes.json", "is no object"),
+        (b"\xff", "sizes.json", "cannot be read as JSON"),
+        ('{"00000.tar": 6}', "00001.tar", "1 samples, where sizes.json has None"),
+        ('{"00000.tar": 6, "00001.tar": "1"}', "00001.tar", "where sizes.json has '1'"),
+        ('{"00000.tar": 6, "00001.tar": [1]}', "00001.tar", "where sizes.json has [1]"),
+        ('{"00000.tar": 6, "00001.tar": 1, "2.tar": 0}', "2.tar", "counted in sizes.json but gone"),
+    ],
+)
+def test_sizes(shards, capsys, text, file, fault):
+    (shards / "sizes.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    code, figures = inspect(shards)
+    (found,) = figures["faults"]
+    assert code == 1 and found["shard"] == str(shards / file) and fault in found["fault"]
+    assert f"fault: {shards / file}" in capsys.readouterr().out
+
+
+def tiff(values, dtype):
+    image, buffer = Image.fromarray(np.array(values, dtype)), io.BytesIO()
+    image.save(buffer, "TIFF")
+    return image.mode, buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "white", "black"), [(np.uint16, 50, 25), (np.int32, 50, 25), (np.float32, 50, 25)]
+)
+def test_what_loaders_would_cut_off(shards, dtype, white, black):
+    mode, content = tiff([[0, 60000], [255, 100]], dtype)
+    write_tar(shards / "00001.tar", {"a.png": content, "a.txt": b"x"})
+    code, figures = inspect(shards)
+    (fault,) = figures["faults"]
+    assert code == 1 and fault["sample"] == "a" and f"(mode {mode})" in fault["fault"]
+    assert f"{white}% of it is white then, {black}% black" in fault["fault"]
+    assert figures["formats"][f"TIFF {mode}"] == 1
+
+
+def turned(orientation):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    image = Image.new("RGB", (60, 20), "red")
+    image.paste("blue", (0, 0, 30, 20))
+    image.save(buffer, "JPEG", exif=exif)
+    return buffer.getvalue()
+
+
+def test_pictures_are_shown_as_loaders_decode_them(tmp_path, capsys):
+    files = {}
+    for n, orientation in enumerate((1, 1, 6)):
+        files |= {f"{n}.jpg": turned(orientation), f"{n}.txt": b"x"}
+    write_tar(tmp_path / "0.tar", files)
+    code, figures = inspect(tmp_path)
+    assert code == 0 and figures["turned_by_exif"] == 1
+    assert figures["image_width"]["min"] == 60 and figures["image_height"]["max"] == 20
+    assert "1 images are turned by EXIF, which training ignores" in capsys.readouterr().out
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB")).astype(int)
+    blue = (abs(pixels - (0, 0, 255)) < 20).all(axis=2)
+    red = (abs(pixels - (255, 0, 0)) < 20).all(axis=2)
+    rows = np.flatnonzero(blue.any(axis=1))
+    assert len(rows) == 20 and (rows == np.flatnonzero(red.any(axis=1))).all()
+    assert blue.any(axis=0).sum() + red.any(axis=0).sum() == pytest.approx(3 * 60, abs=9)
+    assert np.flatnonzero(blue.any(axis=0))[0] < np.flatnonzero(red.any(axis=0))[0]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG", "webp", "tif", "pdf", ""])
+def test_the_sheet_goes_where_it_is_asked_to(shards, suffix, monkeypatch):
+    sheet = shards / "new" / "folder" / f"sheet{'.' if suffix else ''}{suffix}"
+    assert run("inspect", shards, "--sheet", sheet, "--json", shards / "also" / "f.json") == 0
+    assert [path.name for path in sheet.parent.iterdir()] == [sheet.name]
+    assert (shards / "also" / "f.json").exists()
+    kinds = {"jpg": "JPEG", "tif": "TIFF", "": "PNG"}
+    if suffix == "pdf":
+        assert sheet.read_bytes().startswith(b"%PDF")
+    else:
+        with Image.open(sheet) as image:
+            assert image.format == kinds.get(suffix, suffix.upper())
+    monkeypatch.chdir(shards)
+    assert run("inspect", shards) == 0 and (shards / "contact_sheet.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "message"),
+    [
+        ("--sheet", "sheet.gifx", "take one of .png, .jpg"),
+        ("--sheet", "00000.tar/sheet.png", "00000.tar"),
+        ("--sheet", "folder.png", "is a folder"),
+        ("--json", "00000.tar/f.json", "00000.tar"),
+        ("--json", "folder.png", "is a folder"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_reading(
+    shards, capsys, monkeypatch, flag, name, message
+):
+    (shards / "folder.png").mkdir()
+    monkeypatch.setattr(shard_samples, "samples", None)  # nothing is read
+    monkeypatch.chdir(shards)
+    assert run("inspect", shards, flag, shards / name) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_figures_stay_small_and_pictures_are_drawn_by_lot(tmp_path):
+    files = {
+        k: v for n in range(60) for k, v in ((f"{n:03d}.jpg", jpeg(n)), (f"{n:03d}.txt", b"x"))
+    }
+    write_tar(tmp_path / "0.tar", files)
+    look = Look((tmp_path / "0.tar", None), 5)
+    keys = np.asarray(look.keys)
+    assert [lot for (lot, _), _, _ in sorted(look.thumbnails)] == sorted(keys)[-5:]
+    assert inspect(tmp_path, "--pictures", "5")[0] == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width // 176 == 5

@@ -202,10 +202,13 @@ def test_own_folders_that_cannot_be_used(demo, pairs, labelled, tmp_path, capsys
         (["--data", few, "--eval", labelled], "1 pairs of an image .* fewer than a batch of 32"),
         (["--data", pairs, "--eval", nothing], f"--eval {nothing} is no clip_benchmark webdataset"),
         (["--data", pairs, "--eval", unnamed], "classnames.txt is missing"),
-        (["--data", pairs, "--eval", retrieval], "a retrieval set has no classes"),
+        (["--data", pairs, "--eval", retrieval], "is a set with captions by its dataset_type.txt"),
         (["--data", pairs, "--eval", fewer], "label vector of shape .*, but there are 1"),
         (["--data", pairs, "--eval", gone], "1 of 1 shards are missing"),
-        (["--data", pairs, "--eval", garbled], f"--eval {garbled}: .*cannot"),
+        (
+            ["--data", pairs, "--eval", garbled],
+            f"--eval {garbled} cannot be used: .*unreadable image",
+        ),
         (["--data", pairs, "--eval", outside], "its cls, b'7', is none of the 1 classes"),
         (["--data", pairs, "--eval", tmp_path / "demo" / "x"], "inside --output"),
     ]

@@ -331,6 +331,11 @@ def test_blank_templates_are_passed_over(ours, tmp_path):
     blank = write_data(tmp_path / "blank", shards(), templates=["", "a photo of {c}.", " ", ""])
     found = ours("--dump_templates", data=blank)
     assert found == ours("--dump_templates") and found["templates"] == ["a photo of {c}."]
+    single = single_label(tmp_path / "single")
+    expected = ours(data=single)
+    (single / TEMPLATES_FILE).write_text("a photo of {c}.\n\n")
+    found = ours("--dump_templates", data=single)
+    assert found.pop("templates") == ["a photo of {c}."] and found == expected
 
 
 def test_templates_of_the_data_set(ours, tmp_path):
@@ -551,7 +556,7 @@ def test_truncated_image(ours, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"x.jpg": b"no image", "x.npy": vector([1])}, "sample x: the jpg cannot be decoded"),
+        ({"x.jpg": b"no image", "x.npy": vector([1])}, "sample x: unreadable image: not an image"),
         ({"x.npy": vector([1])}, "sample x has no image"),
         ({"x.jpg": jpeg(1)}, "sample x has no npy"),
         ({"x.jpg": jpeg(1), "x.npy": b"\x93NUMPY"}, "sample x: the npy cannot be read"),

@@ -1,7 +1,7 @@
 """Look at webdataset shards: counts, caption lengths, image sizes, unreadable samples, a contact sheet.
 
-Takes shards of image-caption pairs and clip_benchmark's zero-shot sets. Every image is decoded. The exit
-code is 1 if something is wrong with the shards, and every fault is named.
+Takes shards of image-caption pairs and clip_benchmark's evaluation sets. Every image is decoded as for
+training. The exit code is 1 if something is wrong with the shards, and every fault is named.
 """
 
 from __future__ import annotations
@@ -9,380 +9,207 @@ from __future__ import annotations
 import argparse
 import glob
 import io
-import json
-import logging
-import math
 import os
-import re
-import textwrap
-import warnings
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from heapq import nsmallest
+from hashlib import blake2b
+from heapq import heappush, heappushpop, nlargest
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import braceexpand
 import numpy as np
-from PIL import Image
+from braceexpand import braceexpand
 from tqdm import tqdm
 
-from otter_openclip.data import sources
-from otter_openclip.data.building import STATE_FOLDER
-from otter_openclip.data.decoding import STOCK_FORMATS, UndecodableImageError, decode
+from otter_openclip.data.contact_sheet import FORMATS, THUMBNAIL, draw
 from otter_openclip.data.options import positive
-from otter_openclip.data.pool import default_workers
-from otter_openclip.data.pool import ordered_map as parallel_map
-from otter_openclip.evaluation import prompts
-from otter_openclip.files import write_json, written_whole
+from otter_openclip.data.pool import default_workers, ordered_map
+from otter_openclip.evaluation import shard_samples
+from otter_openclip.evaluation.faults import Fault, SampleError
+from otter_openclip.evaluation.folders import Folder, is_evaluation, size_faults
+from otter_openclip.files import make_room, write_json
 
-THUMBNAIL = 160
-COLUMNS = 8
-_SHOWN_FAULTS = 10
-_KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's, which imports torch
-_STOCK_SUFFIXES = (*dict.fromkeys(STOCK_FORMATS.values()), "jpeg")
-
-
-@dataclass
-class Look:
-    """What one shard holds, one entry a sample in the arrays."""
-
-    path: str
-    samples: int = 0
-    characters: array = field(default_factory=lambda: array("q"))
-    words: array = field(default_factory=lambda: array("q"))
-    labels: array = field(default_factory=lambda: array("q"))
-    widths: array = field(default_factory=lambda: array("q"))
-    heights: array = field(default_factory=lambda: array("q"))
-    image_bytes: array = field(default_factory=lambda: array("q"))
-    formats: Counter[str] = field(default_factory=Counter)
-    faults: list[tuple[str, str]] = field(default_factory=list)
-    keys: array = field(default_factory=lambda: array("Q"))
-    thumbnails: list[tuple[int, bytes, Any]] = field(default_factory=list)
-    classes: set[int] = field(default_factory=set)
+SHOWN = 10
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+STATISTICS = ("min", "median", "mean", "95%", "max")
+SIZES = ("caption_characters", "caption_words", "labels_per_image")
+SIZES += ("image_width", "image_height", "image_bytes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    parser.add_argument(
-        "shards",
-        nargs="+",
-        metavar="SHARDS",
-        help="tars or folders of tars; braces and wildcards are expanded, as for --train-data",
-    )
-    parser.add_argument(
-        "--sheet",
-        default="contact_sheet.png",
-        metavar="FILE",
-        help="picture to write; default contact_sheet.png here",
-    )
-    parser.add_argument(
-        "--pictures", type=positive, default=48, metavar="N", help="images on it; default 48"
-    )
-    parser.add_argument(
-        "--json", metavar="FILE", help="also write the figures and all faults there"
-    )
-    parser.add_argument(
-        "--workers",
-        type=positive,
-        default=default_workers(),
-        metavar="N",
-        help="default: one per CPU",
-    )
+    add = parser.add_argument
+    text = "tars or folders of tars; braces and wildcards are expanded, as for --train-data"
+    add("shards", nargs="+", metavar="SHARDS", help=text)
+    text = "picture to write, of the format its suffix says; default contact_sheet.png here"
+    add("--sheet", default="contact_sheet.png", metavar="FILE", help=text)
+    add("--pictures", type=positive, default=48, metavar="N", help="images on it; default 48")
+    add("--json", metavar="FILE", help="also write the figures and all faults there")
+    workers = default_workers()
+    add("--workers", type=positive, default=workers, metavar="N", help="default: one per CPU")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     paths = find_shards(args.shards)
-    looks = parallel_map(partial(look, pictures=args.pictures), paths, args.workers)
+    if Path(args.sheet).suffix.lower() not in FORMATS:
+        raise ValueError(f"--sheet {args.sheet}: take one of {', '.join(FORMATS[:-1])}")
+    for file in filter(None, (args.sheet, args.json)):
+        make_room(Path(file))
+    folders = dict.fromkeys(path.parent for path in paths)
+    folders = {p: Folder(p.parent, p.name) if is_evaluation(p) else None for p in folders}
+    jobs = [(path, folders[path.parent]) for path in paths]
+    looks = ordered_map(partial(Look, pictures=args.pictures), jobs, args.workers)
     looks = list(tqdm(looks, "Reading shards", len(paths), unit="shard"))
-    faults = [(shard.path, *fault) for shard in looks for fault in shard.faults]
-    faults += _across(looks) + _counted_otherwise(looks)
-    names = _class_names(paths[0])
-    faults += _outside(looks, names) + prompts.faults(paths[0].parent.parent)
+    faults, remarks = across(looks, folders)
     figures = summarise(looks)
-    print(_table(figures, names))
-    for path, key, fault in faults[:_SHOWN_FAULTS]:
-        print(f"fault: {path}: {key + ': ' if key else ''}{fault}")
-    if len(faults) > _SHOWN_FAULTS:
-        print(
-            f"... {len(faults)} faults in all" + ("" if args.json else "; --json FILE lists them")
-        )
+    print(_table(figures, next((f.names for f in folders.values() if f and f.names), None)))
+    for kind, found in (("remark", remarks), ("fault", faults)):
+        print(*(f"{kind}: {text}\n" for text in found[:SHOWN]), sep="", end="")
+    if len(faults) > SHOWN:
+        print(f"... {len(faults)} faults in all" + "; --json FILE lists them" * (not args.json))
     elif not faults:
         print("No faults: every sample can be read.")
     if args.json:
         rows = [dict(zip(("shard", "sample", "fault"), fault, strict=True)) for fault in faults]
-        write_json(Path(args.json), {**figures, "faults": rows})
-    chosen = nsmallest(args.pictures, (t for shard in looks for t in shard.thumbnails))
+        write_json(Path(args.json), {**figures, "faults": rows, "remarks": list(map(str, remarks))})
+    thumbnails = [(*t, folders[shard.path.parent]) for shard in looks for t in shard.thumbnails]
+    chosen = nlargest(args.pictures, thumbnails, key=lambda thumbnail: thumbnail[0])
     if chosen:
-        draw(chosen, names, Path(args.sheet))
+        draw(chosen, Path(args.sheet))
         print(f"{len(chosen)} of them, drawn by lot: {args.sheet}")
+    else:
+        print(f"No image to draw: {args.sheet} is not written.")
     return 1 if faults else 0
 
 
 def find_shards(patterns: Iterable[str]) -> list[Path]:
-    """The tars that ``patterns`` stand for.
-
-    Raises:
-        FileNotFoundError: if one of them stands for none.
-    """
+    """The tars that ``patterns`` stand for; FileNotFoundError if one of them stands for none."""
     found: list[Path] = []
-    for pattern in patterns:
-        for text in braceexpand.braceexpand(pattern):
-            names = glob.glob(text) if glob.has_magic(text) else [text]
-            paths = []
-            for path in map(Path, names):
-                if path.is_dir():
-                    paths += [p for p in path.rglob("*.tar") if STATE_FOLDER not in p.parts]
-                elif path.exists():
-                    paths.append(path)
-            if not paths:
-                raise FileNotFoundError(f"{text}: no such tar, or no .tar in it")
-            found += sorted(paths, key=lambda p: (p.parent, len(p.name), p.name))
+    for text in chain.from_iterable(map(braceexpand, patterns)):
+        paths = []
+        for name in glob.glob(text):
+            inside = glob.iglob(f"{glob.escape(name)}/**", recursive=True)  # not hidden ones
+            paths += [p for p in inside if p.endswith(TARS)] if os.path.isdir(name) else [name]
+        if not paths:
+            raise FileNotFoundError(f"{text}: no such tar, or no .tar in it")
+        found += sorted(map(Path, paths), key=lambda p: (p.parent, len(p.name), p.name))
     return list(dict.fromkeys(found))
 
 
-def look(path: Path, pictures: int) -> Look:
-    """Read one shard; ``pictures`` thumbnails are kept, by lot, the same ones every time."""
-    result = Look(str(path))
-    try:
-        with open(path, "rb") as file:
-            for key, files in _samples(path):
-                result.samples += 1
-                result.keys.append(int.from_bytes(sources.digest(key), "little"))
-                content = {
-                    suffix: os.pread(file.fileno(), m.size, m.offset) for suffix, m in files.items()
-                }
-                _look_at(key, content, result, pictures)
-    except OSError as error:
-        result.faults.append(("", str(error).removeprefix(f"{path}: ")))
-    result.thumbnails = nsmallest(pictures, result.thumbnails)
-    return result
+class Look:
+    """What a shard holds: numbers of each sample, and some thumbnails (lot, PNG, caption or labels)."""
 
-
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, sources.Member]]]:
-    """Groups of consecutive members with one key, as webdataset forms them."""
-    current, files = None, {}
-    for member in sources.members(str(path)):
-        match = _KEY_AND_SUFFIX.match(member.name)
-        if match is None:
-            continue
-        key, suffix = match.groups()
-        if key != current or suffix.lower() in files:
-            if current is not None:
-                yield current, files
-            current, files = key, {}
-        files[suffix.lower()] = member
-    if current is not None:
-        yield current, files
-
-
-def _look_at(key: str, content: dict[str, bytes], result: Look, pictures: int) -> None:
-    suffix = next((s for s in _STOCK_SUFFIXES if s in content), None)
-    beside = _beside(key, content, result)
-    if suffix is None:
-        result.faults.append((key, f"no image ({', '.join(_STOCK_SUFFIXES)}) among its files"))
-        return
-    data = content[suffix]
-    result.image_bytes.append(len(data))
-    try:
-        image = decode(data)
-        format_name = image.format
-        image = image.convert("RGB")
-    except UndecodableImageError as error:
-        result.faults.append((key, f"unreadable image: {error}"))
-        return
-    result.widths.append(image.width)
-    result.heights.append(image.height)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data)) as header:
-            result.formats[f"{format_name} {header.mode}"] += 1
-    lot = int.from_bytes(sources.digest(f"lot {result.path} {key}"), "little")
-    kept = result.thumbnails
-    if len(kept) < 2 * pictures or lot < max(kept[:pictures])[0]:
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        kept.append((lot, buffer.getvalue(), beside))
-        if len(kept) >= 4 * pictures:
-            kept[:] = nsmallest(pictures, kept)
-
-
-def _beside(key: str, content: dict[str, bytes], result: Look) -> str | list[int] | None:
-    """The caption or labels; their figures and faults go into ``result``."""
-    if "txt" in content:
+    def __init__(self, job: tuple[Path, Folder | None], pictures: int) -> None:
+        """Read a shard, of a webdataset ``Folder`` or, if that is None, of training pairs."""
+        self.path, folder = job
+        self.samples, self.turned, self.pictures = 0, 0, pictures
+        self.sizes = {name: array("q") for name in SIZES}
+        self.keys = array("Q")
+        self.formats: Counter[str] = Counter()
+        self.classes: set[int] = set()
+        self.faults: list[Fault] = []
+        self.thumbnails: list[tuple[Any, bytes, str | list[int] | None]] = []
         try:
-            caption = content["txt"].decode()
-        except UnicodeDecodeError:
-            result.faults.append((key, "caption is not UTF-8"))
-            return None
-        result.characters.append(len(caption))
-        result.words.append(len(caption.split()))
-        if not caption.strip():
-            result.faults.append((key, "empty caption"))
-        return caption
-    try:
-        if "npy" in content:
-            labels = np.flatnonzero(np.load(io.BytesIO(content["npy"]))).tolist()
-        elif "cls" in content:
-            labels = [int(content["cls"])]
+            for key, files in shard_samples.samples(self.path, strict=folder is not None):
+                digest = blake2b(key.encode(), digest_size=8).digest()
+                self.keys.append(int.from_bytes(digest, "little"))
+                self.samples, self.beside = self.samples + 1, None
+                for read in (self._read_beside, self._read_image):
+                    try:
+                        read(files, folder)
+                    except SampleError as error:
+                        self.faults.append(Fault(str(self.path), key, str(error)))
+        except OSError as error:
+            self.faults.append(Fault(str(self.path), "", str(error)))
+
+    def _read_beside(self, files: Mapping[str, bytes], folder: Folder | None) -> None:
+        kinds = [folder.suffix] if folder else [s for s in ("txt", "npy", "cls") if s in files]
+        if not kinds:
+            raise SampleError("neither caption (txt) nor labels (npy, cls)")
+        if kinds[0] == "txt":
+            self.beside = shard_samples.caption(files)
+            self.sizes["caption_characters"].append(len(self.beside))
+            self.sizes["caption_words"].append(len(self.beside.split()))
         else:
-            result.faults.append((key, "neither caption (txt) nor labels (npy, cls)"))
-            return None
-    except ValueError as error:
-        result.faults.append((key, f"unreadable labels: {error}"))
-        return None
-    result.labels.append(len(labels))
-    result.classes.update(labels)
-    if not labels:
-        result.faults.append((key, "no positive label"))
-    return labels
+            labels = shard_samples.labels(files, kinds[0], folder and folder.classes)
+            self.beside = labels.tolist()
+            self.sizes["labels_per_image"].append(len(labels))
+            self.classes.update(self.beside)
+
+    def _read_image(self, files: Mapping[str, bytes], folder: Folder | None) -> None:
+        order = shard_samples.IMAGES if folder else shard_samples.TRAINING_IMAGES
+        content = shard_samples.image_file(files, order)
+        self.sizes["image_bytes"].append(len(content))
+        image = shard_samples.opened(content)
+        format_name, decoded = f"{image.format} {image.mode}", shard_samples.rgb(image)
+        self.formats[format_name] += 1
+        self.sizes["image_width"].append(decoded.width)
+        self.sizes["image_height"].append(decoded.height)
+        self.turned += shard_samples.orientation(image) != 1
+        lot, full = (self.keys[-1], self.samples), len(self.thumbnails) >= self.pictures
+        if not full or lot > self.thumbnails[0][0]:  # the same ones every time
+            decoded.thumbnail((THUMBNAIL, THUMBNAIL))
+            decoded.save(png := io.BytesIO(), "PNG")
+            (heappushpop if full else heappush)(self.thumbnails, (lot, png.getvalue(), self.beside))
+        shard_samples.check_range(image)
 
 
-def _across(looks: Sequence[Look]) -> list[tuple[str, str, str]]:
-    keys = [np.asarray(shard.keys, np.uint64) for shard in looks]
-    unique, counts = np.unique(np.concatenate(keys), return_counts=True)
-    repeated = unique[counts > 1]
-    faults = []
-    for shard, own in zip(looks, keys, strict=True):
-        again = int(np.isin(own, repeated).sum())
-        if again:
-            faults.append((shard.path, "", f"{again} samples whose key occurs more than once"))
-    return faults
-
-
-def _counted_otherwise(looks: Sequence[Look]) -> list[tuple[str, str, str]]:
-    """Disagreement with sizes.json and nshards.txt beside the shards."""
-    faults = []
-    folders: dict[Path, list[Look]] = {}
+def across(
+    looks: Sequence[Look], folders: Mapping[Path, Folder | None]
+) -> tuple[list[Fault], list[Fault]]:
+    """All faults, and remarks on what neither training nor evaluation refuses."""
+    faults, remarks = [fault for shard in looks for fault in shard.faults], []
+    keys, counts = np.unique(np.concatenate([shard.keys for shard in looks]), return_counts=True)
     for shard in looks:
-        folders.setdefault(Path(shard.path).parent, []).append(shard)
-    for folder, shards in folders.items():
-        sizes_file, count_file = folder / "sizes.json", folder / "nshards.txt"
-        if sizes_file.exists():
-            sizes = json.loads(sizes_file.read_text(encoding="utf-8"))
-            for shard in shards:
-                listed = sizes.get(Path(shard.path).name)
-                if listed != shard.samples:
-                    fault = f"{shard.samples} samples, where sizes.json has {listed}"
-                    faults.append((shard.path, "", fault))
-        if count_file.exists():
-            listed = int(count_file.read_text())
-            gone = [n for n in range(listed) if not (folder / f"{n}.tar").exists()]
-            faults += [
-                (str(folder / f"{n}.tar"), "", "counted in nshards.txt but gone") for n in gone
-            ]
-    return faults
-
-
-def _outside(looks: Sequence[Look], names: list[str] | None) -> list[tuple[str, str, str]]:
-    if names is None:
-        return []
-    return [
-        (
-            shard.path,
-            "",
-            f"label {max(shard.classes)}, where classnames.txt has {len(names)} classes",
-        )
-        for shard in looks
-        if shard.classes and max(shard.classes) >= len(names)
-    ]
-
-
-def _class_names(shard: Path) -> list[str] | None:
-    path = shard.parent.parent / "classnames.txt"
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else None
+        if again := np.isin(shard.keys, keys[counts > 1]).sum():
+            fault = Fault(str(shard.path), "", f"{again} samples whose key occurs more than once")
+            (remarks if folders[shard.path.parent] else faults).append(fault)
+        if none := shard.sizes["labels_per_image"].count(0):
+            remarks.append(Fault(str(shard.path), "", f"{none} images with no positive label"))
+    for parent, folder in folders.items():
+        sizes = {shard.path.name: shard.samples for shard in looks if shard.path.parent == parent}
+        if folder is None:
+            faults += size_faults(parent, sizes)
+        else:
+            faults += [*folder.faults, *folder.count_faults(sum(sizes.values()))]
+            remarks += folder.remarks
+    return faults, remarks
 
 
 def summarise(looks: Sequence[Look]) -> dict[str, Any]:
     """The figures of all shards: counts, and quantiles of what has a size."""
-    figures: dict[str, Any] = {
-        "shards": len(looks),
-        "samples": sum(shard.samples for shard in looks),
-        "samples_per_shard": _quantiles([shard.samples for shard in looks]),
-        "formats": dict(sum((shard.formats for shard in looks), Counter()).most_common()),
-    }
-    for name, attribute in (
-        ("caption_characters", "characters"),
-        ("caption_words", "words"),
-        ("labels_per_image", "labels"),
-        ("image_width", "widths"),
-        ("image_height", "heights"),
-        ("image_bytes", "image_bytes"),
-    ):
-        values = np.concatenate([np.asarray(getattr(shard, attribute)) for shard in looks])
-        if len(values):
-            figures[name] = _quantiles(values)
-    classes = set().union(*(shard.classes for shard in looks))
-    if classes:
+    figures = {"shards": len(looks), "samples": sum(shard.samples for shard in looks)}
+    sizes = {"samples_per_shard": np.array([shard.samples for shard in looks])}
+    sizes |= {name: np.concatenate([shard.sizes[name] for shard in looks]) for name in SIZES}
+    for name, v in sizes.items():
+        if len(v):
+            found = v.min(), np.median(v), v.mean(), np.quantile(v, 0.95), v.max()
+            figures[name] = dict(zip(STATISTICS, map(float, found), strict=True))
+    formats = sum((shard.formats for shard in looks), Counter())
+    figures["formats"] = dict(formats.most_common())
+    if classes := set().union(*(shard.classes for shard in looks)):
         figures["classes_with_an_image"] = len(classes)
+    if turned := sum(shard.turned for shard in looks):
+        figures["turned_by_exif"] = turned
     return figures
 
 
-def _quantiles(values: Sequence[int] | np.ndarray) -> dict[str, float]:
-    low, median, high, top = np.quantile(values, [0, 0.5, 0.95, 1]).tolist()
-    return {"min": low, "median": median, "mean": float(np.mean(values)), "95%": high, "max": top}
-
-
-def _table(figures: dict[str, Any], names: list[str] | None) -> str:
-    shards = figures["shards"]
-    lines = [f"{figures['samples']} samples in {shards} shard{'s' if shards > 1 else ''}"]
-    if "classes_with_an_image" in figures:
-        of = f" of {len(names)}" if names is not None else ""
-        lines.append(f"{figures['classes_with_an_image']}{of} classes have an image")
+def _table(figures: Mapping[str, Any], names: Sequence[str] | None) -> str:
+    lines = [
+        "{samples} samples in {shards} shard".format(**figures) + "s" * (figures["shards"] > 1)
+    ]
+    if seen := figures.get("classes_with_an_image"):
+        lines.append(f"{seen}{f' of {len(names)}' if names else ''} classes have an image")
+    if turned := figures.get("turned_by_exif"):
+        lines.append(f"{turned} images are turned by EXIF, which training ignores")
     rows = {name: value for name, value in figures.items() if isinstance(value, dict)}
-    formats = rows.pop("formats")
-    lines.append(f"{'':20}{'min':>10}{'median':>10}{'mean':>10}{'95%':>10}{'max':>10}")
+    formats = ", ".join(f"{count} {name}" for name, count in rows.pop("formats").items())
+    lines.append(f"{'':20}" + "".join(f"{name:>10}" for name in STATISTICS))
     for name, row in rows.items():
-        values = "".join(f"{value:>10.10g}" for value in (round(v, 1) for v in row.values()))
+        values = "".join(f"{round(value, 1):>10.10g}" for value in row.values())
         lines.append(f"{name.replace('_', ' '):20}{values}")
-    listed = ", ".join(f"{count} {name}" for name, count in formats.items())
-    return "\n".join([*lines, f"formats: {listed or 'none'}"])
-
-
-def draw(chosen: Sequence[tuple[int, bytes, Any]], names: Sequence[str] | None, path: Path) -> None:
-    """Draw the contact sheet: thumbnails with what belongs to them underneath."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = min(COLUMNS, len(chosen))
-    rows = math.ceil(len(chosen) / columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(1.7 * columns, 2.3 * rows), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (_, thumbnail, beside) in zip(axes.flat, chosen, strict=False):
-        axis.imshow(Image.open(io.BytesIO(thumbnail)))
-        axis.text(
-            *(0.5, -0.05, _under(beside, names)),
-            transform=axis.transAxes,
-            ha="center",
-            va="top",
-            fontsize=7,
-            parse_math=False,
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs that the font lacks show as boxes
-        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-        with written_whole(path) as file:
-            figure.savefig(file, format="png", dpi=110, facecolor="white")
-    pyplot.close(figure)
-
-
-def _under(beside: Any, names: Sequence[str] | None) -> str:
-    if beside is None:
-        return ""
-    if isinstance(beside, list):
-        beside = "; ".join(
-            names[label] if names is not None and label < len(names) else str(label)
-            for label in beside
-        )
-    text = textwrap.shorten(beside, 84, placeholder=" …")
-    return "\n".join(textwrap.wrap(text, 22))
+    return "\n".join([*lines, f"formats: {formats or 'none'}"])

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import open_clip
 import torch
 from clip_benchmark.datasets.builder import build_wds_dataset
@@ -17,13 +16,9 @@ from torch import Tensor
 
 from otter_openclip.evaluation import multilabel_metrics
 from otter_openclip.evaluation.classifier import class_features
-from otter_openclip.evaluation.labelled_images import (
-    ImageError,
-    MultiLabelImages,
-    encode_images,
-    is_multilabel,
-)
-from otter_openclip.evaluation.prompts import check_webdataset, class_prompts
+from otter_openclip.evaluation.folders import check_webdataset
+from otter_openclip.evaluation.labelled_images import MultiLabelImages, encode_images
+from otter_openclip.evaluation.prompts import class_prompts
 from otter_openclip.features import prefix
 
 KS = (1, 5, 10)
@@ -68,16 +63,6 @@ class Towers:
         self.model.load_state_dict(heads, strict=False)
 
 
-class _SingleLabelImages(MultiLabelImages):
-    """The same of a webdataset with one class a picture, in ``cls``."""
-
-    def _labels(self, sample: dict[str, Any], where: str) -> np.ndarray:
-        label = sample.get("cls", b"").strip()
-        if not label.isdigit() or int(label) >= self.classes:
-            raise ImageError(f"{where}: its cls, {label!r}, is none of the {self.classes} classes")
-        return np.array([int(label)], np.int32)
-
-
 class Example(NamedTuple):
     """A test picture, by its number, with the names of its classes."""
 
@@ -90,25 +75,16 @@ class TestSet:
     """A multi-label or single-label clip_benchmark webdataset."""
 
     def __init__(self, folder: Path, flag: str) -> None:
-        """Open it and look at its first sample.
+        """Check and open it.
 
         Raises:
             ValueError: naming ``flag``, by which it was given, if it cannot be used.
         """
-        check_webdataset(str(folder), SPLIT, flag=flag)
+        self.multilabel = check_webdataset(str(folder), SPLIT, flag=flag).suffix == "npy"
         self.folder = folder
-        try:
-            dataset = self._open(None)
-            if not dataset.classes:
-                raise ValueError("a retrieval set has no classes; dataset_type.txt says it is one")
-            self.multilabel = is_multilabel(dataset)
-            self.prompts, self.classes = class_prompts(dataset), dataset.classes
-            images = MultiLabelImages if self.multilabel else _SingleLabelImages
-            self._images = images(dataset, None, len(self.classes))
-            self._images.check()
-            next(iter(self._open(lambda image: image)))  # decodes the first picture
-        except (ValueError, OSError, StopIteration) as error:
-            raise ValueError(f"{flag} {folder}: {error}") from error
+        dataset = self._open(None)
+        self.prompts, self.classes = class_prompts(dataset), dataset.classes
+        self._images = MultiLabelImages(dataset, None, len(self.classes))
 
     def _open(self, transform: Any) -> Any:
         return build_wds_dataset(self.folder.name, transform, SPLIT, str(self.folder))

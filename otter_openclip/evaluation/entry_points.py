@@ -16,8 +16,8 @@ from clip_benchmark.datasets.builder import build_wds_dataset
 from torch import nn
 
 from otter_openclip.evaluation import run
+from otter_openclip.evaluation.folders import check_webdataset
 from otter_openclip.evaluation.labelled_images import is_multilabel
-from otter_openclip.evaluation.prompts import check_webdataset
 
 
 class NamedDataset:
@@ -34,7 +34,7 @@ class NamedDataset:
         root = run.named_root(self.name, root, split)
         names = not given["custom_classname_file"]
         templates = not given["custom_template_file"]
-        check_webdataset(root, split, names=names, templates=templates)
+        check_webdataset(root, split, names=names, templates=templates, samples=False)
         dataset = build_wds_dataset(self.name, transform, split, root, given["wds_cache_dir"])
         return run.printed_shortened(dataset)
 
@@ -72,6 +72,16 @@ class MultiLabelTask:
                 "(dataset_type.txt says multilabel in one); for single labels take --task "
                 "zeroshot_classification"
             )
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        root, split, _ = dataset.pipeline[0].urls[0].rsplit("/", 2)
+        check_webdataset(
+            root,
+            split,
+            names=not args.custom_classname_file,
+            templates=not args.custom_template_file,
+            samples=rank == 0,
+            may_be_cut=args.load_truncated,
+        )
         if args.reference_crop:
             transform = run.reference_crop(model)
         together = args.distributed and dist.is_initialized()

@@ -9,7 +9,8 @@
 ``cli.main_eval``                    ``--templates``; meets the other processes of ``--distributed``
 ``cli.run``                          slashes of a model's name stay out of the output's name; under
                                      ``--distributed`` every rank takes part in multi-label runs
-``cli.load_clip``                    the model's transform is kept for multi-label runs
+``cli.load_clip``                    before it, the data set is checked; the model's transform is kept
+                                     for multi-label runs
 ``cli.build_dataset``                knows ``goi`` and ``imagenet10k``; says which text file is missing
 ``zeroshot_classification.evaluate`` multi-label webdatasets are evaluated by ``run.py``
 ``zeroshot_classification.float``    NumPy 2.4 and later refuse the one-element array it is given
@@ -41,8 +42,14 @@ from clip_benchmark.metrics import zeroshot_classification as stock_classificati
 from torch import nn
 
 from otter_openclip.evaluation import run
+from otter_openclip.evaluation.folders import check_webdataset
 from otter_openclip.evaluation.labelled_images import is_multilabel
-from otter_openclip.evaluation.prompts import TEMPLATES_FILE, check_templates, check_webdataset
+from otter_openclip.evaluation.prompts import (
+    TEMPLATES_FILE,
+    check_classnames,
+    check_json,
+    check_prompts,
+)
 from otter_openclip.files import written_whole
 from otter_openclip.flags import name_nearest
 from otter_openclip.replacing import replaced
@@ -131,6 +138,7 @@ class _Command:
         self.args: argparse.Namespace | None = None
         self.transform: Any = None
         self.rank, self.world_size = 0, 1
+        self.checked: set[tuple[Any, ...]] = set()  # folders, and what was asked of them
         self.together = False  # whether all ranks work on the present run
         self.turns: Iterator[int] = itertools.cycle([0])  # the ranks that have the other runs
 
@@ -164,32 +172,70 @@ class _Command:
             return False
         if not args.dataset.startswith("wds/"):
             return args.dataset in run.NAMED_DATASETS
+        dataset = build_wds_dataset("evaluated", None, args.split, self._root(args))
+        return is_multilabel(dataset)
+
+    def _root(self, args: argparse.Namespace) -> str:
         name = args.dataset.removeprefix("wds/")
-        root = args.dataset_root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
-        return is_multilabel(build_wds_dataset(name, None, args.split, root))
+        return args.dataset_root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
 
     def load_clip(self, **kwargs: Any) -> tuple[Any, ...]:
+        args = self.args
+        task = args.task
+        if task == "auto":
+            task = cli.get_dataset_default_task(args.dataset.removeprefix("wds/"))
+        own = args.custom_classname_file, args.custom_template_file
+        self._check(args.dataset, self._root(args), args.split, task, *own)
         model, self.transform, tokenizer = _stock_load_clip(**kwargs)
         if self.args.reference_crop:
             self.transform = run.reference_crop(model)
         return model, self.transform, tokenizer
 
+    def _check(
+        self, name: str, root: str, split: str, task: str, names: str | None, templates: str | None
+    ) -> str:
+        """The folder of the data set ``name``; ValueError if it is a local webdataset with a fault."""
+        check_json("--custom_classname_file", names)
+        check_json("--custom_template_file", templates)
+        if name in run.NAMED_DATASETS:
+            root = run.named_root(name, root, split)
+        elif not name.startswith("wds/"):
+            return root
+        needed = task in ("zeroshot_classification", "linear_probe")
+        asked = root, split, needed, names, templates
+        if asked in self.checked:
+            return root
+        self.checked.add(asked)
+        check_webdataset(
+            root,
+            split,
+            names=needed and not names,
+            templates=needed and not templates,
+            kinds=("npy", "cls") if needed else ("npy", "cls", "txt"),
+            samples=self.rank == 0 or not self.together,
+            progress=self.rank == 0,
+            may_be_cut=self.args.load_truncated,
+        )
+        return root
+
     def build_dataset(self, **given: Any) -> Any:
-        name, split = given["dataset_name"], given.get("split", "test")
-        task = given.get("task", "zeroshot_classification")
+        name, task = given["dataset_name"], given.get("task", "zeroshot_classification")
+        custom = given.get("custom_template_file")
+        names, file = given.get("custom_classname_file"), custom
+        split = given.get("split", "test")
+        given["root"] = self._check(name, given["root"], split, task, names, custom)
         if name in run.NAMED_DATASETS:
             given["dataset_name"] = f"wds/{name}"
-            given["root"] = run.named_root(name, given["root"], split)
-        file = custom = given.get("custom_template_file")
-        if given["dataset_name"].startswith("wds/"):
-            needed = task in ("zeroshot_classification", "linear_probe")
-            names = needed and not given.get("custom_classname_file")
-            check_webdataset(given["root"], split, names=names, templates=needed and not custom)
-            file = custom or f"{given['root']}/{TEMPLATES_FILE}"
         dataset = _stock_build_dataset(**given)
-        if task == "zeroshot_classification" and file and isinstance(dataset.templates, list):
-            check_templates(dataset.templates, file)
-        return run.printed_shortened(dataset) if is_multilabel(dataset) else dataset
+        multilabel = is_multilabel(dataset)
+        if given["dataset_name"].startswith("wds/"):
+            file = custom or f"{given['root']}/{TEMPLATES_FILE}"
+        if task == "zeroshot_classification":
+            if names and not multilabel:
+                check_classnames(dataset.classes, names)
+            if file:
+                dataset.templates = check_prompts(dataset.templates, dataset.classes, file)
+        return run.printed_shortened(dataset) if multilabel else dataset
 
     def evaluate(
         self, model: nn.Module, dataloader: Any, tokenizer: Any, *names: Any, **options: Any

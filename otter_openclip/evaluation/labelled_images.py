@@ -7,11 +7,9 @@ of ranks: what a metric depends on does not change with them. To read on through
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +20,12 @@ from PIL import ImageFile
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
-from webdataset.autodecode import ImageHandler
 
+from otter_openclip.evaluation import shard_samples
 from otter_openclip.evaluation.classifier import Autocast
+from otter_openclip.evaluation.faults import Fault, SampleError
+from otter_openclip.evaluation.prompts import CLASSES_FILE
 from otter_openclip.replacing import replaced
-
-EXTENSIONS = ("webp", "png", "jpg", "jpeg")  # clip_benchmark's
 
 Batch = tuple[Tensor, list[np.ndarray], list[tuple[int, int]]]  # images, labels, (shard, sample)
 
@@ -43,39 +41,45 @@ def is_multilabel(dataset: Any) -> bool:
 
 
 class MultiLabelImages(IterableDataset):
-    """Batches of images, labels and places of a multi-label webdataset, or the error that ends them.
+    """Batches of images, labels and places of a labelled webdataset, or the error that ends them.
 
     Each loader worker of each rank is a slot. With at least as many shards as slots a slot reads every
     slots-th shard; with fewer, the slots share the shards and each decodes its part of the samples.
     """
 
     def __init__(
-        self, dataset: Any, transform: Callable, classes: int, *, load_truncated: bool = False
+        self,
+        dataset: Any,
+        transform: Callable,
+        classes: int,
+        *,
+        load_truncated: bool = False,
+        names_file: str | None = None,
     ) -> None:
         """Take shards and tar reading, with its cache, from clip_benchmark's ``dataset``.
 
         ``transform`` is of PIL images to tensors, ``classes`` the length of the class list; with
         ``load_truncated`` what is missing of an incomplete image is grey instead of an error.
+        ``names_file`` is where the class names are from, if not the dataset's own.
         """
         super().__init__()
         self.urls = list(dataset.pipeline[0].urls)
         functions = {getattr(getattr(s, "f", s), "__name__", ""): s for s in dataset.pipeline}
         self.read = next(stage for name, stage in functions.items() if "tarfile" in name)
-        self.decode = ImageHandler("pil", extensions=EXTENSIONS)
+        self.label_file = "npy" if is_multilabel(dataset) else "cls"
+        self.names_file = names_file or CLASSES_FILE
         self.transform, self.classes, self.load_truncated = transform, classes, load_truncated
         self.batch_size, self.rank, self.world_size = 64, 0, 1
 
     def check(self) -> None:
-        """Raise ImageError now, before anything expensive, for missing shards and unfit labels."""
-        missing = [url for url in self.urls if "://" not in url and not Path(url).is_file()]
-        if missing:
-            raise ImageError(
-                f"{len(missing)} of {len(self.urls)} shards are missing, first {missing[0]}; restore "
-                "them or correct nshards.txt"
-            )
+        """Raise ImageError now, before anything expensive, if the first sample cannot be used.
+
+        The folder with all its samples is checked before, by ``folders.check_webdataset``; this also
+        knows of addresses and of class names from elsewhere.
+        """
         for url in self.urls:
             for _, sample in self._samples(url, 0, 1):
-                self._labels(sample, f"{url}: sample {sample['__key__']}")
+                self._labels(sample, url)
                 return
         raise ImageError(f"no images in {len(self.urls)} shards, first {self.urls[0]}")
 
@@ -86,8 +90,7 @@ class MultiLabelImages(IterableDataset):
             for shard, offset, step in self._shares():
                 url = self.urls[shard]
                 for place, sample in self._samples(url, offset, step):
-                    where = f"{url}: sample {sample['__key__']}"
-                    image, labels = self._image(sample, where), self._labels(sample, where)
+                    image, labels = self._image(sample, url), self._labels(sample, url)
                     batch.append((image, labels, (shard, place)))
                     if len(batch) == self.batch_size:
                         yield _collate(batch)
@@ -117,39 +120,25 @@ class MultiLabelImages(IterableDataset):
             fault = f"cannot be read to its end ({type(error).__name__}: {error})"
             raise ImageError(f"{url} {fault}; copy or build the shard again") from error
 
-    def _image(self, sample: dict[str, Any], where: str) -> Tensor:
-        found = next((e for e in EXTENSIONS if e in sample), None)
-        if found is None:
-            raise ImageError(f"{where} has no image ({', '.join(EXTENSIONS)})")
+    def _image(self, sample: dict[str, Any], url: str) -> Tensor:
         # For this image only: the switch is the whole process's.
         switch = self.load_truncated or ImageFile.LOAD_TRUNCATED_IMAGES
         try:
+            image = shard_samples.opened(shard_samples.image_file(sample))
             with replaced((ImageFile, "LOAD_TRUNCATED_IMAGES", switch)):
-                image = self.decode(found, sample[found])
-        except Exception as error:  # PIL's decoders raise many types
-            flag = "pass --load_truncated to use the part that is there, or "
-            raise ImageError(
-                f"{where}: the {found} cannot be decoded ({type(error).__name__}: {error}); "
-                f"{flag if 'truncated' in str(error) else ''}build the shard without it"
-            ) from error
+                shard_samples.check_range(image)
+                image = shard_samples.rgb(image)
+        except SampleError as error:
+            flag = "; pass --load_truncated to use the part that is there, or build the shard without it"
+            fault = f"{error}{flag if 'truncated' in str(error) else ''}"
+            raise ImageError(str(Fault(url, sample["__key__"], fault))) from error
         return self.transform(image)
 
-    def _labels(self, sample: dict[str, Any], where: str) -> np.ndarray:
-        if "npy" not in sample:
-            raise ImageError(f"{where} has no npy with its label vector")
+    def _labels(self, sample: dict[str, Any], url: str) -> np.ndarray:
         try:
-            vector = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise ImageError(f"{where}: the npy cannot be read ({error})") from error
-        if vector.shape != (self.classes,):
-            raise ImageError(
-                f"{where} has a label vector of shape {vector.shape}, but there are {self.classes} "
-                "class names; classnames.txt must have one line for each entry"
-            )
-        labels = vector.nonzero()[0]
-        if not (vector[labels] == 1).all():
-            raise ImageError(f"{where} has a label vector with values other than 0 and 1")
-        return labels.astype(np.int32)
+            return shard_samples.labels(sample, self.label_file, self.classes, self.names_file)
+        except SampleError as error:
+            raise ImageError(str(Fault(url, sample["__key__"], str(error)))) from error
 
 
 def _collate(batch: list[Any]) -> Batch:

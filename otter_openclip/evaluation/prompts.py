@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from otter_openclip.evaluation.faults import Fault
+
 CLASSES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 SIMPLE = "a photo of {c}."
-
-
-def check_webdataset(
-    root: str,
-    split: str = "test",
-    *,
-    names: bool = True,
-    templates: bool = True,
-    flag: str = "--dataset_root",
-) -> None:
-    """Raise ValueError if a text file of the webdataset ``root``, given by ``flag``, is missing.
-
-    Whoever evaluates calls it before anything is loaded; ``names`` and ``templates`` say whether the
-    dataset must bring its own. Addresses are passed over for ``eval``.
-    """
-    of_eval = flag == "--dataset_root"
-    if of_eval and "://" in root:
-        return
-    for name, needed, fix, or_else in (
-        (
-            f"{split}/nshards.txt",
-            True,
-            "otter-openclip data builds such folders",
-            "correct --split",
-        ),
-        (CLASSES_FILE, names, "write one class a line", "pass --custom_classname_file"),
-        (TEMPLATES_FILE, templates, f"write {SIMPLE!r} into it", "pass --templates"),
-    ):
-        if needed and not (path := Path(root) / name).is_file():
-            raise ValueError(
-                f"{flag} {root} is no clip_benchmark webdataset of classes: {path} is missing; "
-                f"{f'{or_else}, or ' if of_eval else ''}{fix}"
-            )
 
 
 def class_prompts(
@@ -60,18 +31,46 @@ def class_prompts(
         ValueError: naming the file and the line of what cannot be used.
     """
     folder = os.path.dirname(os.path.dirname(dataset.pipeline[0].urls[0]))
-    names, templates = dataset.classes, dataset.templates
-    check_classnames(names, names_from or f"{folder}/{CLASSES_FILE}")
+    names = dataset.classes
+    if names_from or "://" in folder:  # otherwise the folder was checked when it was opened
+        check_classnames(names, names_from or f"{folder}/{CLASSES_FILE}")
     templates_from = templates_from or f"{folder}/{TEMPLATES_FILE}"
+    dataset.templates = templates = check_prompts(dataset.templates, names, templates_from)
     if isinstance(templates, Mapping):
-        for name in names:
-            texts = templates.get(name)
-            if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
-                fault = f"no list of prompts, but {texts!r}, for the class {name!r}"
-                raise ValueError(f"{fault}; correct {templates_from}")
         return [tuple(templates[name]) for name in names]
-    templates[:] = check_templates(templates, templates_from)
     return [tuple(template.format(c=name) for template in templates) for name in names]
+
+
+def check_prompts(templates: Any, names: Sequence[str], where: str) -> Any:
+    """``templates`` without blank ones: a list with ``{c}`` for the name, or each name's prompts.
+
+    Raises:
+        ValueError: naming ``where``, and the line or the class, for what cannot be used.
+    """
+    if isinstance(templates, list):
+        return check_templates(templates, where)
+    if not isinstance(templates, Mapping):
+        raise ValueError(
+            f"{where}: {templates!r} is neither a list of templates nor an object of lists"
+        )
+    for name in names:
+        texts = templates.get(name)
+        if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
+            fault = f"no list of prompts, but {texts!r}, for the class {name!r}"
+            raise ValueError(f"{fault}; correct {where}")
+    return templates
+
+
+def check_json(flag: str, file: str | None) -> None:
+    """Raise ValueError if ``file``, given by ``flag``, is there but holds no JSON object."""
+    if not file or not os.path.isfile(file):
+        return  # clip_benchmark may have it, or says that nobody does
+    try:
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{flag} {file} cannot be read as JSON ({error})") from error
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{flag} {file} holds no object, from data set names to what is theirs")
 
 
 def read_templates(source: str) -> list[str]:
@@ -99,21 +98,27 @@ def read_templates(source: str) -> list[str]:
     return check_templates(lines, f"--templates {source}")
 
 
+def template_faults(lines: Sequence[Any]) -> Iterator[str]:
+    """What is wrong with lines that are not blank: each needs ``{c}`` and no other field."""
+    for number, line in enumerate(lines, 1):
+        if fault := _fault(line):
+            yield (
+                f"line {number}: {line!r} is no template ({fault}); write {{c}} where the class name "
+                "goes, and {{ or }} for a brace"
+            )
+    if not any(map(_is_text, lines)):
+        yield f"is empty; give one template a line, e.g. {SIMPLE!r}"
+
+
 def check_templates(lines: Sequence[Any], where: str) -> list[str]:
     """The templates in ``lines``, without the blank ones.
 
     Raises:
         ValueError: naming ``where`` and the line without ``{c}`` or with another field; if none is left.
     """
-    for number, line in enumerate(lines, 1):
-        if fault := _fault(line):
-            raise ValueError(
-                f"{where}, line {number}: {line!r} is no template ({fault}); write {{c}} where the "
-                "class name goes, and {{ or }} for a brace"
-            )
-    if not (found := [line.strip() for line in lines if line.strip()]):
-        raise ValueError(f"{where} is empty; give one template a line, e.g. {SIMPLE!r}")
-    return found
+    for fault in template_faults(lines):
+        raise ValueError(str(Fault(where, "", fault)))
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _fault(template: Any) -> str | None:
@@ -128,33 +133,39 @@ def _fault(template: Any) -> str | None:
     return None if fields or not template.strip() else "no {c} in it"
 
 
-def check_classnames(names: Sequence[str], where: str) -> None:
-    """Raise ValueError for an empty name, with its place in ``where``; warn about repeated names."""
+def name_faults(names: Sequence[Any]) -> Iterator[str]:
+    """What is wrong with class names, as lines of a file."""
     for number, name in enumerate(names, 1):
         if not _is_text(name):
-            raise ValueError(
-                f"{where}, line {number}: empty class name; every line is a class, so name it or "
-                "remove the line and its column of the label vectors"
+            yield (
+                f"line {number}: empty class name; every line is a class, so name it or remove the line "
+                "and its column of the label vectors"
             )
+        elif found := re.search("[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", name):
+            yield (
+                f"line {number}: {name!r} holds a line break (U+{ord(found[0]):04X}), where "
+                "clip_benchmark takes it for two classes; write a space"
+            )
+
+
+def repeated_names(names: Sequence[str]) -> str | None:
+    """A remark on names that stand for several classes, if there are any."""
     repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        logging.warning(
-            f"{where}: {len(repeated)} names stand for several classes, e.g. {repeated[0]!r}; such "
-            "classes always score the same, and F@K takes the first of them first"
-        )
+    if not repeated:
+        return None
+    return (
+        f"{len(repeated)} names stand for several classes, e.g. {repeated[0]!r}; such classes always "
+        "score the same, and F@K takes the first of them first"
+    )
+
+
+def check_classnames(names: Sequence[Any], where: str) -> None:
+    """Raise ValueError for a name that is empty or has line breaks; warn about repeated names."""
+    for fault in name_faults(names):
+        raise ValueError(str(Fault(where, "", fault)))
+    if remark := repeated_names(names):
+        logging.warning(f"{where}: {remark}")
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
-
-
-def faults(folder: Path) -> list[tuple[str, str, str]]:
-    """What evaluation would refuse of a webdataset's text files: (file, "", fault)."""
-    found = []
-    for name, check in ((CLASSES_FILE, check_classnames), (TEMPLATES_FILE, check_templates)):
-        if (path := folder / name).is_file():
-            try:
-                check(path.read_text(encoding="utf-8").splitlines(), name)
-            except ValueError as error:
-                found.append((str(path), "", str(error)))
-    return found

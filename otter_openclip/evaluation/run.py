@@ -122,7 +122,8 @@ def evaluate(
     """
     names, templates = args.custom_classname_file, args.custom_template_file
     prompts = class_prompts(dataset, names_from=names, templates_from=templates)
-    images = MultiLabelImages(dataset, transform, len(prompts), load_truncated=args.load_truncated)
+    given = {"load_truncated": args.load_truncated, "names_file": names}
+    images = MultiLabelImages(dataset, transform, len(prompts), **given)
     images.check()
     first = not together or dist.get_rank() == 0
     kind = torch.device(args.device).type

@@ -11,18 +11,16 @@ from typing import Any
 import torch
 from clip_benchmark.datasets.builder import build_wds_dataset
 from open_clip import get_input_dtype
+from open_clip_train.distributed import world_info_from_env
 from open_clip_train.precision import get_autocast
 from timm.utils import unwrap_model
 from torch import nn
 
 from otter_openclip.evaluation.classifier import class_features
-from otter_openclip.evaluation.labelled_images import (
-    MultiLabelImages,
-    encode_images,
-    is_multilabel,
-)
+from otter_openclip.evaluation.folders import check_webdataset
+from otter_openclip.evaluation.labelled_images import MultiLabelImages, encode_images
 from otter_openclip.evaluation.metrics import KS, multilabel_metrics
-from otter_openclip.evaluation.prompts import check_webdataset, class_prompts
+from otter_openclip.evaluation.prompts import class_prompts
 from otter_openclip.files import written_whole
 
 BEST = "best.pt"
@@ -30,8 +28,12 @@ CRITERION = "zeroshot-flat_hit@1"
 
 
 def check_folder(folder: str) -> None:
-    """Raise ValueError unless ``folder`` looks like a clip_benchmark webdataset."""
-    check_webdataset(folder, flag="--zeroshot-data")
+    """Raise ValueError unless ``folder`` is a multi-label clip_benchmark webdataset without a fault.
+
+    Rank 0, which evaluates, reads all samples.
+    """
+    _, rank, _ = world_info_from_env()
+    check_webdataset(folder, flag="--zeroshot-data", kinds=("npy",), samples=rank == 0)
 
 
 class ZeroShotEvaluation:
@@ -52,11 +54,6 @@ class ZeroShotEvaluation:
         """
         self.transform = transform
         self.dataset = build_wds_dataset("zeroshot", transform, "test", folder)
-        if not is_multilabel(self.dataset):
-            raise ValueError(
-                f"--zeroshot-data {folder} is not multi-label (dataset_type.txt says so); F@K needs "
-                "label vectors"
-            )
         self.prompts = class_prompts(self.dataset)
         self._images().check()
 
