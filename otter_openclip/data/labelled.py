@@ -15,6 +15,8 @@ from tqdm import tqdm
 from otter_openclip.data import building, lookup, options, sources
 from otter_openclip.data.plan import Plan
 from otter_openclip.data.tables import lines
+from otter_openclip.evaluation.folders import Folder
+from otter_openclip.evaluation.prompts import name_faults
 from otter_openclip.files import write_text
 
 SPLIT = "test"
@@ -60,6 +62,8 @@ def build(
         paths: from an image's name to where it may be in a folder or archive.
     """
     folders, archives = sources.expand(args.images)
+    for fault in name_faults(classes):
+        raise ValueError(f"--classes {args.classes}: {fault}")
 
     def encode(labels: Sequence[int]) -> tuple[str, bytes]:
         """Labels as the ``npy`` uint8 vector that clip_benchmark's multi-label sets hold."""
@@ -83,6 +87,8 @@ def build(
         write_text(folder / "zeroshot_classification_templates.txt", TEMPLATE + "\n")
         write_text(folder / "dataset_type.txt", "multilabel\n")
         write_text(folder / SPLIT / "nshards.txt", f"{plan.report()['shards']}\n")
+        if faults := Folder(folder, SPLIT).faults:
+            raise ValueError(str(faults[0]))
 
     files = {"classes": sources.absolute(args.classes), "labels": sources.absolute(args.labels)}
     inputs, name = [*files.values(), *archives], f"{SPLIT}/{{}}.tar"
