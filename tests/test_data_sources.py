@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import shutil
+import sys
 import threading
 import zipfile
 
@@ -263,6 +264,22 @@ def test_img2dataset_parquet(tmp_path, capsys):
     words[-1] = tmp_path / "images"
     assert run(*words, "--output", tmp_path / "out3") == 2
     assert "00000.parquet: damaged or cut short" in capsys.readouterr().err
+
+
+def test_tables_of_images_without_pyarrow(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert run("hf", "--dataset", tmp_path / "a.parquet", "--output", tmp_path / "out") == 2
+    assert "pip install 'otter-openclip[parquet]'" in capsys.readouterr().err
+
+
+def test_a_zip_with_backslashes(tmp_path):
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        for n in range(2):
+            archive.writestr(f"{n}\\0.jpg", jpeg(n))
+    path = table(tmp_path / "t.tsv", [("1/0.jpg", "one"), ("0/0.jpg", "zero")])
+    assert csv(tmp_path, path, tmp_path / "s.zip") == 0
+    assert pairs_of(tmp_path / "out") == [("one", jpeg(1)), ("zero", jpeg(0))]
 
 
 @pytest.mark.parametrize("form", ["hub", "save_to_disk", "paths"])

@@ -129,7 +129,8 @@ def members(path: str) -> Iterator[Member]:
                 if how not in (zipfile.ZIP_STORED, _DEFLATED) or entry.flag_bits & 1:
                     fault = f"{entry.filename} is encrypted or compressed with method {how}"
                     raise OSError(f"{path}: {fault}; unpack the zip and give the folder")
-                yield Member(entry.filename, entry.header_offset, entry.compress_size, how)
+                name = entry.filename.replace("\\", "/")  # of Windows
+                yield Member(name, entry.header_offset, entry.compress_size, how)
     except (tarfile.TarError, zipfile.BadZipFile) as error:
         fault = f"damaged or cut short ({error})"
         raise OSError(f"{path}: {fault}; download or write it again") from error
