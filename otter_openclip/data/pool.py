@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -39,7 +40,8 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
-            pending.append(pool.submit(function, item))
+            with _uninterrupted():
+                pending.append(pool.submit(function, item))
             if len(pending) > _AHEAD * workers:
                 yield pending.popleft().result()
         while pending:
@@ -50,6 +52,19 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
         raise RuntimeError(f"{fault}, and {fix}") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C amid the start of processes would leave some that nobody ends; it comes after it."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def _start(parent: int) -> None:

@@ -28,6 +28,7 @@ import torch
 from open_clip_train import main as open_clip_main
 from torch import Tensor, nn
 
+from otter_openclip.training.data_checks import reason_given
 from otter_openclip.training.plugin import TrainingPlugin
 from otter_openclip.training.seam import Replacement, Run, run_main
 
@@ -105,6 +106,7 @@ class _Run(Run):
             self.train_model = self.plugin.wrap_model(self.args, model)
             self.plugin.setup_optimizer(self.args, optimizer, scaler)
         self.plugin.start_epoch(self.args, epoch)
-        _stock_train_one_epoch(
-            self.train_model, data, loss, epoch, optimizer, scaler, *rest, **kwargs
-        )
+        with reason_given():
+            _stock_train_one_epoch(
+                self.train_model, data, loss, epoch, optimizer, scaler, *rest, **kwargs
+            )

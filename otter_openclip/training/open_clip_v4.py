@@ -39,6 +39,7 @@ from torch import nn
 from otter_openclip.checkpoints.layout import ENTRY
 from otter_openclip.features.prefix import find_prefixes
 from otter_openclip.replacing import replaced
+from otter_openclip.training.data_checks import reason_given
 from otter_openclip.training.objectives import create_loss
 from otter_openclip.training.plugin import TrainingPlugin
 from otter_openclip.training.seam import Replacement, Run, run_main
@@ -143,7 +144,7 @@ class _Run(Run):
     ) -> None:
         self.plugin.start_training(self.args, state)
         self.plugin.start_epoch(self.args, state.epoch)
-        with _clipped_too(None if self.plugin.stock else self.plugin.scale):
+        with reason_given(), _clipped_too(None if self.plugin.stock else self.plugin.scale):
             _stock_train_one_epoch(state, data, *rest, **kw)
 
     def student(self, model: nn.Module) -> nn.Module:

@@ -25,7 +25,7 @@ from otter_openclip.features.prefix import find_prefixes, install, left_out, no_
 from otter_openclip.files import written_whole
 from otter_openclip.preprocessing import reference_transforms
 from otter_openclip.teacher import EmaTeacher
-from otter_openclip.training import checkpoint, frozen, repeatable, train_flags
+from otter_openclip.training import checkpoint, data_checks, frozen, repeatable, train_flags
 from otter_openclip.training.guidance import advice
 from otter_openclip.training.objectives import create_loss, log_statistics
 from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
@@ -101,8 +101,15 @@ class TrainingPlugin:
         """Data: every epoch's order follows from (seed, epoch, rank, worker); ``--zeroshot-data``."""
         if not self.stock:
             repeatable.make_repeatable(data, seed=args.seed, rank=args.rank)
+        if "train" in data:
+            try:
+                data_checks.check_loader(args, data["train"])
+            except ValueError as error:
+                raise SystemExit(f"{self._prog}: error: {error}") from error
         if args.feature_cache is not None:
             self._use_features(args, data["train"], preprocess_val)
+        if "train" in data:
+            data_checks.watch(args, data["train"])
         if args.zeroshot_data is not None:
             try:
                 self._zeroshot = ZeroShotEvaluation(args.zeroshot_data, preprocess_val)
