@@ -95,13 +95,16 @@ class Trial:
         """
         done, moment, story = 0.0, first, ""
         for _ in range(min(rng.randint(1, _IN_A_ROW), len(manners))):
-            workers = WORKERS[-1] if manners[-1] == "worker" else rng.choice(WORKERS)
+            alone = manners[-1] in ("parent", "worker")  # others must be there, then
+            workers = WORKERS[-1] if alone else rng.choice(WORKERS)
             process = self._start(out, workers)
             self._gone(story)
             began = self._working(process)
             try:
                 process.wait(max(0.0, began + moment * self.seconds[workers] - time.monotonic()))
                 self.late += 1
+                if not story:  # the undisturbed build had less of the machine
+                    self.seconds[workers] = time.monotonic() - began
                 break
             except subprocess.TimeoutExpired:
                 manner = self._kill(process, manners.pop(), rng)
@@ -112,7 +115,7 @@ class Trial:
             if rng.random() < 0.5:  # otherwise the next command starts beside what may be left
                 self._gone(story)
             done = min(0.9, done + moment)
-            moment = rng.random() * (1 - done)
+            moment = rng.random() ** 2 * (1 - done)  # where a resume starts its workers: early
         process = self._start(out, rng.choice(WORKERS))
         self._gone(story)
         self._end(process, out, story)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +16,16 @@ ROOT = Path(__file__).parents[1]
 def start(command: Sequence[str | Path], log: Path) -> subprocess.Popen:
     """Start a command from this checkout, as the head of a session, with its output in ``log``."""
     with open(log, "wb") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*map(str, command)], stdout=file, stderr=file, cwd=ROOT, start_new_session=True
         )
+    atexit.register(_end, process)  # Ctrl-C does not reach other sessions
+    return process
+
+
+def _end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def members(session: int) -> list[int]:
