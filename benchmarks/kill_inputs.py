@@ -8,8 +8,6 @@ import gzip
 import hashlib
 import io
 import json
-import subprocess
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -18,8 +16,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-
-from benchmarks.processes import ROOT
 
 # Rows beside the images', so that planning takes a part of the build that a kill can hit.
 OTHERS = 20_000
@@ -217,10 +213,6 @@ def _imagenet10k(folder: Path, contents: Mapping[int, bytes], images: int) -> li
     ]
 
 
-# The options of `data hf`, which is to take the folder of parquet files after them.
-HF_WORDS = ["--image-key", "image", "--caption-key", "text", "--source"]
-
-
 def _hf(folder: Path, contents: Mapping[int, bytes], images: int) -> list:
     import pyarrow
     from pyarrow import parquet
@@ -232,7 +224,7 @@ def _hf(folder: Path, contents: Mapping[int, bytes], images: int) -> list:
         ]
         table = pyarrow.Table.from_pylist(rows)
         parquet.write_table(table, folder / f"train-0000{part}-of-00003.parquet")
-    return ["hf", *HF_WORDS, folder]
+    return ["hf", "--dataset", folder]
 
 
 CASES: dict[str, Callable[[Path, Mapping[int, bytes], int], list]] = {
@@ -247,10 +239,3 @@ CASES: dict[str, Callable[[Path, Mapping[int, bytes], int], list]] = {
     "imagenet10k": _imagenet10k,
     "hf": _hf,
 }
-
-
-def available() -> list[str]:
-    """The cases whose builder this checkout has."""
-    command = [sys.executable, "-m", "otter_openclip.cli", "data", "hf", "--help"]
-    has_hf = subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
-    return [case for case in CASES if case != "hf" or has_hf]

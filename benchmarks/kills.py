@@ -1,7 +1,7 @@
 """Builds killed at random moments: nothing may be lost, doubled or changed, nobody left behind.
 
 Every builder makes shards of a few hundred pictures, some of them missing or broken. The command is
-killed several times in a row on the way into one output, in five manners, and then left to end: each
+killed several times in a row on the way into one output, in six manners, and then left to end: each
 file of the output must be byte for byte that of a build which nobody disturbed. Moments are counted from
 the first file that the command opens, so that none is spent on the imports.
 """
@@ -28,12 +28,13 @@ from tqdm import tqdm
 from benchmarks import common, kill_inputs, processes
 from otter_openclip.files import write_json
 
-# SIGKILL to the parent alone, to all processes, to one worker; what a job scheduler and Ctrl-C send.
-MANNERS = ("parent", "group", "worker", "TERM", "INT")
+# SIGKILL to the parent alone, to all processes, to one worker; what a job scheduler and Ctrl-C send; and
+# Ctrl-C in the milliseconds in which the workers start.
+MANNERS = ("parent", "group", "worker", "TERM", "INT", "INT start")
 WORKERS = (1, 3)
 _IN_A_ROW = 3
 _GONE_SECONDS = 5.0
-_END_SECONDS = 60.0
+_END_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,21 @@ class Trial:
         """
         done, moment, story = 0.0, first, ""
         for _ in range(min(rng.randint(1, _IN_A_ROW), len(manners))):
-            alone = manners[-1] in ("parent", "worker")  # others must be there, then
-            workers = WORKERS[-1] if alone else rng.choice(WORKERS)
+            manner = manners[-1]
+            moment = 0.0 if manner == "INT start" else moment
+            with_workers = manner in ("parent", "worker", "INT start")
+            workers = WORKERS[-1] if with_workers else rng.choice(WORKERS)
             process = self._start(out, workers)
             self._gone(story)
             began = self._working(process)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, began + moment * self.seconds[workers] - time.monotonic()))
+            if not self._kill(process, manner, rng):
                 self.late += 1
                 if not story:  # the undisturbed build had less of the machine
                     self.seconds[workers] = time.monotonic() - began
                 break
-            except subprocess.TimeoutExpired:
-                manner = self._kill(process, manners.pop(), rng)
+            manners.pop()
             self.kills.append(Kill(self.case, manner, workers, moment))
             story += f", {manner} at {moment:.0%} of {workers} workers"
             self._wait(process, story)
@@ -135,23 +138,26 @@ class Trial:
             time.sleep(0.002)
         return time.monotonic()
 
-    def _kill(self, process: subprocess.Popen, manner: str, rng: random.Random) -> str:
-        """Kill in this manner; a worker is the parent where there is none."""
+    def _kill(self, process: subprocess.Popen, manner: str, rng: random.Random) -> bool:
+        """Kill in this manner, once there are workers if it needs them; whether it met a command."""
+        others: list[int] = []
+        while manner in ("worker", "INT start") and not others and process.poll() is None:
+            others = [pid for pid in processes.members(process.pid) if pid != process.pid]
+        if others:
+            time.sleep(0.012 * rng.random())
+        if process.poll() is not None:
+            return False
         self.killed = process.pid, time.monotonic()
-        workers = [pid for pid in processes.members(process.pid) if pid != process.pid]
-        if manner == "worker" and workers:
-            with contextlib.suppress(ProcessLookupError):  # it had ended
-                os.kill(rng.choice(workers), signal.SIGKILL)
+        if manner == "worker":
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(rng.choice(others), signal.SIGKILL)
         elif manner == "group":
             os.killpg(process.pid, signal.SIGKILL)
-        elif manner == "TERM":
-            process.terminate()
-        elif manner == "INT":
+        elif manner in ("INT", "INT start"):
             os.killpg(process.pid, signal.SIGINT)
         else:
-            process.kill()
-            return "parent"
-        return manner
+            process.send_signal(signal.SIGTERM if manner == "TERM" else signal.SIGKILL)
+        return True
 
     def _wait(self, process: subprocess.Popen, story: str) -> None:
         try:
@@ -210,7 +216,7 @@ class Trial:
     def row(self) -> dict[str, Any]:
         """The trial's line of the table."""
         counts = Counter(kill.manner for kill in self.kills)
-        moments = sorted(round(100 * kill.moment) for kill in self.kills)
+        moments = sorted(round(100 * k.moment) for k in self.kills if k.manner != "INT start")
         return {
             "builder": self.case,
             "work s": self.seconds.get(WORKERS[0]),
@@ -266,7 +272,7 @@ def try_case(trial: Trial, kills: int, rng: random.Random, bar: tqdm) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trials; 1 if anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=90, help="over all builders, at least")
+    parser.add_argument("--kills", type=int, default=120, help="over all builders, at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--builders", choices=kill_inputs.CASES, nargs="+", help="default: all")
     parser.add_argument("--images", type=int, default=240, help="of each builder")
@@ -275,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        inputs = kill_inputs.make(folder, args.images, args.builders or kill_inputs.available())
+        inputs = kill_inputs.make(folder, args.images, args.builders or [*kill_inputs.CASES])
         data = [sys.executable, "-m", "otter_openclip.cli", "data"]
         trials = [Trial(case, [*data, *words], folder / case) for case, words in inputs.items()]
         kills = -(-args.kills // len(trials))

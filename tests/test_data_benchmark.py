@@ -14,7 +14,7 @@ from benchmarks import data, kills
 
 def test_the_benchmark_runs(tmp_path, capsys):
     output = tmp_path / "data.json"
-    data.main(["--images", "30", "--workers", "2", "--output", str(output)])
+    data.main(["--images", "30", "--workers", "2", "--names", "1000", "--output", str(output)])
     found = json.loads(output.read_text())
     rows = {row["what"]: row for row in found["builds"]}
     assert [*rows][:4] == [
@@ -22,6 +22,7 @@ def test_the_benchmark_runs(tmp_path, capsys):
         "plain loop",
     ]
     assert rows["plain loop"]["of plain"] == 1 and rows["data csv, folder"]["parent MiB"] > 10
+    assert found["index"]["names"] == 1000 and found["index"]["disk MiB"] > 0.01
     assert 10_000 < found["bytes an image"] < 30_000
     said = capsys.readouterr().out
     assert ("img2dataset's writer" in rows) == ("its row is left out. --img2dataset" not in said)
