@@ -5,7 +5,7 @@ import re
 
 import pytest
 from data_helpers import jpeg, write_files, write_tar
-from training_helpers import parse_args, train
+from training_helpers import train
 
 
 def shards(folder, *contents):
@@ -137,24 +137,18 @@ def test_a_table_with_less_than_a_batch(tmp_path):
         ("", (), "is empty"),
     ],
 )
-def test_columns_and_separator_of_a_table(tmp_path, capsys, header, extra, message):
-    data = table(tmp_path / "data", 0, header)
-    with pytest.raises(SystemExit):
-        parse_args("--model", "tiny-rn", "--train-data", data, *extra)
-    assert message in capsys.readouterr().err
+def test_columns_and_separator_of_a_table(tmp_path, header, extra, message):
+    assert message in run(tmp_path, table(tmp_path / "data", 0, header), *extra)
 
 
-def test_too_few_shards_and_none(tmp_path, capsys):
-    data = shards(tmp_path / "data", good(0), good(1))
-    words = ["--model", "tiny-rn", "--train-data", data]
-    for extra in (["--workers", "2"], ["--workers", "3", "--dataset-resampled"]):
-        parse_args(*words, *extra)
-    with pytest.raises(SystemExit):
-        parse_args(*words, "--workers", "3")
-    assert "2 shards for the 3 --workers, and each needs its own; pass --workers 2, or build 3" in (
-        capsys.readouterr().err
-    )
-    with pytest.raises(SystemExit):
-        parse_args("--model", "tiny-rn", "--train-data", str(tmp_path / "{0..3}.tar"))
-    assert "no such file, first" in capsys.readouterr().err
-    parse_args("--model", "tiny-rn", "--train-data", "pipe:cat x.tar", "--workers", "1")
+def test_too_few_shards_and_none(tmp_path):
+    data = shards(tmp_path / "data", good(*range(12)), good(*range(12, 24)))
+    said = run(tmp_path, data, "--workers", "3")
+    assert "2 shards for the 3 --workers, and each needs its own; pass --workers 2, or" in said
+    assert "build 3: otter-openclip data ... --shards 3" in said
+    words = ["--train-data", data, "--loss", "otter", "--epochs", "1"]
+    assert list(train(tmp_path, tmp_path / "two", *words, "--workers", "2").glob("*.pt"))
+    words += ["--workers", "3", "--dataset-resampled", "--train-num-samples", "36"]
+    assert list(train(tmp_path, tmp_path / "drawn", *words).glob("*.pt"))
+    said = run(tmp_path, str(tmp_path / "{0..3}.tar"), "--train-num-samples", "9")
+    assert "no such file, first" in said and "0.tar" in said

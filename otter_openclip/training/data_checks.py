@@ -43,7 +43,7 @@ def fault(args: Namespace) -> str | None:
     auto = args.dataset_type == "auto"
     if args.dataset_type == "csv" or (auto and args.train_data.endswith(_TABLES)):
         return _table_fault(args)
-    urls = list(dict.fromkeys(expand_urls(args.train_data)[0]))
+    urls = expand_urls(args.train_data)[0]
     gone = [url for url in urls if "://" not in url and ":" not in url and not os.path.exists(url)]
     if len(gone) == len(urls):
         return f"--train-data {args.train_data}: no such file, first {gone[0]}"

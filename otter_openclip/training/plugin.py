@@ -73,6 +73,8 @@ class TrainingPlugin:
         """Model: the fixed teacher of ``--distill-model`` beside it; ``--reference-crop``."""
         if args.loss in train_flags.PAIR_LOSSES and getattr(model, "logit_bias", None) is not None:
             raise SystemExit(f"{self._prog}: error: {train_flags.logit_bias_message(args)}")
+        if message := data_checks.fault(args):
+            raise SystemExit(f"{self._prog}: error: {message}")
         frozen_towers = args.feature_cache is not None or not self.stock
         if args.lock_image and args.lock_image_freeze_bn_stats and frozen_towers:
             frozen.leave_batch_norm(model)

@@ -24,7 +24,6 @@ from otter_openclip.losses import (
     MIN_LAMBDA,
     OT_SCOPES,
 )
-from otter_openclip.training import data_checks
 from otter_openclip.training.config import add_config_flag, expand_config
 from otter_openclip.training.zeroshot import check_folder
 
@@ -234,8 +233,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
             parser.error(str(error))
     _check_unsupported(parser, args)
     _check_feature_cache(parser, args)
-    if message := data_checks.fault(args):
-        parser.error(message)
     _settle_flags(parser, args)
     _settle_precision(args, precision)
     return args
