@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,7 @@ NAMES = {"infonce": "InfoNCE", "ls": "LS", "kd": "KD", "otter": "OTTER"}
 COLOURS = {"infonce": "#8a8f98", "ls": "#d9a441", "kd": "#4f8fc0", "otter": "#c2452d"}
 METRICS = {f"F@{k}": f"flat_hit@{k}" for k in (1, 2, 5, 10)} | {"mAP": "mAP"}
 SHOWN = ("mAP", "F@1")  # in the plots
+ORDER = {loss: place for place, loss in enumerate(NAMES)}
 NAME = "data_efficiency"
 
 
@@ -32,11 +34,19 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     return round(statistics.fmean(values), 3), round(deviation, 3)
 
 
-def rows(found: Found) -> list[dict[str, Any]]:
-    """A row for each setting, over its seeds: percents of the test half as (mean, deviation)."""
+def rows(found: Found, base: Found = ()) -> list[dict[str, Any]]:
+    """A row for each setting, over its seeds: percents of the test half as (mean, deviation).
+
+    With ``base`` also the mAP less that of the run of ``base`` on the same pairs, seed by seed.
+    """
     cells: dict[Run, list[dict[str, Any]]] = defaultdict(list)
+    gains: dict[Run, list[float]] = defaultdict(list)
+    bases = {run[:4]: result["student"]["test"]["mAP"] for run, result in base}
     for run, result in found:
         cells[run._replace(seed=-1)].append(result)
+        if run[:4] in bases:
+            gain = result["student"]["test"]["mAP"] - bases[run[:4]]
+            gains[run._replace(seed=-1)].append(100 * gain)
     table = []
     for run, results in cells.items():
         row = {k: v for k, v in run._asdict().items() if k != "seed"} | {"seeds": len(results)}
@@ -47,6 +57,8 @@ def rows(found: Found) -> list[dict[str, Any]]:
         for name in ("target_entropy", "target_top_share", "distill_scale"):
             if values := [r["log"][name] for r in results if name in r["log"]]:
                 row[name] = statistics.fmean(values)
+        if gains[run]:
+            row["mAP gained"] = mean_std(gains[run])
         row["logit_scale"] = statistics.fmean(r["logit_scale"] for r in results)
         table.append(row)
     return table
@@ -72,6 +84,17 @@ def differences(found: Found, metric: str, other: str) -> list[dict[str, Any]]:
     return table
 
 
+def by_title(found: dict[str, Found]) -> dict[str, Found]:
+    """Results over pairs and noise: of each data set, then of each transfer."""
+    final = found.get("final", [])
+    titles = dict.fromkeys(run.data for run, _ in final)
+    return {title: [pair for pair in final if pair[0].data == title] for title in titles} | {
+        kind.removeprefix("transfer: "): pairs
+        for kind, pairs in found.items()
+        if kind.startswith("transfer: ")
+    }
+
+
 def markdown(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     """A table."""
     cells = [list(header), ["---"] * len(header), *([str(c) for c in line] for line in lines)]
@@ -80,6 +103,10 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
 
 def _pm(value: tuple[float, float] | None, digits: int = 1) -> str:
     return "" if value is None else f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
+
+
+def _place(row: dict[str, Any]) -> tuple[float, int]:
+    return row["noise"], row["pairs"]
 
 
 def _cells_of(row: dict[str, Any]) -> list[str]:
@@ -107,30 +134,23 @@ def tables(found: dict[str, Found], tuned: dict[tuple[str, float], dict[str, Run
             ],
         ),
     ]
-    final = found.get("final", [])
-    if final:
+    pages = by_title(found)
+    if pages:
         parts.append("## OTTER minus each other loss, points, paired by seed\n")
+        columns = [(metric, other) for metric in SHOWN for other in ("infonce", "ls", "kd")]
         lines: dict[tuple, list[str]] = {}
-        for metric in SHOWN:
-            for other in ("infonce", "ls", "kd"):
-                for row in differences(final, metric, other):
-                    place = row["data"], f"{row['noise']:.0%}", row["pairs"]
-                    cell = f"{_pm(row['gain'])} ({row['ahead']}/{row['seeds']})"
-                    lines.setdefault(place, []).append(cell)
-        header = [f"{m}, {NAMES[x]}" for m in SHOWN for x in ("infonce", "ls", "kd")]
-        parts.append(
-            markdown(
-                ["data", "noise", "pairs", *header],
-                [[*place, *cells] for place, cells in sorted(lines.items())],
-            )
-        )
+        for (title, page), (metric, other) in itertools.product(pages.items(), columns):
+            for row in sorted(differences(page, metric, other), key=_place):
+                place = title, f"{row['noise']:.0%}", row["pairs"]
+                cell = f"{_pm(row['gain'])} ({row['ahead']}/{row['seeds']})"
+                lines.setdefault(place, []).append(cell)
+        header = [f"{metric}, {NAMES[other]}" for metric, other in columns]
+        cells = [[*place, *cells] for place, cells in lines.items()]
+        parts.append(markdown(["data", "noise", "pairs", *header], cells))
         parts.append("In brackets: seeds on which OTTER is ahead.\n")
-    for data in dict.fromkeys(run.data for run, _ in final):
-        ordered = sorted(
-            rows([pair for pair in final if pair[0].data == data]),
-            key=lambda row: (row["noise"], row["pairs"], list(NAMES).index(row["loss"])),
-        )
-        parts.append(f"## {data}: pairs and noise\n")
+    for title, page in pages.items():
+        ordered = sorted(rows(page), key=lambda row: (*_place(row), ORDER[row["loss"]]))
+        parts.append(f"## {title}: pairs and noise\n")
         lines = [
             [f"{r['noise']:.0%}", r["pairs"], NAMES[r["loss"]], *_cells_of(r)] for r in ordered
         ]
@@ -146,17 +166,28 @@ def tables(found: dict[str, Found], tuned: dict[tuple[str, float], dict[str, Run
                 [f"{r['noise']:.0%}", r[column], NAMES[r["loss"]], *_cells_of(r)] for r in ordered
             ]
             parts.append(markdown(["noise", column, "loss", *_COLUMNS], lines))
-    kinds = [kind for kind in found if kind.startswith("ablation: ")]
-    if kinds:
-        parts.append(f"## {found[kinds[0]][0][0].data}: OTTER's own settings, not tuned\n")
-        lines = [
-            [f"{row['noise']:.0%}", kind.removeprefix("ablation: "), row["seeds"], *_cells_of(row)]
-            for kind in kinds
-            for row in rows(found[kind])
-        ]
-        lines.sort(key=lambda line: line[0])
-        parts.append(markdown(["noise", "what", "seeds", *_COLUMNS], lines))
+    tables: dict[tuple, list[list[Any]]] = {}
+    for title, table in ablations(found).items():
+        for row in table:
+            place = row["data"], row["pairs"], row["noise"]
+            cells = [title, row["seeds"], *_cells_of(row), _pm(row.get("mAP gained"))]
+            tables.setdefault(place, []).append(cells)
+    for (data, pairs, noise), lines in sorted(tables.items()):
+        parts.append(
+            f"## {data}, {pairs:,} pairs, {noise:.0%} shuffled: settings that are not tuned\n"
+        )
+        parts.append(markdown(["what", "seeds", *_COLUMNS, "mAP less InfoNCE's"], lines))
     return "\n".join(parts)
+
+
+def ablations(found: dict[str, Found]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each ablation, beside InfoNCE as tuned on the same pairs."""
+    base = found.get("ablation: InfoNCE", [])
+    return {
+        kind.removeprefix("ablation: "): rows(pairs, base)
+        for kind, pairs in found.items()
+        if kind.startswith("ablation: ")
+    }
 
 
 def _curves(
@@ -249,7 +280,7 @@ def write(
     by_loss: Callable[[str], list] = lambda loss: [  # noqa: E731
         r for kind in ("tuning", "final") for run, r in found.get(kind, []) if run.loss == loss
     ]
-    ablations = [kind for kind in found if kind.startswith("ablation: ")]
+    pages = by_title(found)
     write_json(
         folder / f"{NAME}.json",
         {
@@ -262,12 +293,17 @@ def write(
                 for run in chosen.values()
             ],
             **{kind: rows(found[kind]) for kind in ("final", "course", "image") if kind in found},
+            "transfer": {
+                title: rows(page) for title, page in pages.items() if ", tuned on " in title
+            },
             "differences": {
-                f"{metric}, {other}": differences(found.get("final", []), metric, other)
+                f"{metric}, {other}": {
+                    title: differences(page, metric, other) for title, page in pages.items()
+                }
                 for metric in METRICS
                 for other in ("infonce", "ls", "kd")
             },
-            "ablations": {kind.removeprefix("ablation: "): rows(found[kind]) for kind in ablations},
+            "ablations": ablations(found),
         },
     )
     write_text(folder / f"{NAME}.md", tables(found, tuned))
