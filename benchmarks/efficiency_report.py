@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,24 +148,21 @@ def tables(found: dict[str, Found], tuned: dict[tuple[str, float], dict[str, Run
         cells = [[*place, *cells] for place, cells in lines.items()]
         parts.append(markdown(["data", "noise", "pairs", *header], cells))
         parts.append("In brackets: seeds on which OTTER is ahead.\n")
-    for title, page in pages.items():
-        ordered = sorted(rows(page), key=lambda row: (*_place(row), ORDER[row["loss"]]))
-        parts.append(f"## {title}: pairs and noise\n")
-        lines = [
-            [f"{r['noise']:.0%}", r["pairs"], NAMES[r["loss"]], *_cells_of(r)] for r in ordered
-        ]
-        parts.append(markdown(["noise", "pairs", "loss", *_COLUMNS], lines))
+    sections = [(f"{title}: pairs and noise", page, "pairs") for title, page in pages.items()]
     for kind, title, column in (
         ("course", "steps, all else as tuned", "steps"),
         ("image", "the image tower trained as well", "lr"),
     ):
         if kind in found:
-            ordered = sorted(rows(found[kind]), key=lambda r: (r["noise"], r[column]))
-            parts.append(f"## {found[kind][0][0].data}: {title}\n")
-            lines = [
-                [f"{r['noise']:.0%}", r[column], NAMES[r["loss"]], *_cells_of(r)] for r in ordered
-            ]
-            parts.append(markdown(["noise", column, "loss", *_COLUMNS], lines))
+            sections.append((f"{found[kind][0][0].data}: {title}", found[kind], column))
+    for title, page, column in sections:
+        parts.append(f"## {title}\n")
+        lines = sorted(
+            (r["noise"], r[column], ORDER[r["loss"]], NAMES[r["loss"]], *_cells_of(r))
+            for r in rows(page)
+        )
+        lines = [[f"{noise:.0%}", x, *cells] for noise, x, _, *cells in lines]
+        parts.append(markdown(["noise", column, "loss", *_COLUMNS], lines))
     tables: dict[tuple, list[list[Any]]] = {}
     for title, table in ablations(found).items():
         for row in table:
@@ -259,15 +256,6 @@ def draw_steps(table: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def cost(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of training runs: seconds that do not depend on steps, and milliseconds of a step."""
-    steps, seconds = (np.array([r[name] for r in results]) for name in ("steps_done", "seconds"))
-    if len(np.unique(steps)) < 2:
-        return {"seconds": float(np.median(seconds))}
-    slope, start = np.polyfit(steps, seconds, 1)
-    return {"overhead, s": float(start), "a step, ms": 1000 * float(slope), "runs": len(results)}
-
-
 def write(
     folder: Path,
     found: dict[str, Found],
@@ -277,16 +265,12 @@ def write(
 ) -> None:
     """``data_efficiency.json``, ``.md``, ``.png`` and ``-steps.png`` into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    by_loss: Callable[[str], list] = lambda loss: [  # noqa: E731
-        r for kind in ("tuning", "final") for run, r in found.get(kind, []) if run.loss == loss
-    ]
     pages = by_title(found)
     write_json(
         folder / f"{NAME}.json",
         {
             **info,
             "check": checks,
-            "cost": {loss: cost(results) for loss in NAMES if (results := by_loss(loss))},
             "tuned": [
                 {"data": data, "noise": noise, **run._asdict()}
                 for (data, noise), chosen in tuned.items()
