@@ -7,7 +7,8 @@ r"""InfoNCE, LS, KD and OTTER on two frozen pretrained towers, over pairs, noise
 Every loss is tuned over the same grid by mAP on half of the evaluation images, with a seed of its own,
 for each data set with and without noise; all figures reported are of the other half. Losses have their
 default settings: what else OTTER could be given is shown apart, as ablations, and not tuned.
---transfer judges models of the first data on photos of other classes, tuned on the first and there.
+--transfer judges models of the first data on photos of other classes. Settings are chosen at
+--tuning-pairs, and once more at the most pairs without noise (for a transfer, by its own photos).
 
 Every result is one line of OUT/runs.jsonl, written at once: the same command goes on where the last one
 stopped, and several may work at once on different --data of one OUT, all with the same --ablate.
@@ -102,7 +103,7 @@ class Study:
         self.names = [name for name in place.sources if name not in self.transfers]
         self.first = args.ablate or self.names[0]
         self.found: dict[str, dict[Run, dict[str, Any]]] = {}
-        self.tuned: dict[tuple[str, float], dict[str, Run]] = {}
+        self.tuned: dict[tuple[str, int, float], dict[str, Run]] = {}
         self.checks: dict[str, Any] = {}
         self.started, self.bar = time.monotonic(), None
 
@@ -118,7 +119,8 @@ class Study:
         for name in self.names:
             add(f"{name}: encode and check", 1, self.check, name)
             for noise in TUNED_NOISE:
-                add(f"{name}: tune, noise {noise:.0%}", tuning, self.tune, name, noise)
+                title = f"{name}: tune, noise {noise:.0%}"
+                add(title, tuning, self.tune, name, self.tuning_pairs(name), noise)
             count = len(self.sizes(name)) * len(args.noise) * args.seeds * losses
             add(f"{name}: pairs and noise", count, self.final, name)
         if first not in self.names:
@@ -127,17 +129,17 @@ class Study:
         add(f"{first}: steps", cells * len(args.course) * losses, self.course, first)
         count = cells * self._row_count(self.tuning_pairs(first), ABLATIONS) + cells
         add(f"{first}: ablations", count, self.ablations, first)
-        seeds, clean = cells // len(TUNED_NOISE), TUNED_NOISE[0]
         for name in self.transfers:
             count = cells * len(self.sizes(name)) * losses
             add(f"{name}: encode and check", 1, self.check, name)
-            add(f"{name}: as tuned on {first}", count, self.transfer, name, first, TUNED_NOISE)
-            add(f"{name}: tune, noise {clean:.0%}", tuning, self.tune, name, clean)
-            count = seeds * len(self.sizes(name)) * losses
-            add(f"{name}: as tuned there", count, self.transfer, name, name, [clean])
+            add(f"{name}: as tuned on {first}", count, self.transfer, name)
         for name in self.place.sources:
-            count = seeds * (losses + self._row_count(max(self.sizes(name)), MOST_PAIRS))
-            add(f"{name}: most pairs", count, self.most_pairs, name)
+            seeds, most = cells // len(TUNED_NOISE), max(self.sizes(name))
+            count = seeds * (losses + self._row_count(most, MOST_PAIRS))
+            add(f"{name}: {most:,} pairs", count, self.most_pairs, name)
+        for name in self.place.sources:
+            title = f"{name}: tuned at {max(self.sizes(name)):,} pairs"
+            add(title, tuning + args.seeds * losses, self.tuned_at_most, name)
         if args.train_image:
             count = losses * (len(args.image_lrs) + args.image_seeds)
             add(f"{first}: image tower too", count, self.train_image, first)
@@ -207,11 +209,10 @@ class Study:
         if off > 2e-3:
             raise RuntimeError(f"{name}: the command's own evaluation gives other figures: {pairs}")
 
-    def tune(self, name: str, noise: float) -> None:
+    def tune(self, name: str, pairs: int, noise: float) -> None:
         """Each loss's best setting by mAP on the validation half: the grid, then the weight decay."""
-        args = self.args
-        self.tuned[name, noise] = {}
-        base = Run(name, self.tuning_pairs(name), noise, TUNING_SEED, "", 0, 0, 0, 0, args.batch)
+        args, tuned = self.args, self.tuned.setdefault((name, pairs, noise), {})
+        base = Run(name, pairs, noise, TUNING_SEED, "", 0, 0, 0, 0, args.batch)
         first = args.decays[0]
         grid = list(itertools.product(args.scales, args.lrs, args.steps))
         runs = {
@@ -225,12 +226,18 @@ class Study:
             found = self.ensure("tuning", runs[loss])
             chosen = best(found)
             further = [chosen._replace(decay=decay) for decay in args.decays[1:]]
-            self.tuned[name, noise][loss] = best([*found, *self.ensure("tuning", further)])
+            tuned[loss] = best([*found, *self.ensure("tuning", further)])
 
-    def chosen(self, name: str, noise: float, loss: str, **changes: Any) -> Run:
-        """A run at the loss's tuned setting: that of the nearest noise, of two the larger."""
+    def chosen(
+        self, name: str, noise: float, loss: str, *, at: int | None = None, **changes: Any
+    ) -> Run:
+        """A run at the loss's tuned setting: that of the nearest noise, of two the larger.
+
+        Tuned at ``at`` pairs, by default ``--tuning-pairs``.
+        """
+        at = self.tuning_pairs(name) if at is None else at
         nearest = min(TUNED_NOISE, key=lambda tuned: (round(abs(tuned - noise), 9), -tuned))
-        if (tuned := self.tuned.get((name, nearest), {}).get(loss)) is None:
+        if (tuned := self.tuned.get((name, at, nearest), {}).get(loss)) is None:
             raise OutOfTime
         return tuned._replace(noise=noise, **changes)
 
@@ -292,13 +299,20 @@ class Study:
         for title, run in rows.items():
             self.ensure(f"ablation: {title}", [run])
 
-    def transfer(self, name: str, tuned: str, noises: Iterable[float]) -> None:
-        """Models of the first data with what was tuned on ``tuned``, judged on other photos."""
-        seeds = range(min(ABLATION_SEEDS, self.args.seeds))
-        for seed, noise, pairs in itertools.product(seeds, noises, self.sizes(name)):
+    def transfer(self, name: str) -> None:
+        """Models of the first data, as tuned there, judged on other photos."""
+        for (seed, noise), pairs in itertools.product(self._cells(), self.sizes(name)):
             change = {"seed": seed, "pairs": pairs, "data": name}
-            runs = [self.chosen(tuned, noise, loss, **change) for loss in LOSSES]
-            self.ensure(f"transfer: {name}, tuned on {tuned}", runs)
+            runs = [self.chosen(self.first, noise, loss, **change) for loss in LOSSES]
+            self.ensure(f"page: {name}, tuned on {self.first}", runs)
+
+    def tuned_at_most(self, name: str) -> None:
+        """The losses tuned at the most pairs, without noise."""
+        most, noise = max(self.sizes(name)), TUNED_NOISE[0]
+        self.tune(name, most, noise)
+        for seed, loss in itertools.product(range(self.args.seeds), LOSSES):
+            run = self.chosen(name, noise, loss, at=most, seed=seed)
+            self.ensure(f"page: {name}, tuned at {most:,} pairs", [run])
 
     def train_image(self, name: str) -> None:
         """The image tower trained as well, live and clean: its own learning rate, the rest as tuned."""

@@ -85,13 +85,13 @@ def differences(found: Found, metric: str, other: str) -> list[dict[str, Any]]:
 
 
 def by_title(found: dict[str, Found]) -> dict[str, Found]:
-    """Results over pairs and noise: of each data set, then of each transfer."""
+    """Results over pairs and noise: of each data set, then what was tuned or judged elsewhere."""
     final = found.get("final", [])
     titles = dict.fromkeys(run.data for run, _ in final)
     return {title: [pair for pair in final if pair[0].data == title] for title in titles} | {
-        kind.removeprefix("transfer: "): pairs
+        kind.removeprefix("page: "): pairs
         for kind, pairs in found.items()
-        if kind.startswith("transfer: ")
+        if kind.startswith("page: ")
     }
 
 
@@ -117,7 +117,7 @@ def _cells_of(row: dict[str, Any]) -> list[str]:
 _COLUMNS = [*METRICS, "teacher's mAP", "target entropy"]
 
 
-def tables(found: dict[str, Found], tuned: dict[tuple[str, float], dict[str, Run]]) -> str:
+def tables(found: dict[str, Found], tuned: dict[tuple[str, int, float], dict[str, Run]]) -> str:
     """All tables as one markdown page."""
     parts = [
         "# Data efficiency: tables\n",
@@ -126,11 +126,14 @@ def tables(found: dict[str, Found], tuned: dict[tuple[str, float], dict[str, Run
         "over the classes of which there are images there.\n",
         "## Settings chosen by mAP on the validation half\n",
         markdown(
-            ["data", "noise", "loss", "scales' start", "learning rate", "steps", "weight decay"],
+            ["data", "pairs", "noise", "loss", "scales' start", "lr", "steps", "weight decay"],
             [
-                [d, f"{n:.0%}", NAMES[x], f"exp({r.scale:g})", f"{r.lr:g}", r.steps, f"{r.decay:g}"]
-                for (d, n), chosen in tuned.items()
-                for x, r in chosen.items()
+                [
+                    *(r.data, r.pairs, f"{r.noise:.0%}", NAMES[r.loss]),
+                    *(f"exp({r.scale:g})", f"{r.lr:g}", r.steps, f"{r.decay:g}"),
+                ]
+                for chosen in tuned.values()
+                for r in chosen.values()
             ],
         ),
     ]
@@ -259,7 +262,7 @@ def draw_steps(table: list[dict[str, Any]], path: Path) -> None:
 def write(
     folder: Path,
     found: dict[str, Found],
-    tuned: dict[tuple[str, float], dict[str, Run]],
+    tuned: dict[tuple[str, int, float], dict[str, Run]],
     checks: dict[str, Any],
     info: dict[str, Any],
 ) -> None:
@@ -271,14 +274,10 @@ def write(
         {
             **info,
             "check": checks,
-            "tuned": [
-                {"data": data, "noise": noise, **run._asdict()}
-                for (data, noise), chosen in tuned.items()
-                for run in chosen.values()
-            ],
+            "tuned": [run._asdict() for chosen in tuned.values() for run in chosen.values()],
             **{kind: rows(found[kind]) for kind in ("final", "course", "image") if kind in found},
-            "transfer": {
-                title: rows(page) for title, page in pages.items() if ", tuned on " in title
+            "tuned elsewhere": {
+                title: rows(page) for title, page in pages.items() if ", tuned " in title
             },
             "differences": {
                 f"{metric}, {other}": {
