@@ -18,6 +18,7 @@ stopped, and several may work at once on different --data of one OUT, all with t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -70,7 +71,7 @@ PATHS = ("output", "data", "transfer", "towers")  # of this machine: not in the 
 
 
 class OutOfTime(Exception):
-    """``--hours`` are over."""
+    """``--hours`` are over before what a stage needs was there."""
 
 
 class Results:
@@ -152,24 +153,28 @@ class Study:
             for title, call, count in stages:
                 self.bar.set_description(title)
                 self.done = 0
-                try:
+                with contextlib.suppress(OutOfTime):  # later stages may have been done
                     call()
-                except OutOfTime:  # what there is of later stages still counts
+                if self.done < count:
                     left.append((title, self.done, count))
         return left
 
     def ensure(
         self, kind: str, runs: Iterable[Run], *extra: str, shown: bool = False
     ) -> list[tuple[Run, dict[str, Any]]]:
-        """Each run with its result; those that are not there are run, as ``Workplace.do`` says."""
+        """Each run with its result; those that are not there are run, as ``Workplace.do`` says.
+
+        When ``--hours`` are over they are left out.
+        """
         pairs = []
         for run in runs:
             key = self.place.key(run) + (" checked" if extra else "")
             if key in self.results.found:
                 self.bar.total -= 1  # only what is left counts for the time that is left
                 self.bar.refresh()
+            elif time.monotonic() - self.started > 3600 * self.args.hours:
+                continue
             else:
-                self._check_time()
                 self.results.add(key, self.place.do(run, *extra, shown=shown))
                 self.bar.update()
             self.done += 1
@@ -177,9 +182,14 @@ class Study:
             self.found.setdefault(kind, {})[run] = self.results.found[key]
         return pairs
 
-    def _check_time(self) -> None:
-        if time.monotonic() - self.started > 3600 * self.args.hours:
+    def all_of(
+        self, kind: str, runs: Sequence[Run], *extra: str, shown: bool = False
+    ) -> list[tuple[Run, dict[str, Any]]]:
+        """As ``ensure``, for what needs every one of them; OutOfTime if some are left out."""
+        found = self.ensure(kind, runs, *extra, shown=shown)
+        if len(found) < len(runs):
             raise OutOfTime
+        return found
 
     def sizes(self, name: str) -> list[int]:
         """Numbers of pairs to draw of a data set: no more than it has."""
@@ -197,7 +207,7 @@ class Study:
         size = len(source.samples)
         run = Run(name, size, 0.0, 0, "otter", 1e-3, 2, 3.9, 0.2, min(64, size))
         extra = ("--zeroshot-data", str(source.labelled))
-        ((_, result),) = self.ensure("check", [run], *extra, shown=True)
+        ((_, result),) = self.all_of("check", [run], *extra, shown=True)
         ours, theirs = result["student"]["all"], result["command"]
         pairs = {k: (v, theirs[f"zeroshot-{k}"]) for k, v in ours.items() if k != "mAP"}
         off = max(abs(one - other) for one, other in pairs.values())
@@ -223,10 +233,10 @@ class Study:
             for loss in LOSSES
         }
         for loss in LOSSES:
-            found = self.ensure("tuning", runs[loss])
+            found = self.all_of("tuning", runs[loss])
             chosen = best(found)
             further = [chosen._replace(decay=decay) for decay in args.decays[1:]]
-            tuned[loss] = best([*found, *self.ensure("tuning", further)])
+            tuned[loss] = best([*found, *self.all_of("tuning", further)])
 
     def chosen(
         self, name: str, noise: float, loss: str, *, at: int | None = None, **changes: Any
@@ -324,7 +334,7 @@ class Study:
             loss: [self.chosen(name, noise, loss, lr=lr, **image) for lr in args.image_lrs]
             for loss in LOSSES
         }
-        lrs = {loss: best(self.ensure("image tuning", runs[loss])).lr for loss in LOSSES}
+        lrs = {loss: best(self.all_of("image tuning", runs[loss])).lr for loss in LOSSES}
         for seed, loss in itertools.product(range(args.image_seeds), LOSSES):
             run = self.chosen(name, noise, loss, seed=seed, lr=lrs[loss], **image)
             self.ensure("image", [run])
