@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ NAMES = {"infonce": "InfoNCE", "ls": "LS", "kd": "KD", "otter": "OTTER"}
 COLOURS = {"infonce": "#8a8f98", "ls": "#d9a441", "kd": "#4f8fc0", "otter": "#c2452d"}
 METRICS = {f"F@{k}": f"flat_hit@{k}" for k in (1, 2, 5, 10)} | {"mAP": "mAP"}
 SHOWN = ("mAP", "F@1")  # in the plots
+ORDER = {loss: place for place, loss in enumerate(NAMES)}
 NAME = "data_efficiency"
 
 
@@ -32,11 +34,19 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     return round(statistics.fmean(values), 3), round(deviation, 3)
 
 
-def rows(found: Found) -> list[dict[str, Any]]:
-    """A row for each setting, over its seeds: percents of the test half as (mean, deviation)."""
+def rows(found: Found, base: Found = ()) -> list[dict[str, Any]]:
+    """A row for each setting, over its seeds: percents of the test half as (mean, deviation).
+
+    With ``base`` also the mAP less that of the run of ``base`` on the same pairs, seed by seed.
+    """
     cells: dict[Run, list[dict[str, Any]]] = defaultdict(list)
+    gains: dict[Run, list[float]] = defaultdict(list)
+    bases = {run[:4]: result["student"]["test"]["mAP"] for run, result in base}
     for run, result in found:
         cells[run._replace(seed=-1)].append(result)
+        if run[:4] in bases:
+            gain = result["student"]["test"]["mAP"] - bases[run[:4]]
+            gains[run._replace(seed=-1)].append(100 * gain)
     table = []
     for run, results in cells.items():
         row = {k: v for k, v in run._asdict().items() if k != "seed"} | {"seeds": len(results)}
@@ -47,6 +57,8 @@ def rows(found: Found) -> list[dict[str, Any]]:
         for name in ("target_entropy", "target_top_share", "distill_scale"):
             if values := [r["log"][name] for r in results if name in r["log"]]:
                 row[name] = statistics.fmean(values)
+        if gains[run]:
+            row["mAP gained"] = mean_std(gains[run])
         row["logit_scale"] = statistics.fmean(r["logit_scale"] for r in results)
         table.append(row)
     return table
@@ -72,6 +84,17 @@ def differences(found: Found, metric: str, other: str) -> list[dict[str, Any]]:
     return table
 
 
+def by_title(found: dict[str, Found]) -> dict[str, Found]:
+    """Results over pairs and noise: of each data set, then what was tuned or judged elsewhere."""
+    final = found.get("final", [])
+    titles = dict.fromkeys(run.data for run, _ in final)
+    return {title: [pair for pair in final if pair[0].data == title] for title in titles} | {
+        kind.removeprefix("page: "): pairs
+        for kind, pairs in found.items()
+        if kind.startswith("page: ")
+    }
+
+
 def markdown(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     """A table."""
     cells = [list(header), ["---"] * len(header), *([str(c) for c in line] for line in lines)]
@@ -82,6 +105,10 @@ def _pm(value: tuple[float, float] | None, digits: int = 1) -> str:
     return "" if value is None else f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
 
 
+def _place(row: dict[str, Any]) -> tuple[float, int]:
+    return row["noise"], row["pairs"]
+
+
 def _cells_of(row: dict[str, Any]) -> list[str]:
     entropy = f"{row['target_entropy']:.2f}" if "target_entropy" in row else ""
     return [*(_pm(row[name]) for name in METRICS), _pm(row.get("teacher mAP")), entropy]
@@ -90,7 +117,7 @@ def _cells_of(row: dict[str, Any]) -> list[str]:
 _COLUMNS = [*METRICS, "teacher's mAP", "target entropy"]
 
 
-def tables(found: dict[str, Found], tuned: dict[tuple[str, float], dict[str, Run]]) -> str:
+def tables(found: dict[str, Found], tuned: dict[tuple[str, int, float], dict[str, Run]]) -> str:
     """All tables as one markdown page."""
     parts = [
         "# Data efficiency: tables\n",
@@ -99,64 +126,68 @@ def tables(found: dict[str, Found], tuned: dict[tuple[str, float], dict[str, Run
         "over the classes of which there are images there.\n",
         "## Settings chosen by mAP on the validation half\n",
         markdown(
-            ["data", "noise", "loss", "scales' start", "learning rate", "steps", "weight decay"],
+            ["data", "pairs", "noise", "loss", "scales' start", "lr", "steps", "weight decay"],
             [
-                [d, f"{n:.0%}", NAMES[x], f"exp({r.scale:g})", f"{r.lr:g}", r.steps, f"{r.decay:g}"]
-                for (d, n), chosen in tuned.items()
-                for x, r in chosen.items()
+                [
+                    *(r.data, r.pairs, f"{r.noise:.0%}", NAMES[r.loss]),
+                    *(f"exp({r.scale:g})", f"{r.lr:g}", r.steps, f"{r.decay:g}"),
+                ]
+                for chosen in tuned.values()
+                for r in chosen.values()
             ],
         ),
     ]
-    final = found.get("final", [])
-    if final:
+    pages = by_title(found)
+    if pages:
         parts.append("## OTTER minus each other loss, points, paired by seed\n")
+        columns = [(metric, other) for metric in SHOWN for other in ("infonce", "ls", "kd")]
         lines: dict[tuple, list[str]] = {}
-        for metric in SHOWN:
-            for other in ("infonce", "ls", "kd"):
-                for row in differences(final, metric, other):
-                    place = row["data"], f"{row['noise']:.0%}", row["pairs"]
-                    cell = f"{_pm(row['gain'])} ({row['ahead']}/{row['seeds']})"
-                    lines.setdefault(place, []).append(cell)
-        header = [f"{m}, {NAMES[x]}" for m in SHOWN for x in ("infonce", "ls", "kd")]
-        parts.append(
-            markdown(
-                ["data", "noise", "pairs", *header],
-                [[*place, *cells] for place, cells in sorted(lines.items())],
-            )
-        )
+        for (title, page), (metric, other) in itertools.product(pages.items(), columns):
+            for row in sorted(differences(page, metric, other), key=_place):
+                place = title, f"{row['noise']:.0%}", row["pairs"]
+                cell = f"{_pm(row['gain'])} ({row['ahead']}/{row['seeds']})"
+                lines.setdefault(place, []).append(cell)
+        header = [f"{metric}, {NAMES[other]}" for metric, other in columns]
+        cells = [[*place, *cells] for place, cells in lines.items()]
+        parts.append(markdown(["data", "noise", "pairs", *header], cells))
         parts.append("In brackets: seeds on which OTTER is ahead.\n")
-    for data in dict.fromkeys(run.data for run, _ in final):
-        ordered = sorted(
-            rows([pair for pair in final if pair[0].data == data]),
-            key=lambda row: (row["noise"], row["pairs"], list(NAMES).index(row["loss"])),
-        )
-        parts.append(f"## {data}: pairs and noise\n")
-        lines = [
-            [f"{r['noise']:.0%}", r["pairs"], NAMES[r["loss"]], *_cells_of(r)] for r in ordered
-        ]
-        parts.append(markdown(["noise", "pairs", "loss", *_COLUMNS], lines))
+    sections = [(f"{title}: pairs and noise", page, "pairs") for title, page in pages.items()]
     for kind, title, column in (
         ("course", "steps, all else as tuned", "steps"),
         ("image", "the image tower trained as well", "lr"),
     ):
         if kind in found:
-            ordered = sorted(rows(found[kind]), key=lambda r: (r["noise"], r[column]))
-            parts.append(f"## {found[kind][0][0].data}: {title}\n")
-            lines = [
-                [f"{r['noise']:.0%}", r[column], NAMES[r["loss"]], *_cells_of(r)] for r in ordered
-            ]
-            parts.append(markdown(["noise", column, "loss", *_COLUMNS], lines))
-    kinds = [kind for kind in found if kind.startswith("ablation: ")]
-    if kinds:
-        parts.append(f"## {found[kinds[0]][0][0].data}: OTTER's own settings, not tuned\n")
-        lines = [
-            [f"{row['noise']:.0%}", kind.removeprefix("ablation: "), row["seeds"], *_cells_of(row)]
-            for kind in kinds
-            for row in rows(found[kind])
-        ]
-        lines.sort(key=lambda line: line[0])
-        parts.append(markdown(["noise", "what", "seeds", *_COLUMNS], lines))
+            sections.append((f"{found[kind][0][0].data}: {title}", found[kind], column))
+    for title, page, column in sections:
+        parts.append(f"## {title}\n")
+        lines = sorted(
+            (r["noise"], r[column], ORDER[r["loss"]], NAMES[r["loss"]], *_cells_of(r))
+            for r in rows(page)
+        )
+        lines = [[f"{noise:.0%}", x, *cells] for noise, x, _, *cells in lines]
+        parts.append(markdown(["noise", column, "loss", *_COLUMNS], lines))
+    tables: dict[tuple, list[list[Any]]] = {}
+    for title, table in ablations(found).items():
+        for row in table:
+            place = row["data"], row["pairs"], row["noise"]
+            cells = [title, row["seeds"], *_cells_of(row), _pm(row.get("mAP gained"))]
+            tables.setdefault(place, []).append(cells)
+    for (data, pairs, noise), lines in sorted(tables.items()):
+        parts.append(
+            f"## {data}, {pairs:,} pairs, {noise:.0%} shuffled: settings that are not tuned\n"
+        )
+        parts.append(markdown(["what", "seeds", *_COLUMNS, "mAP less InfoNCE's"], lines))
     return "\n".join(parts)
+
+
+def ablations(found: dict[str, Found]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each ablation, beside InfoNCE as tuned on the same pairs."""
+    base = found.get("ablation: InfoNCE", [])
+    return {
+        kind.removeprefix("ablation: "): rows(pairs, base)
+        for kind, pairs in found.items()
+        if kind.startswith("ablation: ")
+    }
 
 
 def _curves(
@@ -228,46 +259,34 @@ def draw_steps(table: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def cost(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of training runs: seconds that do not depend on steps, and milliseconds of a step."""
-    steps, seconds = (np.array([r[name] for r in results]) for name in ("steps_done", "seconds"))
-    if len(np.unique(steps)) < 2:
-        return {"seconds": float(np.median(seconds))}
-    slope, start = np.polyfit(steps, seconds, 1)
-    return {"overhead, s": float(start), "a step, ms": 1000 * float(slope), "runs": len(results)}
-
-
 def write(
     folder: Path,
     found: dict[str, Found],
-    tuned: dict[tuple[str, float], dict[str, Run]],
+    tuned: dict[tuple[str, int, float], dict[str, Run]],
     checks: dict[str, Any],
     info: dict[str, Any],
 ) -> None:
     """``data_efficiency.json``, ``.md``, ``.png`` and ``-steps.png`` into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    by_loss: Callable[[str], list] = lambda loss: [  # noqa: E731
-        r for kind in ("tuning", "final") for run, r in found.get(kind, []) if run.loss == loss
-    ]
-    ablations = [kind for kind in found if kind.startswith("ablation: ")]
+    pages = by_title(found)
     write_json(
         folder / f"{NAME}.json",
         {
             **info,
             "check": checks,
-            "cost": {loss: cost(results) for loss in NAMES if (results := by_loss(loss))},
-            "tuned": [
-                {"data": data, "noise": noise, **run._asdict()}
-                for (data, noise), chosen in tuned.items()
-                for run in chosen.values()
-            ],
+            "tuned": [run._asdict() for chosen in tuned.values() for run in chosen.values()],
             **{kind: rows(found[kind]) for kind in ("final", "course", "image") if kind in found},
+            "tuned elsewhere": {
+                title: rows(page) for title, page in pages.items() if ", tuned " in title
+            },
             "differences": {
-                f"{metric}, {other}": differences(found.get("final", []), metric, other)
+                f"{metric}, {other}": {
+                    title: differences(page, metric, other) for title, page in pages.items()
+                }
                 for metric in METRICS
                 for other in ("infonce", "ls", "kd")
             },
-            "ablations": {kind.removeprefix("ablation: "): rows(found[kind]) for kind in ablations},
+            "ablations": ablations(found),
         },
     )
     write_text(folder / f"{NAME}.md", tables(found, tuned))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from test_towers import image_tower, text_folder
 
 from benchmarks import data_efficiency, efficiency_report, efficiency_runs
 from benchmarks.efficiency_runs import Run, draw, halves, last_logged
+from otter_openclip.demo.dataset import write_tar
 from otter_openclip.towers import make_towers
 
 RUN = Run("photos", 36, 0.4, 0, "otter", 1e-2, 3, 2.0, 0.2, 12)
@@ -75,6 +77,39 @@ def test_paired_differences_by_hand():
     assert row["gain"] == pytest.approx((0.0, np.sqrt(200)), abs=1e-3)
 
 
+def single_label(labelled: Path, folder: Path, classes: int | None = None) -> Path:
+    """The evaluation set ``labelled`` with only the first class of each picture, as a number."""
+    shutil.copytree(labelled, folder)
+    (folder / "dataset_type.txt").unlink()  # clip_benchmark's default
+    if classes is not None:
+        names = (folder / "classnames.txt").read_text().splitlines()[:classes]
+        (folder / "classnames.txt").write_text("\n".join(names))
+    with tarfile.open(labelled / "test" / "0.tar") as tar:
+        contents = [tar.extractfile(member).read() for member in tar]
+    samples = [
+        {"png": image, "cls": str(np.load(io.BytesIO(vector)).argmax()).encode()}
+        for image, vector in zip(contents[::2], contents[1::2], strict=True)
+    ]
+    write_tar(folder / "test" / "0.tar", samples)
+    return folder
+
+
+def test_a_class_a_picture_becomes_a_vector(labelled, tmp_path):
+    assert data_efficiency.as_multilabel(labelled, tmp_path) == labelled
+    single = single_label(labelled, tmp_path / "single")
+    copy = data_efficiency.as_multilabel(single, tmp_path)
+    assert data_efficiency.as_multilabel(single, tmp_path) == copy != single
+    with tarfile.open(copy / "test" / "0.tar") as new, tarfile.open(single / "test/0.tar") as old:
+        made, given = ([tar.extractfile(m).read() for m in tar] for tar in (new, old))
+    assert made[::2] == given[::2]
+    vectors = [np.load(io.BytesIO(content)) for content in made[1::2]]
+    assert all(vector.sum() == 1 for vector in vectors)
+    assert [str(vector.argmax()).encode() for vector in vectors] == given[1::2]
+    few = single_label(labelled, tmp_path / "few", classes=2)
+    with pytest.raises(ValueError, match=r"sample \d+ needs an image and a .cls from 0 to 1,"):
+        data_efficiency.as_multilabel(few, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def words(tmp_path_factory, pairs, labelled):
     """A small study's command line."""
@@ -86,6 +121,7 @@ def words(tmp_path_factory, pairs, labelled):
     line = f"--output {folder}/out --towers {folder}/towers --data photos={pairs},{labelled}"
     line += " --pairs 24 99 --tuning-pairs 36 --batch 12 --seeds 2 --noise 0 0.4"
     line += " --lrs 1e-2 --steps 2 3 --scales 2 --decays 0.2 1 --course 2 5"
+    line += f" --transfer other={single_label(labelled, folder / 'other')}"
     line += (
         " --train-image --image-size-trained 32 --image-batch 12 --image-steps 2 --image-lrs 1e-3"
     )
@@ -98,6 +134,7 @@ def test_a_small_study(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         data_efficiency, "ABLATIONS", {"lambda 0.04": ("--sinkhorn-lambda", "0.04")}
     )
+    monkeypatch.setattr(data_efficiency, "MOST_PAIRS", ("lambda 0.04",))
     monkeypatch.setattr(data_efficiency, "ABLATION_SEEDS", 1)
     out = tmp_path / "out"
     words = [*words, "--output", str(out)]
@@ -116,9 +153,21 @@ def test_a_small_study(words, tmp_path, monkeypatch, capsys):
     assert all(row["seeds"] == 2 for row in report["final"])
     assert {row["steps"] for row in report["course"]} == {2, 5}
     assert len(report["image"]) == 2 and "OTTER, lambda 0.04" in report["ablations"]
+    most = report["ablations"]["OTTER, 3 times the steps"]
+    assert {row["data"] for row in most} == {"photos", "other"}
+    assert all(row["pairs"] == 72 and row["steps"] in (6, 9) for row in most)
+    assert report["ablations"]["InfoNCE"][0]["mAP gained"] == [0.0, 0.0]
+    elsewhere = {title: len(rows) for title, rows in report["tuned elsewhere"].items()}
+    assert elsewhere == {
+        "other, tuned on photos": 4,
+        "photos, tuned at 72 pairs": 2,
+        "other, tuned at 72 pairs": 2,
+    }
+    assert set(elsewhere) < set(report["differences"]["mAP, infonce"])
+    assert report["check"]["other"]["largest difference"] < 1e-6
     assert str(tmp_path) not in json.dumps(report)
     page = (out / "report" / "data_efficiency.md").read_text()
-    assert "| photos | 40% | OTTER | exp(2) | 0.01 |" in page and "softmax" in page
+    assert "| photos | 36 | 40% | OTTER | exp(2) | 0.01 |" in page and "softmax" in page
     for name in ("data_efficiency.png", "data_efficiency-steps.png"):
         assert 10_000 < (out / "report" / name).stat().st_size < 300_000
 
@@ -129,6 +178,13 @@ def test_a_small_study(words, tmp_path, monkeypatch, capsys):
     assert data_efficiency.main(words) == 0  # all is there
     with pytest.raises(RuntimeError, match="run again"):
         data_efficiency.main([*words, "--course", "4"])
+    # What is missing of one stage does not hide the next ones.
+    capsys.readouterr()
+    assert data_efficiency.main([*words, "--course", "2", "4", "--hours", "0"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "missing" in line]
+    assert said == ["missing: photos: steps: 2 of 4 runs"]
+    left = json.loads((out / "report" / "data_efficiency.json").read_text())
+    assert left["ablations"] == report["ablations"]
     # Results of other towers, data or code are not taken for these.
     monkeypatch.setattr(efficiency_runs, "code_digest", lambda: "changed")
     with pytest.raises(RuntimeError, match="run again"):
@@ -138,6 +194,7 @@ def test_a_small_study(words, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        (["--transfer", "more"], "--transfer more must be NAME=EVAL_DIR, and the data of --ablate"),
         (["--data", "more"], "--data more must be NAME=TRAIN_DIR,EVAL_DIR"),
         (["--data", "more=nowhere,nowhere"], r"--data more: no \*.tar in nowhere"),
         (["--batch", "37"], "--batch 37 is more than 24 pairs of photos"),
@@ -151,7 +208,7 @@ def test_what_is_refused(words, extra, message):
 
 def test_weights_that_diverged_count_nothing(words, tmp_path):
     settings = data_efficiency.parse(words)
-    (source,) = data_efficiency.sources(settings, tmp_path)
+    source, _ = data_efficiency.sources(settings, tmp_path)
     judge = efficiency_runs.Judge(source, Path(settings.towers), tmp_path / "kept.pt")
     state = judge.model.state_dict()
     assert judge.measure(state)["test"]["mAP"] > 0

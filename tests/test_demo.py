@@ -190,7 +190,7 @@ def test_own_folders_that_cannot_be_used(demo, pairs, labelled, tmp_path, capsys
     fewer = broken("fewer", lambda f: (f / "classnames.txt").write_text("red\n"))
     gone = broken("gone", lambda f: (f / "test" / "0.tar").unlink())
     garbled = broken("garbled", lambda f: None)
-    sample = {"png": b"no picture", "npy": dataset._npy(np.ones(len(CLASSES), np.uint8))}
+    sample = {"png": b"no picture", "npy": dataset.npy(np.ones(len(CLASSES), np.uint8))}
     dataset.write_tar(garbled / "test" / "0.tar", [sample])
     outside = single_label(labelled, tmp_path / "outside")
     (outside / "classnames.txt").write_text("red\n")

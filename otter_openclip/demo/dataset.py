@@ -124,7 +124,7 @@ def write_test_set(glyphs: Sequence[tuple[Glyph, Image.Image]], folder: Path) ->
     classes = sorted({glyph.name for glyph, _ in glyphs})
     labels = np.eye(len(classes), dtype=np.uint8)
     samples = (
-        {"png": png(image), "npy": _npy(labels[classes.index(glyph.name)])}
+        {"png": png(image), "npy": npy(labels[classes.index(glyph.name)])}
         for glyph, image in glyphs
     )
     write_tar(folder / "test" / "0.tar", samples)
@@ -141,7 +141,8 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _npy(array: np.ndarray) -> bytes:
+def npy(array: np.ndarray) -> bytes:
+    """NPY file content."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
