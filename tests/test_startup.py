@@ -40,7 +40,7 @@ COMMAND = LOADED + "from otter_openclip import cli; sys.exit(cli.main())"
         ("data", 2),
         ("data cssv", 2),
         *((f"data {name} --help", 0) for name in ("open-images", "imagenet10k", "cc3m", "wit")),
-        *((f"data {name} --help", 0) for name in ("yfcc15m", "csv", "inspect")),
+        *((f"data {name} --help", 0) for name in ("yfcc15m", "csv", "hf", "inspect")),
         ("data csv --captions nowhere.csv --output out", 2),
         ("data csv --caption x", 2),
         ("data cc3m --captions x --resize 0 --images a --output b", 2),

@@ -60,20 +60,12 @@ class Images:
         return paths.find
 
 
-def add(
-    plan: Plan,
-    name: str,
-    found: lookup.Found,
-    caption: str,
-    *,
-    key: str | None = None,
-    where: str = "",
-) -> None:
+def add(plan: Plan, name: str, found: lookup.Found, caption: str, where: str = "") -> None:
     """Append a pair to the plan, or drop it."""
     if found.file is not None and not caption.strip():
         plan.drop(name, EMPTY_CAPTION, where)
     else:
-        plan.add(name, found, caption, key=key, where=where)
+        plan.add(name, found, caption, where=where)
 
 
 def build(
