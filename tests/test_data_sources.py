@@ -66,6 +66,19 @@ def test_a_path_means_that_file_in_folders_tars_and_zips_alike(tmp_path, kind):
     assert "a/0.png" in report and "b/0.png" in report  # the candidates
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_a_stem_is_the_whole_name_but_its_suffix(tmp_path, kind):
+    files = {"x/b.PNG": jpeg(0), "a.small.jpg": jpeg(1), "a.txt": b"", "x/a.small.jpg": jpeg(2)}
+    source = pack(kind, tmp_path, files)
+    (tmp_path / "c.csv").write_text("LabelName,DisplayName\n/m/1,Ball\n")
+    (tmp_path / "l.csv").write_text("ImageID,LabelName,Confidence\na,/m/1,1\nb,/m/1,1\n")
+    words = ["open-images", "--classes", tmp_path / "c.csv", "--labels", tmp_path / "l.csv"]
+    words += ["--images", source, "--max-missing", "1", "--output", tmp_path / "out"]
+    assert run(*words) == 0
+    assert samples(tmp_path / "out" / "test" / "0.tar").keys() == {"b"}
+    assert dropped(tmp_path / "out") == [("a", "missing")]
+
+
 def test_two_sources_with_one_path_are_ambiguous(tmp_path):
     one = write_files(tmp_path / "one", {"0.jpg": jpeg(0), "1.jpg": jpeg(1)})
     two = write_files(tmp_path / "two", {"0.jpg": jpeg(2)})

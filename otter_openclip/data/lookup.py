@@ -16,7 +16,7 @@ from otter_openclip.data import columnar, sources
 from otter_openclip.data.decoding import IMAGE_SUFFIXES
 
 MISSING, AMBIGUOUS, NOT_DOWNLOADED = "missing", "ambiguous", "not downloaded"
-_LIMIT = 6  # files of one name that are looked at
+_LIMIT, _SHOWN = 64, 6  # files of one name that are looked at, and named
 _NOT_IMG2DATASET = (
     "is this the output of img2dataset, and did it end well? It resumes when run again"
 )
@@ -140,11 +140,15 @@ class Paths:
         if self.any_suffix:
             stem = os.path.splitext(parts[0])[0]
             others = [*select(stem + b".", stem + b"/"), *select(stem + b"/", stem + b"0")]
-            suffixed = ((found, os.path.splitext(found.name)[1]) for found in others)
-            return [
-                *select(stem),
-                *(f for f, suffix in suffixed if suffix.lower() in IMAGE_SUFFIXES),
-            ]
+            # Not those of another stem, "a.small.jpg" for "a".
+            named = tuple(sign + os.fsdecode(stem) for sign in "/:")
+            split = ((found, *os.path.splitext(found.name)) for found in others)
+            images = (
+                f
+                for f, name, suffix in split
+                if suffix.lower() in IMAGE_SUFFIXES and name.endswith(named)
+            )
+            return [*select(stem), *images]
         ends = (b"/".join(parts[:count]) for count in range(len(parts), 0, -1))
         return next(filter(None, (select(e) + select(e + b"/", e + b"0") for e in ends)), [])
 
@@ -152,7 +156,7 @@ class Paths:
 def _only(found: list[Found], *, whole: bool) -> Found:
     if len(found) == 1:
         return found[0]._replace(whole=whole)
-    return Found(None, " or ".join(each.name for each in found[:_LIMIT]), whole, AMBIGUOUS)
+    return Found(None, " or ".join(each.name for each in found[:_SHOWN]), whole, AMBIGUOUS)
 
 
 def _walked(folder: str) -> Iterator[Entry]:
