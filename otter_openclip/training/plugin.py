@@ -13,7 +13,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import open_clip
 import torch
 from open_clip_train.data import DataInfo
 from open_clip_train.file_utils import pt_load
@@ -25,7 +24,14 @@ from otter_openclip.features.prefix import find_prefixes, install, left_out, no_
 from otter_openclip.files import written_whole
 from otter_openclip.preprocessing import reference_transforms
 from otter_openclip.teacher import EmaTeacher
-from otter_openclip.training import checkpoint, data_checks, frozen, repeatable, train_flags
+from otter_openclip.training import (
+    checkpoint,
+    data_checks,
+    fixed_teacher,
+    frozen,
+    repeatable,
+    train_flags,
+)
 from otter_openclip.training.guidance import advice
 from otter_openclip.training.objectives import create_loss, log_statistics
 from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
@@ -79,7 +85,10 @@ class TrainingPlugin:
         if args.lock_image and args.lock_image_freeze_bn_stats and frozen_towers:
             frozen.leave_batch_norm(model)
         if args.teacher_model is not None:
-            self.fixed_teacher = _fixed_teacher(args)
+            try:
+                self.fixed_teacher = fixed_teacher.create(args, model)
+            except ValueError as error:
+                raise SystemExit(f"{self._prog}: error: {error}") from error
         if args.reference_crop:
             preprocess_train, preprocess_val = reference_transforms(model.visual.preprocess_cfg)
         self._model, self._augmentation = model, preprocess_train
@@ -253,16 +262,3 @@ class TrainingPlugin:
             "optimizer": optimizer.state_dict(),
         }
         return state if scaler is None else {**state, "scaler": scaler.state_dict()}
-
-
-def _fixed_teacher(args: Namespace) -> nn.Module:
-    """The model of ``--distill-model``."""
-    teacher, _, _ = open_clip.create_model_and_transforms(
-        args.teacher_model,
-        args.teacher_pretrained,
-        device=args.device,
-        precision=args.precision,
-        output_dict=True,
-        cache_dir=args.cache_dir,
-    )
-    return as_teacher(teacher)
