@@ -228,7 +228,13 @@ class TrainingPlugin:
         """Evaluation: metrics of ``--zeroshot-data`` to add to open_clip's; keeps ``best.pt``."""
         if self._zeroshot is None or not due(epoch, args):
             return {}
-        found = self._zeroshot.metrics(model, tokenizer, epoch, args)
+        try:
+            found = self._zeroshot.metrics(model, tokenizer, epoch, args)
+        except (ValueError, OSError, RuntimeError) as error:  # the last: a loader's process that died
+            if self.training is None:  # nothing but this evaluation was asked for
+                raise SystemExit(f"{self._prog}: error: --zeroshot-data: {error}") from error
+            logging.error(f"--zeroshot-data is not evaluated after epoch {epoch}: {error}")
+            return {}
         if self.training is not None and args.save_logs:
             if self._best is None:
                 self._best = BestCheckpoint(args.checkpoint_path, resumed=args.resume is not None)
