@@ -121,6 +121,9 @@ class TrainingPlugin:
             self._use_features(args, data["train"], preprocess_val)
         if "train" in data:
             data_checks.watch(args, data["train"])
+            if not self.stock and (cut := data_checks.cut_off(args)):
+                shards = f"{', '.join(cut[:5])}{' ...' * (len(cut) > 5)}"
+                logging.warning(f"{len(cut)} shards of --train-data end too early: {shards}")
         if args.zeroshot_data is not None:
             try:
                 self._zeroshot = ZeroShotEvaluation(args.zeroshot_data, preprocess_val)
@@ -230,7 +233,11 @@ class TrainingPlugin:
             return {}
         try:
             found = self._zeroshot.metrics(model, tokenizer, epoch, args)
-        except (ValueError, OSError, RuntimeError) as error:  # the last: a loader's process that died
+        except (
+            ValueError,
+            OSError,
+            RuntimeError,
+        ) as error:  # the last: a loader's process that died
             if self.training is None:  # nothing but this evaluation was asked for
                 raise SystemExit(f"{self._prog}: error: --zeroshot-data: {error}") from error
             logging.error(f"--zeroshot-data is not evaluated after epoch {epoch}: {error}")
