@@ -2,12 +2,12 @@
 
 Replaced while a command runs:
 
-====================================== ==============================================================
+======================================= =============================================================
 ``torch.load``                         loads tensors and plain values only, also before torch 2.6
-``dynamic_module_utils.get_class_...`` Python files beside a model or tokenizer are refused, even if
+``dynamic_module_utils.get_cached_...`` Python files beside a model or tokenizer are refused, even if
                                        a config has ``trust_remote_code`` among ``tokenizer_kwargs``
 ``webdataset.autodecode.pickle``       pickles in shards, which nothing uses, stay bytes
-====================================== ==============================================================
+======================================= =============================================================
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def no_code_from_files() -> Iterator[None]:
 
     with replaced(
         (torch, "load", functools.partial(torch.load, weights_only=True)),
-        (dynamic_module_utils, "get_class_in_module", _refuse),
+        (dynamic_module_utils, "get_cached_module_file", _refuse),
         (autodecode, "pickle", SimpleNamespace(loads=bytes)),
     ):
         yield
 
 
-def _refuse(class_name: str, module_path: str | os.PathLike[str], **_: Any) -> type:
+def _refuse(folder: str | os.PathLike[str], file: str, *_: Any, **__: Any) -> str:
     raise ValueError(
-        f"{module_path} is Python code that a model's or tokenizer's files name for {class_name}; it "
-        "is never run: use a tower and tokenizer that transformers itself knows"
+        f"{folder} names Python code of its own, {file}, which is never run: use a tower and tokenizer "
+        "that transformers itself knows"
     )

@@ -32,6 +32,7 @@ import io
 import itertools
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -90,6 +91,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         with on_sigterm(), no_code_from_files(), replaced(*replacements):
             cli.main()
+    except pickle.UnpicklingError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        print(f"otter-openclip eval: error: weights cannot be read: {reason}", file=sys.stderr)
+        return 2
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         print(f"otter-openclip eval: error: {error}", file=sys.stderr)
         return 2

@@ -73,14 +73,14 @@ class Ending:
         try:
             yield
         except Exception as error:
+            if self.asked:  # what a process of the job does when the others hear it first
+                self.lose_epoch()
             if dead := self._dead():
                 raise SystemExit(
                     f"error: rank {', '.join(map(str, dead))} of {len(self._ranks)} has ended (killed? "
                     f"out of memory? its own output says more), so this one, rank {self._args.rank}, "
                     f"cannot go on; {goes_on_from(self._args)}"
                 ) from error
-            if self.asked:  # what other processes of the job do when they hear it too
-                self.lose_epoch()
             raise
 
     def _dead(self) -> list[int]:
