@@ -128,12 +128,17 @@ class Inputs:
 
     def export(self, out: Path) -> list[str]:
         """Export of the finished run."""
-        return ["export", str(self.folder / "trained" / "logs" / "run"), str(out / "exported")]
+        return [
+            "export",
+            str(self.folder / "trained" / "logs" / "run"),
+            str(out / "exported"),
+            "--overwrite",
+        ]
 
     def convert(self, out: Path) -> list[str]:
         """Conversion of a checkpoint in the reference's format."""
         line = ["convert", str(self.folder / "last.pth.tar"), str(out / "exported")]
-        return [*line, "--text-model", str(self.folder / "tower")]
+        return [*line, "--overwrite", "--text-model", str(self.folder / "tower")]
 
     def evaluate(self, out: Path) -> list[str]:
         """Evaluation of the export."""
