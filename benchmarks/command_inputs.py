@@ -38,7 +38,7 @@ class Inputs:
         if (folder / "models").is_dir():
             open_clip.add_model_config(folder / "models")
 
-    def make(self, pairs: int = 96, *, trained: bool = True) -> None:
+    def make(self, pairs: int = 96, *, trained: bool) -> None:
         """Fill it; ``trained`` with a finished run, its export and a checkpoint to convert."""
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)

@@ -356,7 +356,9 @@ def try_parts(names: Sequence[str], folder: Path, kills: int, rng: random.Random
     encoding.ROUND, encoding._BATCH = 0.05, {"cpu": 16}  # several files in a cache
     inputs = command_inputs.Inputs(folder / "inputs")
     folder.mkdir(parents=True)
-    made = start(inputs.make, folder / "log", {})  # a process that has trained cannot be forked
+    trained = not {"export", "convert", "eval"}.isdisjoint(names)
+    # In a process of its own: one that has trained cannot be forked.
+    made = start(lambda: inputs.make(trained=trained), folder / "log", {})
     if os.waitpid(made, 0)[1]:
         raise RuntimeError((folder / "log").read_text())
     inputs = command_inputs.Inputs(folder / "inputs")

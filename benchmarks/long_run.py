@@ -1,9 +1,9 @@
 """Thousands of steps of a tiny model: nothing grows, the teacher does not drift, all is logged.
 
-Once live and once on cached features. Memory, open files and threads of the training process are read at
-intervals. After each step the student goes into the closed form of the EMA teacher, the sum of all
-students under the weights of the decays min(d, (1 + n) / (10 + n)), in float64; in the end the teacher in
-the checkpoint is compared with it.
+Once live and once on cached features. Memory, open files and threads of the training process are read
+at intervals. After each step the student goes into the closed form of the EMA teacher, the sum of all
+students under the weights of the decays min(d, (1 + n) / (10 + n)), in float64; in the end the teacher
+in the checkpoint is compared with it.
 """
 
 from __future__ import annotations

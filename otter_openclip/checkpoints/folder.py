@@ -12,8 +12,8 @@ import copy
 import glob
 import json
 import logging
+import secrets
 import shutil
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -70,7 +70,7 @@ def write_folder(
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(target)
     try:
-        temporary.chmod(0o755)
+        temporary.mkdir()
         # In the checkpoint's dtype; cloned, because safetensors refuses tensors that share memory.
         tensors = {key: state[key].contiguous().clone() for key in model.state_dict()}
         try:
@@ -105,8 +105,8 @@ def write_folder(
 
 
 def _beside(target: Path) -> Path:
-    """A new folder for what is not yet, or no longer, ``target``."""
-    return Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=_UNFINISHED, dir=target.parent))
+    """A name for what is not yet, or no longer, ``target``; known before the folder is there."""
+    return target.with_name(f".{target.name}-{secrets.token_hex(4)}{_UNFINISHED}")
 
 
 def _write_config(
@@ -310,11 +310,13 @@ def _move(temporary: Path, out: Path) -> None:
         temporary.rename(out)
         return
     aside = _beside(out)
-    out.rename(aside / "out")
     try:
+        aside.mkdir()
+        out.rename(aside / "out")
         temporary.rename(out)
-    except OSError:
-        (aside / "out").rename(out)
-        aside.rmdir()
+    except BaseException:
+        if not out.exists():
+            (aside / "out").rename(out)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
