@@ -27,6 +27,8 @@ from otter_openclip.checkpoints.folder import check_out, write_folder
 from otter_openclip.checkpoints.parts import build_model, check_timm_name, read_tokenizer
 from otter_openclip.checkpoints.pretrained import read_trunk, text_config, text_weights_for
 from otter_openclip.checks import check_choice, check_interval
+from otter_openclip.terminating import on_sigterm
+from otter_openclip.untrusted import no_code_from_files
 
 HEADS = ("linear", "mlp", "none")
 POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "own": "cls_pooler"}
@@ -74,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace OUT if it is an earlier export")
 
 
+@on_sigterm()
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     given = {name: value for name, value in vars(args).items() if name not in ("command", "out")}
@@ -83,6 +86,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+@no_code_from_files()
 def make_towers(
     out: str | Path,
     *,

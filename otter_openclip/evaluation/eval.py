@@ -19,7 +19,8 @@
 ``sys.argv``                         where clip_benchmark reads its line
 ==================================== ================================================================
 
-Everything else, single-label classification and retrieval too, is clip_benchmark's.
+and those of ``untrusted``. Everything else, single-label classification and retrieval too, is
+clip_benchmark's.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import io
 import itertools
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -53,6 +55,8 @@ from otter_openclip.evaluation.prompts import (
 from otter_openclip.files import written_whole
 from otter_openclip.flags import name_nearest
 from otter_openclip.replacing import replaced
+from otter_openclip.terminating import on_sigterm
+from otter_openclip.untrusted import no_code_from_files
 
 PACKAGE = "otter-openclip"
 
@@ -85,8 +89,12 @@ def main(argv: Sequence[str]) -> int:
         others = functools.partial(_others, cli.plugins.find_entry_points)
         replacements.append((cli.plugins, "find_entry_points", others))
     try:
-        with replaced(*replacements):
+        with on_sigterm(), no_code_from_files(), replaced(*replacements):
             cli.main()
+    except pickle.UnpicklingError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        print(f"otter-openclip eval: error: weights cannot be read: {reason}", file=sys.stderr)
+        return 2
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         print(f"otter-openclip eval: error: {error}", file=sys.stderr)
         return 2

@@ -60,7 +60,8 @@ def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
     Raises:
         SystemExit: on bad flags or unsupported mixes, before any data are read.
     """
-    return run_main(argv, _Run(_Plugin(prog)).replacements())
+    plugin = _Plugin(prog)
+    return run_main(argv, plugin, _Run(plugin).replacements())
 
 
 class _Plugin(TrainingPlugin):

@@ -7,19 +7,21 @@ With ``--loss clip`` all but ``--reference-crop`` and ``--zeroshot-data`` is ope
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from open_clip_train.data import DataInfo
-from open_clip_train.file_utils import pt_load
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from otter_openclip.checkpoints.layout import ENTRY, TEACHER, upgraded
+from otter_openclip.checkpoints.newest import LATEST, epoch_of, newest_checkpoint
 from otter_openclip.features.prefix import find_prefixes, install, left_out, no_prefix_message
 from otter_openclip.files import written_whole
 from otter_openclip.preprocessing import reference_transforms
@@ -30,8 +32,10 @@ from otter_openclip.training import (
     fixed_teacher,
     frozen,
     repeatable,
+    resuming,
     train_flags,
 )
+from otter_openclip.training.ending import Ending, Steps, goes_on_from
 from otter_openclip.training.guidance import advice
 from otter_openclip.training.objectives import create_loss, log_statistics
 from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
@@ -61,6 +65,9 @@ class TrainingPlugin:
         self.training: tuple[torch.optim.Optimizer, Any] | None = None
         self._best: BestCheckpoint | None = None
         self._advised = False
+        self.ending = Ending()
+        self._latest = False
+        self._claim: Any = None
 
     @property
     def stock(self) -> bool:
@@ -71,6 +78,7 @@ class TrainingPlugin:
         """Arguments: ``parser``, open_clip_train's, also gets the plugin's flags."""
         parser.prog = self._prog = self._prog or parser.prog
         self._args = train_flags.parse(parser, argv)
+        self._latest = self._args.resume == "latest"
         return self._args
 
     def setup_model(
@@ -81,14 +89,17 @@ class TrainingPlugin:
             raise SystemExit(f"{self._prog}: error: {train_flags.logit_bias_message(args)}")
         if message := data_checks.fault(args):
             raise SystemExit(f"{self._prog}: error: {message}")
+        if not self.stock:
+            with self._faults_named():
+                self._claim = resuming.claim_folder(args)
+            if self._latest:
+                args.resume = resuming.latest(args)
         frozen_towers = args.feature_cache is not None or not self.stock
         if args.lock_image and args.lock_image_freeze_bn_stats and frozen_towers:
             frozen.leave_batch_norm(model)
         if args.teacher_model is not None:
-            try:
+            with self._faults_named():
                 self.fixed_teacher = fixed_teacher.create(args, model)
-            except ValueError as error:
-                raise SystemExit(f"{self._prog}: error: {error}") from error
         if args.reference_crop:
             preprocess_train, preprocess_val = reference_transforms(model.visual.preprocess_cfg)
         self._model, self._augmentation = model, preprocess_train
@@ -100,7 +111,8 @@ class TrainingPlugin:
 
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load: the plugin's part of it waits for the optimizer."""
-        loaded = pt_load(path, map_location="cpu")
+        with self._faults_named():
+            loaded = resuming.read(path)
         if not self.stock and "epoch" in loaded:  # weights alone can be evaluated
             loaded = upgraded(loaded)
             self._resumed = {key: loaded.get(key) for key in (ENTRY, TEACHER)}
@@ -113,10 +125,8 @@ class TrainingPlugin:
         if not self.stock:
             repeatable.make_repeatable(data, seed=args.seed, rank=args.rank)
         if "train" in data:
-            try:
+            with self._faults_named():
                 data_checks.check_loader(args, data["train"])
-            except ValueError as error:
-                raise SystemExit(f"{self._prog}: error: {error}") from error
         if args.feature_cache is not None:
             self._use_features(args, data["train"], preprocess_val)
         if "train" in data:
@@ -125,12 +135,20 @@ class TrainingPlugin:
                 shards = f"{', '.join(cut[:5])}{' ...' * (len(cut) > 5)}"
                 logging.warning(f"{len(cut)} shards of --train-data end too early: {shards}")
         if args.zeroshot_data is not None:
-            try:
+            with self._faults_named():
                 self._zeroshot = ZeroShotEvaluation(args.zeroshot_data, preprocess_val)
-            except (ValueError, OSError) as error:
-                raise SystemExit(f"{self._prog}: error: {error}") from error
             data[ZEROSHOT_DATA] = self._zeroshot
+        if "train" in data and not self.stock:
+            data["train"].dataloader = Steps(data["train"].dataloader, self.ending)
         return data
+
+    @contextlib.contextmanager
+    def _faults_named(self) -> Iterator[None]:
+        """A fault of the input ends the command with one line."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"{self._prog}: error: {error}") from error
 
     def _use_features(self, args: Namespace, train: DataInfo, preprocess_val: Any) -> None:
         from otter_openclip.features.cached import use_features  # not for open_clip 4.x
@@ -217,6 +235,9 @@ class TrainingPlugin:
         """Epoch: its random numbers follow from (seed, rank, epoch), whatever ran before it."""
         if self.stock:
             return
+        if self.ending.asked:
+            self._keep_epoch(args, epoch)
+        self.ending.start_epoch(args, epoch)
         if self._train_model is not None:
             self._train_model.start_epoch()
         if not self._advised and (found := getattr(self._loss, "target_statistics", None)):
@@ -224,6 +245,15 @@ class TrainingPlugin:
             if text := advice(found, args):
                 logging.warning(text)
         repeatable.seed_process(args.seed, args.rank, epoch)
+
+    def _keep_epoch(self, args: Namespace, done: int) -> None:
+        """End after ``done`` whole epochs, with a checkpoint if ``--save-frequency`` wanted none."""
+        newest = newest_checkpoint(Path(args.checkpoint_path)) if args.save_logs else None
+        if args.save_logs and (newest is None or epoch_of(newest) != done):
+            name = LATEST if args.save_most_recent else f"epoch_{done}.pt"
+            made = self.make_checkpoint(args, self._student, done)
+            self.save_checkpoint(made, os.path.join(args.checkpoint_path, name))
+        self.ending.leave(f"{done} epochs are whole")
 
     def evaluate(
         self, args: Namespace, model: nn.Module, epoch: int, tokenizer: Any
@@ -254,8 +284,15 @@ class TrainingPlugin:
         if self.stock:
             torch.serialization.save(checkpoint_dict, path)
             return
-        with written_whole(path) as file:
-            torch.serialization.save(self.complete(checkpoint_dict), file)
+        try:
+            with written_whole(path) as file:
+                torch.serialization.save(self.complete(checkpoint_dict), file)
+        except (OSError, RuntimeError) as error:  # torch's, in the wake of the disk's
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            raise SystemExit(
+                f"{self._prog}: error: {path} cannot be written ({cause}), so epoch "
+                f"{checkpoint_dict['epoch']} is lost; make room, then {goes_on_from(self._args)}"
+            ) from error
 
     def complete(self, checkpoint_dict: dict[str, Any]) -> dict[str, Any]:
         """What open_clip saves after an epoch, and the plugin's part."""
