@@ -14,6 +14,7 @@ from otter_openclip.losses import IMPLEMENTATIONS, MAX_COEF, MIN_LAMBDA
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("random", "identical", "zero", "one zero row", "duplicates", "opposite", "near")
+NORMS = st.just(1.0) | st.floats(0.1, 4)
 COEFS = st.sampled_from([0.0, 1.0]) | st.floats(0, 10)
 
 
@@ -43,7 +44,7 @@ def features(draw, count, width, dtype, norms):
 
 
 @st.composite
-def batches(draw, dtypes=DTYPES, norms=st.just(1.0) | st.floats(0.1, 4)):
+def batches(draw, dtypes=DTYPES, norms=NORMS):
     """Student and teacher features of the same pairs."""
     count, dtype = draw(st.integers(1, 9)), draw(st.sampled_from(dtypes))
     widths = [draw(st.integers(1, 8)) for _ in range(2)]
