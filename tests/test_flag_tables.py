@@ -25,6 +25,7 @@ OUTPUT |= {"--workers": COUNTS}
 PAIRS = OUTPUT | {"--seed": SEEDS, "--no-shuffle": FREE}
 PICTURES = {"--images": FREE, "--img2dataset": FREE}
 LABELLED = {"--classes": FREE, "--labels": FREE, "--images": FREE}
+LABELS_GIVEN = ["--classes", "a", "--labels", "b", "--images", "c", "--output", "d"]
 LABELLED |= {"--max-missing": ("-1", "1.5", "120%", "some", "nan%")} | OUTPUT
 
 # Words that are complete, then every flag with wrong values.
@@ -87,8 +88,8 @@ COMMANDS = {
             "--eval": FREE,
         },
     ),
-    "data open-images": (["--classes", "a", "--labels", "b", "--images", "c", "--output", "d"], LABELLED),
-    "data imagenet10k": (["--classes", "a", "--labels", "b", "--images", "c", "--output", "d"], LABELLED),
+    "data open-images": (LABELS_GIVEN, LABELLED),
+    "data imagenet10k": (LABELS_GIVEN, LABELLED),
     "data cc3m": (
         ["--captions", "a", "--img2dataset", "b", "--output", "d"],
         {"--captions": FREE, "--report": FREE} | PICTURES | PAIRS,
@@ -149,7 +150,7 @@ def refused(run, words, capsys):
 
 def wrong_words(action, flag, values):
     """(words, what the message says) for a flag; the first is what it takes."""
-    good = list(action.choices)[0] if action.choices else "1" if action.type else "text"
+    good = next(iter(action.choices)) if action.choices else "1" if action.type else "text"
     several = action.nargs if isinstance(action.nargs, int) else 1
     if action.nargs == 0:
         yield [f"{flag}=yes"], "yes"
@@ -265,7 +266,7 @@ STOCK = {
     "--force-patch-dropout": ("-0.1", "1.1", "nan"),
     "--accum-freq": COUNTS,
     "--device": ("gpu", "cuda:x", ""),
-    "--report-to": ("tensorbord", "wandb,tb"),
+    "--report-to": ("tensorbord", "tb"),
     "--seed": SEEDS,
     "--grad-clip-norm": ("0", "-1", "nan"),
     "--log-every-n-steps": COUNTS,
@@ -324,7 +325,7 @@ def test_wrong_values_of_training(stock_parser, capsys):
     for flag in set(actions) - {"--train-data", "--model"}:
         value = [] if actions[flag].nargs == 0 else ["a=1" if flag == "--aug-cfg" else "1"]
         if actions[flag].choices:
-            value = [list(actions[flag].choices)[0]]
+            value = [next(iter(actions[flag].choices))]
         words = [*TRAIN, "--loss", "otter", flag, *value, flag, *value]
         assert f"argument {flag}: given more than once" in refused(train, words, capsys)
 
