@@ -343,6 +343,8 @@ def test_wrong_values_of_the_plugins_flags(capsys):
 
 @pytest.mark.parametrize("line", TOGETHER)
 def test_flags_of_training_together(line, capsys):
+    if line == "--trace" and hasattr(open_clip, "task"):
+        pytest.skip("open_clip 4.x has no --trace")
     assert TOGETHER[line] in refused(train, [*TRAIN, "--loss", "otter", *line.split()], capsys)
 
 

@@ -173,19 +173,15 @@ def local(archive: str, folder: Path) -> str:
         target = folder / (digest(f"{archive} {stamp(archive)}").hex() + suffix)
         if target.exists():
             return str(target)
-        try:
-            with written_whole(target) as out:
-                if table:
-                    from otter_openclip.data.columnar import write_tar
+        with tables.damage_named(archive), written_whole(target) as out:
+            if table:
+                from otter_openclip.data.columnar import write_tar
 
-                    write_tar(file, out, archive)
-                else:
-                    size = None if remote else os.path.getsize(archive)
-                    with tqdm.wrapattr(file, "read", size, desc=f"Unpacking {name}") as packed:
-                        shutil.copyfileobj(unpack(packed) if unpack else packed, out, 1 << 20)
-        except tables.DAMAGED as error:
-            fault = f"damaged or cut short ({error})"
-            raise OSError(f"{archive}: {fault}; download it again") from error
+                write_tar(file, out, archive)
+            else:
+                size = None if remote else os.path.getsize(archive)
+                with tqdm.wrapattr(file, "read", size, desc=f"Unpacking {name}") as packed:
+                    shutil.copyfileobj(unpack(packed) if unpack else packed, out, 1 << 20)
         return str(target)
 
 

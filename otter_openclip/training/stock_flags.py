@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import open_clip
 import timm.optim
 import torch
 from open_clip.transform import AugmentationCfg
@@ -19,6 +20,7 @@ from otter_openclip.flags import as_list, number
 _count, _positive = number(0, kind=int), number(1, kind=int)
 _share, _above = number(0, 1), number(0, open_low=True)
 _SCHEDULES = ("cosine", "const", "const-cooldown")
+_OPTIMIZERS = ("adamw", "nadamw") if open_clip.__version__ >= "4" else ("adamw",)
 _REPORTS = ("tensorboard", "wandb", "trackio", "all", "none")
 
 
@@ -46,7 +48,7 @@ def _optimizer(text: str) -> str:
     if name.startswith("timm/") and hasattr(timm.optim, "list_optimizers"):
         _choice(timm.optim.list_optimizers())(re.sub("^timm/(lookahead_)?", "", name))
     elif not name.startswith("timm/"):
-        _choice(["adamw", "timm/adamw", "timm/sgd", "timm/lamb"])(name)
+        _choice([*_OPTIMIZERS, "timm/adamw", "timm/sgd", "timm/lamb"])(name)
     return text
 
 
