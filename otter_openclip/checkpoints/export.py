@@ -15,6 +15,7 @@ import ast
 import copy
 import difflib
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from otter_openclip.checkpoints.folder import (
 )
 from otter_openclip.checkpoints.layout import ENTRY, TEACHER, upgraded
 from otter_openclip.checkpoints.newest import newest_checkpoint
+from otter_openclip.flags import number
 from otter_openclip.preprocessing import CROP_PCT
 from otter_openclip.terminating import on_sigterm
 from otter_openclip.untrusted import no_code_from_files
@@ -45,12 +47,12 @@ PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
 # open_clip_train's flags that change the model or its preprocessing; read back from params.txt.
 _MODEL_FLAGS: dict[str, dict[str, Any]] = {
-    "--force-image-size": {"type": int, "nargs": "+"},
-    "--force-context-length": {"type": int},
+    "--force-image-size": {"type": number(1, kind=int), "nargs": "+"},
+    "--force-context-length": {"type": number(1, kind=int)},
     "--force-quick-gelu": {"action": "store_true", "default": None},
     "--force-custom-text": {"action": "store_true", "default": None},
-    "--image-mean": {"type": float, "nargs": "+"},
-    "--image-std": {"type": float, "nargs": "+"},
+    "--image-mean": {"type": number(-math.inf), "nargs": "+"},
+    "--image-std": {"type": number(0, open_low=True), "nargs": "+"},
     "--image-interpolation": {"choices": ["bicubic", "bilinear", "random"]},
     "--image-resize-mode": {"choices": ["shortest", "longest", "squash"]},
     "--reference-crop": {

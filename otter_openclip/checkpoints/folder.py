@@ -188,8 +188,13 @@ def _check_sums(path: Path) -> None:
 
 def check_state(state: Any, path: Path, weights: str) -> dict[str, Tensor]:
     """``state`` without DataParallel's prefixes; a ValueError unless it is tensors without NaN."""
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no state_dict; give a checkpoint of a training run")
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            kind = "a sparse tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"{path} holds no state_dict: {key} is {kind}, not a plain tensor")
+    state = {str(key): value for key, value in state.items()}
     if state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     bad = [key for key, value in state.items() if value.isnan().any()]
@@ -223,10 +228,19 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str, hint:
         for key in own
         if key in state and own[key].shape != state[key].shape
     ]
+    wrong += [
+        f"{key} is of {state[key].dtype}, the model's of {own[key].dtype}"
+        for key in own
+        if key in state and own[key].is_floating_point() != state[key].is_floating_point()
+    ]
     if wrong:
         shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise ValueError(f"{what}: {shown}. {hint}")
     model.load_state_dict(state)
+    # What is too large for the model's dtype included; buffers may mask with -inf.
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{what}: {key} has infinite values, or too large ones. {hint}")
 
 
 def _verify(folder: Path, trained: nn.Module, state: Mapping[str, Tensor], tokenizer: Any) -> None:

@@ -41,8 +41,12 @@ class NoBatchError(RuntimeError):
 
 def fault(args: Namespace) -> str | None:
     """What is wrong with ``--train-data`` as far as it shows without reading samples, or None."""
-    if not args.train_data or args.dataset_type == "synthetic":
+    if args.dataset_type == "synthetic" or (args.train_data is None and args.loss == "clip"):
         return None
+    if not args.train_data:
+        others = (getattr(args, name, None) for name in ("val_data", "imagenet_val", "imagenet_v2"))
+        given = any(others) or args.zeroshot_data
+        return None if given else "there are no data to train on; give --train-data"
     auto = args.dataset_type == "auto"
     if args.dataset_type == "csv" or (auto and args.train_data.endswith(_TABLES)):
         return _table_fault(args)

@@ -110,3 +110,4 @@ class _Run(Run):
             _stock_train_one_epoch(
                 self.train_model, data, loss, epoch, optimizer, scaler, *rest, **kwargs
             )
+        self.plugin.check_finite()

@@ -36,6 +36,7 @@ from otter_openclip.training import (
     train_flags,
 )
 from otter_openclip.training.ending import Ending, Steps, goes_on_from
+from otter_openclip.training.finite import LossWatch, check_model, check_optimizer, keep_keys
 from otter_openclip.training.guidance import advice
 from otter_openclip.training.objectives import create_loss, log_statistics
 from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
@@ -58,11 +59,13 @@ class TrainingPlugin:
         self._prefixes: dict[str, str] | None = None
         self._resumed: dict[str, Any] | None = None
         self._zeroshot: ZeroShotEvaluation | None = None
+        self._train: DataInfo | None = None
         self._loss: nn.Module | None = None
         self._student: nn.Module | None = None
         self.ema: EmaTeacher | None = None
         self._train_model: StudentWithTeacher | None = None
         self.training: tuple[torch.optim.Optimizer, Any] | None = None
+        self._watch: LossWatch | None = None
         self._best: BestCheckpoint | None = None
         self._advised = False
         self.ending = Ending()
@@ -134,6 +137,7 @@ class TrainingPlugin:
             if not self.stock and (cut := data_checks.cut_off(args)):
                 shards = f"{', '.join(cut[:5])}{' ...' * (len(cut) > 5)}"
                 logging.warning(f"{len(cut)} shards of --train-data end too early: {shards}")
+        self._train = data.get("train")
         if args.zeroshot_data is not None:
             with self._faults_named():
                 self._zeroshot = ZeroShotEvaluation(args.zeroshot_data, preprocess_val)
@@ -211,8 +215,12 @@ class TrainingPlugin:
         self.training = (optimizer, scaler)
         if self.stock:
             return
+        steps = self._train.dataloader.num_batches // args.accum_freq
+        rhythm = {"accum_freq": args.accum_freq, "every": args.log_every_n_steps, "steps": steps}
+        self._watch = LossWatch(self._loss, **rhythm)
+        keep_keys(self._train, self._watch)
         if self.ema is not None:
-            optimizer.register_step_post_hook(lambda *_: self.update_teacher())
+            optimizer.register_step_post_hook(self._after_step)
         if self.scale is not None:
             checkpoint.add_scale(optimizer, self.scale, args)
         if self._resumed is not None:
@@ -227,6 +235,11 @@ class TrainingPlugin:
         elif self.fixed_teacher is not None:
             logging.info(f"Fixed teacher: {args.teacher_model} ({args.teacher_pretrained})")
 
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # A fused optimizer is called for a step that AMP skips too, and told so.
+        if not getattr(optimizer, "found_inf", 0.0):
+            self.update_teacher()
+
     def update_teacher(self) -> None:
         """After each optimizer step."""
         self.ema.update(self._student)
@@ -240,6 +253,7 @@ class TrainingPlugin:
         self.ending.start_epoch(args, epoch)
         if self._train_model is not None:
             self._train_model.start_epoch()
+        self._watch.start_epoch(epoch)
         if not self._advised and (found := getattr(self._loss, "target_statistics", None)):
             self._advised = True  # an epoch of this process is done
             if text := advice(found, args):
@@ -259,6 +273,7 @@ class TrainingPlugin:
         self, args: Namespace, model: nn.Module, epoch: int, tokenizer: Any
     ) -> dict[str, float]:
         """Evaluation: metrics of ``--zeroshot-data`` to add to open_clip's; keeps ``best.pt``."""
+        self.check_finite()
         if self._zeroshot is None or not due(epoch, args):
             return {}
         try:
@@ -298,9 +313,21 @@ class TrainingPlugin:
         """What open_clip saves after an epoch, and the plugin's part."""
         if self.stock or self.training is None or "optimizer" not in checkpoint_dict:
             return checkpoint_dict
+        self.check_finite()
         entry = checkpoint.make_entry(self._args, self.training[0], self.scale, self.ema)
         teacher = {} if self.ema is None else {TEACHER: self.ema.module.state_dict()}
         return {**checkpoint_dict, **teacher, ENTRY: entry}
+
+    def check_finite(self) -> None:
+        """After an epoch, before results or a checkpoint of it are written."""
+        if self._watch is None:
+            return
+        self._watch.check()
+        check_model("student", unwrap_model(self._student))
+        check_model("loss", self._loss)
+        if self.ema is not None:
+            check_model("teacher", self.ema.module)
+        check_optimizer(self.training[0])
 
     def make_checkpoint(self, args: Namespace, model: nn.Module, epoch: int) -> dict[str, Any]:
         """What open_clip's ``main`` saves after an epoch."""
