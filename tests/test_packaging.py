@@ -237,3 +237,14 @@ def test_the_citation_is_the_papers():
     authors = " and ".join(f"{a['family-names']}, {a['given-names']}" for a in paper["authors"])
     assert f"{{{authors}}}" in readme and f"{{{paper['title']}}}" in readme
     assert f"## {otter_openclip.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_example_notebooks_run(path, capsys):
+    """Cell by cell in this process: a kernel of its own would import torch once more."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, object] = {"__name__": "__main__"}
+    for number, cell in enumerate(cells):
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        exec(compile("".join(cell["source"]), f"{path.name}, code cell {number}", "exec"), names)
+    assert capsys.readouterr().out
