@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import importlib
 import json
 import os
@@ -96,6 +97,7 @@ def test_both_distributions_have_what_is_used(distributions):
 CHAIN = """
 import json, sys
 from pathlib import Path
+import clip_benchmark.cli
 import otter_openclip
 from otter_openclip import cli
 from otter_openclip.demo import pipeline
@@ -113,6 +115,9 @@ run("train --config cc3m_rn50_declutr_otter --model otter-tiny-trial --no-pretra
 run("export logs/trial out")
 run("eval --model local-dir:out --pretrained= --dataset wds/mine --no_amp --num_workers 0"
     " --dataset_root demo/data/unseen_face --output result.json")
+run("export logs/trial out --overwrite --license cc0-1.0 --results result.json")
+sys.argv = "clip_benchmark build result.json --output results.csv".split()
+clip_benchmark.cli.main()
 """
 
 
@@ -146,6 +151,12 @@ def test_demo_train_export_and_eval_from_the_wheel_in_an_empty_folder(installed,
         assert picture.width > 1000
     metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
     assert 0 <= metrics["flat_hit@1"] <= metrics["flat_hit@10"] <= 1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| mine | flat_hit@1 | {metrics['flat_hit@1']:.4f} |" in card
+    with open(tmp_path / "results.csv", newline="") as file:  # clip_benchmark's table of results
+        (row,) = csv.DictReader(file)
+    assert (row["dataset"], row["model"]) == ("wds/mine", "local-dir:out")
+    assert all(float(row[name]) == value for name, value in metrics.items())
 
 
 def test_the_command_patches_from_the_wheel(installed, tmp_path):
