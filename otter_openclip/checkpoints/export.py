@@ -150,7 +150,8 @@ def export_checkpoint(
             run's folder, of which the newest checkpoint is taken.
         out: folder to write. It appears complete or not at all.
         model: open_clip model name; by default the one in the run's ``params.txt``.
-        weights: "student", or "teacher" for the EMA teacher of ``--loss kd`` and ``otter``.
+        weights: "student", or "teacher" for the EMA: the teacher of ``--loss kd`` and ``otter``, or
+            what ``--loss clip --ema-decay D`` kept.
         overwrite: replace ``out`` if it is an earlier export.
         license: the hub's identifier of the weights' licence, for the card; none is assumed.
         results: result files of ``otter-openclip eval`` or ``clip_benchmark eval``, for the card.
@@ -338,8 +339,9 @@ def _read_weights(path: Path, weights: str) -> dict[str, Tensor]:
         if "teacher_state" not in entry:
             loss = entry.get("settings", {}).get("loss", "clip")
             raise ValueError(
-                f"{path} has no EMA teacher (its run used --loss {loss}, or a fixed teacher); only "
-                "--loss kd and otter without --distill-model have one; use --weights student"
+                f"{path} has no EMA teacher (its run used --loss {loss}, or a fixed teacher); --loss kd "
+                "and otter without --distill-model have one, and --loss clip with --ema-decay; use "
+                "--weights student"
             )
         state = contents[TEACHER]
     return check_state(state, path, weights)

@@ -2,7 +2,8 @@
 
 Its methods are the hooks that ``patches/open_clip_torch-3.3.0.patch`` gives open_clip_train for the
 entry-point group ``open_clip_train.losses``; in the package as released ``open_clip_v3`` calls them.
-With ``--loss clip`` all but ``--reference-crop`` and ``--zeroshot-data`` is open_clip's.
+With ``--loss clip`` all but ``--reference-crop`` and ``--zeroshot-data`` is open_clip's; with
+``--ema-decay`` too an EMA is kept beside it, and data order and resume are those of the other losses.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from otter_openclip.training import checkpoint, data_checks, frozen, repeatable,
 from otter_openclip.training.guidance import advice
 from otter_openclip.training.objectives import create_loss, log_statistics
 from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
-from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due
+from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due, evaluated
 
 # Entry of the data dict that stands for --zeroshot-data.
 ZEROSHOT_DATA = "zeroshot-data"
@@ -60,6 +61,11 @@ class TrainingPlugin:
     def stock(self) -> bool:
         """Whether the training itself is open_clip's own."""
         return self._args is None or self._args.loss == "clip"
+
+    @property
+    def untouched(self) -> bool:
+        """Whether data order and checkpoints are, too."""
+        return self.stock and (self._args is None or self._args.ema_decay is None)
 
     def parse_args(self, parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
         """Arguments: ``parser``, open_clip_train's, also gets the plugin's flags."""
@@ -92,7 +98,7 @@ class TrainingPlugin:
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load: the plugin's part of it waits for the optimizer."""
         loaded = pt_load(path, map_location="cpu")
-        if not self.stock and "epoch" in loaded:  # weights alone can be evaluated
+        if not self.untouched and "epoch" in loaded:  # weights alone can be evaluated
             loaded = upgraded(loaded)
             self._resumed = {key: loaded.get(key) for key in (ENTRY, TEACHER)}
         return loaded
@@ -101,7 +107,7 @@ class TrainingPlugin:
         self, args: Namespace, data: dict[str, Any], preprocess_val: Any
     ) -> dict[str, Any]:
         """Data: every epoch's order follows from (seed, epoch, rank, worker); ``--zeroshot-data``."""
-        if not self.stock:
+        if not self.untouched:
             repeatable.make_repeatable(data, seed=args.seed, rank=args.rank)
         if "train" in data:
             try:
@@ -140,15 +146,16 @@ class TrainingPlugin:
         """Model wrapper: what the loop trains has the teacher's features in its output."""
         self._student = model
         if self.stock:
+            if train_flags.has_ema(args):
+                self.ema = self._make_ema(args, model, self._prefixes or {}, eval_mode=True)
             return model
         prefixes = self._prefixes  # installed for --feature-cache
         if prefixes is None:
             prefixes = find_prefixes(unwrap_model(model))
             install(unwrap_model(model), prefixes)
         if args.loss in train_flags.TEACHER_LOSSES and self.fixed_teacher is None:
-            with left_out(unwrap_model(model), prefixes.values()) as copies:
-                self.ema = EmaTeacher(model, args.ema_decay, eval_mode=args.teacher_mode == "eval")
-                copies.append(as_teacher(self.ema.module))
+            eval_mode = args.teacher_mode == "eval"
+            self.ema = self._make_ema(args, model, prefixes, eval_mode=eval_mode)
         teacher = self.fixed_teacher if self.ema is None else self.ema.module
         compiled = torch.compile(teacher) if args.torchcompile and teacher is not None else None
         self._train_model = StudentWithTeacher(
@@ -163,6 +170,15 @@ class TrainingPlugin:
             shares_prefixes=self.ema is not None,
         )
         return self._train_model
+
+    def _make_ema(
+        self, args: Namespace, model: nn.Module, prefixes: dict[str, str], *, eval_mode: bool
+    ) -> EmaTeacher:
+        """A copy of ``model`` that shares its ``prefixes``."""
+        with left_out(unwrap_model(model), prefixes.values()) as copies:
+            ema = EmaTeacher(model, args.ema_decay, eval_mode=eval_mode)
+            copies.append(as_teacher(ema.module))
+        return ema
 
     def frozen_modules(self, args: Namespace, model: nn.Module) -> list[str]:
         """Names of the modules that stay in eval mode."""
@@ -179,7 +195,7 @@ class TrainingPlugin:
     ) -> None:
         """Optimizer: its step moves the EMA teacher, it learns s_d; what a checkpoint had comes back."""
         self.training = (optimizer, scaler)
-        if self.stock:
+        if self.untouched:
             return
         if self.ema is not None:
             optimizer.register_step_post_hook(lambda *_: self.update_teacher())
@@ -190,8 +206,9 @@ class TrainingPlugin:
             checkpoint.restore(entry, teacher, args, optimizer, self.scale, self.ema)
             self._resumed = None
         if self.ema is not None:
+            mode = "eval" if self.ema.eval_mode else "train"
             logging.info(
-                f"EMA teacher: decay {args.ema_decay}, {args.teacher_mode} mode, "
+                f"EMA teacher: decay {args.ema_decay}, {mode} mode, "
                 f"{self.ema.num_updates} updates so far"
             )
         elif self.fixed_teacher is not None:
@@ -203,7 +220,7 @@ class TrainingPlugin:
 
     def start_epoch(self, args: Namespace, epoch: int) -> None:
         """Epoch: its random numbers follow from (seed, rank, epoch), whatever ran before it."""
-        if self.stock:
+        if self.untouched:
             return
         if self._train_model is not None:
             self._train_model.start_epoch()
@@ -219,7 +236,11 @@ class TrainingPlugin:
         """Evaluation: metrics of ``--zeroshot-data`` to add to open_clip's; keeps ``best.pt``."""
         if self._zeroshot is None or not due(epoch, args):
             return {}
-        found = self._zeroshot.metrics(model, tokenizer, epoch, args)
+        if args.zeroshot_weights == "teacher":
+            with evaluated(self.ema.module) as teacher:
+                found = self._zeroshot.metrics(teacher, tokenizer, epoch, args)
+        else:
+            found = self._zeroshot.metrics(model, tokenizer, epoch, args)
         if self.training is not None and args.save_logs:
             if self._best is None:
                 self._best = BestCheckpoint(args.checkpoint_path, resumed=args.resume is not None)
@@ -229,7 +250,7 @@ class TrainingPlugin:
 
     def save_checkpoint(self, checkpoint_dict: Any, path: str | os.PathLike[str]) -> None:
         """Checkpoint save: with the plugin's part, whole or not at all."""
-        if self.stock:
+        if self.untouched:
             torch.serialization.save(checkpoint_dict, path)
             return
         with written_whole(path) as file:
@@ -237,7 +258,7 @@ class TrainingPlugin:
 
     def complete(self, checkpoint_dict: dict[str, Any]) -> dict[str, Any]:
         """What open_clip saves after an epoch, and the plugin's part."""
-        if self.stock or self.training is None or "optimizer" not in checkpoint_dict:
+        if self.untouched or self.training is None or "optimizer" not in checkpoint_dict:
             return checkpoint_dict
         entry = checkpoint.make_entry(self._args, self.training[0], self.scale, self.ema)
         teacher = {} if self.ema is None else {TEACHER: self.ema.module.state_dict()}
