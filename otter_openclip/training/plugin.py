@@ -29,6 +29,7 @@ from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training import checkpoint, data_checks, frozen, repeatable, train_flags
 from otter_openclip.training.guidance import advice
 from otter_openclip.training.objectives import create_loss, log_statistics
+from otter_openclip.training.target_images import TargetImages, wanted
 from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
 from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due, evaluated
 
@@ -56,6 +57,8 @@ class TrainingPlugin:
         self.training: tuple[torch.optim.Optimizer, Any] | None = None
         self._best: BestCheckpoint | None = None
         self._advised = False
+        self._train_data: DataInfo | None = None
+        self._images: TargetImages | None = None
 
     @property
     def stock(self) -> bool:
@@ -114,6 +117,7 @@ class TrainingPlugin:
                 data_checks.check_loader(args, data["train"])
             except ValueError as error:
                 raise SystemExit(f"{self._prog}: error: {error}") from error
+        self._train_data = data.get("train")
         if args.feature_cache is not None:
             self._use_features(args, data["train"], preprocess_val)
         if "train" in data:
@@ -140,7 +144,12 @@ class TrainingPlugin:
     def create_loss(self, args: Namespace) -> Callable[..., dict[str, Tensor]]:
         """Loss: the one that ``--loss`` names."""
         self._loss = create_loss(args)
-        return self._loss if self.stock else log_statistics(self._loss)
+        if self.stock:
+            return self._loss
+        if wanted(self._loss, args) and self._train_data is not None:
+            steps = self._train_data.dataloader.num_batches // args.accum_freq
+            self._images = TargetImages(self._loss, args, steps)
+        return log_statistics(self._loss, self._images and self._images.seen)
 
     def wrap_model(self, args: Namespace, model: nn.Module) -> nn.Module:
         """Model wrapper: what the loop trains has the teacher's features in its output."""
@@ -224,6 +233,8 @@ class TrainingPlugin:
             return
         if self._train_model is not None:
             self._train_model.start_epoch()
+        if self._images is not None:
+            self._images.start_epoch(epoch)
         if not self._advised and (found := getattr(self._loss, "target_statistics", None)):
             self._advised = True  # an epoch of this process is done
             if text := advice(found, args):
