@@ -91,6 +91,7 @@ def test_both_distributions_have_what_is_used(distributions):
             assert name in source
             assert (name if folder == "otter_openclip" else f"otter_openclip/{name}") in names
     assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md"} <= source
+    assert PROJECT["name"] in PROJECT["scripts"]  # what uvx and pipx run look for
     assert not [name for name in source | names if name.split("/")[0] in ("tests", "benchmarks")]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import shutil
 
 import hub as stand_in
 import open_clip
@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from training_helpers import train
 
 from otter_openclip import cli
-from otter_openclip.checkpoints import publish
+from otter_openclip.checkpoints import card, publish
 from otter_openclip.checkpoints.export import export_checkpoint
 
 
@@ -74,16 +74,16 @@ def test_the_card_states_licence_settings_results_and_how_to_load(run, tmp_path)
     out = export_checkpoint(
         run, tmp_path / "out", license="apache-2.0", results=files, weights="teacher"
     )
-    card = ModelCard.load(out / "README.md")
-    assert card.data.license == "apache-2.0" and card.data.library_name == "open_clip"
-    assert card.data.pipeline_tag == "zero-shot-image-classification"
-    found = {(r.dataset_name, r.metric_name): r.metric_value for r in card.data.eval_results}
+    written = ModelCard.load(out / "README.md")
+    assert written.data.license == "apache-2.0" and written.data.library_name == "open_clip"
+    assert written.data.pipeline_tag == "zero-shot-image-classification"
+    found = {(r.dataset_name, r.metric_name): r.metric_value for r in written.data.eval_results}
     assert found == {
         ("my birds", "flat_hit@1"): 0.25,
         ("my birds", "mean_average_precision"): 0.5,
         ("goi", "flat_hit@5"): 1,
     }
-    assert {r.dataset_type for r in card.data.eval_results} == {"my-birds", "goi"}
+    assert {r.dataset_type for r in written.data.eval_results} == {"my-birds", "goi"}
     for line in (
         "The teacher of an open_clip training run with `--loss otter` after epoch 1",
         "open_clip.create_model_and_transforms('local-dir:out')",
@@ -94,18 +94,18 @@ def test_the_card_states_licence_settings_results_and_how_to_load(run, tmp_path)
         "Of the weights: apache-2.0.",
         "wu2022otter",
     ):
-        assert line in card.content
-    assert str(tmp_path.parent) not in card.content
+        assert line in written.content
+    assert str(tmp_path.parent) not in written.content
 
 
 def test_without_a_licence_none_is_stated(tmp_path):
     torch.save(open_clip.create_model("tiny-vit").state_dict(), tmp_path / "bare.pt")
-    (tmp_path / "towers").mkdir()
     out = export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", model="tiny-vit")
-    card = ModelCard.load(out / "README.md")
-    assert card.data.license is None and card.data.eval_results is None
-    assert "mit" not in card.content.lower().split("# out")[0]
-    assert "Of the weights: not stated." in card.content and "wu2022otter" not in card.content
+    written = ModelCard.load(out / "README.md")
+    assert written.data.license is None and written.data.eval_results is None
+    assert "mit" not in written.content.lower().split("# out")[0]
+    assert "Of the weights: not stated." in written.content
+    assert "wu2022otter" not in written.content
 
 
 @pytest.mark.parametrize(
@@ -130,35 +130,62 @@ def test_what_cannot_be_published_is_refused_before_any_work(
     assert not (tmp_path / "out").exists() and hub.requests == []
 
 
-def test_a_card_that_is_there_stays(run, hub, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    return export_checkpoint(run, tmp_path_factory.mktemp("exported") / "out", license="mit")
+
+
+def test_a_card_that_is_there_stays(exported, hub):
     hub.repositories["lab/model"] = {"README.md": b"written by hand"}
-    words = ["--license", "mit", "--push-to-hub", "lab/model"]
-    assert export(run, tmp_path / "out", *words) == 0
-    assert "it has a README.md already, which stays" in capsys.readouterr().out
+    done = publish.push(exported, "lab/model", private=False)
+    assert "it has a README.md already, which stays" in done
     assert hub.repositories["lab/model"]["README.md"] == b"written by hand"
     assert "open_clip_model.safetensors" in hub.repositories["lab/model"]
+    assert hub.private == {"lab/model": False}
 
 
-def test_a_failed_push_leaves_the_folder_and_says_so(run, hub, tmp_path, capsys):
+def test_a_failed_push_leaves_the_folder_and_says_so(exported, hub):
     hub.shutdown()
     hub.server_close()
-    out = tmp_path / "out"
-    assert export(run, out, "--license", "mit", "--push-to-hub", "lab/model") == 2
-    error = capsys.readouterr().err
-    assert f"{out} is complete, but could not be pushed to lab/model" in error
-    assert open_clip.create_model(f"local-dir:{out}")
+    with pytest.raises(
+        RuntimeError, match=f"{exported} is complete, but could not be pushed to lab"
+    ):
+        publish.push(exported, "lab/model", private=False)
 
 
-def test_any_other_file_with_a_path_of_this_machine_is_refused(run, hub, tmp_path):
-    out = export_checkpoint(run, tmp_path / "out", license="mit")
+def test_any_other_file_with_a_path_of_this_machine_is_refused(exported, hub, tmp_path):
+    out = shutil.copytree(exported, tmp_path / "out")
+    vocabulary = json.loads((out / "tokenizer.json").read_text())
+    (out / "tokenizer.json").write_text(json.dumps(vocabulary | {"merges": ["//", "/tmp"]}))
+    publish.push(out, "lab/model", private=False)
+    hub.requests.clear()
     (out / "extra.json").write_text(json.dumps({"a": [{"name_or_path": str(tmp_path)}]}))
     with pytest.raises(ValueError, match=f"extra.json in it names {tmp_path}"):
-        publish.push(Path(out), "lab/model", private=False)
+        publish.push(out, "lab/model", private=False)
     assert hub.requests == []
 
 
-def test_results_are_not_deleted_by_an_overwrite(run, tmp_path, capsys):
-    out = export_checkpoint(run, tmp_path / "out")
-    inside = result(out / "r.json")
-    assert export(run, out, "--overwrite", "--results", inside) == 2
+def test_settings_name_no_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "towers").mkdir()
+    places = {"model": "local-dir:towers", "pretrained": "/home/me/secret/epoch_3.pt"}
+    params = places | {"teacher_model": "hf-hub:lab/b", "opt": "timm/momentum", "wd": "0.1"}
+    params |= {"train_data": "/home/me/x.tar", "momentum": "None", "lock_image": "False"}
+    assert card.read_settings(params, {"settings": {"loss": "kd", "alpha": 0.5}}) == {
+        "model": "local-dir:towers",
+        "pretrained": "epoch_3.pt",
+        "teacher_model": "hf-hub:lab/b",
+        "opt": "timm/momentum",
+        "wd": "0.1",
+        "loss": "kd",
+        "alpha": "0.5",
+    }
+    assert card.read_settings({"model": f"local-dir:{tmp_path}/towers"}, {}) == {
+        "model": "local-dir:towers"
+    }
+
+
+def test_results_are_not_deleted_by_an_overwrite(run, exported, capsys):
+    inside = result(exported / "r.json")
+    assert export(run, exported, "--overwrite", "--results", inside) == 2
     assert "which --overwrite would delete" in capsys.readouterr().err and inside.is_file()
