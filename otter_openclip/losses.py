@@ -69,13 +69,13 @@ class _PairLoss(ClipLoss):
 
     def _contrastive(self, directions: Pair, scale: Tensor, smoothing: float = 0.0) -> Tensor:
         """Cross entropy of softmax(s C) by rows, the target 1 - smoothing on the pair."""
-        total = 0.0
+        halves = []
         for cosines in directions:
             log_predicted = (scale * cosines).log_softmax(dim=1)
             on_pair = log_predicted[self._own_pairs(cosines)]
             elsewhere = (log_predicted.sum(dim=1) - on_pair) / max(cosines.shape[1] - 1, 1)
-            total = total - ((1 - smoothing) * on_pair + smoothing * elsewhere).mean() / 2
-        return total
+            halves.append(((1 - smoothing) * on_pair + smoothing * elsewhere).mean() / -2)
+        return halves[0] + halves[1]
 
 
 class LabelSmoothingLoss(_PairLoss):
@@ -207,11 +207,11 @@ class DistillationLoss(_PairLoss):
 
     def _distillation(self, directions: Pair, scale: Tensor, targets: Pair) -> Tensor:
         """KL(P || softmax(s_d C)) by rows."""
-        total = 0.0
+        halves = []
         for cosines, target in zip(directions, targets, strict=True):
             log_predicted = (scale * cosines).log_softmax(dim=1)
-            total = total + F.kl_div(log_predicted, target, reduction="batchmean") / 2
-        return total
+            halves.append(F.kl_div(log_predicted, target, reduction="batchmean") / 2)
+        return halves[0] + halves[1]
 
     @torch.no_grad()
     def targets(self, dist_image_features: Tensor, dist_text_features: Tensor) -> Pair:
@@ -248,9 +248,18 @@ class DistillationLoss(_PairLoss):
         return target
 
     def distill_scale(self, logit_scale: Tensor | None = None) -> Tensor:
-        """``s_d``, the scale of the distillation term, clamped to [1, 100] after exp."""
-        own = self.distill_logit_scale
-        return logit_scale if own is None else own.clamp(0.0, MAX_LOG_SCALE).exp()
+        """``s_d``, the scale of the distillation term, clamped to [1, 100] after exp.
+
+        Raises:
+            ValueError: if it is the model's own, ``logit_scale``, and that is not given.
+        """
+        if self.distill_logit_scale is not None:
+            return self.distill_logit_scale.clamp(0.0, MAX_LOG_SCALE).exp()
+        if logit_scale is None:
+            raise ValueError(
+                "with share_logit_scale=True s_d is the model's scale; give logit_scale"
+            )
+        return logit_scale
 
 
 class OtterLoss(DistillationLoss):

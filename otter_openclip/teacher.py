@@ -31,7 +31,7 @@ class EmaTeacher(ModelEmaV3):
     def __init__(self, model: nn.Module, decay: float = 0.999, *, eval_mode: bool = False) -> None:
         """Copy ``model``, seen through wrappers; raises ValueError if ``decay`` is outside [0, 1]."""
         check_interval("decay", decay, 0.0, 1.0)
-        warmup = {"use_warmup": True, "warmup_gamma": 9.0, "warmup_power": 1.0}
+        warmup: dict[str, Any] = {"use_warmup": True, "warmup_gamma": 9.0, "warmup_power": 1.0}
         super().__init__(unwrap_model(model), decay=decay, exclude_buffers=True, **warmup)
         self.num_updates, self.eval_mode = 1, eval_mode
         self.module.requires_grad_(False).train(not eval_mode)

@@ -8,6 +8,7 @@ import os
 import random
 import tarfile
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when open_clip is imported
 
@@ -149,3 +150,32 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "zeroshot_classification_templates.txt").write_text("a {c}")
     (folder / "dataset_type.txt").write_text("multilabel")
     return folder
+
+
+@pytest.fixture(scope="session")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Tiny towers with random weights, in the place of the demo's two packages'."""
+    import string
+
+    import timm
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_efficientnet").state_dict(), folder / "image.pt")
+    letters = [*string.ascii_lowercase, *string.digits, "-"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{x}" for x in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder / "text")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "text")
+    image = {"image": "test_efficientnet", "image_weights": folder / "image.pt"}
+    return {**image, "text": folder / "text"}

@@ -153,16 +153,6 @@ def test_data_parallel_prefixes_and_safetensors(run, tmp_path):
         assert torch.equal(model.text_projection, state["text_projection"])
 
 
-def test_push_hands_over_to_open_clip(run, tmp_path, monkeypatch):
-    pushed = []
-    monkeypatch.setattr(export, "push_to_hf_hub", lambda *args: pushed.append(args))
-    out = str(tmp_path / "out")
-    assert cli.main(["export", str(run), out, "--push-to-hub", "lab/model"]) == 0
-    ((model, _, config, repository),) = pushed
-    assert repository == "lab/model" and config["vision_cfg"]["image_size"] == 24
-    assert model.visual.image_size == (24, 24)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -351,17 +341,6 @@ def test_a_timm_tower_at_a_forced_size_is_refused(tmp_path):
     with pytest.raises(ValueError, match="this timm tower at its own image size only"):
         export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", **flags)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_failed_push_leaves_the_folder_and_says_so(made_run, tmp_path, monkeypatch, capsys):
-    def refuse(*_):
-        raise OSError("401")
-
-    monkeypatch.setattr(export, "push_to_hf_hub", refuse)
-    out = tmp_path / "out"
-    assert cli.main(["export", str(made_run), str(out), "--push-to-hub", "lab/model"]) == 2
-    assert f"{out} is complete, but" in capsys.readouterr().err
-    assert open_clip.create_model(f"local-dir:{out}")
 
 
 def test_unusable_files(made_run, tmp_path):

@@ -266,6 +266,7 @@ def test_weights_without_an_ema_start_the_teacher_anew():
         pytest.param(["--loss", "infonce"], id="infonce"),
         pytest.param(["--loss", "otter", "--model", "tiny-timm"], id="timm-dropout"),
         pytest.param(["--loss", "otter", *SGD], id="sgd"),
+        pytest.param(["--ema-decay", "0.7"], id="clip-ema"),
         pytest.param(["--loss", "otter", "--accum-freq", "2", "--batch-size", "6"], id="accum"),
         pytest.param(["--loss", "otter", "--precision", "pure_bf16"], id="pure-bf16"),
         pytest.param(
@@ -283,7 +284,7 @@ def test_resume_is_exact(pairs, tmp_path, extra):
     one, first = load(whole / "epoch_2.pt"), load(whole / "epoch_1.pt")
     assert_same(one, load(again / "epoch_2.pt"))
     assert any(not torch.equal(v, first["state_dict"][k]) for k, v in one["state_dict"].items())
-    if extra[1] in TEACHER:
+    if extra[1] in TEACHER or "--ema-decay" in extra:
         assert first["otter"]["teacher_state"]["num_updates"] == 1 + first["global_step"]
         assert any(
             not torch.equal(v, one["state_dict"][k]) for k, v in one["state_dict_ema"].items()
@@ -589,6 +590,7 @@ def test_best_checkpoint_and_export(pairs, labelled, tmp_path):
         (["--loss", "otter", "--distill-model", "RN50"], "must be given together"),
         (["--zeroshot-data", "LABELLED", "--fsdp"], "drop it, or --fsdp"),
         (["--reference-crop", "--use-naflex"], "drop it or --use-naflex"),
+        (["--ema-decay", "0.9", "--fsdp"], "drop it, or --fsdp"),
         (["--horovod"], "unrecognized arguments: --horovod"),
     ],
 )

@@ -38,6 +38,20 @@ def test_every_recipe_parses(path):
     assert (args.image_interpolation == "bilinear") == ("yfcc" in path.stem)
 
 
+def test_a_recipe_is_known_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert parse("--config", "cc3m_rn50_declutr_kd").loss == "kd"
+    for name in ("cc3m_rn50_declutr_oter", "configs/cc3m_rn50_declutr_otter.yaml"):
+        with pytest.raises(SystemExit):
+            parse("--config", name)
+        error = capsys.readouterr().err
+        assert f"--config {name} is neither a file nor a recipe of this package" in error
+        assert "did you mean cc3m_rn50_declutr_otter?" in error
+        assert all(path.stem in error for path in RECIPES)
+    Path("cc3m_rn50_declutr_kd").write_text("loss: ls")  # a file of one's own goes first
+    assert parse("--config", "cc3m_rn50_declutr_kd").loss == "ls"
+
+
 def test_every_setting_of_the_paper_has_a_recipe():
     names = {path.stem for path in RECIPES}
     assert {

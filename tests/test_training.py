@@ -1,19 +1,22 @@
 """The training command: real short runs of open_clip's loop with the plugin in it."""
 
 import copy
+import io
 import logging
 import re
 import subprocess
 import sys
+from argparse import Namespace
 
 import open_clip
 import pytest
 import torch
 from open_clip_train import main as open_clip_main
+from PIL import Image
 from training_helpers import assert_same, flags, load, tear, train
 
 from otter_openclip import OtterLoss
-from otter_openclip.training import open_clip_v3, plugin
+from otter_openclip.training import open_clip_v3, plugin, target_images
 
 
 @pytest.mark.parametrize(
@@ -356,10 +359,16 @@ def test_fixed_teacher(pairs, tmp_path, loss, accum):
     assert_same(load(path / "epoch_2.pt"), load(again / "epoch_2.pt"))
 
 
-def test_log_and_tensorboard(pairs, tmp_path):
+def test_log_tensorboard_and_wandb(pairs, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(pairs, tmp_path, "--loss", "otter", "--report-to", "tensorboard", "--epochs", "1")
+    pytest.importorskip("wandb")
+    for name, value in (("MODE", "offline"), ("DIR", str(tmp_path)), ("SILENT", "true")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    extra = ["--loss", "otter", "--epochs", "1", "--log-every-n-steps", "2"]
+    path = train(pairs, tmp_path, *extra, "--report-to", "wandb,tensorboard")
+    without = train(pairs, tmp_path, *extra, "--name", "without")
+    assert_same(load(path / "epoch_1.pt"), load(without / "epoch_1.pt") | {"name": "run"})
     line = [
         line
         for line in (tmp_path / "run" / "out.log").read_text().splitlines()
@@ -378,6 +387,49 @@ def test_log_and_tensorboard(pairs, tmp_path):
     tags = set(events.Tags()["scalars"])
     assert {"train/target_entropy", "train/marginal_error", "train/distill_scale"} <= tags
     assert {"train/contrastive_loss", "train/distill_loss", "train/target_top_share"} <= tags
+    # The targets as a picture, of the logged steps and no other.
+    logged = [event.step for event in events.Scalars("train/loss")]
+    assert [image.step for image in events.Images("train/targets")] == logged == [0, 2, 4, 5]
+    first = events.Images("train/targets")[0]
+    assert (first.width, first.height) == (12 * target_images.CELL, 12 * target_images.CELL)
+    pictures = list(tmp_path.glob("wandb/offline-run-*/files/media/images/train/targets_*.png"))
+    decoded = Image.open(io.BytesIO(first.encoded_image_string)).convert("RGB")
+    assert len(pictures) == len(logged)
+    assert any(Image.open(path).convert("RGB") == decoded for path in pictures)
+    (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    for name in (b"train/target_entropy", b"train/marginal_error", b"train/distill_scale"):
+        assert name in record.read_bytes()
+
+
+def test_the_picture_has_the_steps_targets():
+    torch.manual_seed(0)
+    images, texts = (torch.nn.functional.normalize(torch.randn(9, 5), dim=1) for _ in "ab")
+    loss = OtterLoss(epsilon=0.3, rank=1, world_size=2, local_loss=True)  # asks no other rank
+    loss.target_statistics = {"kept": torch.tensor(1.0)}
+    targets = target_images.targets_among(loss, images, texts)
+    assert torch.equal(targets, OtterLoss(epsilon=0.3).targets(images, texts)[0])
+    assert loss.target_statistics.keys() == {"kept"} and (loss.rank, loss.world_size) == (1, 2)
+    cell = target_images.CELL
+    drawn = target_images.draw(torch.tensor([[0.0, 1.0], [1e-2, float("nan")]]))[::cell, ::cell]
+    assert drawn.tolist() == [[[255] * 3, [10, 0, 30]], [[226, 106, 60], [255] * 3]]
+    args = Namespace(wandb=False, tensorboard=True, save_logs=True, rank=0, log_local=False)
+    assert target_images.wanted(loss, args)
+    assert not target_images.wanted(loss, Namespace(**vars(args) | {"rank": 1}))
+    assert not target_images.wanted(open_clip.ClipLoss(), args)
+    assert not target_images.wanted(loss, Namespace(**vars(args) | {"tensorboard": False}))
+
+
+def test_accumulated_steps_have_one_picture_each():
+    steps = []
+    writer = Namespace(add_image=lambda _, __, step, **___: steps.append(step), flush=lambda: None)
+    args = Namespace(accum_freq=2, log_every_n_steps=2, wandb=False, tensorboard=True, save_logs=1)
+    pictures = target_images.TargetImages(OtterLoss(), args, steps=4)
+    pictures._writer = writer
+    for epoch in (3, 4):
+        pictures.start_epoch(epoch)
+        for _ in range(2 * 4):
+            pictures.seen(torch.eye(3), torch.eye(3))
+    assert steps == [12, 14, 15, 16, 18, 19]
 
 
 def test_params_file_names_the_settings(pairs, tmp_path):

@@ -21,11 +21,11 @@ def results(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def plain_flat_hit(checkpoint, labelled):
+def plain_flat_hit(checkpoint, labelled, name="tiny-rn"):
     """F@1 of a checkpoint's student, one image at a time, on stock open_clip."""
-    model, _, preprocess = open_clip.create_model_and_transforms("tiny-rn", str(checkpoint))
+    model, _, preprocess = open_clip.create_model_and_transforms(name, str(checkpoint))
     model.eval()
-    tokens = open_clip.get_tokenizer("tiny-rn")([f"a {name}" for name in CLASSES])
+    tokens = open_clip.get_tokenizer(name)([f"a {name}" for name in CLASSES])
     hits = []
     with torch.no_grad(), tarfile.open(labelled / "test" / "0.tar") as tar:
         classes = model.encode_text(tokens, normalize=True)
@@ -78,6 +78,16 @@ def test_frequency_is_open_clips(pairs, labelled, tmp_path):
     extra = ["--loss", "infonce", "--epochs", "3", "--zeroshot-data", str(labelled)]
     folder = train(pairs, tmp_path, *extra, "--zeroshot-frequency", "2")
     assert [line["epoch"] for line in results(folder)] == [2, 3]
+
+
+@pytest.mark.parametrize("loss", ["clip", "infonce", "kd"])
+def test_without_an_ema_there_is_no_teacher_to_evaluate(pairs, labelled, tmp_path, loss, capsys):
+    words = ["--loss", loss, "--zeroshot-data", str(labelled), "--zeroshot-weights", "teacher"]
+    if loss == "kd":
+        words += ["--distill-model", "tiny-rn", "--distill-pretrained", "x"]
+    with pytest.raises(SystemExit):
+        train(pairs, tmp_path, *words)
+    assert f"this run (--loss {loss}) keeps no EMA; train with" in capsys.readouterr().err
 
 
 def test_data_that_cannot_be_used_end_the_run_before_it_starts(pairs, labelled, tmp_path, capsys):

@@ -16,16 +16,22 @@ import copy
 import difflib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
 from open_clip.factory import parse_model_name
 from open_clip.pretrained import get_pretrained_cfg
-from open_clip.push_to_hf_hub import push_to_hf_hub
 from torch import Tensor, nn
 
+from otter_openclip.checkpoints.card import (
+    CARD_FILE,
+    check_licence,
+    model_card,
+    read_results,
+    read_settings,
+)
 from otter_openclip.checkpoints.folder import (
     CONFIG_FILE,
     check_out,
@@ -37,6 +43,7 @@ from otter_openclip.checkpoints.folder import (
 )
 from otter_openclip.checkpoints.layout import ENTRY, TEACHER, upgraded
 from otter_openclip.checkpoints.newest import newest_checkpoint
+from otter_openclip.checkpoints.publish import check_repository, push
 from otter_openclip.flags import number
 from otter_openclip.preprocessing import CROP_PCT
 from otter_openclip.terminating import on_sigterm
@@ -80,9 +87,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT if it is an earlier export"
     )
-    parser.add_argument(
-        "--push-to-hub", metavar="REPO", help="then push it with open_clip's own push_to_hf_hub"
+    group = parser.add_argument_group("publishing", f"OUT has a model card, {CARD_FILE}")
+    group.add_argument(
+        "--license",
+        metavar="ID",
+        help="of the weights, for the card: apache-2.0, cc-by-nc-4.0, other, ...; none is assumed",
     )
+    group.add_argument(
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="result files of otter-openclip eval or clip_benchmark eval of this model, for the card",
+    )
+    group.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="then push OUT there; needs --license"
+    )
+    group.add_argument("--private", action="store_true", help="a repository made for it is private")
     group = parser.add_argument_group(
         "model flags", "as in training; by default those in the run's params.txt"
     )
@@ -101,7 +122,10 @@ def main(args: argparse.Namespace) -> int:
         model=args.model,
         weights=args.weights,
         overwrite=args.overwrite,
+        license=args.license,
+        results=args.results,
         push_to_hub=args.push_to_hub,
+        private=args.private,
         report=print,
         **flags,
     )
@@ -118,7 +142,10 @@ def export_checkpoint(
     model: str | None = None,
     weights: str = "student",
     overwrite: bool = False,
+    license: str | None = None,
+    results: Sequence[str | Path] = (),
     push_to_hub: str | None = None,
+    private: bool = False,
     report: Callable[[str], None] = logging.info,
     **flags: Any,
 ) -> Path:
@@ -129,9 +156,13 @@ def export_checkpoint(
             run's folder, of which the newest checkpoint is taken.
         out: folder to write. It appears complete or not at all.
         model: open_clip model name; by default the one in the run's ``params.txt``.
-        weights: "student", or "teacher" for the EMA teacher of ``--loss kd`` and ``otter``.
+        weights: "student", or "teacher" for the EMA: the teacher of ``--loss kd`` and ``otter``, or
+            what ``--loss clip --ema-decay D`` kept.
         overwrite: replace ``out`` if it is an earlier export.
-        push_to_hub: repository name to push to with ``open_clip``'s own ``push_to_hf_hub``.
+        license: the hub's identifier of the weights' licence, for the card; none is assumed.
+        results: result files of ``otter-openclip eval`` or ``clip_benchmark eval``, for the card.
+        push_to_hub: OWNER/NAME of a repository to push the folder to; needs ``license``.
+        private: make that repository, if it is new, a private one.
         report: called with lines that say which checkpoint, model and flags are used.
         flags: open_clip_train's model flags (``force_image_size``, ``image_mean``, ...); by default
             those in ``params.txt``.
@@ -143,12 +174,24 @@ def export_checkpoint(
         FileNotFoundError: if there is no such checkpoint.
         FileExistsError: if ``out`` exists and is not to be overwritten.
         ValueError: if the checkpoint cannot be used, the model is unknown or does not fit it, stock
-            open_clip cannot rebuild the model, or there is no teacher.
+            open_clip cannot rebuild the model, there is no teacher, a result file is none, or something
+            is to be pushed without a licence.
         RuntimeError: if what open_clip loads from the written folder is not what the checkpoint has,
             or the push failed.
     """
     path, out = _find_checkpoint(Path(checkpoint)), Path(out)
-    check_out(out, overwrite, path)
+    check_licence(license)
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
+        if license is None:
+            raise ValueError(
+                "--push-to-hub needs --license: the licence of your weights is yours to say, e.g. "
+                "--license cc-by-nc-4.0, or other"
+            )
+    elif private:
+        raise ValueError("--private is for --push-to-hub OWNER/NAME; give that too, or drop it")
+    evaluated = read_results(results)
+    check_out(out, overwrite, path, *map(Path, results))
     model, flags = _settings(path, model, flags)
     config = _model_config(model, flags)
     state = _read_weights(path, weights)
@@ -167,14 +210,24 @@ def export_checkpoint(
     tokenizer = open_clip.get_tokenizer(model, context_length=flags.get("force_context_length"))
 
     noted = {"crop_pct": CROP_PCT} if flags.get("reference_crop") else None
-    write_folder(out, trained, config, state, tokenizer, noted)
+    contents = upgraded(read_file(path))
+    card = model_card(
+        push_to_hub or out.resolve().name,
+        f"local-dir:{out.name}" if push_to_hub is None else f"hf-hub:{push_to_hub}",
+        weights=weights,
+        epoch=contents.get("epoch"),
+        settings=read_settings(_params_lines(path) | {"model": model}, contents.get(ENTRY, {})),
+        licence=license,
+        results=evaluated,
+    )
+    write_folder(out, trained, config, state, tokenizer, noted, {CARD_FILE: card})
     if noted:
         report(
             "Stock open_clip's preprocessing has no resize larger than the crop and ignores crop_pct: "
             "for the reference's, evaluate with --reference_crop"
         )
     if push_to_hub is not None:
-        _push(trained, tokenizer, config, push_to_hub, out)
+        report(push(out, push_to_hub, private=private))
     return out
 
 
@@ -233,11 +286,8 @@ def _settings(
 
 def _read_params(path: Path) -> dict[str, Any]:
     """Model, ``--pretrained`` and model flags from the ``params.txt`` that training leaves."""
-    folder = path.absolute().parent
-    file = folder.parent / "params.txt"
-    if folder.name != "checkpoints" or not file.is_file():
+    if not (lines := _params_lines(path)):
         return {}
-    lines = dict(line.split(": ", 1) for line in file.read_text().splitlines() if ": " in line)
     params: dict[str, Any] = {
         name: lines[name] for name in ("model", "pretrained") if name in lines
     }
@@ -250,6 +300,14 @@ def _read_params(path: Path) -> dict[str, Any]:
         if value not in (None, False):
             params[name] = _plain(name, value)
     return params
+
+
+def _params_lines(path: Path) -> dict[str, str]:
+    folder = path.absolute().parent
+    file = folder.parent / "params.txt"
+    if folder.name != "checkpoints" or not file.is_file():
+        return {}
+    return dict(line.split(": ", 1) for line in file.read_text().splitlines() if ": " in line)
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -280,8 +338,9 @@ def _read_weights(path: Path, weights: str) -> dict[str, Tensor]:
         if "teacher_state" not in entry:
             loss = entry.get("settings", {}).get("loss", "clip")
             raise ValueError(
-                f"{path} has no EMA teacher (its run used --loss {loss}, or a fixed teacher); only "
-                "--loss kd and otter without --distill-model have one; use --weights student"
+                f"{path} has no EMA teacher (its run used --loss {loss}, or a fixed teacher); --loss kd "
+                "and otter without --distill-model have one, and --loss clip with --ema-decay; use "
+                "--weights student"
             )
         state = contents[TEACHER]
     return check_state(state, path, weights)
@@ -357,19 +416,3 @@ def _build(model: str, flags: Mapping[str, Any], config: Mapping[str, Any]) -> n
 
 def _triple(values: list[float] | None) -> tuple[float, ...] | None:
     return None if values is None else tuple(values) * (3 if len(values) == 1 else 1)
-
-
-def _push(
-    model: nn.Module, tokenizer: Any, config: dict[str, Any], repository: str, out: Path
-) -> None:
-    config = copy.deepcopy(config)
-    if Path(config["text_cfg"].get("hf_tokenizer_name") or "").is_absolute():
-        # Read from the repository itself: a folder of this machine means nothing there.
-        config["text_cfg"]["hf_tokenizer_name"] = repository
-    try:
-        push_to_hf_hub(model, tokenizer, config, repository)
-    except Exception as error:  # network, credentials, names
-        raise RuntimeError(
-            f"{out} is complete, but open_clip could not push it to {repository}: {error}; "
-            "see `hf auth login`"
-        ) from error

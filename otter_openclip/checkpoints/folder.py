@@ -45,6 +45,7 @@ def write_folder(
     state: Mapping[str, Tensor],
     tokenizer: Any | None,
     preprocess: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``out``, or nothing.
 
@@ -61,6 +62,7 @@ def write_folder(
         tokenizer: open_clip tokenizer, or None to write the folder without one.
         preprocess: entries added to the JSON's ``preprocess_cfg``; stock open_clip ignores those it
             does not know.
+        files: texts to write beside them, by name.
 
     Raises:
         ValueError: if stock open_clip cannot rebuild the model.
@@ -71,6 +73,8 @@ def write_folder(
     temporary = _beside(target)
     try:
         temporary.mkdir()
+        for name, text in (files or {}).items():
+            (temporary / name).write_text(text)
         # In the checkpoint's dtype; cloned, because safetensors refuses tensors that share memory.
         tensors = {key: state[key].contiguous().clone() for key in model.state_dict()}
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import textwrap
 from collections.abc import Sequence
 from functools import partial
@@ -21,12 +22,10 @@ FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", "")
 
 def draw(chosen: Sequence[tuple[int, bytes, Any, Folder | None]], path: Path) -> None:
     """Draw the contact sheet: thumbnails with what belongs to them underneath."""
-    from matplotlib import get_data_path  # its font knows more alphabets than Pillow's
-
     columns = min(COLUMNS, len(chosen))
     width, height = THUMBNAIL + 16, THUMBNAIL + 76
     sheet = Image.new("RGB", (columns * width, -(-len(chosen) // columns) * height), "white")
-    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 12)
+    font = _font(12)
     pen = ImageDraw.Draw(sheet)
     write = partial(pen.multiline_text, fill="black", font=font, anchor="ma", align="center")
     for number, (_, png, beside, folder) in enumerate(chosen):
@@ -43,3 +42,16 @@ def draw(chosen: Sequence[tuple[int, bytes, Any, Folder | None]], path: Path) ->
         write((x, y + 4), "\n".join(textwrap.wrap(text, 22)))
     with written_whole(path) as file:
         sheet.save(file, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
+
+
+def _font(size: int) -> Any:
+    """DejaVu, which knows more alphabets than Pillow's own font, where matplotlib brings it."""
+    try:
+        from matplotlib import get_data_path
+    except ImportError:
+        logging.warning(
+            "The contact sheet's font has Latin letters only; for more alphabets: "
+            "pip install 'otter-openclip[plots]'"
+        )
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)

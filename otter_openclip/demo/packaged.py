@@ -11,7 +11,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-INSTALL = "pip install 'otter-openclip[demo]'"
+from otter_openclip.demo import INSTALL
+
 # What is read of each package, as of the versions that pyproject.toml names.
 IMAGE = {
     "efficientnet-lite0-57934424.pth": (

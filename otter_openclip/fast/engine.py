@@ -56,10 +56,10 @@ def terms(
     statistics: dict[str, Tensor] = {}
     with float32_math(images.device.type):
         rows = at_least_float32(images)
-        scales = [torch.as_tensor(s).reshape(()) for s in scales]  # some models have (1,)
+        s, s_d = (torch.as_tensor(scale).reshape(()) for scale in scales)  # some models have (1,)
         sharded = loss.sharded
         columns = GatherRows.apply(texts, loss.world_size) if sharded else at_least_float32(texts)
-        found = _Terms.apply(rows, columns, *scales, loss, teacher, half, statistics)
+        found = _Terms.apply(rows, columns, s, s_d, loss, teacher, half, statistics)
     return (*found, statistics)
 
 
@@ -67,7 +67,7 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, columns: Tensor, s: Tensor, s_d: Tensor, *rest: Any
-    ) -> Pair:
+    ) -> tuple[Tensor, ...]:
         loss, teacher, half, statistics = rest
         count, total = len(rows), len(columns)
         world_size = loss.world_size if loss.sharded else 1

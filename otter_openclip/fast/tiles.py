@@ -34,7 +34,7 @@ def keeps_matrices(impl: str, entries: int, like: Tensor) -> bool:
     return entries * like.element_size() <= KEPT_SHARE * device_memory(like.device)
 
 
-Write = Callable[[slice, Tensor], None]
+Write = Callable[[slice, Tensor], object]
 
 
 def _parts(rows: int, step: int) -> Iterator[slice]:
@@ -58,14 +58,16 @@ class RowTiles:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield ``(rows, tile)``; a tile that is not kept is valid until the next one."""
-        if self._keep and self._kept is None:
-            self._kept = self.like.new_empty(self.rows, self.columns)
+        kept = self._kept
+        if self._keep and kept is None:
+            kept = self.like.new_empty(self.rows, self.columns)
             for part in _parts(self.rows, max(self._tile_rows, PRODUCT_ROWS)):
-                self._write(part, self._kept[part])
-        buffer = self.empty() if self._kept is None else None
+                self._write(part, kept[part])
+            self._kept = kept
+        buffer = self.empty() if kept is None else kept
         for part in _parts(self.rows, self._tile_rows):
-            if buffer is None:
-                yield part, self._kept[part]
+            if kept is not None:
+                yield part, kept[part]
             else:
                 self._write(part, tile := buffer[: part.stop - part.start])
                 yield part, tile

@@ -1,4 +1,4 @@
-"""Recipes: ``--config FILE.yaml``, whose keys are the command's flags without their dashes."""
+"""Recipes: ``--config RECIPE``, a YAML file whose keys are the command's flags without their dashes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from typing import Any
 
 import yaml
 
+# The package's own recipes, known by name: inside it once installed, beside it in a checkout.
+_INSTALLED = Path(__file__).parents[1] / "configs"
+RECIPES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "configs"
+
 
 def add_config_flag(parser: argparse.ArgumentParser) -> None:
     """Let ``--config`` appear in the help; :func:`expand_config` is what reads it."""
     parser.add_argument(
         "--config",
-        metavar="FILE.yaml",
+        metavar="RECIPE",
         default=None,
-        help="recipe: flags without their dashes and their values; flags given here win, "
-        "--no-SWITCH drops one of its switches",
+        help="a recipe of this package by name (an unknown one lists them) or FILE.yaml: flags without "
+        "their dashes and their values; flags given here win, --no-SWITCH drops one of its switches",
     )
 
 
@@ -32,7 +36,7 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     if not known.config:
         return list(argv)
-    path = Path(known.config)
+    path = _find(parser, known.config)
     try:
         recipe = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -61,6 +65,22 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
         if f"--no-{name}" not in off:
             words += _words(parser, path, name, actions[name], value)
     return [*words, *(word for word in argv if word not in off)]
+
+
+def _find(parser: argparse.ArgumentParser, given: str) -> Path:
+    """The file ``given``, or the package's recipe of that name."""
+    path = Path(given)
+    recipes = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+    if path.exists() or (path.stem not in recipes and len(path.parts) > 1):
+        return path
+    if given in recipes:
+        return recipes[given]
+    near = difflib.get_close_matches(path.stem, recipes, n=1, cutoff=0.5)
+    parser.error(
+        f"--config {given} is neither a file nor a recipe of this package"
+        + (f"; did you mean {near[0]}?" if near else ".")
+        + f" The recipes: {', '.join(recipes)}"
+    )
 
 
 def _words(

@@ -72,13 +72,20 @@ class LoggedLosses(dict):
         return [*super().items(), *self.logged.items()]
 
 
-def log_statistics(loss: nn.Module) -> Callable[..., dict[str, Tensor]]:
-    """``loss``, with its :func:`statistics` among the logged items of what it returns."""
+def log_statistics(
+    loss: nn.Module, show: Callable[[Tensor, Tensor], None] | None = None
+) -> Callable[..., dict[str, Tensor]]:
+    """``loss``, with its :func:`statistics` among the logged items of what it returns.
+
+    ``show``, if given, gets the teacher's features of each call.
+    """
     if not isinstance(loss, DistillationLoss):
         return loss
 
     def call(logit_scale: Tensor, **features: Any) -> LoggedLosses:
         losses = loss(logit_scale=logit_scale, **features)
+        if show is not None:
+            show(features["dist_image_features"], features["dist_text_features"])
         return LoggedLosses(losses, statistics(loss, logit_scale))
 
     return call

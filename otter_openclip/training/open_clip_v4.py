@@ -39,12 +39,13 @@ from torch import nn
 from otter_openclip.checkpoints.layout import ENTRY
 from otter_openclip.features.prefix import find_prefixes
 from otter_openclip.replacing import replaced
+from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training.data_checks import reason_given
 from otter_openclip.training.objectives import create_loss
 from otter_openclip.training.plugin import TrainingPlugin
 from otter_openclip.training.seam import Replacement, Run, run_main
 from otter_openclip.training.task import OtterTask, prepare_distributed
-from otter_openclip.training.train_flags import TEACHER_LOSSES, model_config
+from otter_openclip.training.train_flags import TEACHER_LOSSES, has_ema, model_config
 
 __all__ = ["OtterTask", "main"]
 
@@ -90,7 +91,12 @@ class _Plugin(TrainingPlugin):
         if self.state is None:
             if self.task is not None:
                 self.ema = self.task.trainable_module_ema  # made anew for DDP
-            if self.ema is not None and self._resumed is not None and not self._resumed[ENTRY]:
+            elif has_ema(args):
+                # Not the task's own, which open_clip would evaluate and export in the model's place.
+                self._student = state.task.trainable_module
+                self.ema = EmaTeacher(self._student, args.ema_decay, eval_mode=True)
+            foreign = self._resumed is not None and not self._resumed[ENTRY]
+            if self.task is not None and self.ema is not None and foreign:
                 # Another run's EMA was loaded into it: the teacher starts as a copy of the student.
                 self.ema.set(unwrap_model(self.task.trainable_module))
                 self.ema.set_extra_state({"num_updates": 1, "masters": {}})
@@ -98,7 +104,10 @@ class _Plugin(TrainingPlugin):
         self.state = state
 
     def update_teacher(self) -> None:
-        self.task.update_ema()
+        if self.task is None:
+            super().update_teacher()
+        else:
+            self.task.update_ema()
 
     def make_checkpoint(self, args: Namespace, model: nn.Module, epoch: int) -> dict[str, Any]:
         state = self.state
@@ -189,6 +198,13 @@ def _check_unsupported(parser: ArgumentParser, args: Namespace) -> None:
             parser.error(
                 "--zeroshot-data is for image-text models of fixed size that one process holds whole; "
                 "drop it, or --fsdp, --use-naflex and the like"
+            )
+        if has_ema(args) and (
+            args.fsdp or (args.torchcompile_strategy == "step" and args.torchcompile)
+        ):
+            parser.error(
+                "--ema-decay follows parameters that one process holds whole, after each step of the "
+                "optimizer in eager mode; drop it, or --fsdp and --torchcompile-strategy step"
             )
         if args.reference_crop and (args.use_naflex or audio or generative):
             parser.error("--reference-crop makes images of one size; drop it or --use-naflex")

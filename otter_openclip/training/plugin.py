@@ -2,7 +2,8 @@
 
 Its methods are the hooks that ``patches/open_clip_torch-3.3.0.patch`` gives open_clip_train for the
 entry-point group ``open_clip_train.losses``; in the package as released ``open_clip_v3`` calls them.
-With ``--loss clip`` all but ``--reference-crop`` and ``--zeroshot-data`` is open_clip's.
+With ``--loss clip`` all but ``--reference-crop`` and ``--zeroshot-data`` is open_clip's; with
+``--ema-decay`` too an EMA is kept beside it, and data order and resume are those of the other losses.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ from otter_openclip.training.ending import Ending, Steps, goes_on_from
 from otter_openclip.training.finite import LossWatch, check_model, check_optimizer, keep_keys
 from otter_openclip.training.guidance import advice
 from otter_openclip.training.objectives import create_loss, log_statistics
+from otter_openclip.training.target_images import TargetImages, wanted
 from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
-from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due
+from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due, evaluated
 
 # Entry of the data dict that stands for --zeroshot-data.
 ZEROSHOT_DATA = "zeroshot-data"
@@ -71,11 +73,17 @@ class TrainingPlugin:
         self.ending = Ending()
         self._latest = False
         self._claim: Any = None
+        self._images: TargetImages | None = None
 
     @property
     def stock(self) -> bool:
         """Whether the training itself is open_clip's own."""
         return self._args is None or self._args.loss == "clip"
+
+    @property
+    def untouched(self) -> bool:
+        """Whether data order and checkpoints are, too."""
+        return self.stock and (self._args is None or self._args.ema_decay is None)
 
     def parse_args(self, parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
         """Arguments: ``parser``, open_clip_train's, also gets the plugin's flags."""
@@ -92,7 +100,7 @@ class TrainingPlugin:
             raise SystemExit(f"{self._prog}: error: {train_flags.logit_bias_message(args)}")
         if message := data_checks.fault(args):
             raise SystemExit(f"{self._prog}: error: {message}")
-        if not self.stock:
+        if not self.untouched:
             with self._faults_named():
                 self._claim = resuming.claim_folder(args)
             if self._latest:
@@ -116,7 +124,7 @@ class TrainingPlugin:
         """Checkpoint load: the plugin's part of it waits for the optimizer."""
         with self._faults_named():
             loaded = resuming.read(path)
-        if not self.stock and "epoch" in loaded:  # weights alone can be evaluated
+        if not self.untouched and "epoch" in loaded:  # weights alone can be evaluated
             loaded = upgraded(loaded)
             self._resumed = {key: loaded.get(key) for key in (ENTRY, TEACHER)}
         return loaded
@@ -125,7 +133,7 @@ class TrainingPlugin:
         self, args: Namespace, data: dict[str, Any], preprocess_val: Any
     ) -> dict[str, Any]:
         """Data: every epoch's order follows from (seed, epoch, rank, worker); ``--zeroshot-data``."""
-        if not self.stock:
+        if not self.untouched:
             repeatable.make_repeatable(data, seed=args.seed, rank=args.rank)
         if "train" in data:
             with self._faults_named():
@@ -134,7 +142,7 @@ class TrainingPlugin:
             self._use_features(args, data["train"], preprocess_val)
         if "train" in data:
             data_checks.watch(args, data["train"])
-            if not self.stock and (cut := data_checks.cut_off(args)):
+            if not self.untouched and (cut := data_checks.cut_off(args)):
                 shards = f"{', '.join(cut[:5])}{' ...' * (len(cut) > 5)}"
                 logging.warning(f"{len(cut)} shards of --train-data end too early: {shards}")
         self._train = data.get("train")
@@ -142,7 +150,7 @@ class TrainingPlugin:
             with self._faults_named():
                 self._zeroshot = ZeroShotEvaluation(args.zeroshot_data, preprocess_val)
             data[ZEROSHOT_DATA] = self._zeroshot
-        if "train" in data and not self.stock:
+        if "train" in data and not self.untouched:
             data["train"].dataloader = Steps(data["train"].dataloader, self.ending)
         return data
 
@@ -168,21 +176,27 @@ class TrainingPlugin:
     def create_loss(self, args: Namespace) -> Callable[..., dict[str, Tensor]]:
         """Loss: the one that ``--loss`` names."""
         self._loss = create_loss(args)
-        return self._loss if self.stock else log_statistics(self._loss)
+        if self.stock:
+            return self._loss
+        if wanted(self._loss, args) and self._train is not None:
+            steps = self._train.dataloader.num_batches // args.accum_freq
+            self._images = TargetImages(self._loss, args, steps)
+        return log_statistics(self._loss, self._images and self._images.seen)
 
     def wrap_model(self, args: Namespace, model: nn.Module) -> nn.Module:
         """Model wrapper: what the loop trains has the teacher's features in its output."""
         self._student = model
         if self.stock:
+            if train_flags.has_ema(args):
+                self.ema = self._make_ema(args, model, self._prefixes or {}, eval_mode=True)
             return model
         prefixes = self._prefixes  # installed for --feature-cache
         if prefixes is None:
             prefixes = find_prefixes(unwrap_model(model))
             install(unwrap_model(model), prefixes)
         if args.loss in train_flags.TEACHER_LOSSES and self.fixed_teacher is None:
-            with left_out(unwrap_model(model), prefixes.values()) as copies:
-                self.ema = EmaTeacher(model, args.ema_decay, eval_mode=args.teacher_mode == "eval")
-                copies.append(as_teacher(self.ema.module))
+            eval_mode = args.teacher_mode == "eval"
+            self.ema = self._make_ema(args, model, prefixes, eval_mode=eval_mode)
         teacher = self.fixed_teacher if self.ema is None else self.ema.module
         compiled = torch.compile(teacher) if args.torchcompile and teacher is not None else None
         self._train_model = StudentWithTeacher(
@@ -197,6 +211,15 @@ class TrainingPlugin:
             shares_prefixes=self.ema is not None,
         )
         return self._train_model
+
+    def _make_ema(
+        self, args: Namespace, model: nn.Module, prefixes: dict[str, str], *, eval_mode: bool
+    ) -> EmaTeacher:
+        """A copy of ``model`` that shares its ``prefixes``."""
+        with left_out(unwrap_model(model), prefixes.values()) as copies:
+            ema = EmaTeacher(model, args.ema_decay, eval_mode=eval_mode)
+            copies.append(as_teacher(ema.module))
+        return ema
 
     def frozen_modules(self, args: Namespace, model: nn.Module) -> list[str]:
         """Names of the modules that stay in eval mode."""
@@ -213,7 +236,7 @@ class TrainingPlugin:
     ) -> None:
         """Optimizer: its step moves the EMA teacher, it learns s_d; what a checkpoint had comes back."""
         self.training = (optimizer, scaler)
-        if self.stock:
+        if self.untouched:
             return
         steps = self._train.dataloader.num_batches // args.accum_freq
         rhythm = {"accum_freq": args.accum_freq, "every": args.log_every_n_steps, "steps": steps}
@@ -228,8 +251,9 @@ class TrainingPlugin:
             checkpoint.restore(entry, teacher, args, optimizer, self.scale, self.ema)
             self._resumed = None
         if self.ema is not None:
+            mode = "eval" if self.ema.eval_mode else "train"
             logging.info(
-                f"EMA teacher: decay {args.ema_decay}, {args.teacher_mode} mode, "
+                f"EMA teacher: decay {args.ema_decay}, {mode} mode, "
                 f"{self.ema.num_updates} updates so far"
             )
         elif self.fixed_teacher is not None:
@@ -246,7 +270,7 @@ class TrainingPlugin:
 
     def start_epoch(self, args: Namespace, epoch: int) -> None:
         """Epoch: its random numbers follow from (seed, rank, epoch), whatever ran before it."""
-        if self.stock:
+        if self.untouched:
             return
         if self.ending.asked:
             self._keep_epoch(args, epoch)
@@ -254,6 +278,8 @@ class TrainingPlugin:
         if self._train_model is not None:
             self._train_model.start_epoch()
         self._watch.start_epoch(epoch)
+        if self._images is not None:
+            self._images.start_epoch(epoch)
         if not self._advised and (found := getattr(self._loss, "target_statistics", None)):
             self._advised = True  # an epoch of this process is done
             if text := advice(found, args):
@@ -276,13 +302,11 @@ class TrainingPlugin:
         self.check_finite()
         if self._zeroshot is None or not due(epoch, args):
             return {}
+        judged = self.ema.module if args.zeroshot_weights == "teacher" else model
         try:
-            found = self._zeroshot.metrics(model, tokenizer, epoch, args)
-        except (
-            ValueError,
-            OSError,
-            RuntimeError,
-        ) as error:  # the last: a loader's process that died
+            with evaluated(judged):
+                found = self._zeroshot.metrics(judged, tokenizer, epoch, args)
+        except (ValueError, OSError, RuntimeError) as error:  # the last: a loader's process died
             if self.training is None:  # nothing but this evaluation was asked for
                 raise SystemExit(f"{self._prog}: error: --zeroshot-data: {error}") from error
             logging.error(f"--zeroshot-data is not evaluated after epoch {epoch}: {error}")
@@ -296,7 +320,7 @@ class TrainingPlugin:
 
     def save_checkpoint(self, checkpoint_dict: Any, path: str | os.PathLike[str]) -> None:
         """Checkpoint save: with the plugin's part, whole or not at all."""
-        if self.stock:
+        if self.untouched:
             torch.serialization.save(checkpoint_dict, path)
             return
         try:
@@ -311,7 +335,7 @@ class TrainingPlugin:
 
     def complete(self, checkpoint_dict: dict[str, Any]) -> dict[str, Any]:
         """What open_clip saves after an epoch, and the plugin's part."""
-        if self.stock or self.training is None or "optimizer" not in checkpoint_dict:
+        if self.untouched or self.training is None or "optimizer" not in checkpoint_dict:
             return checkpoint_dict
         self.check_finite()
         entry = checkpoint.make_entry(self._args, self.training[0], self.scale, self.ema)

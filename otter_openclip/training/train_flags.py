@@ -32,6 +32,7 @@ LOSSES = ("clip", "infonce", "ls", "kd", "otter")
 TEACHER_LOSSES = ("kd", "otter")
 PAIR_LOSSES = ("ls", *TEACHER_LOSSES)
 TEACHER_MODES = ("train", "eval")
+ZEROSHOT_WEIGHTS = ("student", "teacher")
 FEATURE_PRECISIONS = ("fp32", "bf16")
 
 
@@ -48,9 +49,13 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
         {"type": number(0, 1), "help": "target mass spread over the other pairs (paper: epsilon)"},
     ),
     "--ema-decay": (
-        TEACHER_LOSSES,
-        0.999,
-        {"type": number(0, 1), "help": "upper bound of the EMA teacher's decay"},
+        ("clip", *TEACHER_LOSSES),
+        dict.fromkeys(TEACHER_LOSSES, 0.999),
+        {
+            "type": number(0, 1),
+            "help": "upper bound of the EMA teacher's decay; with --loss clip keep an EMA of the model, "
+            "which nothing learns from, and repeat the data order as the other losses do",
+        },
     ),
     "--sinkhorn-lambda": (
         ("otter",),
@@ -139,6 +144,8 @@ _NOT_OF_THE_OBJECTIVE = ("--loss-impl", "--init-distill-logit-scale")
 
 def _shown(default: Any) -> str:
     if isinstance(default, dict):
+        if len(set(default.values())) == 1:
+            return f"{next(iter(default.values()))} with {' and '.join(default)}"
         return ", ".join(f"{value} with {loss}" for loss, value in default.items())
     return "off" if default is False else str(default)
 
@@ -167,6 +174,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         metavar="DIR",
         help="multi-label clip_benchmark webdataset whose F@K is evaluated every --zeroshot-frequency "
         "epochs; the best by F@1 is kept as best.pt; any --loss",
+    )
+    group.add_argument(
+        "--zeroshot-weights",
+        choices=ZEROSHOT_WEIGHTS,
+        help="what --zeroshot-data evaluates: the student (default) or its EMA, the teacher",
     )
     group.add_argument(
         "--feature-cache",
@@ -235,6 +247,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         parser.error(fault)
     _check_feature_cache(parser, args)
     _settle_flags(parser, args)
+    _check_ema(parser, args)
     _settle_precision(args, precision)
     return args
 
@@ -351,6 +364,32 @@ def _check_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace
     if args.share_logit_scale and args.init_distill_logit_scale is not None:
         parser.error(
             "--share-logit-scale has no second scale to start at --init-distill-logit-scale; drop one"
+        )
+
+
+def has_ema(args: argparse.Namespace) -> bool:
+    """Whether a run with these settled flags keeps an EMA of its model."""
+    return args.ema_decay is not None and args.teacher_model is None
+
+
+def _check_ema(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.loss == "clip" and has_ema(args):
+        given = {f"--opt {args.opt}": "lookahead" in args.opt.lower()}
+        given |= {f"--{name}": getattr(args, name, False) for name in ("horovod", "torchscript")}
+        for flag in (flag for flag, value in given.items() if value):
+            parser.error(
+                f"--ema-decay does not go with {flag}: the EMA copies the model, and hangs on torch's "
+                "optimizer hooks; drop one of them"
+            )
+    if args.zeroshot_weights is None:
+        args.zeroshot_weights = ZEROSHOT_WEIGHTS[0]
+        return
+    if args.zeroshot_data is None:
+        parser.error("--zeroshot-weights belongs to --zeroshot-data DIR; give that too, or drop it")
+    if args.zeroshot_weights == "teacher" and not (has_ema(args) and args.train_data):
+        parser.error(
+            f"--zeroshot-weights teacher: this run (--loss {args.loss}) keeps no EMA; train with --loss "
+            "kd or otter without --distill-model, or with --loss clip --ema-decay D"
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,18 @@ class ZeroShotEvaluation:
             )
             found = multilabel_metrics(features.float().to(device), classes.float(), labels, KS)
         return {**{f"zeroshot-{name}": value for name, value in found.items()}, "epoch": epoch}
+
+
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[nn.Module]:
+    """``model`` in eval mode while active, then each of its modules in the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def due(epoch: int, args: argparse.Namespace) -> bool:

@@ -1,0 +1,167 @@
+"""The model card of an exported folder, README.md as the Hugging Face hub reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from otter_openclip import __version__
+
+CARD_FILE = "README.md"
+TASKS = {
+    "zeroshot_classification": "zero-shot-image-classification",
+    "zeroshot_multilabel": "zero-shot-image-classification",
+    "zeroshot_retrieval": "image-text-retrieval",
+}
+# Of params.txt; data, logs and the like are places on the machine that trained.
+SETTINGS = (
+    *("model", "pretrained", "loss", "epochs", "batch_size", "world_size", "accum_freq"),
+    *("opt", "lr", "wd", "beta1", "beta2", "eps", "momentum", "warmup", "lr_scheduler"),
+    *("grad_clip_norm", "precision", "seed", "lock_image", "lock_text", "reference_crop"),
+    *("distill_model", "teacher_model"),
+)
+PLACES = ("model", "pretrained", "distill_model", "teacher_model")  # of these some are paths
+CITED = ("ls", "kd", "otter")
+TITLE = (
+    "Data Efficient Language-Supervised Zero-Shot Recognition with Optimal Transport Distillation"
+)
+CITATION = f"""@inproceedings{{wu2022otter,
+  title     = {{{TITLE}}},
+  author    = {{Wu, Bichen and Cheng, Ruizhe and Zhang, Peizhao and Gao, Tianren and
+               Gonzalez, Joseph E. and Vajda, Peter}},
+  booktitle = {{International Conference on Learning Representations}},
+  year      = {{2022}}
+}}"""
+
+
+def check_licence(name: str | None) -> None:
+    """Raise ValueError unless ``name`` is an identifier of the hub's kind, or None."""
+    if name is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
+        raise ValueError(
+            f"--license takes the hub's identifier of a licence, as apache-2.0, cc-by-nc-4.0 or other, "
+            f"got {name!r}"
+        )
+
+
+def read_results(paths: Sequence[str | Path]) -> list[EvalResult]:
+    """The metrics in result files of ``otter-openclip eval`` and ``clip_benchmark eval``.
+
+    Raises:
+        ValueError: naming a file that is not one, or has no finite metric.
+    """
+    found = []
+    for path in paths:
+        try:
+            contents = json.loads(Path(path).read_text())
+            dataset, metrics = contents["dataset"].removeprefix("wds/"), contents["metrics"]
+            task = TASKS.get(contents["task"], contents["task"])
+            numbers = {name: value for name, value in metrics.items() if _is_number(value)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"--results {path}: not a result file of otter-openclip eval or clip_benchmark eval "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if not numbers:
+            raise ValueError(f"--results {path}: no finite number among its metrics")
+        for name, value in numbers.items():
+            found.append(
+                EvalResult(
+                    task_type=task,
+                    dataset_type=re.sub(r"[^\w.-]+", "-", dataset).lower(),
+                    dataset_name=dataset,
+                    metric_type=name,
+                    metric_name=name,
+                    metric_value=value,
+                )
+            )
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_settings(params: Mapping[str, str], entry: Mapping[str, Any]) -> dict[str, str]:
+    """What of a run's ``params.txt`` and of its checkpoint's ``otter`` entry belongs into the card."""
+    stated = {name: params[name] for name in SETTINGS if name in params}
+    stated |= {name: str(value) for name, value in entry.get("settings", {}).items()}
+    return {
+        name: _without_folders(value) if name in PLACES else value
+        for name, value in stated.items()
+        if value not in ("", "None", "False")
+    }
+
+
+def _without_folders(value: str) -> str:
+    """A path's last part: where it lies on this machine is nobody's business."""
+    schema, colon, rest = value.rpartition(":")
+    local = schema == "local-dir" or Path(rest).is_absolute() or Path(rest).exists()
+    return f"{schema}{colon}{Path(rest).name}" if local else value
+
+
+def model_card(
+    name: str,
+    load: str,
+    *,
+    weights: str,
+    epoch: int | None,
+    settings: Mapping[str, str],
+    licence: str | None,
+    results: Sequence[EvalResult],
+) -> str:
+    """The card's text.
+
+    Args:
+        name: of the model.
+        load: what ``open_clip.create_model_and_transforms`` takes.
+        weights: "student" or "teacher".
+        epoch: of the checkpoint, if it says.
+        settings: of :func:`read_settings`.
+        licence: identifier, or None: then the card states none.
+        results: of :func:`read_results`.
+    """
+    loss = settings.get("loss", "clip")
+    data = ModelCardData(
+        license=licence,
+        library_name="open_clip",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["clip", "open_clip", *(["otter"] if loss == "otter" else [])],
+        model_name=name,
+        eval_results=list(results) or None,
+    )
+    of_epoch = "" if epoch is None else f" after epoch {epoch}"
+    trained = "\n".join(f"| `{key}` | {value} |" for key, value in settings.items())
+    measured = "\n".join(
+        f"| {r.dataset_name} | {r.metric_name} | {r.metric_value:.4f} |" for r in results
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {name}",
+        f"The {weights} of an open_clip training run with `--loss {loss}`{of_epoch}, exported with "
+        f"otter-openclip {__version__}.",
+        "## Use\n\nStock open_clip is enough:\n\n```python\nimport open_clip\n\n"
+        f"model, _, preprocess = open_clip.create_model_and_transforms({load!r})\n"
+        f"tokenizer = open_clip.get_tokenizer({load!r})\n```",
+        "## Training\n\n"
+        + (
+            f"| setting | value |\n| --- | --- |\n{trained}"
+            if trained
+            else "Settings: not recorded."
+        )
+        + "\n\nTraining data: not stated by the export.",
+        "## Evaluation\n\n"
+        + (
+            f"| data | metric | value |\n| --- | --- | --- |\n{measured}"
+            if measured
+            else "No results were given."
+        ),
+        f"## Licence\n\nOf the weights: {licence or 'not stated'}.",
+    ]
+    if loss in CITED:
+        parts.append(f"## Citation\n\n```bibtex\n{CITATION}\n```")
+    return "\n\n".join(parts) + "\n"

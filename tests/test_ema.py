@@ -1,0 +1,95 @@
+"""``--loss clip --ema-decay``, and ``--zeroshot-weights``."""
+
+from __future__ import annotations
+
+import json
+
+import open_clip
+import pytest
+import torch
+from test_zeroshot_training import plain_flat_hit, results
+from training_helpers import assert_same, load, train
+
+from otter_openclip import cli
+from otter_openclip.training import open_clip_v3
+
+COMMON = ["--save-frequency", "1", "--lr", "0.02", "--precision", "fp32"]
+
+
+def teachers_score(path, labelled, tmp_path):
+    """F@1 of a checkpoint's EMA on stock open_clip."""
+    torch.save(load(path)["state_dict_ema"], tmp_path / "teacher.pt")
+    return plain_flat_hit(tmp_path / "teacher.pt", labelled)
+
+
+def test_clip_keeps_evaluates_resumes_and_exports_an_ema(pairs, labelled, tmp_path, monkeypatch):
+    extra = ["--ema-decay", "0.7", *COMMON]
+    seen, stock = set(), open_clip_v3._stock_train_one_epoch
+
+    def record(model, data, loss, *rest, **kwargs):
+        seen.update((type(model), type(loss)))
+        return stock(model, data, loss, *rest, **kwargs)
+
+    monkeypatch.setattr(open_clip_v3, "_stock_train_one_epoch", record)
+    zeroshot = ["--zeroshot-data", str(labelled), "--zeroshot-frequency", "1"]
+    zeroshot += ["--zeroshot-weights", "teacher"]
+    folder = train(pairs, tmp_path / "ema", *extra, *zeroshot)
+    assert seen == {open_clip.CLIP, open_clip.ClipLoss}  # open_clip's own
+    last = load(folder / "epoch_2.pt")
+    assert last["otter"]["settings"] == {"loss": "clip", "ema_decay": 0.7}
+    # The same data as with the other losses, and the student is what it is without the EMA.
+    without = load(train(pairs, tmp_path / "without", "--loss", "infonce", *COMMON) / "epoch_2.pt")
+    assert_same(last["state_dict"], without["state_dict"])
+    # Parameters lag behind, buffers are the student's.
+    own, ema = last["state_dict"], last["state_dict_ema"]
+    assert not torch.equal(own["text_projection"], ema["text_projection"])
+    assert torch.equal(own["visual.bn1.running_mean"], ema["visual.bn1.running_mean"])
+    for epoch, line in enumerate(results(folder), 1):
+        score = teachers_score(folder / f"epoch_{epoch}.pt", labelled, tmp_path)
+        assert line["zeroshot-flat_hit@1"] == pytest.approx(score)
+    assert "state_dict_ema" in load(folder / "best.pt")
+    resume = ["--resume", str(folder / "epoch_1.pt")]
+    again = load(train(pairs, tmp_path / "again", *extra, *resume) / "epoch_2.pt")
+    assert_same(again, last)
+    out = tmp_path / "out"
+    words = ["export", str(folder / "epoch_2.pt"), str(out), "--weights", "teacher"]
+    assert cli.main(words) == 0
+    exported = open_clip.create_model(f"local-dir:{out}").state_dict()
+    assert torch.equal(exported["text_projection"], ema["text_projection"])
+    assert json.loads((out / "open_clip_config.json").read_text())
+    assert "The teacher of an open_clip training run with `--loss clip`" in (
+        (out / "README.md").read_text()
+    )
+
+
+def test_evaluating_otters_teacher_changes_nothing_of_the_training(pairs, labelled, tmp_path):
+    extra = ["--loss", "otter", "--ema-decay", "0.7", *COMMON]
+    zeroshot = ["--zeroshot-data", str(labelled), "--zeroshot-frequency", "1"]
+    folder = train(pairs, tmp_path / "with", *extra, *zeroshot, "--zeroshot-weights", "teacher")
+    without = train(pairs, tmp_path / "without", *extra)
+    assert_same(load(without / "epoch_2.pt"), load(folder / "epoch_2.pt"))
+    score = teachers_score(folder / "epoch_2.pt", labelled, tmp_path)
+    assert results(folder)[1]["zeroshot-flat_hit@1"] == pytest.approx(score)
+
+
+def test_the_teacher_of_locked_towers_is_evaluated_whole(pairs, labelled, tmp_path):
+    extra = ["--loss", "otter", "--model", "tiny-timm", "--lock-image", "--epochs", "1", *COMMON]
+    extra += ["--feature-cache", str(tmp_path / "features")]
+    zeroshot = ["--zeroshot-data", str(labelled), "--zeroshot-weights", "teacher"]
+    folder = train(pairs, tmp_path, *extra, *zeroshot)
+    teacher = load(folder / "epoch_1.pt")["state_dict_ema"]
+    model = open_clip.create_model("tiny-timm")
+    model.load_state_dict(teacher)
+    torch.save(teacher, tmp_path / "t.pt")
+    (line,) = results(folder)
+    score = plain_flat_hit(tmp_path / "t.pt", labelled, "tiny-timm")
+    assert line["zeroshot-flat_hit@1"] == pytest.approx(score)
+
+
+def test_another_runs_checkpoint_starts_the_ema_anew(pairs, tmp_path, caplog):
+    first = train(pairs, tmp_path / "one", "--epochs", "1", *COMMON) / "epoch_1.pt"
+    words = ["--resume", str(first), "--ema-decay", "0", "--epochs", "2", *COMMON]
+    last = load(train(pairs, tmp_path / "two", *words) / "epoch_2.pt")
+    assert "was not written with this plugin's losses" in caplog.text
+    assert last["otter"]["teacher_state"]["num_updates"] == 7  # six steps
+    assert_same(dict(last["state_dict"]), dict(last["state_dict_ema"]))  # nothing of the past

@@ -1,0 +1,262 @@
+"""What is installed: the wheel in a fresh environment, and what the package says of itself."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from patched import ROOT, tomllib
+from PIL import Image
+
+import otter_openclip
+from otter_openclip import cli
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BUILT_FROM = ("otter_openclip", "configs", "patches", "pyproject.toml", "MANIFEST.in")
+BUILT_FROM += ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff")
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Standard output of a command that knows nothing of this checkout."""
+    hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    done = subprocess.run(
+        list(map(str, command)),
+        env={name: value for name, value in os.environ.items() if name not in hidden},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """The sdist, and the wheel that is made from it, as `python -m build` does."""
+    folder = tmp_path_factory.mktemp("build")
+    for name in BUILT_FROM:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    backend = "import sys; from setuptools import build_meta as b; getattr(b, sys.argv[1])('{}')"
+    code = backend.format(folder / "dist")
+    run(sys.executable, "-c", code, "build_sdist", cwd=folder)
+    (sdist,) = (folder / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    run(sys.executable, "-c", code, "build_wheel", cwd=unpacked)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture(scope="module")
+def installed(distributions, tmp_path_factory):
+    """The folder of commands of a new environment that has the wheel, and this one's dependencies."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+    commands = folder / "bin"
+    words = ["--python", commands / "python", "install", "--no-deps", "--no-index", "--quiet"]
+    run(sys.executable, "-m", "pip", *words, distributions[1], cwd=folder)
+    (site,) = (folder / "lib").glob("python*/site-packages")
+    here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (site / "dependencies.pth").write_text("\n".join(here) + "\n")
+    return commands
+
+
+def test_both_distributions_have_what_is_used(distributions):
+    sdist, wheel = distributions
+    with tarfile.open(sdist) as archive:
+        source = {name.partition("/")[2] for name in archive.getnames()}
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (record,) = (name for name in names if name.endswith("/METADATA"))
+        stated = archive.read(record).decode()
+    assert f"\nVersion: {otter_openclip.__version__}\n" in stated
+    assert "otter_openclip/py.typed" in names
+    for folder, pattern in (("configs", "*.yaml"), ("patches", "*"), ("otter_openclip", "**/*.py")):
+        for path in (ROOT / folder).glob(pattern):
+            name = str(path.relative_to(ROOT))
+            assert name in source
+            assert (name if folder == "otter_openclip" else f"otter_openclip/{name}") in names
+    assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md"} <= source
+    assert PROJECT["name"] in PROJECT["scripts"]  # what uvx and pipx run look for
+    assert not [name for name in source | names if name.split("/")[0] in ("tests", "benchmarks")]
+
+
+CHAIN = """
+import json, sys
+from pathlib import Path
+import clip_benchmark.cli
+import otter_openclip
+from otter_openclip import cli
+from otter_openclip.demo import pipeline
+
+assert otter_openclip.__file__.startswith(sys.prefix), otter_openclip.__file__
+pipeline.find_towers = lambda: {towers}
+
+def run(line):
+    assert cli.main(line.split()) == 0, line
+
+run("demo --quick --output demo --seed 3")
+run("train --config cc3m_rn50_declutr_otter --model otter-tiny-trial --no-pretrained-image"
+    " --no-use-bn-sync --train-data demo/data/train/00000.tar --train-num-samples 32 --batch-size 16"
+    " --epochs 1 --workers 1 --name trial")
+run("export logs/trial out")
+run("eval --model local-dir:out --pretrained= --dataset wds/mine --no_amp --num_workers 0"
+    " --dataset_root demo/data/unseen_face --output result.json")
+run("export logs/trial out --overwrite --license cc0-1.0 --results result.json")
+sys.argv = "clip_benchmark build result.json --output results.csv".split()
+clip_benchmark.cli.main()
+"""
+
+
+def test_demo_train_export_and_eval_from_the_wheel_in_an_empty_folder(installed, towers, tmp_path):
+    words = {name: str(value) for name, value in towers.items()}
+    out = run(installed / "python", "-c", CHAIN.format(towers=words), cwd=tmp_path)
+    output = tmp_path / "demo"
+    report = json.loads((output / "demo.json").read_text())
+    assert report["seed"] == 3 and report["runs"].keys() == {"infonce", "otter"}
+    assert report["versions"]["otter-openclip"] == otter_openclip.__version__
+    assert "--sinkhorn-lambda 0.08" in report["commands"]["otter"]
+    one, other = (report["commands"][loss].split() for loss in ("infonce", "otter"))
+    assert other[: len(one)] == [word.replace("infonce", "otter") for word in one]
+    for course in (run["course"] for run in report["runs"].values()):
+        assert [at["step"] for at in course] == [6, 12]
+        for at in course:
+            assert at["tests"].keys() == {"unseen characters", "unseen face"}
+            for metrics in at["tests"].values():
+                rates = [metrics[f"flat_hit@{k}"] for k in (1, 5, 10)]
+                assert 0 <= rates[0] <= rates[1] <= rates[2] <= 1
+                assert 0 < metrics["mean_average_precision"] < 1
+        ends = course[-1]["tests"].values()
+        assert all(f"{100 * m['mean_average_precision']:.1f} |" in out for m in ends)
+    assert report["clip_benchmark"].keys() == {"infonce", "otter"}
+    assert "on unseen characters agrees with ours (by" in out
+    assert [len(names) for names in report["examples"]["nearest"]["otter"]] == [5, 5, 5]
+    assert {path.name for path in (output / "features").iterdir()} and (
+        [path.name for path in (output / "logs/otter/checkpoints").iterdir()] == ["epoch_2.pt"]
+    )
+    with Image.open(output / "demo.png") as picture:
+        assert picture.width > 1000
+    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    assert 0 <= metrics["flat_hit@1"] <= metrics["flat_hit@10"] <= 1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| mine | flat_hit@1 | {metrics['flat_hit@1']:.4f} |" in card
+    with open(tmp_path / "results.csv", newline="") as file:  # clip_benchmark's table of results
+        (row,) = csv.DictReader(file)
+    assert (row["dataset"], row["model"]) == ("wds/mine", "local-dir:out")
+    assert all(float(row[name]) == value for name, value in metrics.items())
+
+
+def test_the_command_patches_from_the_wheel(installed, tmp_path):
+    assert "usage: otter-openclip" in run(installed / "otter-openclip", "--help", cwd=tmp_path)
+    (origin,) = importlib.util.find_spec("clip_benchmark").submodule_search_locations
+    shutil.copytree(origin, tmp_path / "site" / "clip_benchmark")
+    for path in Path(origin).parent.glob("clip_benchmark*.dist-info"):
+        shutil.copytree(path, tmp_path / "site" / path.name)
+    words = [installed / "otter-openclip", "patch", "clip_benchmark", "--target", "site"]
+    assert "not patched" in run(*words, cwd=tmp_path)
+    run(*words, "--apply", cwd=tmp_path)
+    assert ": patched" in run(*words, cwd=tmp_path)
+
+
+def imported() -> dict[str, set[str]]:
+    """Distribution -> the modules of the package that import it."""
+    names: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "otter_openclip").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = []
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found = [node.module]
+            for name in {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names):
+                names.setdefault(name, set()).add(str(path.relative_to(ROOT / "otter_openclip")))
+    del names["otter_openclip"]
+    distribution = metadata.packages_distributions()
+    return {normal(distribution[name][0]): where for name, where in names.items()}
+
+
+def normal(requirement: str) -> str:
+    """The name in a requirement, as package indexes spell it."""
+    for stop in "[<>=!;~ ":
+        requirement = requirement.partition(stop)[0]
+    return requirement.lower().replace("_", "-").replace(".", "-")
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round():
+    found = imported()
+    assert found.pop("triton").isdisjoint({"losses.py", "sinkhorn.py"})  # torch's, where it has it
+    declared = {normal(line) for line in PROJECT["dependencies"]}
+    extras = {
+        normal(line)
+        for name, lines in PROJECT["optional-dependencies"].items()
+        if name not in ("dev", "benchmarks")
+        for line in lines
+    }
+    missing = {name: where for name, where in found.items() if name not in declared | extras}
+    assert missing == {}
+    assert declared & extras == set()
+    assert declared - found.keys() == {"requests"}  # clip-benchmark's
+
+
+def test_without_matplotlib_the_demo_names_its_extra(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["demo", "--output", str(tmp_path / "demo")]) == 2
+    assert "pip install 'otter-openclip[demo]'" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_without_matplotlib_the_contact_sheet_has_pillows_font(monkeypatch, tmp_path, caplog):
+    from otter_openclip.data import contact_sheet
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 40), "red").save(picture)
+    contact_sheet.draw([(0, picture.read_bytes(), "a caption", None)], tmp_path / "sheet.png")
+    assert "pip install 'otter-openclip[plots]'" in caplog.text
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert len(sheet.getcolors(10_000)) > 10
+
+
+def test_the_public_api_is_typed(tmp_path):
+    """Torch's own types take mypy half a minute to read; `make types` does."""
+    pytest.importorskip("mypy")
+    words = ["--follow-imports", "skip", "--ignore-missing-imports", "--cache-dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_citation_is_the_papers():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == otter_openclip.__version__
+    paper = citation["preferred-citation"]
+    readme = (ROOT / "README.md").read_text()
+    authors = " and ".join(f"{a['family-names']}, {a['given-names']}" for a in paper["authors"])
+    assert f"{{{authors}}}" in readme and f"{{{paper['title']}}}" in readme
+    assert f"## {otter_openclip.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_example_notebooks_run(path, capsys):
+    """Cell by cell in this process: a kernel of its own would import torch once more."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, object] = {"__name__": "__main__"}
+    for number, cell in enumerate(cells):
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        exec(compile("".join(cell["source"]), f"{path.name}, code cell {number}", "exec"), names)
+    assert capsys.readouterr().out

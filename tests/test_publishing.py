@@ -1,0 +1,191 @@
+"""Model cards, and pushing to a stand-in of the hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import hub as stand_in
+import open_clip
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from training_helpers import train
+
+from otter_openclip import cli
+from otter_openclip.checkpoints import card, publish
+from otter_openclip.checkpoints.export import export_checkpoint
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with stand_in.running(monkeypatch, str(tmp_path / "cache")) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def run(pairs, tmp_path_factory, hf_model):
+    """A run with a text tower from a folder of this machine."""
+    logs = tmp_path_factory.mktemp("logs")
+    train(pairs, logs, "--loss", "otter", "--model", hf_model, "--epochs", "1", "--seed", "7")
+    return logs / "run"
+
+
+def result(path, **changes):
+    metrics = {"flat_hit@1": 0.25, "mean_average_precision": 0.5, "recall": None, "worst": "nan"}
+    contents = {"dataset": "wds/my birds", "model": "local-dir:/home/me/out", "pretrained": ""}
+    contents |= {"task": "zeroshot_classification", "metrics": metrics, "language": "en"}
+    path.write_text(json.dumps(contents | changes))
+    return path
+
+
+def export(run, out, *words):
+    return cli.main(["export", str(run), str(out), *map(str, words)])
+
+
+def test_a_pushed_model_loads_from_the_hub_and_names_nothing_of_this_machine(
+    run, hub, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    words = ["--license", "cc-by-nc-4.0", "--results", result(tmp_path / "r.json"), "--private"]
+    assert export(run, out, *words, "--push-to-hub", "lab/model") == 0
+    assert f"Pushed to {hub.url}/lab/model" in capsys.readouterr().out
+    files = hub.repositories["lab/model"]
+    assert hub.private == {"lab/model": True}
+    assert files.keys() == {path.name for path in out.iterdir()}
+    text = json.loads(files["open_clip_config.json"])["model_cfg"]["text_cfg"]
+    assert text["hf_model_name"] == text["hf_tokenizer_name"] == "lab/model"
+    for name, content in files.items():
+        assert str(tmp_path.parent).encode() not in content, name
+        assert b"/home/me" not in content, name
+    name = "hf-hub:lab/model"
+    model, _, _ = open_clip.create_model_and_transforms(name)
+    local, _, _ = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    tokens = open_clip.get_tokenizer(name)(["red circle"])
+    assert tokens.tolist() == [[2, 5, 11, 3, 0, 0, 0, 0]]
+    with torch.no_grad():
+        assert torch.equal(model.eval().encode_text(tokens), local.eval().encode_text(tokens))
+    assert "/lab/model/resolve/main/config.json" in hub.requests
+
+
+def test_the_card_states_licence_settings_results_and_how_to_load(run, tmp_path):
+    files = [result(tmp_path / "a.json")]
+    files += [result(tmp_path / "b.json", dataset="goi", metrics={"flat_hit@5": 1})]
+    out = export_checkpoint(
+        run, tmp_path / "out", license="apache-2.0", results=files, weights="teacher"
+    )
+    written = ModelCard.load(out / "README.md")
+    assert written.data.license == "apache-2.0" and written.data.library_name == "open_clip"
+    assert written.data.pipeline_tag == "zero-shot-image-classification"
+    found = {(r.dataset_name, r.metric_name): r.metric_value for r in written.data.eval_results}
+    assert found == {
+        ("my birds", "flat_hit@1"): 0.25,
+        ("my birds", "mean_average_precision"): 0.5,
+        ("goi", "flat_hit@5"): 1,
+    }
+    assert {r.dataset_type for r in written.data.eval_results} == {"my-birds", "goi"}
+    for line in (
+        "The teacher of an open_clip training run with `--loss otter` after epoch 1",
+        "open_clip.create_model_and_transforms('local-dir:out')",
+        "| `sinkhorn_lambda` | 0.15 |",
+        "| `batch_size` | 12 |",
+        "| `seed` | 7 |",
+        "| my birds | mean_average_precision | 0.5000 |",
+        "Of the weights: apache-2.0.",
+        "wu2022otter",
+    ):
+        assert line in written.content
+    assert str(tmp_path.parent) not in written.content
+
+
+def test_without_a_licence_none_is_stated(tmp_path):
+    torch.save(open_clip.create_model("tiny-vit").state_dict(), tmp_path / "bare.pt")
+    out = export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", model="tiny-vit")
+    written = ModelCard.load(out / "README.md")
+    assert written.data.license is None and written.data.eval_results is None
+    assert "mit" not in written.content.lower().split("# out")[0]
+    assert "Of the weights: not stated." in written.content
+    assert "wu2022otter" not in written.content
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--push-to-hub", "lab/model"], "--push-to-hub needs --license"),
+        (["--license", "MIT License"], "--license takes the hub's identifier"),
+        (["--license", "mit", "--push-to-hub", "model"], "takes OWNER/NAME, got 'model'"),
+        (["--private"], "--private is for --push-to-hub"),
+        (["--results", "{tmp}/gone.json"], "gone.json: not a result file of otter-openclip eval"),
+        (["--results", "{tmp}/list.json"], "list.json: not a result file of otter-openclip eval"),
+        (["--results", "{tmp}/none.json"], "none.json: no finite number among its metrics"),
+    ],
+)
+def test_what_cannot_be_published_is_refused_before_any_work(
+    run, hub, tmp_path, capsys, words, message
+):
+    (tmp_path / "list.json").write_text("[1]")
+    result(tmp_path / "none.json", metrics={"acc1": float("nan"), "x": None})
+    assert export(run, tmp_path / "out", *(w.format(tmp=tmp_path) for w in words)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and hub.requests == []
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    return export_checkpoint(run, tmp_path_factory.mktemp("exported") / "out", license="mit")
+
+
+def test_a_card_that_is_there_stays(exported, hub):
+    hub.repositories["lab/model"] = {"README.md": b"written by hand"}
+    done = publish.push(exported, "lab/model", private=False)
+    assert "it has a README.md already, which stays" in done
+    assert hub.repositories["lab/model"]["README.md"] == b"written by hand"
+    assert "open_clip_model.safetensors" in hub.repositories["lab/model"]
+    assert hub.private == {"lab/model": False}
+
+
+def test_a_failed_push_leaves_the_folder_and_says_so(exported, hub):
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(
+        RuntimeError, match=f"{exported} is complete, but could not be pushed to lab"
+    ):
+        publish.push(exported, "lab/model", private=False)
+
+
+def test_any_other_file_with_a_path_of_this_machine_is_refused(exported, hub, tmp_path):
+    out = shutil.copytree(exported, tmp_path / "out")
+    vocabulary = json.loads((out / "tokenizer.json").read_text())
+    (out / "tokenizer.json").write_text(json.dumps(vocabulary | {"merges": ["//", "/tmp"]}))
+    publish.push(out, "lab/model", private=False)
+    hub.requests.clear()
+    (out / "extra.json").write_text(json.dumps({"a": [{"name_or_path": str(tmp_path)}]}))
+    with pytest.raises(ValueError, match=f"extra.json in it names {tmp_path}"):
+        publish.push(out, "lab/model", private=False)
+    assert hub.requests == []
+
+
+def test_settings_name_no_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "towers").mkdir()
+    places = {"model": "local-dir:towers", "pretrained": "/home/me/secret/epoch_3.pt"}
+    params = places | {"teacher_model": "hf-hub:lab/b", "opt": "timm/momentum", "wd": "0.1"}
+    params |= {"train_data": "/home/me/x.tar", "momentum": "None", "lock_image": "False"}
+    assert card.read_settings(params, {"settings": {"loss": "kd", "alpha": 0.5}}) == {
+        "model": "local-dir:towers",
+        "pretrained": "epoch_3.pt",
+        "teacher_model": "hf-hub:lab/b",
+        "opt": "timm/momentum",
+        "wd": "0.1",
+        "loss": "kd",
+        "alpha": "0.5",
+    }
+    assert card.read_settings({"model": f"local-dir:{tmp_path}/towers"}, {}) == {
+        "model": "local-dir:towers"
+    }
+
+
+def test_results_are_not_deleted_by_an_overwrite(run, exported, capsys):
+    inside = result(exported / "r.json")
+    assert export(run, exported, "--overwrite", "--results", inside) == 2
+    assert "which --overwrite would delete" in capsys.readouterr().err and inside.is_file()
