@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from otter_openclip.analysis.neighbours import (
 from otter_openclip.analysis.page import render
 from otter_openclip.analysis.pictures import draw
 from otter_openclip.analysis.reading import Reader
-from otter_openclip.analysis.verdict import verdict
+from otter_openclip.analysis.verdict import Verdict, verdict
 from otter_openclip.files import make_room, write_json, write_text
 
 SHOWN = 24  # pairs in each list of the page
@@ -42,23 +43,41 @@ def run(args: argparse.Namespace) -> int:
     make_room(output / "report.html")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = Model(args.model, args.pretrained, device, args.feature_cache)
-    pairs = _shuffled(model.embed(reader, args.samples))
-    count = len(pairs.captions)
-    stats: dict[str, Any] = {
-        "data": {
-            "train_data": args.train_data,
-            "pairs": count,
-            "pairs_in_all": reader.pairs_in_all,
-            "passed_over": [
-                {"reason": reason, "samples": number, "first": reader.places[reason]}
-                for reason, number in reader.passed_over.most_common()
-            ],
-        },
-        "model": {"name": args.model, "pretrained": args.pretrained, "from_cache": model.cached},
+    pairs = model.embed(reader, args.samples)
+    data = {
+        "train_data": args.train_data,
+        "pairs": len(pairs.captions),
+        "pairs_in_all": reader.pairs_in_all,
+        "passed_over": [
+            {"reason": reason, "samples": number, "first": reader.places[reason]}
+            for reason, number in reader.passed_over.most_common()
+        ],
     }
-    sizes = sorted({size for size in args.batch_sizes if size <= count} or {count})
-    notes = _notes(args, count, sizes, reader)
-    total = sum(steps(count, size) for size in sizes) + 4
+    about = {"name": args.model, "pretrained": args.pretrained, "from_cache": model.cached}
+    sizes = sorted({size for size in args.batch_sizes if size <= data["pairs"]} or {data["pairs"]})
+    notes = _notes(args, data, sizes)
+    found = report(output, pairs, {"data": data, "model": about, "notes": notes}, sizes)
+    for question, (answer, why) in (
+        ("Are the captions noisy?", found.noise),
+        ("Would OTTER help?", found.otter),
+    ):
+        print(f"{question} {answer}. {why}")
+    print(*notes, sep="\n", end="\n" * bool(notes))
+    print(f"Open {output / 'report.html'}; beside it are matchings.png and stats.json.")
+    return 0
+
+
+def report(output: Path, pairs: Embedded, stats: dict[str, Any], sizes: Sequence[int]) -> Verdict:
+    """Write the three files into the folder ``output``.
+
+    Args:
+        output: that is there.
+        pairs: at least two.
+        stats: the entries "data", "model" and "notes" of stats.json; the others are added.
+        sizes: of batches, growing, none larger than ``pairs``.
+    """
+    pairs = _shuffled(pairs)
+    total = sum(steps(len(pairs.captions), size) for size in sizes) + 4
     with tqdm(total=total, desc="Matching", unit="step") as bar:
         rankings = {}
         for name, rank in (("similarity", by_similarity), ("neighbours", by_neighbours)):
@@ -78,24 +97,17 @@ def run(args: argparse.Namespace) -> int:
         }
     stats["ranks"] = {name: ranking.statistics() for name, ranking in rankings.items()}
     found = verdict(stats)
-    stats["verdict"] = {**found._asdict(), "notes": notes}
-    suspects = _suspects(rankings[found.judge]) if found.judge else []
-    ranking = rankings.get(found.judge)
-    stats["suspects"] = [_suspect(pairs, ranking, i) for i in suspects[:LISTED]]
+    stats["verdict"] = found._asdict()
+    suspects: list[tuple[int, int]] = []
+    if ranking := rankings.get(found.judge):
+        suspects = _suspects(ranking)
+        stats["suspects"] = [_suspect(pairs, ranking, *pair) for pair in suspects]
     stats["duplicates"] = {name: _duplicates(pairs, copy) for name, copy in copies.items()}
-    shown = [(i, int(ranking.other[i])) for i in suspects[:SHOWN]]
-    page = render(stats, pairs, shown, copies, min(sizes))
-    draw(output / "matchings.png", stats, pairs, min(sizes))
+    page = render(stats, pairs, suspects[:SHOWN], copies, sizes[0])
+    draw(output / "matchings.png", stats, pairs, sizes[0])
     write_json(output / "stats.json", stats)
     write_text(output / "report.html", page)
-    for question, (answer, why) in (
-        ("Are the captions noisy?", found.noise),
-        ("Would OTTER help?", found.otter),
-    ):
-        print(f"{question} {answer}. {why}")
-    print(*notes, sep="\n", end="\n" * bool(notes))
-    print(f"Open {output / 'report.html'}; beside it are matchings.png and stats.json.")
-    return 0
+    return found
 
 
 def _shuffled(pairs: Embedded) -> Embedded:
@@ -108,30 +120,33 @@ def _shuffled(pairs: Embedded) -> Embedded:
     )
 
 
-def _notes(args: argparse.Namespace, count: int, sizes: list[int], reader: Reader) -> list[str]:
+def _notes(args: argparse.Namespace, data: dict[str, Any], sizes: list[int]) -> list[str]:
     """What is other than was asked for."""
-    notes = []
+    notes, count = [], data["pairs"]
     if count < args.samples:
         notes.append(f"{count:,} pairs could be used, {args.samples:,} were asked for.")
     if left_out := sorted(set(args.batch_sizes) - set(sizes)):
         listed = ", ".join(f"{size:,}" for size in left_out)
         instead = f"; one batch of all {count:,} takes their place" if sizes == [count] else ""
         notes.append(f"Too few pairs for batches of {listed}{instead}.")
-    if passed := sum(reader.passed_over.values()):
-        reason, number = reader.passed_over.most_common(1)[0]
-        notes.append(f"{passed:,} samples were passed over, most often ({number:,}): {reason}.")
+    if passed := sum(found["samples"] for found in data["passed_over"]):
+        most = data["passed_over"][0]
+        often = f"most often ({most['samples']:,}): {most['reason']}"
+        notes.append(f"{passed:,} samples were passed over, {often}.")
     return notes
 
 
-def _suspects(ranking: Ranking) -> list[int]:
-    """Captions whose own picture is in the far part, those first that another fits better by most."""
-    margin = ranking.best - ranking.own
-    order = margin.argsort(descending=True).tolist()
-    return [i for i in order if ranking.rank[i] > FAR]
+def _suspects(ranking: Ranking) -> list[tuple[int, int]]:
+    """Captions whose own picture is in the far part, with the picture that fits them best.
+
+    Those come first that the other fits better by most.
+    """
+    order = (ranking.best - ranking.own).argsort(descending=True).tolist()
+    far = [i for i in order if ranking.rank[i] > FAR]
+    return [(i, int(ranking.other[i])) for i in far[:LISTED]]
 
 
-def _suspect(pairs: Embedded, ranking: Ranking, i: int) -> dict[str, Any]:
-    other = int(ranking.other[i])
+def _suspect(pairs: Embedded, ranking: Ranking, i: int, other: int) -> dict[str, Any]:
     return {
         "place": pairs.places[i],
         "caption": pairs.captions[i],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,7 +123,7 @@ class Model:
         """Encode ``pairs``; ``total`` is how many there are at most.
 
         Raises:
-            ValueError: if they are fewer than two, or features are not finite.
+            ValueError: if features are not finite.
         """
         features: tuple[list[Tensor], list[Tensor]] = ([], [])
         shown: list[tuple[str, bytes, bytes, str]] = []
@@ -138,10 +137,6 @@ class Model:
                 features[1].append(self._encode("text", keys, list(tokens)))
                 shown += [(p.caption, thumbnail(p.image), p.key, p.place) for p in batch]
                 bar.update(len(batch))
-        if len(shown) < 2:
-            raise ValueError(f"{len(shown)} usable pairs in --train-data; at least 2 are needed")
-        for tower, count in self.cached.items():
-            logging.info(f"{count} of {len(shown)} {_KINDS[tower]} features came from the cache")
         images, texts = map(torch.cat, features)
         return Embedded(images, texts, *map(list, zip(*shown, strict=True)))
 

@@ -57,7 +57,7 @@ def render(
         verdict=stats["verdict"],
         pairs=pairs,
         picture=picture,
-        suspects=list(zip(suspects, stats["suspects"], strict=False)),
+        suspects=list(zip(suspects, stats.get("suspects", []), strict=False)),
         copies=copies,
         size=size,
         targets=_TARGETS,

@@ -26,6 +26,7 @@ from otter_openclip.training.data_checks import TABLES, fault
 
 THUMBNAIL = 160  # pixels along the longer side
 _ROWS = 10_000  # of a table at once
+_NAMED = 5
 
 
 class Pair(NamedTuple):
@@ -60,10 +61,23 @@ class Reader:
         self.pairs_in_all: int | None = None
 
     def __iter__(self) -> Iterator[Pair]:
-        """The pairs that can be used; all attributes are known in the end."""
+        """The pairs that can be used; all attributes are known in the end.
+
+        Raises:
+            ValueError: in the end, if they are fewer than two.
+        """
         kind, path = self.args.dataset_type, self.args.train_data
-        table = kind == "csv" or (kind == "auto" and path.endswith(TABLES))
-        return self._of_table() if table else self._of_shards()
+        table, count = kind == "csv" or (kind == "auto" and path.endswith(TABLES)), 0
+        for pair in self._of_table() if table else self._of_shards():
+            count += 1
+            yield pair
+        if count < 2:
+            most = self.passed_over.most_common(_NAMED)
+            reasons = "; ".join(f"{number} with: {reason}" for reason, number in most)
+            raise ValueError(
+                f"--train-data {path} gave {count} usable pairs, at least 2 are needed"
+                + f"; passed over: {reasons}" * bool(reasons)
+            )
 
     def _pass_over(self, place: str, reason: str) -> None:
         self.passed_over[reason] += 1
@@ -104,7 +118,7 @@ class Reader:
                 with contextlib.suppress(Exception):  # of a pipe that is not read to its end
                     file.close()
         except Exception as error:  # gopen, curl and tarfile each have their own
-            self._pass_over(url, f"shard {error}")
+            self._pass_over(url, f"shard: {getattr(error, 'strerror', None) or error}")
 
     def _of_table(self) -> Iterator[Pair]:
         """Rows drawn by lot in one pass over the table, and of these the pictures."""
