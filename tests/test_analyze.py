@@ -295,6 +295,7 @@ def test_errors_come_before_any_work(weights, pairs, tmp_path, capsys, monkeypat
     (tmp_path / "empty").mkdir()
     write_tar(tmp_path / "one.tar", {"a.jpg": jpeg(1), "a.txt": b"a", "b.txt": b"b"})
     cases = [
+        ([*data, "--model", "tiny-vit", *good, "--batch-sizes", 1], "a batch of 1 has nothing to"),
         ([*data, "--model", "tiny-vit"], "without --pretrained has random weights; pass a tag"),
         ([*data, "--model", "tiny-vt", *good], "--model tiny-vt .*cannot be loaded: .*not found"),
         ([*data, "--model", "tiny-rn", *good], "--model tiny-rn --pretrained .* cannot be loaded"),
@@ -351,7 +352,7 @@ def test_a_cache_of_training_gives_the_same_features(hf_model, pairs, tmp_path):
         assert tuple(kept.cached.values()) == counts
         assert found.captions == live.captions
         for one, other in ((found.images, live.images), (found.texts, live.texts)):
-            assert (one - other).abs().max() < 0.02 * other.std(dim=0).mean()
+            assert (one - other).abs().max() < 0.1 * other.std(dim=0).mean()
     with pytest.raises(ValueError, match="has no features of this model's frozen towers"):
         torch.manual_seed(1)
         torch.save(open_clip.create_model(hf_model).state_dict(), tmp_path / "other.pt")

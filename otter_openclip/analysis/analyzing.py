@@ -35,10 +35,12 @@ def run(args: argparse.Namespace) -> int:
     """Write report.html, matchings.png and stats.json; returns the exit code.
 
     Raises:
-        ValueError: if there is no such model or no such data, or fewer than two usable pairs.
+        ValueError: if there is no such model, there are no such data, or a batch is of one.
         OSError: if the folder cannot be written.
     """
     output = Path(args.output)
+    if min(args.batch_sizes) < 2:
+        raise ValueError("--batch-sizes: a batch of 1 has nothing to match; take 2 or more")
     reader = Reader(args)
     make_room(output / "report.html")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -76,10 +76,10 @@ def verdict(stats: Mapping[str, Any]) -> Verdict:
         return Verdict(noise, otter, judge, "not sure at all", remarks)
     share, error = ranks[judge]["at_chance"], ranks[judge]["standard_error"]
     level = 0 if share < CLEAN else 1 if share < NOISY else 2
-    by = "By neighbours: " * (judge == "neighbours")
+    by = "By neighbours, about" if judge == "neighbours" else "About"
     noise = (
         ("Hardly", "Some of them", "Yes, many")[level],
-        f"{by}About {share:.0%} (± {2 * error:.0%}) of the captions fit their own picture no better "
+        f"{by} {share:.0%} (± {2 * error:.0%}) of the captions fit their own picture no better "
         "than one drawn by lot. Wrong captions are at most that many: what the model does not know "
         "counts as well.",
     )
