@@ -29,7 +29,7 @@ from torch.utils.data import get_worker_info
 from otter_openclip.data.tables import header, rows
 
 _IMAGES = {"jpg", "png", "jpeg", "webp"}
-_TABLES = (".csv", ".tsv")
+TABLES = (".csv", ".tsv")
 _ROUNDS = 20  # of drawing from the shards without a usable sample
 _NAMED = 5
 _MAGIC = 257  # where a tar says that it is one
@@ -48,7 +48,7 @@ def fault(args: Namespace) -> str | None:
         given = any(others) or args.zeroshot_data
         return None if given else "there are no data to train on; give --train-data"
     auto = args.dataset_type == "auto"
-    if args.dataset_type == "csv" or (auto and args.train_data.endswith(_TABLES)):
+    if args.dataset_type == "csv" or (auto and args.train_data.endswith(TABLES)):
         return _table_fault(args)
     urls = expand_urls(args.train_data)[0]
     gone = [url for url in urls if "://" not in url and ":" not in url and not os.path.exists(url)]
