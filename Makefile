@@ -2,12 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo clean
+.PHONY: test docs demo clean
 
 test: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: .venv/towers
 	$(BIN)/otter-openclip demo
@@ -25,4 +28,4 @@ demo: .venv/towers
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv site

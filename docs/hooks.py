@@ -4,7 +4,8 @@
   name, come along, so that every link stays inside the site.
 * A fence of the language ``math`` holds LaTeX and becomes MathML, which browsers draw themselves: no
   script, no font and no network, and GitHub reads the same fence.
-* ``losses.py:OtterLoss`` in backticks becomes a link to that line. A name that is not there ends the build.
+* ``losses.py:OtterLoss`` in backticks becomes a link to that line; a name that is not there ends the
+  build.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ PACKAGE = ROOT / "otter_openclip"
 LINKED = ("benchmarks/results/*", "configs/*", "patches/README.md", "LICENSE")
 IN_REPOSITORY = r"\]\((?:\.\./)+(benchmarks|configs|patches|LICENSE)"
 NAMED_CODE = re.compile(r"((?:\w+/)*\w+\.py):([A-Za-z_][\w.]*)")
-SOURCE_PAGE = "---\nsearch:\n  exclude: true\n---\n# {name}\n\n~~~~ {{.python linenums=1}}\n{code}~~~~\n"
+SOURCE_PAGE = (
+    "---\nsearch:\n  exclude: true\n---\n# {name}\n\n~~~~ {{.python linenums=1}}\n{code}~~~~\n"
+)
 
 
 @cache
