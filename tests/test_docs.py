@@ -2,14 +2,14 @@
 
 Every command of every page is parsed by its own program. Those of ``start.md`` and of the recipes are
 run too, one after the other as they stand, on tiny models and data (QUICK); not the few that need the
-demo's pretrained towers (``demo``, ``benchmarks.data_efficiency``) or a download.
+demo's pretrained towers (``demo``, ``benchmarks.data_efficiency``) or take long (NOT_RUN).
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import importlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -28,6 +28,7 @@ from open_clip_train import main
 from open_clip_train import train as loop
 
 from otter_openclip import cli
+from otter_openclip.losses import DistillationLoss
 from otter_openclip.training import open_clip_v3
 from otter_openclip.training.plugin import TrainingPlugin
 
@@ -94,7 +95,7 @@ QUICK = {
     "--text": "text",
     "--context-length": "8",
 }
-NOT_RUN = {"demo", "-m"}
+NOT_RUN = {"demo", "-m", "unlocked"}
 EVALUATION = ("--num_workers", "0", "--batch_size", "8", "--no_amp", "--class_cache", "")
 
 
@@ -122,32 +123,35 @@ def place(tmp_path_factory, pairs, labelled, hf_model):
 
 
 @pytest.mark.parametrize(
-    "page",
-    ["start", "recipes/fine-tune", "recipes/two-towers", "recipes/many-captions"],
+    "pages",
+    [("start",), ("recipes/fine-tune",), ("recipes/two-towers", "recipes/many-captions")],
+    ids=lambda pages: pages[0],
 )
-def test_a_page_can_be_followed(page, place, monkeypatch, capfd):
+def test_pages_can_be_followed(pages, place, monkeypatch, capfd):
     monkeypatch.chdir(place)
-    path = ROOT / "docs" / f"{page}.md"
-    if page == "recipes/many-captions" and not (place / "out" / "towers").exists():
-        pytest.skip("it goes on from two-towers")
-    shutil.rmtree(place / "logs", ignore_errors=True)
-    shutil.rmtree(place / "shards", ignore_errors=True)
-    if not any(words[1] == "data" for words in commands(path)):
-        assert (
-            cli.main("data csv --captions pairs.tsv --output shards/mine --shards 8".split()) == 0
-        )
+    for page in pages:
+        path = ROOT / "docs" / f"{page}.md"
+        shutil.rmtree("logs", ignore_errors=True)
+        shutil.rmtree("shards", ignore_errors=True)
+        if "data" not in {words[1] for words in commands(path)}:
+            line = "data csv --captions pairs.tsv --output shards/mine --shards 8"
+            assert cli.main(line.split()) == 0
+        for words in commands(path):
+            if not NOT_RUN & set(words):
+                _run(quick(words), capfd)
+        for code in blocks(path, "python"):
+            code = code.replace("ViT-B-32", "tiny-vit").replace("laion2b_s34b_b79k", "tiny-vit.pt")
+            exec(compile(code, page, "exec"), {})
+
+
+def _run(words, capfd):
     root = logging.getLogger()
     handlers = list(root.handlers)
-    for words in commands(path):
-        if not NOT_RUN & set(words):
-            code = cli.main(quick(words)[1:])
-            assert code == 0, (" ".join(quick(words)), capfd.readouterr().err[-2000:])
-            for handler in set(root.handlers) - set(handlers):
-                root.removeHandler(handler)
-    for code in blocks(path, "python"):
-        if "laion2b" in code:
-            code = code.replace("ViT-B-32", "tiny-vit").replace("laion2b_s34b_b79k", "tiny-vit.pt")
-        exec(compile(code, page, "exec"), {})
+    try:
+        assert cli.main(words[1:]) == 0, (words, capfd.readouterr().err[-2000:])
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            root.removeHandler(handler)
 
 
 NEEDS_FILES = ("local-dir:", "pretrained=", "open_clip_v4")
@@ -256,6 +260,15 @@ def test_pages_are_short():
         if (lines := len(page.read_text().splitlines())) > 200 and page.name != "evidence.md"
     }
     assert not long
+
+
+def test_a_name_of_the_code_is_found_or_refused():
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    spec.loader.exec_module(hooks := importlib.util.module_from_spec(spec))
+    (_, line) = inspect.getsourcelines(DistillationLoss._target)
+    assert hooks.line_of("losses.py", "DistillationLoss._target") == line
+    with pytest.raises(LookupError, match="has no otter_targets"):
+        hooks.line_of("losses.py", "otter_targets")
 
 
 def test_the_site_builds_strictly_and_loads_nothing(tmp_path):
