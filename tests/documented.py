@@ -30,7 +30,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "patches
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 SHELLS = ("sh", "bash", "console")
 # Not ours, and not installed for tests: only that they are spelt like a command line is known.
-FOREIGN = ("cd", "export", "git", "img2dataset", "sed")
+FOREIGN = ("cd", "export", "git", "img2dataset", "sed", "tensorboard")
 OURS_IN_STOCK = ("goi", "imagenet10k", "zeroshot_multilabel")  # of a patched clip_benchmark
 
 
