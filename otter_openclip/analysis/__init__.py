@@ -8,6 +8,7 @@ OTTER, knowledge distillation and InfoNCE would make their targets, and pairs wo
 from __future__ import annotations
 
 import argparse
+import importlib.util
 
 from otter_openclip.data.options import positive
 
@@ -47,7 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; returns its exit code.
+
+    Raises:
+        RuntimeError: naming the extra to install, if matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError(
+            "matplotlib, which draws the report's pictures, is missing: pip install "
+            "'otter-openclip[plots]'"
+        )
     from otter_openclip.analysis.analyzing import run  # heavy imports
 
     return run(args)
