@@ -25,7 +25,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from otter_openclip.data.contact_sheet import FORMATS, THUMBNAIL, draw
-from otter_openclip.data.options import positive
+from otter_openclip.data.options import at_least
 from otter_openclip.data.pool import default_workers, ordered_map
 from otter_openclip.evaluation import shard_samples
 from otter_openclip.evaluation.faults import Fault, SampleError
@@ -46,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("shards", nargs="+", metavar="SHARDS", help=text)
     text = "picture to write, of the format its suffix says; default contact_sheet.png here"
     add("--sheet", default="contact_sheet.png", metavar="FILE", help=text)
-    add("--pictures", type=positive, default=48, metavar="N", help="images on it; default 48")
+    add("--pictures", type=at_least(1), default=48, metavar="N", help="images on it; default 48")
     add("--json", metavar="FILE", help="also write the figures and all faults there")
     workers = default_workers()
-    add("--workers", type=positive, default=workers, metavar="N", help="default: one per CPU")
+    add("--workers", type=at_least(1), default=workers, metavar="N", help="default: one per CPU")
 
 
 def main(args: argparse.Namespace) -> int:

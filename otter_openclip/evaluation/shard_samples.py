@@ -25,11 +25,12 @@ _ORIENTATION = 0x0112  # EXIF's tag
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # likewise
 
 
-class _Member(tarfile.TarInfo):
+class Member(tarfile.TarInfo):
     """tarfile takes a header cut short or garbled for the end; this one notes the true end."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> _Member:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Member:
+        """As tarfile has it."""
         try:
             return super().fromtarfile(tar)
         except tarfile.EOFHeaderError:
@@ -49,18 +50,30 @@ def samples(
         OSError: a fault's text, if the tar cannot be read to its end.
     """
     try:
-        with tarfile.open(path, "r|*", tarinfo=_Member) as tar:
+        with tarfile.open(path, "r|*", tarinfo=Member) as tar:
             yield from _grouped(tar, strict)
     except (tarfile.TarError, EOFError) as error:
         fault = f"damaged or cut short ({error}); copy or build the shard again"
         raise OSError(f"cannot be read to its end: {fault}") from error
 
 
+def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar opened with ``tarinfo=Member``, none of them kept in memory.
+
+    Raises:
+        tarfile.TarError: if it does not end as a tar does.
+    """
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # or it keeps all
+        yield member
+    if not getattr(tar, "ended", False):
+        raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
+
+
 def _grouped(tar: tarfile.TarFile, strict: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
     current: str | None = None
     files: dict[str, bytes] = {}
-    for member in tar:
-        tar.members = []  # or it keeps all
+    for member in members(tar):
         match = _KEY_AND_SUFFIX.match(member.name)
         if match is None or not member.isreg() or _SKIPPED.match(member.name):
             continue
@@ -73,8 +86,6 @@ def _grouped(tar: tarfile.TarFile, strict: bool) -> Iterator[tuple[str, dict[str
                 yield current, files
             current, files = key, {}
         files[suffix] = tar.extractfile(member).read()
-    if not getattr(tar, "ended", False):
-        raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
     if current is not None:
         yield current, files
 
@@ -167,6 +178,12 @@ def opened(content: bytes) -> Image.Image:
         return Image.open(io.BytesIO(content))
 
 
+def load(image: Image.Image) -> None:
+    """Decode an opened image; SampleError if it cannot be, as when its end is missing."""
+    with _readable():
+        image.load()
+
+
 def rgb(image: Image.Image) -> Image.Image:
     """An opened image as webdataset's ``pil`` handler decodes it for training and evaluation.
 
@@ -175,8 +192,8 @@ def rgb(image: Image.Image) -> Image.Image:
     Raises:
         SampleError: if it cannot be decoded.
     """
+    load(image)
     with _readable():
-        image.load()
         return image.convert("RGB")
 
 
