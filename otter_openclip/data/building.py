@@ -42,27 +42,16 @@ _NOT_OF_THE_RESULT = ("output", "workers", "max_missing")  # options that a resu
 
 @dataclass
 class Build:
-    """What to build, and how; `run` does it.
+    """What to build, and how; `run` does it."""
 
-    Attributes:
-        args: the command and all of its options, those of `options.add_output` among them.
-        inputs: files that the result depends on, beside the archives of ``images``.
-        images: what is to be opened before the plan is filled.
-        fill: fills the plan, again if the last attempt did not finish it.
-        finish: writes the small files of the data set.
-        encode: a payload's suffix and content.
-        shard_name: format, from the shard's number.
-        record: what a name stands for: "row" if it is the picture's path, or URL, photo, image.
-    """
-
-    args: argparse.Namespace
-    inputs: Sequence[str]
-    images: Paths | Downloaded | None
-    fill: Callable[[Plan], None]
-    finish: Callable[[Path, Plan], None]
-    encode: Callable[[Any], tuple[str, bytes]]
-    shard_name: str
-    record: str
+    args: argparse.Namespace  # the command and its options, with those of `options.add_output`
+    inputs: Sequence[str]  # files that the result depends on, beside the archives of ``images``
+    images: Paths | Downloaded | None  # opened before the plan is filled
+    fill: Callable[[Plan], None]  # again if the last attempt did not finish it
+    finish: Callable[[Path, Plan], None]  # writes the small files of the data set
+    encode: Callable[[Any], tuple[str, bytes]]  # a payload's suffix and content
+    shard_name: str  # format, from the shard's number
+    record: str  # what a name stands for: "row" if it is the picture's path, or URL, photo, image
 
     def __post_init__(self) -> None:
         self.shown = self.args.output
@@ -83,11 +72,9 @@ class Build:
     def run(self) -> dict[str, Any]:
         """Build, or go on with a build that was stopped, or see that it is complete; the report.
 
-        Raises:
-            ValueError: if the output holds something else or a build with other settings or inputs,
-                nothing could be kept, or too many pictures are missing.
-            RuntimeError: if another process builds there, or a worker was killed.
-            OSError: if something cannot be read or written.
+        ValueError if the output holds something else or a build with other settings or inputs, nothing
+        could be kept, or too many pictures are missing; RuntimeError if another process builds there, or
+        a worker was killed; OSError if something cannot be read or written.
         """
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"{self.output} is a file; give --output a folder")
@@ -218,11 +205,11 @@ class Build:
         order = plan.order(None if getattr(args, "no_shuffle", True) else args.seed)
         cuts = cut(len(order), args.shard_size, args.shards)
         if len(cuts) <= ENOUGH_SHARDS:
-            print(
-                f"Shards: {len(cuts) - 1}, for {len(order)} samples. open_clip needs one for each "
-                f"data-loading worker of all GPUs together; --shards {ENOUGH_SHARDS} makes "
-                f"{ENOUGH_SHARDS}"
+            text = (
+                f"Shards: {len(cuts) - 1}, for {len(order)} samples. open_clip needs one for each"
             )
+            fix = f"--shards {ENOUGH_SHARDS} makes {ENOUGH_SHARDS}"
+            print(f"{text} data-loading worker of all GPUs together; {fix}")
         done = self._done(plan)
         chunks = (
             [plan.sample(int(id)) for id in order[start : start + _CHUNK]]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from otter_openclip.data.tables import at, lines
 from otter_openclip.files import written_whole
 
 LABELS_FILE = "processed_labels.csv"
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 # Of github.com/igorbrigadir/DownloadConceptualCaptions, which the reference uses; no header.
 _REPORT = ("file", "folder", "mimetype", "size", "status", "url")
 
@@ -55,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
             found = Found(None, reason=NOT_DOWNLOADED)
             if name := plan.db.execute(query, (url,)).fetchone() if args.report else (url,):
                 found = images.find(*name)
-            pairs.add(plan, url, found, caption)
+            plan.add(url, found, caption)
 
     inputs = [args.captions, *([args.report] if args.report else [])]
     return pairs.build(args, inputs, images, fill, "URL", write_labels)
@@ -102,7 +104,5 @@ def write_labels(output: Path, plan: Plan) -> None:
 
 def _unquoted(field: str) -> str:
     """The field without the quotes that pandas puts around some, and strips again."""
-    inner = field[1:-1].replace('""', "")
-    if len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner:
-        return field[1:-1].replace('""', '"')
-    return field
+    quoted = _QUOTED.fullmatch(field)
+    return quoted[1].replace('""', '"') if quoted else field

@@ -39,6 +39,6 @@ def main(args: argparse.Namespace) -> int:
 
     def fill(plan: Plan) -> None:
         for line, (image, caption) in tqdm(rows, "Reading captions", unit="caption"):
-            pairs.add(plan, image, images.find(image), caption, where=f"line {line}")
+            plan.add(image, images.find(image), caption, where=f"line {line}")
 
     return pairs.build(args, [args.captions], images, fill, "row")

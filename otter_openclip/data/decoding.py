@@ -30,8 +30,7 @@ def prepare(content: bytes, resize: int | None = None) -> tuple[str, bytes]:
     pixels; then they are scaled as torchvision's ``Resize(resize, BICUBIC)`` does. Other formats, and
     pixels of more than 8 bits, become PNG. SampleError if Pillow cannot read all of it; as `eight_bits`.
     """
-    image = shard_samples.opened(content)
-    shard_samples.load(image)
+    image = shard_samples.opened(content, whole=True)
     suffix = STOCK_FORMATS.get(image.format or "")
     if image.mode[0] in "IF":
         image, suffix = eight_bits(image), None

@@ -6,7 +6,6 @@ Takes parquet files as they are on the hub, and what datasets' save_to_disk writ
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
 from typing import Any
@@ -29,11 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    folders, files = sources.expand(args.dataset, sources.TABLES)
-    for folder in folders:
-        below = sorted(glob.glob(f"{glob.escape(folder)}/**", recursive=True))
-        files += [name for name in below if name.endswith(sources.TABLES)]
-    files = list(dict.fromkeys(files))
+    _, files = sources.expand(args.dataset, sources.TABLES, inside="**")
     if not files:
         raise FileNotFoundError(f"--dataset {' '.join(args.dataset)}: no .parquet or .arrow there")
 
@@ -52,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
                     file = [place] if os.path.isfile(place) else None
                 captions = values[key] if isinstance(values[key], list) else [values[key]]
                 for caption in captions:
-                    pairs.add(plan, f"{path} row {int(row.name)}", Found(file), caption or "")
+                    plan.add(f"{path} row {int(row.name)}", Found(file), caption or "")
 
     return pairs.build(args, files, None, fill, "row")
 

@@ -8,6 +8,7 @@ import os
 import posixpath
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,39 +79,31 @@ def _key(path: str) -> bytes:
     return os.fsencode("/".join(reversed(parts)))
 
 
+@dataclass
 class Paths:
-    """Pictures that rows name by a path.
+    """Pictures that rows name by a path, in the ``given`` folders and archives.
 
     The path is looked for whole in every folder, then whole in the archives. If it is in none, files
     of its name are looked for below the folders and in the archives; of several that count whose paths
-    agree with it in most parts. A picture is found only if there is one such file.
+    agree with it in most parts. A picture is found only if there is one such file. Raises as
+    `sources.expand`.
     """
 
-    def __init__(
-        self,
-        given: Iterable[str],
-        *,
-        any_suffix: bool = False,
-        search: bool = True,
-        first: bool = False,
-    ) -> None:
-        """Look whether the ``given`` folders and archives are there; raises as `sources.expand`.
+    given: Iterable[str]
+    any_suffix: bool = False  # a name stands for an image of any format
+    search: bool = True  # also below the folders
+    first: bool = False  # a path means its file in the first of the folders that has it
 
-        With ``any_suffix`` a name stands for an image of any format. Without ``search`` nothing is
-        looked for below the folders. With ``first`` a path means its file in the first of them.
-        """
-        self.folders, self.archives = sources.expand(given)
-        self.any_suffix, self.first = any_suffix, first
-        self._unread = [f for f in self.folders if search and "://" not in f]
+    def __post_init__(self) -> None:
+        self.folders, self.archives = sources.expand(self.given)
+        self._unread = [f for f in self.folders if self.search and "://" not in f]
 
     def open(self, index: Index, unpacked: Path) -> None:
         """Index the archives and addresses; folders here are only if a path is not found."""
         self.index = index
-        for archive in self.archives:
-            self._add(unpacking.local(archive, unpacked))
-        for folder in self.folders:
-            if "://" in folder:
-                self._add(folder)
+        remote = [folder for folder in self.folders if "://" in folder]
+        for source in [*(unpacking.local(a, unpacked) for a in self.archives), *remote]:
+            self._add(source)
 
     def _add(self, source: str) -> None:
         self.index.add(source, ((_key(name), *place) for name, *place in sources.members(source)))
@@ -148,13 +141,16 @@ def _only(found: list[Found], *, whole: bool) -> Found:
     return Found(None, " or ".join(each.name for each in found[:_SHOWN]), whole, AMBIGUOUS)
 
 
+@dataclass
 class Downloaded:
     """Images that img2dataset has downloaded, in any of its output formats, by fields of their JSON."""
 
-    def __init__(self, given: Sequence[str], fields: Sequence[str]) -> None:
-        """Look whether the ``given`` are there; raises as `sources.expand`."""
-        self.fields = fields
-        self.folders, found = sources.expand(given, (*sources.ARCHIVES, *sources.TABLES))
+    given: Sequence[str]
+    fields: Sequence[str]
+
+    def __post_init__(self) -> None:
+        suffixes = (*sources.ARCHIVES, *sources.TABLES)
+        self.folders, found = sources.expand(self.given, suffixes)
         self.archives = [path for path in found if not path.endswith(sources.TABLES)]
         # The parquet form holds nothing else; beside tars or folders parquet is statistics.
         if not self.archives and not any(glob.glob(f"{glob.escape(f)}/*/") for f in self.folders):
@@ -163,8 +159,7 @@ class Downloaded:
     def open(self, index: Index, unpacked: Path) -> None:
         """Index the images; OSError if one has no JSON with one of the fields."""
         self.index = index
-        local = (unpacking.local(archive, unpacked) for archive in self.archives)
-        for source in (*local, *self.folders):
+        for source in [*(unpacking.local(a, unpacked) for a in self.archives), *self.folders]:
             index.add(source, self._entries(source))
 
     def find(self, *names: str) -> Found:

@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from otter_openclip.data.building import Build
-from otter_openclip.data.lookup import Downloaded, Found, Paths
+from otter_openclip.data.lookup import Downloaded, Paths
 from otter_openclip.data.options import add_output, at_least
 from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import absolute
 from otter_openclip.files import write_json
-
-EMPTY_CAPTION = "empty caption"
 
 
 def add_image_options(parser: argparse.ArgumentParser, images: str, *, required: bool) -> None:
@@ -48,14 +46,6 @@ def images(
     if not args.images:
         return Paths(default, search=False, first=True)
     return Paths(args.images, any_suffix=any_suffix, search=search)
-
-
-def add(plan: Plan, name: str, found: Found, caption: str, where: str = "") -> None:
-    """Append a pair to the plan, or drop it."""
-    if found.file is not None and not caption.strip():
-        plan.drop(name, EMPTY_CAPTION, where)
-    else:
-        plan.add(name, found, caption, where=where)
 
 
 def build(

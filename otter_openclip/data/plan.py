@@ -16,7 +16,7 @@ from otter_openclip.data.lookup import AMBIGUOUS, NOT_DOWNLOADED, Found, Index
 from otter_openclip.files import written_whole
 
 DROPPED_FILE = "dropped.tsv"
-DUPLICATE, CLAIMED = "duplicate", "file name of another"
+DUPLICATE, CLAIMED, EMPTY_CAPTION = "duplicate", "file name of another", "empty caption"
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT);
@@ -63,7 +63,7 @@ class Plan:
     def add(
         self, name: str, found: Found, payload: Any, *, key: str | None = None, where: str = ""
     ) -> None:
-        """Append a sample, or drop it: without a picture, repeated, or with another record's picture.
+        """Append a sample, or drop it: without picture or caption, repeated, with another's picture.
 
         Repeated is a ``key`` or, without one, a file with its payload. Of two names of which neither is
         surely the file's none is kept; ``where`` is the row, for the report.
@@ -72,6 +72,8 @@ class Plan:
             if found.reason == NOT_DOWNLOADED:
                 return self.skip(NOT_DOWNLOADED)
             return self.drop(name, found.reason, found.name or where)
+        if isinstance(payload, str) and not payload.strip():
+            return self.drop(name, EMPTY_CAPTION, where)
         if key is not None and not _KEY.fullmatch(key):
             fault = "cannot be the key of a webdataset sample (letters, digits, - and _)"
             raise ValueError(f"{name}: {key!r} {fault}")

@@ -59,13 +59,13 @@ class Sample(NamedTuple):
 
 
 def expand(
-    patterns: Iterable[str], suffixes: tuple[str, ...] = ARCHIVES
+    patterns: Iterable[str], suffixes: tuple[str, ...] = ARCHIVES, inside: str = "*"
 ) -> tuple[list[str], list[str]]:
     """Split paths into (folders, archives), absolute or addresses; braces and wildcards expanded.
 
-    A folder that holds archives stands for them too; compressed tars, which take long to unpack and
-    much room, are used only if named. FileNotFoundError if one of the paths is not there, ValueError if
-    it is a file but no archive.
+    A folder stands for the archives ``inside`` it too; but compressed tars, which take long to unpack
+    and much room, are used only if named. FileNotFoundError if one of the paths is not there,
+    ValueError if it is a file but no archive.
     """
     folders, archives = [], []
     for text in (text for pattern in patterns for text in braceexpand.braceexpand(pattern)):
@@ -75,8 +75,8 @@ def expand(
                 archives.append(path)
             elif remote or os.path.isdir(path):
                 folders.append(path)
-                inside = [] if remote else sorted(glob.glob(f"{glob.escape(path)}/*"))
-                plain = (each for each in inside if not each.endswith(COMPRESSED))
+                found = [] if remote else glob.glob(f"{glob.escape(path)}/{inside}", recursive=True)
+                plain = (each for each in sorted(found) if not each.endswith(COMPRESSED))
                 archives += (each for each in plain if each.endswith(suffixes))
             elif not os.path.exists(path):
                 raise FileNotFoundError(f"{path}: no such folder or archive")
@@ -149,11 +149,8 @@ def members(source: str) -> Iterator[Member]:
             for name in sorted(names, key=os.path.splitext):
                 yield Member(os.path.relpath(os.path.join(folder, name), source))
     else:
-        try:
+        with tables.whole(source):
             yield from _zip_members(source) if source.endswith(".zip") else _tar_members(source)
-        except (tarfile.TarError, zipfile.BadZipFile) as error:
-            fault = f"damaged or cut short ({error})"
-            raise OSError(f"{source}: {fault}; download or write it again") from error
 
 
 def _zip_members(path: str) -> Iterator[Member]:

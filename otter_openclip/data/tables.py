@@ -11,14 +11,17 @@ import csv
 import gzip
 import io
 import lzma
+import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import IO, Any
 
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-# What these raise for a file that is cut short or broken.
-DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+# What readers raise for a file that is cut short or broken.
+_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+_DAMAGED += (tarfile.TarError, zipfile.BadZipFile)
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 _QUOTES = 'a field that begins with " ends with one, and those inside are doubled: "say ""a"""'
 csv.field_size_limit(1 << 27)
@@ -27,6 +30,15 @@ csv.field_size_limit(1 << 27)
 def at(path: str, line: int, fault: str) -> ValueError:
     """The error to raise for a ``fault`` in a line of a file."""
     return ValueError(f"{path}:{line}: {fault}")
+
+
+@contextlib.contextmanager
+def whole(path: str, *errors: type[Exception]) -> Iterator[None]:
+    """What reading a damaged file raises, and further ``errors``, as an OSError that names ``path``."""
+    try:
+        yield
+    except (*_DAMAGED, *errors) as error:
+        raise OSError(f"{path}: damaged or cut short ({error}); get or write it again") from error
 
 
 def open_bytes(path: str) -> IO[bytes]:
@@ -56,7 +68,7 @@ def lines(path: str, *, ends: bool = False) -> Iterator[tuple[int, str]]:
     They are cut off, unless ``ends``, and so is a byte-order mark. ValueError names a line that is not
     UTF-8, OSError a compressed file that is damaged.
     """
-    with open_bytes(path) as packed:
+    with open_bytes(path) as packed, whole(path):
         file, number = (opener(packed) or (lambda file: file))(packed), 0
         try:
             for number, raw in enumerate(file, 1):
@@ -65,8 +77,6 @@ def lines(path: str, *, ends: bool = False) -> Iterator[tuple[int, str]]:
         except UnicodeDecodeError as error:
             fault = f"not UTF-8 text (byte {error.start + 1} is {error.object[error.start]:#x})"
             raise at(path, number, f"{fault}; convert it: iconv -f latin1 -t utf-8") from error
-        except DAMAGED as error:
-            raise OSError(f"{path}: damaged or cut short ({error}); download it again") from error
 
 
 def rows(path: str, separator: str, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:

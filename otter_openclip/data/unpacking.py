@@ -36,17 +36,13 @@ def local(archive: str, folder: Path) -> str:
         target = folder / (sources.digest(f"{archive} {sources.stamp(archive)}").hex() + suffix)
         if target.exists():
             return str(target)
-        try:
-            with written_whole(target) as out:
-                if table:
-                    write_tar(file, out, archive)
-                else:
-                    size = None if remote else os.path.getsize(archive)
-                    with tqdm.wrapattr(file, "read", size, desc=f"Unpacking {name}") as packed:
-                        shutil.copyfileobj(unpack(packed) if unpack else packed, out, 1 << 20)
-        except tables.DAMAGED as error:
-            fault = f"damaged or cut short ({error})"
-            raise OSError(f"{archive}: {fault}; download it again") from error
+        with tables.whole(archive), written_whole(target) as out:
+            if table:
+                write_tar(file, out, archive)
+            else:
+                size = None if remote else os.path.getsize(archive)
+                with tqdm.wrapattr(file, "read", size, desc=f"Unpacking {name}") as packed:
+                    shutil.copyfileobj(unpack(packed) if unpack else packed, out, 1 << 20)
         return str(target)
 
 
@@ -68,7 +64,7 @@ def write_tar(table: IO[bytes], out: IO[bytes], name: str) -> None:
         kind = inner.get("bytes", kind)
         return types.is_binary(kind) or types.is_large_binary(kind)
 
-    try:
+    with tables.whole(name, pyarrow.ArrowException):
         if name.endswith(".parquet"):
             reader = parquet.ParquetFile(table)
             schema, batches = reader.schema_arrow, reader.iter_batches(batch_size=64)
@@ -88,8 +84,6 @@ def write_tar(table: IO[bytes], out: IO[bytes], name: str) -> None:
                     row["image_path"], image = image.get("path"), image.get("bytes")
                 parts = {"json": json.dumps(row, default=str).encode()}
                 add_sample(tar, f"{number:09d}", parts | ({"jpg": image} if image else {}))
-    except pyarrow.ArrowException as error:
-        raise OSError(f"{name}: damaged or cut short ({error}); download it again") from error
 
 
 def add_sample(tar: tarfile.TarFile, key: str, parts: Mapping[str, bytes]) -> None:

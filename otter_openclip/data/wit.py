@@ -78,9 +78,7 @@ def caption_of(row: dict[str, str], fields: Sequence[str]) -> str:
     """The first of ``fields`` that the row has, or ""."""
     for field in fields:
         text = row[CAPTION_FIELDS[field]]
-        if field == "attribution" and row[_PASSES].lower() != "true":
-            continue
-        if text.strip():
+        if text.strip() and (field != "attribution" or row[_PASSES].lower() == "true"):
             return text
     return ""
 

@@ -41,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--subset", required=True, type=kind, metavar="FILE", help=text)
     text = "yfcc100m_dataset[.bz2], or several files of its rows (.bz2, .gz)"
     add("--metadata", required=True, nargs="+", type=kind, metavar="FILE", help=text)
-    text = (
-        "folder (abc/def/abcdef....jpg by hash, below data/images/ or not, or flat), zips or tars"
-    )
+    text = "folder (abc/def/abcdef....jpg by hash, below data/images or flat), zips or tars"
     pairs.add_image_options(parser, text, required=True)
     pairs.add_pair_output(parser)
 
@@ -67,11 +65,9 @@ def main(args: argparse.Namespace) -> int:
                 plan.skip("video")
                 continue
             names = (photo, url) if args.img2dataset else file_names(wanted[0], photo, url)
-            found, texts = images.find(*names), [clean(row[name]) for name in _NEEDED[1:]]
-            if found.file is not None and not "".join(texts).strip():
-                plan.drop(photo, pairs.EMPTY_CAPTION)
-            else:
-                plan.add(photo, found, ". ".join(texts), key=photo)
+            texts = clean(row["title"]), clean(row["description"])
+            caption = ". ".join(texts) if "".join(texts).strip() else ""
+            plan.add(photo, images.find(*names), caption, key=photo)
         (rest,) = execute("SELECT COUNT(*) FROM wanted WHERE NOT seen").fetchone()
         if rest:
             plan.skip("without metadata", rest)

@@ -170,18 +170,15 @@ def _readable() -> Iterator[None]:
         raise SampleError(f"unreadable image: {text}") from error
 
 
-def opened(content: bytes) -> Image.Image:
-    """The image with its header read; SampleError if Pillow cannot read it."""
+def opened(content: bytes, *, whole: bool = False) -> Image.Image:
+    """The image with its header read, or the ``whole``; SampleError if Pillow cannot read it."""
     if not content:
         raise SampleError("unreadable image: empty file")
     with _readable():
-        return Image.open(io.BytesIO(content))
-
-
-def load(image: Image.Image) -> None:
-    """Decode an opened image; SampleError if it cannot be, as when its end is missing."""
-    with _readable():
-        image.load()
+        image = Image.open(io.BytesIO(content))
+        if whole:
+            image.load()
+        return image
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -192,8 +189,8 @@ def rgb(image: Image.Image) -> Image.Image:
     Raises:
         SampleError: if it cannot be decoded.
     """
-    load(image)
     with _readable():
+        image.load()
         return image.convert("RGB")
 
 
