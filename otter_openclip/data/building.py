@@ -105,8 +105,7 @@ class Build:
         print(f"{self.shown}: {report['samples']} samples in {shards}.")
         for name, what in (("dropped", "Dropped"), ("skipped", "Left out")):
             if counts := report[name]:
-                listed = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-                print(f"{what}: {listed}.")
+                print(f"{what}: {_counts(counts)}.")
         if report["dropped"]:
             print(f"Which were dropped, and why: {self.shown}/{DROPPED_FILE}")
         return report
@@ -184,14 +183,11 @@ class Build:
         lost = {r: reasons[r] for r in (MISSING, AMBIGUOUS, UNDECODABLE) if r in reasons}
         total = samples + sum(lost.values()) - lost.get(UNDECODABLE, 0)
         if samples == lost.get(UNDECODABLE, 0):
-            counts = ", ".join(
-                f"{n} {reason}" for reason, n in (reasons | report["skipped"]).items()
-            )
-            fault = f"no sample could be kept ({counts or 'the input lists none'})"
+            counts = _counts(reasons | report["skipped"]) or "the input lists none"
+            fault = f"no sample could be kept ({counts})"
             fix = f"see {listed} and check the input and --images"
         elif most is not None and sum(lost.values()) > most(total):
-            counts = " and ".join(f"{count} {reason}" for reason, count in lost.items())
-            fault = f"{counts} of {total} images, listed in {listed}"
+            fault = f"{_counts(lost, ' and ')} of {total} images, listed in {listed}"
             again = "and build into a new folder, " if UNDECODABLE in lost else ""
             fix = f"put them in place {again}or allow it with --max-missing {sum(lost.values())}"
         else:
@@ -205,11 +201,9 @@ class Build:
         order = plan.order(None if getattr(args, "no_shuffle", True) else args.seed)
         cuts = cut(len(order), args.shard_size, args.shards)
         if len(cuts) <= ENOUGH_SHARDS:
-            text = (
-                f"Shards: {len(cuts) - 1}, for {len(order)} samples. open_clip needs one for each"
-            )
+            need = "open_clip needs one for each data-loading worker of all GPUs together"
             fix = f"--shards {ENOUGH_SHARDS} makes {ENOUGH_SHARDS}"
-            print(f"{text} data-loading worker of all GPUs together; {fix}")
+            print(f"Shards: {len(cuts) - 1}, for {len(order)} samples. {need}; {fix}")
         done = self._done(plan)
         chunks = (
             [plan.sample(int(id)) for id in order[start : start + _CHUNK]]
@@ -227,9 +221,8 @@ class Build:
     def _done(self, plan: Plan) -> int:
         """How far the shards go that are there; what came after a damaged one is done again."""
         done = 0
-        for name, size, last in plan.db.execute(
-            "SELECT name, size, last FROM shards ORDER BY last"
-        ):
+        shards = plan.db.execute("SELECT name, size, last FROM shards ORDER BY last")
+        for name, size, last in shards:
             if size and not _is_there(self.output / name, size):
                 break
             done = last
@@ -271,6 +264,10 @@ class Build:
             system.makedirs(os.path.dirname(target), exist_ok=True)
             system.put_file(str(path), target)
         shutil.rmtree(self.output)
+
+
+def _counts(counts: dict[str, int], joint: str = ", ") -> str:
+    return joint.join(f"{count} {reason}" for reason, count in counts.items())
 
 
 def _is_there(path: Path, size: int) -> bool:

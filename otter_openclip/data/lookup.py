@@ -58,12 +58,9 @@ class Index:
         if not self._sorted:
             self.db.execute("CREATE INDEX IF NOT EXISTS keys ON files (key)")
             self._sorted = True
-        where = "key = ?" if high is None else "key >= ? AND key < ?"
-        rows = self.db.execute(
-            "SELECT key, path, place, size, how FROM files JOIN sources ON source = id "
-            f"WHERE {where} ORDER BY key, source, place LIMIT {_LIMIT}",
-            (low,) if high is None else (low, high),
-        )
+        query = f"""SELECT key, path, place, size, how FROM files JOIN sources ON source = id
+            WHERE key >= ? AND key < ? ORDER BY key, source, place LIMIT {_LIMIT}"""
+        rows = self.db.execute(query, (low, high or low + b"\0"))
         return [_found(*row) for row in rows]
 
 

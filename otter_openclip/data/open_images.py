@@ -40,10 +40,9 @@ def main(args: argparse.Namespace) -> int:
         without_suffix = lambda name: os.path.splitext(os.path.basename(name))[0]  # noqa: E731
         labels = labelled.read_index_rows(args.labels, len(names), without_suffix)
     elif mids is None:
-        raise ValueError(
-            f"{args.classes} has no class ids (/m/...), by which {args.labels} names its labels; give "
-            "the class-descriptions CSV, or goi_images.txt as --labels"
-        )
+        fault = f"has no class ids (/m/...), by which {args.labels} names its labels"
+        fix = "give the class-descriptions CSV, or goi_images.txt as --labels"
+        raise ValueError(f"{args.classes} {fault}; {fix}")
     else:
         labels = read_labels(args.labels, mids, args.classes)
     paths = lambda name: (f"{name}.jpg", f"{labelled.SPLIT}/{name}.jpg")  # noqa: E731
