@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 
-from otter_openclip.data.options import positive
+from otter_openclip.flags import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
