@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test types demo clean
+.PHONY: test types docs demo clean
 
 test: .venv/installed
 	$(BIN)/ruff check
@@ -11,6 +11,9 @@ test: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: .venv/towers
 	$(BIN)/otter-openclip demo
@@ -28,4 +31,4 @@ demo: .venv/towers
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv site

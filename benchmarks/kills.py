@@ -1,9 +1,10 @@
-"""Builds killed at random moments: nothing may be lost, doubled or changed, nobody left behind.
+"""Commands killed at random moments: nothing may be lost, doubled or changed, nobody left behind.
 
-Every builder makes shards of a few hundred pictures, some of them missing or broken. The command is
-killed several times in a row on the way into one output, in six manners, and then left to end: each
-file of the output must be byte for byte that of a build which nobody disturbed. Moments are counted from
-the first file that the command opens, so that none is spent on the imports.
+``--parts`` says which; ``kill_commands`` has all but the builders. Every builder makes shards of a few
+hundred pictures, some of them missing or broken. The command is killed several times in a row on the way
+into one output, in six manners, and then left to end: each file of the output must be byte for byte that
+of a build which nobody disturbed. Moments are counted from the first file that the command opens, so
+that none is spent on the imports.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from otter_openclip.files import write_json
 # Ctrl-C in the milliseconds in which the workers start.
 MANNERS = ("parent", "group", "worker", "TERM", "INT", "INT start")
 WORKERS = (1, 3)
+PARTS = ("training", "latest", "ranks", "cache", "export", "convert", "eval", "builders")
 _IN_A_ROW = 3
 _GONE_SECONDS = 5.0
 _END_SECONDS = 30.0
@@ -269,38 +271,56 @@ def try_case(trial: Trial, kills: int, rng: random.Random, bar: tqdm) -> None:
     trial.failures.append(f"{trial.case}: only {len(trial.kills)} of {kills} kills met a build")
 
 
+def try_builders(args: argparse.Namespace, folder: Path, rng: random.Random) -> list[Trial]:
+    """Kill all builders, or those asked for."""
+    inputs = kill_inputs.make(folder, args.images, args.builders or [*kill_inputs.CASES])
+    data = [sys.executable, "-m", "otter_openclip.cli", "data"]
+    trials = [Trial(case, [*data, *words], folder / case) for case, words in inputs.items()]
+    kills = -(-args.kills // len(trials))
+    with tqdm(total=kills * len(trials), desc="Kills", unit="kill") as bar:
+        for trial in trials:
+            bar.set_postfix_str(trial.case)
+            try_case(trial, kills, rng, bar)
+    return trials
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trials; 1 if anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=120, help="over all builders, at least")
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help="default: all")
+    parser.add_argument("--kills", type=int, default=120, help="of all builders together, at least")
+    parser.add_argument("--kills-each", type=int, default=24, help="of each part but the builders")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--builders", choices=kill_inputs.CASES, nargs="+", help="default: all")
     parser.add_argument("--images", type=int, default=240, help="of each builder")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
     args = parser.parse_args(argv)
     rng = random.Random(args.seed)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    kills: list[Kill] = []
+    failures: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        inputs = kill_inputs.make(folder, args.images, args.builders or [*kill_inputs.CASES])
-        data = [sys.executable, "-m", "otter_openclip.cli", "data"]
-        trials = [Trial(case, [*data, *words], folder / case) for case, words in inputs.items()]
-        kills = -(-args.kills // len(trials))
-        with tqdm(total=kills * len(trials), desc="Kills", unit="kill") as bar:
-            for trial in trials:
-                bar.set_postfix_str(trial.case)
-                try_case(trial, kills, rng, bar)
-    print(common.table([trial.row() for trial in trials]))
-    failures = [failure for trial in trials for failure in trial.failures]
-    print(
-        f"{sum(len(t.kills) for t in trials)} kills, {len(failures)} failures", *failures, sep="\n"
-    )
+        others = [part for part in args.parts if part != "builders"]
+        if others:
+            from benchmarks import kill_commands  # with torch
+
+            cases = kill_commands.try_parts(others, folder / "commands", args.kills_each, rng)
+            tables["commands"] = [case.row() for case in cases]
+            failures += [failure for case in cases for failure in case.failures]
+        if "builders" in args.parts:
+            trials = try_builders(args, folder, rng)
+            tables["builders"] = [trial.row() for trial in trials]
+            kills = [kill for trial in trials for kill in trial.kills]
+            failures += [failure for trial in trials for failure in trial.failures]
+    for rows in tables.values():
+        print(common.table(rows))
+    count = sum(row["kills"] for rows in tables.values() for row in rows)
+    print(f"{count} kills, {len(failures)} failures", *failures, sep="\n")
     if args.output is not None:
-        found = {
-            "seed": args.seed,
-            "builders": [trial.row() for trial in trials],
-            "kills": [asdict(kill) for trial in trials for kill in trial.kills],
-            "failures": failures,
-        }
+        found = {"seed": args.seed, **tables, "failures": failures}
+        if kills:
+            found["kills"] = [asdict(kill) for kill in kills]
         write_json(args.output, found)
     return int(bool(failures))
 

@@ -33,6 +33,10 @@ COMMANDS = {
         "turn data sets as downloaded into webdataset shards",
         own_parser=True,
     ),
+    "analyze": Command(
+        "otter_openclip.analysis",
+        "look at training pairs with a model: are the captions noisy, would OTTER help?",
+    ),
     "patch": Command(
         "otter_openclip.patching",
         "patch open_clip or clip_benchmark to know --loss otter, and back",

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -47,7 +48,7 @@ def written_whole(
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def make_room(path: Path) -> None:
@@ -62,6 +63,32 @@ def make_room(path: Path) -> None:
         raise OSError(f"{path} is a folder, or in one that cannot be written to; name another file")
 
 
+def claim(path: Path) -> IO[Any]:
+    """Lock the file ``path`` until what is returned is closed or this process ends, however it does.
+
+    Where there are no locks (Windows, some network file systems) nothing is locked.
+
+    Raises:
+        FileExistsError: naming the process that holds it.
+    """
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked child does not hold it
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise FileExistsError(holder) from error
+    except (ImportError, OSError):
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small UTF-8 text file."""
     with written_whole(path, "w") as file:
@@ -73,9 +100,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's contents, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+_UNKNOWN = "unrecognized arguments: "
+MAX_COUNT = 2**31 - 1  # of whole numbers: what seeds and counts fit everywhere
 
 
 class Command(NamedTuple):
@@ -24,11 +29,84 @@ class Command(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors suggest the nearest flag, command or choice."""
+    """A parser that takes each flag once, with a value, and names what is nearest to a wrong word."""
+
+    def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore
+        """As argparse's, for ``args`` that are given."""
+        self._given = args
+        parsed = super().parse_args(args, namespace)
+        for flag in repeated(self, args):
+            self.error(f"argument {flag}: given more than once; {once(self, flag)}")
+        for action in self._actions:
+            if "" in as_list(getattr(parsed, action.dest, None)):
+                self.error(f"argument {name_of(action)}: expected a value, got ''")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and ``message``, and exit with 2."""
-        super().error(name_nearest(message, self._option_string_actions))
+        known = self._option_string_actions
+        if message.startswith("the following arguments are required"):
+            # One of them may be there, misspelt.
+            wrong = [w for w in self._given if w.startswith("--") and not find_flags(self, w)]
+            message += f"; {name_nearest(_UNKNOWN + ' '.join(wrong), known)}" if wrong else ""
+        super().error(name_nearest(message, known))
+
+
+def name_of(action: argparse.Action) -> str:
+    """An argument as messages name it."""
+    return action.option_strings[-1] if action.option_strings else str(action.metavar)
+
+
+def as_list(value: Any) -> list[Any]:
+    """The values of an argument that may take several."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def find_flags(parser: argparse.ArgumentParser, word: str) -> list[argparse.Action]:
+    """The flags that a word of a command line can stand for, whole, with ``=value`` or abbreviated."""
+    name, known = word.split("=")[0], parser._option_string_actions
+    if name in known:
+        return [known[name]]
+    near = (action for flag, action in known.items() if flag.startswith(name))
+    return list(dict.fromkeys(near)) if name.startswith("--") and name != "--" else []
+
+
+def repeated(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """The flags that ``words``, which parse, have more than once: of a value the last alone counts."""
+    words = words[: words.index("--")] if "--" in words else words
+    found = [find_flags(parser, word) for word in words]
+    counts = Counter(actions[0] for actions in found if len(actions) == 1)
+    return [name_of(action) for action, count in counts.items() if count > 1]
+
+
+def once(parser: argparse.ArgumentParser, flag: str) -> str:
+    """What to do about a flag that is there more than once."""
+    several = parser._option_string_actions[flag].nargs in ("+", "*")
+    return "give all its values after one" if several else "drop all but one"
+
+
+def number(
+    low: float, high: float = math.inf, kind: type = float, *, open_low: bool = False
+) -> Callable[[str], float]:
+    """A type for argparse: finite numbers of ``kind`` from ``low``, or above it, to ``high``."""
+    if kind is int:
+        high = min(high, MAX_COUNT)
+    bound = f"{'above' if open_low else 'at least'} {low:g}"
+    if high != math.inf and high != MAX_COUNT:
+        bound += f" and at most {high:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {noun}, got {text!r}") from None
+        inside = value > low if open_low else value >= low
+        if not (inside and value <= high and value != math.inf):
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+    return parse
 
 
 def run_command(
@@ -67,7 +145,7 @@ def name_nearest(message: str, known: Iterable[str]) -> str:
     invalid one.
     """
     known = list(known)
-    unknown = re.match(r"unrecognized arguments: (.*)", message)
+    unknown = re.match(rf"(?:the following.*; )?{_UNKNOWN}(.*)", message)
     for word in unknown[1].split() if unknown else []:
         near = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.7)
         if word.startswith("--") and near:

@@ -27,6 +27,9 @@ from otter_openclip.checkpoints.folder import check_out, write_folder
 from otter_openclip.checkpoints.parts import build_model, check_timm_name, read_tokenizer
 from otter_openclip.checkpoints.pretrained import read_trunk, text_config, text_weights_for
 from otter_openclip.checks import check_choice, check_interval
+from otter_openclip.flags import number
+from otter_openclip.terminating import on_sigterm
+from otter_openclip.untrusted import no_code_from_files
 
 HEADS = ("linear", "mlp", "none")
 POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "own": "cls_pooler"}
@@ -42,7 +45,7 @@ _OFFSET_POSITIONS = ("roberta", "xlm-roberta")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    add = parser.add_argument
+    add, positive = parser.add_argument, number(1, kind=int)
     add("out", metavar="OUT", help="folder to write; new or empty")
     add(
         "--image", required=True, metavar="NAME", help="timm's name, with or without a weights' tag"
@@ -55,25 +58,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text", required=True, metavar="NAME_OR_DIR", help="Hugging Face name, or such a folder")
     add("--text-weights", metavar="FILE", help="by default those of NAME_OR_DIR")
     add("--text-pooler", choices=POOLERS, default="mean", help="default: mean")
-    add("--embed-dim", type=int, metavar="D", help="default: the text tower's width")
+    add("--embed-dim", type=positive, metavar="D", help="default: the text tower's width")
     for tower in ("image", "text"):
         add(f"--{tower}-head", choices=HEADS, default="linear", help="default: linear")
     source = "default: the pretrained tower's"
-    add("--image-size", type=int, metavar="PIXELS", help=source)
-    add("--image-mean", type=float, nargs=3, metavar=("R", "G", "B"), help=source)
-    add("--image-std", type=float, nargs=3, metavar=("R", "G", "B"), help=source)
+    add("--image-size", type=positive, metavar="PIXELS", help=source)
+    add("--image-mean", type=number(-math.inf), nargs=3, metavar=("R", "G", "B"), help=source)
+    add("--image-std", type=number(0, open_low=True), nargs=3, metavar=("R", "G", "B"), help=source)
     add("--image-interpolation", choices=INTERPOLATIONS, help=source)
     add(
         "--context-length",
-        type=int,
+        type=positive,
         metavar="TOKENS",
         help=f"default: {DEFAULT_CONTEXT_LENGTH}, or as many as the text tower takes",
     )
-    add("--init-logit-scale", type=float, default=3.9, help="log of the scale; default: 3.9")
-    add("--seed", type=int, default=0, help="of heads that are drawn; default: 0")
+    add(
+        "--init-logit-scale",
+        type=number(0, math.log(100)),
+        default=3.9,
+        help="log of the scale; default: 3.9",
+    )
+    add("--seed", type=number(0, kind=int), default=0, help="of heads that are drawn; default: 0")
     add("--overwrite", action="store_true", help="replace OUT if it is an earlier export")
 
 
+@on_sigterm()
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     given = {name: value for name, value in vars(args).items() if name not in ("command", "out")}
@@ -83,6 +92,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+@no_code_from_files()
 def make_towers(
     out: str | Path,
     *,

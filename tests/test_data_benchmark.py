@@ -36,7 +36,18 @@ def test_made_pictures_differ():
 @pytest.mark.parametrize("case", ["csv-zip", "imagenet10k"])
 def test_killed_builds(tmp_path, case):
     output = tmp_path / "kills.json"
-    line = ["--builders", case, "--kills", "3", "--images", "60", "--output", str(output)]
+    line = [
+        "--parts",
+        "builders",
+        "--builders",
+        case,
+        "--kills",
+        "3",
+        "--images",
+        "60",
+        "--output",
+        str(output),
+    ]
     assert kills.main(line) == 0
     found = json.loads(output.read_text())
     assert found["failures"] == []

@@ -456,3 +456,18 @@ def test_towers_without_a_prefix(pairs, tmp_path, model, name, words, message):
     with pytest.raises(SystemExit, match=message):
         train(pairs, tmp_path / "logs", *extra)
     assert not (tmp_path / "cache").exists()
+
+
+def test_features_that_are_not_finite_are_no_unreadable_images(pairs, tmp_path, monkeypatch):
+    """Which are kept as NaN: a tower that gives NaN would have its samples left out in silence."""
+    stock = encoding.Encoder.__call__
+
+    def overflow(self, given):
+        features = stock(self, given)
+        features[5] = torch.inf
+        return features
+
+    monkeypatch.setattr(encoding.Encoder, "__call__", overflow)
+    words = ["--model", "tiny-vit", "--lock-image", "--feature-cache", str(tmp_path / "cache")]
+    with pytest.raises(SystemExit, match="visual tower gives NaN or infinities for 1 of "):
+        train(pairs, tmp_path, "--loss", "otter", *words)

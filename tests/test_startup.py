@@ -50,6 +50,7 @@ COMMAND = LOADED + "from otter_openclip import cli; sys.exit(cli.main())"
         ("patch open_clip --target nowhere", 2),
         ("patch open_clip", None),
         ("demo --help", 0),
+        ("analyze --help", 0),
     ],
 )
 def test_commands_that_need_no_torch_do_not_import_it(words, code):

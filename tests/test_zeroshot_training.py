@@ -14,6 +14,7 @@ from PIL import Image
 from training_helpers import assert_same, flags, load, train
 
 from otter_openclip.training.open_clip_v3 import main
+from otter_openclip.training.zeroshot import ZeroShotEvaluation
 
 
 def results(folder):
@@ -132,3 +133,27 @@ def test_a_checkpoint_without_optimizer_is_evaluated(pairs, labelled, tmp_path):
     line += ["--logs", str(tmp_path), "--name", "eval"]
     assert main(line) == 0
     assert results(tmp_path / "eval" / "checkpoints")[0]["epoch"] == 1
+
+
+def test_a_fault_after_an_epoch_costs_the_evaluation_only(
+    pairs, labelled, tmp_path, caplog, monkeypatch
+):
+    data = tmp_path / "data"
+    shutil.copytree(labelled, data)
+    metrics = ZeroShotEvaluation.metrics
+
+    def damaged_before_the_first(self, model, tokenizer, epoch, args):
+        shard = data / "test" / "0.tar"
+        shard.write_bytes((labelled / "test" / "0.tar").read_bytes()[: 700 if epoch == 1 else None])
+        return metrics(self, model, tokenizer, epoch, args)
+
+    monkeypatch.setattr(ZeroShotEvaluation, "metrics", damaged_before_the_first)
+    extra = ["--loss", "otter", "--zeroshot-data", str(data), "--zeroshot-frequency", "1"]
+    folder = train(pairs, tmp_path, *extra)
+    [said] = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert said.startswith("--zeroshot-data is not evaluated after epoch 1: ") and "0.tar" in said
+    assert [line["epoch"] for line in results(folder)] == [2]
+    assert load(folder / "epoch_1.pt")["epoch"] == 1 and load(folder / "best.pt")["epoch"] == 2
+    only = ["--model", "tiny-rn", "--resume", str(folder / "epoch_1.pt"), "--loss", "otter"]
+    with pytest.raises(SystemExit, match=r"error: --zeroshot-data: .*0\.tar"):
+        main([*only, *extra[2:], "--logs", str(tmp_path), "--name", "eval"])

@@ -34,12 +34,14 @@ def parse_args(*argv: str, prog: str | None = None) -> Any:
 def flags(pairs: Path, logs: Path, *extra: str, csv: bool = False) -> list[str]:
     """A full command line; ``extra`` flags override the common ones."""
     data = str(pairs / "pairs.csv") if csv else str(pairs / "{00000..00001}.tar")
-    given = {word for word in extra if word.startswith("--")}
-    line = ["--train-data", data, "--logs", str(logs)]
-    for flag, value in COMMON.items():
-        if flag not in given:
-            line += [flag, value]
-    return [*line, *extra]
+    words = {"--train-data": [data], "--logs": [str(logs)]}
+    words |= {flag: [value] for flag, value in COMMON.items()}
+    for word in extra:
+        if word.startswith("--"):
+            words[flag := word] = []
+        else:
+            words[flag].append(word)
+    return [word for flag, values in words.items() for word in (flag, *values)]
 
 
 def train(pairs: Path, logs: Path, *extra: str, csv: bool = False) -> Path:

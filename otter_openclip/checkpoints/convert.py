@@ -31,6 +31,8 @@ from otter_openclip.checkpoints.folder import (
 )
 from otter_openclip.checkpoints.parts import build_model, check_timm_name, read_tokenizer
 from otter_openclip.preprocessing import CROP_PCT
+from otter_openclip.terminating import on_sigterm
+from otter_openclip.untrusted import no_code_from_files
 
 WEIGHTS = ("student", "teacher")
 # models/model_factory.py of the reference
@@ -75,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@on_sigterm()
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     out = convert_checkpoint(
@@ -94,6 +97,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+@no_code_from_files()
 def convert_checkpoint(
     checkpoint: str | Path,
     out: str | Path,

@@ -15,7 +15,7 @@ import ast
 import copy
 import difflib
 import logging
-import re
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,20 +42,24 @@ from otter_openclip.checkpoints.folder import (
     write_folder,
 )
 from otter_openclip.checkpoints.layout import ENTRY, TEACHER, upgraded
+from otter_openclip.checkpoints.newest import newest_checkpoint
 from otter_openclip.checkpoints.publish import check_repository, push
+from otter_openclip.flags import number
 from otter_openclip.preprocessing import CROP_PCT
+from otter_openclip.terminating import on_sigterm
+from otter_openclip.untrusted import no_code_from_files
 
 WEIGHTS = ("student", "teacher")
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
 # open_clip_train's flags that change the model or its preprocessing; read back from params.txt.
 _MODEL_FLAGS: dict[str, dict[str, Any]] = {
-    "--force-image-size": {"type": int, "nargs": "+"},
-    "--force-context-length": {"type": int},
+    "--force-image-size": {"type": number(1, kind=int), "nargs": "+"},
+    "--force-context-length": {"type": number(1, kind=int)},
     "--force-quick-gelu": {"action": "store_true", "default": None},
     "--force-custom-text": {"action": "store_true", "default": None},
-    "--image-mean": {"type": float, "nargs": "+"},
-    "--image-std": {"type": float, "nargs": "+"},
+    "--image-mean": {"type": number(-math.inf), "nargs": "+"},
+    "--image-std": {"type": number(0, open_low=True), "nargs": "+"},
     "--image-interpolation": {"choices": ["bicubic", "bilinear", "random"]},
     "--image-resize-mode": {"choices": ["shortest", "longest", "squash"]},
     "--reference-crop": {
@@ -107,6 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, **keywords)
 
 
+@on_sigterm()
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     names = [_name(flag) for flag in _MODEL_FLAGS]
@@ -129,6 +134,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+@no_code_from_files()
 def export_checkpoint(
     checkpoint: str | Path,
     out: str | Path,
@@ -245,17 +251,10 @@ def _find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint {path}; give an epoch_N.pt or a run's folder")
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    numbered = [p for p in folder.glob("epoch_*.pt") if re.fullmatch(r"epoch_\d+", p.stem)]
-    numbered.sort(key=lambda p: int(p.stem.removeprefix("epoch_")))
-    latest = folder / "epoch_latest.pt"
-    if not latest.is_file():
-        if not numbered:
-            raise FileNotFoundError(f"no epoch_N.pt and no epoch_latest.pt in {folder}")
-        return numbered[-1]
-    # Stale when the run was resumed without --save-most-recent.
-    if numbered and read_file(latest).get("epoch", 0) < int(numbered[-1].stem[len("epoch_") :]):
-        return numbered[-1]
-    return latest
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        raise FileNotFoundError(f"no epoch_N.pt and no epoch_latest.pt in {folder}")
+    return newest
 
 
 def _settings(

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import glob
 import json
 import logging
+import secrets
 import shutil
-import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,11 +25,16 @@ import torch
 from open_clip.factory import LOCAL_DIR_PREFIX
 from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.tokenizer import HFTokenizer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from otter_openclip.files import sync
+
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+_UNFINISHED = ".unfinished"
+_STALE = 3600  # seconds after which an unfinished folder is a killed command's
 PROBE_TEXTS = ["a photo of a cat.", "Two CAFÉS &amp; <b>3</b> dogs", "zxqj"]
 
 
@@ -63,14 +70,17 @@ def write_folder(
     """
     target = out.resolve()  # of a link to a folder, the folder is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    temporary = _beside(target)
     try:
-        temporary.chmod(0o755)
+        temporary.mkdir()
         for name, text in (files or {}).items():
             (temporary / name).write_text(text)
         # In the checkpoint's dtype; cloned, because safetensors refuses tensors that share memory.
         tensors = {key: state[key].contiguous().clone() for key in model.state_dict()}
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{out} cannot be written, and nothing is there: {error}") from error
         if isinstance(tokenizer, HFTokenizer):
             tokenizer.save_pretrained(temporary)
         tower = config["text_cfg"].get("hf_model_name")
@@ -81,14 +91,26 @@ def write_folder(
         _verify(temporary, model, state, tokenizer)
         if local:
             _write_config(temporary, model, config, preprocess, target)
+        for path in temporary.rglob("*"):
+            sync(path)
+        sync(temporary)
         _move(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    sync(target.parent)
+    for path in target.parent.glob(f".{glob.escape(target.name)}-*{_UNFINISHED}"):
+        if time.time() - path.stat().st_mtime > _STALE:
+            shutil.rmtree(path, ignore_errors=True)
     if local:
         logging.warning(
             f"{out} must stay where it is: open_clip finds the text tower's config.json by an absolute "
             f"path only. After a move, set hf_model_name in its {CONFIG_FILE} to the new place"
         )
+
+
+def _beside(target: Path) -> Path:
+    """A name for what is not yet, or no longer, ``target``; known before the folder is there."""
+    return target.with_name(f".{target.name}-{secrets.token_hex(4)}{_UNFINISHED}")
 
 
 def _write_config(
@@ -129,15 +151,26 @@ def check_out(out: Path, overwrite: bool, *inputs: Path) -> None:
             )
 
 
-def read_file(path: Path) -> Mapping[str, Any]:
-    """A checkpoint's contents, read without running any of its code; ValueError if it is none."""
+def read_file(path: Path, *, verify: bool = True, mapped: bool = True) -> Mapping[str, Any]:
+    """A checkpoint's contents, read without running any of its code.
+
+    Args:
+        path: of a file that ``torch.save`` wrote, or .safetensors, which has no checksums.
+        verify: compare the checksums, which ``torch.load`` does not.
+        mapped: leave tensors on the disk until they are used: those of the optimizer never are.
+
+    Raises:
+        ValueError: if it is damaged or no checkpoint.
+    """
     try:
         if path.suffix == ".safetensors":
             contents = load_file(path)
         else:
-            # Mapped: the optimizer's state, most of the file, is never read.
-            mapped = zipfile.is_zipfile(path)
-            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            zipped = zipfile.is_zipfile(path)
+            if zipped and verify:
+                _check_sums(path)
+            mmap = mapped and zipped
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # every format and kind of damage has its own
         reason = (str(error).splitlines() or [""])[0][:160]
         raise ValueError(
@@ -151,10 +184,21 @@ def read_file(path: Path) -> Mapping[str, Any]:
     return contents
 
 
+def _check_sums(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"its part {damaged} is damaged, by its checksum")
+
+
 def check_state(state: Any, path: Path, weights: str) -> dict[str, Tensor]:
     """``state`` without DataParallel's prefixes; a ValueError unless it is tensors without NaN."""
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no state_dict; give a checkpoint of a training run")
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            kind = "a sparse tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"{path} holds no state_dict: {key} is {kind}, not a plain tensor")
+    state = {str(key): value for key, value in state.items()}
     if state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     bad = [key for key, value in state.items() if value.isnan().any()]
@@ -188,10 +232,19 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str, hint:
         for key in own
         if key in state and own[key].shape != state[key].shape
     ]
+    wrong += [
+        f"{key} is of {state[key].dtype}, the model's of {own[key].dtype}"
+        for key in own
+        if key in state and own[key].is_floating_point() != state[key].is_floating_point()
+    ]
     if wrong:
         shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise ValueError(f"{what}: {shown}. {hint}")
     model.load_state_dict(state)
+    # What is too large for the model's dtype included; buffers may mask with -inf.
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{what}: {key} has infinite values, or too large ones. {hint}")
 
 
 def _verify(folder: Path, trained: nn.Module, state: Mapping[str, Tensor], tokenizer: Any) -> None:
@@ -274,12 +327,14 @@ def _move(temporary: Path, out: Path) -> None:
     if not out.exists():
         temporary.rename(out)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-    out.rename(aside / "out")
+    aside = _beside(out)
     try:
+        aside.mkdir()
+        out.rename(aside / "out")
         temporary.rename(out)
-    except OSError:
-        (aside / "out").rename(out)
-        aside.rmdir()
+    except BaseException:
+        if not out.exists():
+            (aside / "out").rename(out)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -134,9 +134,9 @@ def read_index_rows(
         seen[image] = number
         labels = []
         for entry in entries:
-            text, _, confidence = entry.partition(":")
-            try:
-                label, sure = int(text), float(confidence or 1)
+            text, colon, confidence = entry.partition(":")
+            try:  # "2:" is an entry that a blank has cut
+                label, sure = int(text), float(confidence if colon else 1)
             except ValueError:
                 fault = f"{entry!r} is neither a class index nor index:confidence"
                 raise ValueError(f"{path}:{number}: {fault}") from None

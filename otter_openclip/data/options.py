@@ -10,6 +10,7 @@ from typing import Any
 from otter_openclip.data import sources
 from otter_openclip.data.plan import DROPPED_FILE
 from otter_openclip.data.pool import default_workers
+from otter_openclip.flags import number
 
 
 def max_missing(text: str) -> Callable[[int], int]:
@@ -25,11 +26,7 @@ def _is_number(text: str) -> bool:
     return text.replace(".", "", 1).isdecimal()
 
 
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+positive = number(1, kind=int)
 
 
 def add_output(parser: argparse.ArgumentParser, *, shard_size: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from otter_openclip.data import building, lookup, options, sources
 from otter_openclip.data.plan import Plan
 from otter_openclip.files import write_json
+from otter_openclip.flags import number
 
 SHARD_SIZE = 10_000
 EMPTY_CAPTION = "empty caption"
@@ -29,7 +30,7 @@ def add_pair_output(parser: argparse.ArgumentParser) -> None:
     options.add_output(parser, shard_size=SHARD_SIZE)
     add = parser.add_argument_group("order").add_argument
     text = "shuffles the pairs before they are cut; default 0"
-    add("--seed", type=int, default=0, help=text)
+    add("--seed", type=number(0, kind=int), metavar="N", help=text)
     text = "keep the input's order (archives on a slow disk are then read from front to back)"
     add("--no-shuffle", action="store_true", help=text)
 
@@ -78,15 +79,15 @@ def build(
     finish: Callable[[Path, Plan], None] = lambda *_: None,
 ) -> int:
     """Build a training set; returns the exit code. As `building.Build` and `building.run` have it."""
-    if args.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {args.seed}")
+    if args.no_shuffle and args.seed is not None:
+        raise ValueError("--no-shuffle has no use for --seed; drop one")
 
     def write_rest(folder: Path, plan: Plan) -> None:
         finish(folder, plan)
         sizes = {name: samples for name, samples, _ in plan.report()["written"]}
         write_json(folder / "sizes.json", sizes)
 
-    seed = None if args.no_shuffle else args.seed
+    seed = None if args.no_shuffle else args.seed or 0
     encode = lambda caption: ("txt", caption.encode())  # noqa: E731
     job = building.Build(args, settings, inputs, encode, "{:05d}.tar", record, seed)
     report = building.run(job, fill, write_rest)

@@ -32,6 +32,7 @@ TABLES = (".parquet", ".arrow")  # with the images in them
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"
 _RAW, _DEFLATED = -1, zipfile.ZIP_DEFLATED
 _LOCAL_HEADER = 30  # of a zip's member
+_CRC_LATER = 8  # flag: it stands behind the content
 
 
 class Member(NamedTuple):
@@ -89,14 +90,21 @@ def read(file: Sequence[Any]) -> bytes:
         except (NotADirectoryError, IsADirectoryError) as error:
             raise FileNotFoundError(path) from error
     offset, size, how = part
-    if how != _RAW:
-        header = _read_at(path, _LOCAL_HEADER, offset)
-        offset += _LOCAL_HEADER + sum(struct.unpack_from("<HH", header, 26))  # name, extra field
+    return _read_at(path, size, offset) if how == _RAW else _unzipped(path, offset, size, how)
+
+
+def _unzipped(path: str, offset: int, size: int, how: int) -> bytes:
+    header = _read_at(path, _LOCAL_HEADER, offset)
+    offset += _LOCAL_HEADER + sum(struct.unpack_from("<HH", header, 26))  # name, extra field
     content = _read_at(path, size, offset)
     try:
-        return zlib.decompress(content, -zlib.MAX_WBITS) if how == _DEFLATED else content
+        content = zlib.decompress(content, -zlib.MAX_WBITS) if how == _DEFLATED else content
     except zlib.error as error:
         raise UndecodableImageError(f"damaged zip member: {error}") from error
+    (flags,), (crc,) = struct.unpack_from("<H", header, 6), struct.unpack_from("<I", header, 14)
+    if not flags & _CRC_LATER and zlib.crc32(content) != crc:
+        raise UndecodableImageError("damaged zip member: its CRC-32 is another")
+    return content
 
 
 def _read_at(path: str, size: int, offset: int) -> bytes:
@@ -173,19 +181,15 @@ def local(archive: str, folder: Path) -> str:
         target = folder / (digest(f"{archive} {stamp(archive)}").hex() + suffix)
         if target.exists():
             return str(target)
-        try:
-            with written_whole(target) as out:
-                if table:
-                    from otter_openclip.data.columnar import write_tar
+        with tables.damage_named(archive), written_whole(target) as out:
+            if table:
+                from otter_openclip.data.columnar import write_tar
 
-                    write_tar(file, out, archive)
-                else:
-                    size = None if remote else os.path.getsize(archive)
-                    with tqdm.wrapattr(file, "read", size, desc=f"Unpacking {name}") as packed:
-                        shutil.copyfileobj(unpack(packed) if unpack else packed, out, 1 << 20)
-        except tables.DAMAGED as error:
-            fault = f"damaged or cut short ({error})"
-            raise OSError(f"{archive}: {fault}; download it again") from error
+                write_tar(file, out, archive)
+            else:
+                size = None if remote else os.path.getsize(archive)
+                with tqdm.wrapattr(file, "read", size, desc=f"Unpacking {name}") as packed:
+                    shutil.copyfileobj(unpack(packed) if unpack else packed, out, 1 << 20)
         return str(target)
 
 

@@ -17,8 +17,6 @@ from operator import itemgetter
 from typing import IO
 
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-# What these raise for a file that is cut short or broken.
-DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 _QUOTES = 'a field that begins with " ends with one, and those inside are doubled: "say ""a"""'
 csv.field_size_limit(1 << 27)
@@ -39,6 +37,18 @@ def opener(file: IO[bytes]) -> Callable | None:
     return next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
 
 
+@contextlib.contextmanager
+def damage_named(path: str) -> Iterator[None]:
+    """What unpacking raises for a file that is cut short or broken as an OSError that names it."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        of_bz2 = str(error) == "Invalid data stream"  # which has no type of its own for it
+        if isinstance(error, OSError) and not (of_bz2 or isinstance(error, gzip.BadGzipFile)):
+            raise
+        raise OSError(f"{path}: damaged or cut short ({error}); download it again") from error
+
+
 def lines(path: str, *, ends: bool = False) -> Iterator[tuple[int, str]]:
     """(number from 1, line) of UTF-8 text, compressed or not; only \\n and \\r\\n end lines.
 
@@ -48,7 +58,7 @@ def lines(path: str, *, ends: bool = False) -> Iterator[tuple[int, str]]:
         ValueError: naming the line, if it is not UTF-8.
         OSError: if a compressed file is damaged.
     """
-    with open_bytes(path) as packed:
+    with open_bytes(path) as packed, damage_named(path):
         file, number = (opener(packed) or (lambda file: file))(packed), 0
         try:
             for number, raw in enumerate(file, 1):
@@ -58,8 +68,6 @@ def lines(path: str, *, ends: bool = False) -> Iterator[tuple[int, str]]:
             fault = f"not UTF-8 text (byte {error.start + 1} is {error.object[error.start]:#x})"
             fix = "convert the file, e.g. iconv -f latin1 -t utf-8"
             raise ValueError(f"{path}:{number}: {fault}; {fix}") from error
-        except DAMAGED as error:
-            raise OSError(f"{path}: damaged or cut short ({error}); download it again") from error
 
 
 def rows(path: str, separator: str, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:

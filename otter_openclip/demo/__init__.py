@@ -10,6 +10,8 @@ import argparse
 import importlib.util
 import os
 
+from otter_openclip.flags import number
+
 INSTALL = "pip install 'otter-openclip[demo]'"
 
 
@@ -17,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
     add = parser.add_argument
     add("--output", default="demo-output", metavar="DIR", help="default: demo-output")
-    add("--seed", type=int, default=0, help="of data, split and training; default 0")
+    add(
+        "--seed", type=number(0, kind=int), default=0, help="of data, split and training; default 0"
+    )
     add("--all", action="store_true", help="also train LS and KD")
     add("--quick", action="store_true", help="a short run of the whole chain")
     add("--data", metavar="DIR", help="your own pairs: a folder of webdataset shards; with --eval")

@@ -12,17 +12,15 @@ import numpy as np
 from PIL import Image
 
 from otter_openclip.demo.course import KS, Example
+from otter_openclip.drawing import COLOURS, LABELS, draw_block, strongest_block
 from otter_openclip.files import written_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
-LABELS = {"infonce": "InfoNCE", "ls": "LS", "kd": "KD", "otter": "OTTER"}
-COLOURS = {"infonce": "#8a8f98", "ls": "#d9a441", "kd": "#4f8fc0", "otter": "#c2452d"}
 RIGHT = "#2e7d46"
 METRICS = {"flat_hit@5": "F@5 (%)", "mean_average_precision": "mAP (%)"}
-BLOCK, THUMBNAIL = 12, 100
+BLOCK = 12
 
 
 class Run(NamedTuple):
@@ -145,40 +143,7 @@ def _draw_targets(
 ) -> None:
     chosen = strongest_block(targets, min(BLOCK, len(targets)))
     block = targets[np.ix_(chosen, chosen)]
-    size = len(chosen)
-    shown = axes.imshow(block, cmap="magma_r", vmin=0)
-    figure.colorbar(shown, ax=axes, shrink=0.75, label="target mass (rows sum to 1 over the batch)")
-    axes.set_xticks(
-        range(size), [_short(captions[i]) for i in chosen], rotation=55, ha="right", fontsize=7
-    )
-    axes.set_yticks(range(size), [""] * size)
-    axes.tick_params(length=0)
-    for row, index in enumerate(chosen):
-        thumbnail = images[index].convert("RGB").resize((THUMBNAIL, THUMBNAIL))
-        picture = OffsetImage(np.asarray(thumbnail), zoom=20 / THUMBNAIL)
-        axes.add_artist(
-            AnnotationBbox(
-                picture, (-0.5, row), xybox=(-14, 0), boxcoords="offset points", frameon=False
-            )
-        )
-    axes.set_xlabel("caption in the batch")
-    axes.set_ylabel("picture in the batch", labelpad=26)
-    axes.set_title(
-        f"OTTER's targets: {size} of the batch's {len(targets)} pairs, those that match each other most",
-        fontsize=10,
-    )
-
-
-def _short(caption: str) -> str:
-    return caption if len(caption) <= 26 else f"{caption[:25]}…"
-
-
-def strongest_block(targets: np.ndarray, size: int) -> np.ndarray:
-    """Indices of ``size`` pairs, grown greedily from the strongest match."""
-    mass = targets + targets.T
-    chosen = list(np.unravel_index(np.argmax(mass), mass.shape))
-    while len(chosen) < size:
-        gain = mass[chosen].sum(axis=0)
-        gain[chosen] = -np.inf
-        chosen.append(int(np.argmax(gain)))
-    return np.asarray(chosen[:size])
+    drawn = draw_block(axes, block, [images[i] for i in chosen], [captions[i] for i in chosen])
+    figure.colorbar(drawn, ax=axes, shrink=0.75, label="target mass (rows sum to 1 over the batch)")
+    whose = f"{len(chosen)} of the batch's {len(targets)} pairs, those that match each other most"
+    axes.set_title(f"OTTER's targets: {whose}", fontsize=10)

@@ -19,7 +19,8 @@
 ``sys.argv``                         where clip_benchmark reads its line
 ==================================== ================================================================
 
-Everything else, single-label classification and retrieval too, is clip_benchmark's.
+and those of ``untrusted``. Everything else, single-label classification and retrieval too, is
+clip_benchmark's.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import io
 import itertools
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -51,8 +53,10 @@ from otter_openclip.evaluation.prompts import (
     check_prompts,
 )
 from otter_openclip.files import written_whole
-from otter_openclip.flags import name_nearest
+from otter_openclip.flags import as_list, name_nearest, name_of, number, once, repeated
 from otter_openclip.replacing import replaced
+from otter_openclip.terminating import on_sigterm
+from otter_openclip.untrusted import no_code_from_files
 
 PACKAGE = "otter-openclip"
 
@@ -85,8 +89,12 @@ def main(argv: Sequence[str]) -> int:
         others = functools.partial(_others, cli.plugins.find_entry_points)
         replacements.append((cli.plugins, "find_entry_points", others))
     try:
-        with replaced(*replacements):
+        with on_sigterm(), no_code_from_files(), replaced(*replacements):
             cli.main()
+    except pickle.UnpicklingError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        print(f"otter-openclip eval: error: weights cannot be read: {reason}", file=sys.stderr)
+        return 2
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         print(f"otter-openclip eval: error: {error}", file=sys.stderr)
         return 2
@@ -103,8 +111,38 @@ def _get_parser_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 
 def _parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    run.add_arguments(_eval_parser(parser))
-    return _stock_parse_args(parser)
+    command = _eval_parser(parser)
+    run.add_arguments(command)
+    for flag, kind in _TYPES.items():
+        command._option_string_actions[flag].type = kind
+    for flag in repeated(command, sys.argv[1:]):
+        command.error(f"argument {flag}: given more than once; {once(command, flag)}")
+    args = _stock_parse_args(parser)
+    for action in command._actions:
+        empty = "" in as_list(getattr(args, action.dest, None)) and action.default != ""
+        if empty and action.dest != "class_cache":
+            command.error(f"argument {name_of(action)}: expected a value, got ''")
+    return args
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be True or False, got {text!r}")
+    return text.lower() == "true"  # bool("False") is true
+
+
+# Of clip_benchmark's own flags, which it takes as any number.
+_TYPES = {
+    "--batch_size": number(1, kind=int),
+    "--num_workers": number(0, kind=int),
+    "--recall_k": number(1, kind=int),
+    "--fewshot_k": number(-1, kind=int),
+    "--fewshot_epochs": number(1, kind=int),
+    "--fewshot_lr": number(0, open_low=True),
+    "--val_proportion": number(0, 1, open_low=True),
+    "--seed": number(0, kind=int),
+    "--normalize": _truth,
+}
 
 
 def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -171,7 +171,8 @@ def _classes(
     if args.load_clfs:
         total = 0
         for path in args.load_clfs:
-            total = total + (part := torch.load(path, map_location="cpu")) / len(args.load_clfs)
+            part = torch.load(path, map_location="cpu", weights_only=True)
+            total = total + part / len(args.load_clfs)
             if (found := part.shape[-1]) != len(prompts):
                 raise ValueError(f"--load_clfs {path} has {found} classes, not {len(prompts)}")
         features = total.T.to(args.device)

@@ -12,6 +12,7 @@ import re
 import tarfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -38,18 +39,18 @@ class _Member(tarfile.TarInfo):
 
 
 def samples(
-    path: str | os.PathLike[str], *, strict: bool = False
+    path: str | os.PathLike[str], *, strict: bool = False, file: IO[bytes] | None = None
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, suffix -> content) of each group of consecutive files with one key.
 
-    The tar may be compressed. A suffix that comes again begins another sample, as in training, or is an
-    error if ``strict``, as for clip_benchmark.
+    The tar may be compressed, and is read from ``file`` if that is given. A suffix that comes again
+    begins another sample, as in training, or is an error if ``strict``, as for clip_benchmark.
 
     Raises:
         OSError: a fault's text, if the tar cannot be read to its end.
     """
     try:
-        with tarfile.open(path, "r|*", tarinfo=_Member) as tar:
+        with tarfile.open(path, "r|*", file, tarinfo=_Member) as tar:
             yield from _grouped(tar, strict)
     except (tarfile.TarError, EOFError) as error:
         fault = f"damaged or cut short ({error}); copy or build the shard again"

@@ -240,6 +240,7 @@ def encode(
     """Add to ``store`` what the encoder gives, some :data:`ROUND` seconds' worth between two yields.
 
     Raises:
+        ValueError: if the encoder gives NaN or infinities, which would pass for an unreadable image.
         NoRoomError: after the first batch, if the disk cannot take what ``bar.total`` says is to come.
         OSError: if it cannot be written.
     """
@@ -248,7 +249,13 @@ def encode(
     began = time.monotonic()
     for names, given, readable in batches:
         features = encoder(given).view(len(names), views, -1)
-        features[~torch.tensor(readable)] = torch.nan
+        good = torch.tensor(readable)
+        if bad := int((~features[good].isfinite().all(dim=-1)).any(dim=-1).sum()):
+            raise ValueError(
+                f"the {encoder.tower} tower gives NaN or infinities for {bad} of {len(names)} samples; "
+                "is its checkpoint whole? With --precision amp or fp16 use fp32"
+            )
+        features[~good] = torch.nan
         if not rows:
             _check_room(store, (bar.total - bar.n) * features[0].nbytes)
         keys += names

@@ -34,7 +34,7 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
     """
     # By the same parser, so that what it takes for --config (--conf, for one) is read as such.
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    if known.config is None:
+    if not known.config:
         return list(argv)
     path = _find(parser, known.config)
     try:

@@ -7,8 +7,10 @@ passes over. What would end in a ZeroDivisionError or in an untrained model is l
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import tarfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -27,9 +29,10 @@ from torch.utils.data import get_worker_info
 from otter_openclip.data.tables import header, rows
 
 _IMAGES = {"jpg", "png", "jpeg", "webp"}
-_TABLES = (".csv", ".tsv")
+TABLES = (".csv", ".tsv")
 _ROUNDS = 20  # of drawing from the shards without a usable sample
 _NAMED = 5
+_MAGIC = 257  # where a tar says that it is one
 
 
 class NoBatchError(RuntimeError):
@@ -38,10 +41,14 @@ class NoBatchError(RuntimeError):
 
 def fault(args: Namespace) -> str | None:
     """What is wrong with ``--train-data`` as far as it shows without reading samples, or None."""
-    if not args.train_data or args.dataset_type == "synthetic":
+    if args.dataset_type == "synthetic" or (args.train_data is None and args.loss == "clip"):
         return None
+    if not args.train_data:
+        others = (getattr(args, name, None) for name in ("val_data", "imagenet_val", "imagenet_v2"))
+        given = any(others) or args.zeroshot_data
+        return None if given else "there are no data to train on; give --train-data"
     auto = args.dataset_type == "auto"
-    if args.dataset_type == "csv" or (auto and args.train_data.endswith(_TABLES)):
+    if args.dataset_type == "csv" or (auto and args.train_data.endswith(TABLES)):
         return _table_fault(args)
     urls = expand_urls(args.train_data)[0]
     gone = [url for url in urls if "://" not in url and ":" not in url and not os.path.exists(url)]
@@ -81,6 +88,25 @@ def _table_fault(args: Namespace) -> str | None:
     return f"--train-data {path} has no column {missing[0]!r} but {listed}; see {flags}"
 
 
+def cut_off(args: Namespace) -> list[str]:
+    """Local shards of ``--train-data`` whose end is missing, of which loaders say nothing."""
+    if not args.train_data or args.dataset_type not in ("webdataset", "auto"):
+        return []
+    urls = expand_urls(args.train_data)[0]
+    return [url for url in urls if url.endswith(".tar") and os.path.isfile(url) and _is_cut(url)]
+
+
+def _is_cut(path: str) -> bool:
+    with open(path, "rb") as file:
+        if tarfile.BLOCKSIZE > file.seek(0, os.SEEK_END):
+            return False  # empty, or no tar at all: seen when it gives no sample
+        whole_blocks = not file.tell() % tarfile.BLOCKSIZE
+        file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
+        ends = file.read() == bytes(tarfile.BLOCKSIZE)
+        file.seek(_MAGIC)
+        return file.read(len(b"ustar")) == b"ustar" and not (whole_blocks and ends)
+
+
 def check_loader(args: Namespace, train: DataInfo) -> None:
     """Raise ValueError if an epoch makes no step; with ``--loss clip`` only if that would crash."""
     batches = train.dataloader.num_batches
@@ -108,12 +134,21 @@ def watch(args: Namespace, train: DataInfo) -> None:
         return  # of --feature-cache, which has looked at everything
     source = stages[0]
     drawn = len(source.urls) if isinstance(source, ResampledShards2) else None
-    seen = _Pass(args.batch_size, drawn, log=args.loss != "clip")
+    seen = _Pass(args.batch_size, drawn, _sizes(args), log=args.loss != "clip")
     start = stages.index(tarfile_to_samples_nothrow)
     # shuffle, select, decode, rename, map, to_tuple, batched
     for place, stage in ((8, seen.batches), (4, seen.decoded), (3, seen.selected), (1, seen.read)):
         stages.insert(start + place, stage)
     stages.insert(start, seen.shards)
+
+
+def _sizes(args: Namespace) -> dict[str, int]:
+    """Samples of each shard, as far as sizes.json beside it knows them."""
+    urls, sizes = expand_urls(args.train_data)[0], {}
+    for folder in {os.path.dirname(url) for url in urls}:
+        with contextlib.suppress(OSError, ValueError), open(f"{folder}/sizes.json") as file:
+            sizes |= {os.path.join(folder, name): int(n) for name, n in json.load(file).items()}
+    return sizes
 
 
 @contextlib.contextmanager
@@ -130,14 +165,16 @@ def reason_given() -> Iterator[None]:
 class _Pass:
     """Stages that count what goes through them in a pass of one process over its shards."""
 
-    def __init__(self, batch_size: int, drawn: int | None, *, log: bool) -> None:
+    def __init__(
+        self, batch_size: int, drawn: int | None, sizes: dict[str, int], *, log: bool
+    ) -> None:
         """``drawn`` is the number of shards that are drawn from without end, or None."""
-        self.batch_size, self.drawn, self.log = batch_size, drawn, log
+        self.batch_size, self.drawn, self.sizes, self.log = batch_size, drawn, sizes, log
         self._begin()
 
     def _begin(self) -> None:
         self.opened: Counter[str] = Counter()
-        self.gave: set[str] = set()
+        self.gave: Counter[str] = Counter()
         self.without: Counter[str] = Counter()
         self.last = ""
         self.usable = self.chosen = self.good = self.made = 0
@@ -152,11 +189,12 @@ class _Pass:
             self.last = shard["url"]
             self.opened[self.last] += 1
             yield shard
+        self.last = ""
 
     def read(self, source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """After the samples are read."""
         for sample in source:
-            self.gave.add(sample["__url__"])
+            self.gave[sample["__url__"]] += 1
             if filter_no_caption_or_no_image(sample):
                 self.usable += 1
             else:
@@ -195,12 +233,17 @@ class _Pass:
         listed = [f"{count} with {reason}" for reason, count in self.without.most_common(_NAMED)]
         if unreadable := self.chosen - self.good:
             listed.append(f"{unreadable} with an unreadable image or caption")
-        unfinished = {self.last} if self.made else set()  # of which nothing is known yet
-        if empty := sorted(set(self.opened) - self.gave - unfinished):
+        read = sorted(set(self.opened) - {self.last})  # of the last one nothing is known yet
+        if empty := [url for url in read if not self.gave[url]]:
             listed.append(
                 f"all of {len(empty)} shards that gave none ({', '.join(empty[:_NAMED])})"
             )
+        for url in [url for url in read if 0 < self.gave[url] < self._due(url)][:_NAMED]:
+            listed.append(f"{self._due(url) - self.gave[url]} of {url}, which ends too early")
         return "; ".join(listed)
+
+    def _due(self, url: str) -> int:
+        return self.opened[url] * self.sizes.get(url, 0)
 
     def _no_batch(self) -> str:
         shards = ", ".join(sorted(self.opened)[:_NAMED]) or "no shard"

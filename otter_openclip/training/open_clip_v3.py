@@ -48,8 +48,8 @@ def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
     check_open_clip_version(open_clip.__version__)
     plugin = TrainingPlugin(prog)
     if hasattr(open_clip_main, "load_plugin"):  # the patched package asks for its plugin itself
-        return run_main(argv, [(open_clip_main, "load_plugin", lambda _: plugin)])
-    return run_main(argv, _Run(plugin).replacements())
+        return run_main(argv, plugin, [(open_clip_main, "load_plugin", lambda _: plugin)])
+    return run_main(argv, plugin, _Run(plugin).replacements())
 
 
 def check_open_clip_version(version: str) -> None:
@@ -110,3 +110,4 @@ class _Run(Run):
             _stock_train_one_epoch(
                 self.train_model, data, loss, epoch, optimizer, scaler, *rest, **kwargs
             )
+        self.plugin.check_finite()

@@ -61,7 +61,8 @@ def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
     Raises:
         SystemExit: on bad flags or unsupported mixes, before any data are read.
     """
-    return run_main(argv, _Run(_Plugin(prog)).replacements())
+    plugin = _Plugin(prog)
+    return run_main(argv, plugin, _Run(plugin).replacements())
 
 
 class _Plugin(TrainingPlugin):
@@ -78,7 +79,7 @@ class _Plugin(TrainingPlugin):
         return args
 
     def make_task(self, args: Namespace, model: nn.Module) -> OtterTask:
-        self._loss = create_loss(args)
+        self._loss, self._student = create_loss(args), model
         self.task = OtterTask(model, loss=self._loss, teacher=self.fixed_teacher)
         prefixes = find_prefixes(unwrap_model(model)).values()
         self.task.frozen = [*self.frozen_modules(args, model), *prefixes]
@@ -155,6 +156,7 @@ class _Run(Run):
         self.plugin.start_epoch(self.args, state.epoch)
         with reason_given(), _clipped_too(None if self.plugin.stock else self.plugin.scale):
             _stock_train_one_epoch(state, data, *rest, **kw)
+        self.plugin.check_finite()
 
     def student(self, model: nn.Module) -> nn.Module:
         return get_model_from_task(model)

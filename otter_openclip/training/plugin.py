@@ -8,25 +8,36 @@ With ``--loss clip`` all but ``--reference-crop`` and ``--zeroshot-data`` is ope
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from open_clip_train.data import DataInfo
-from open_clip_train.file_utils import pt_load
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from otter_openclip.checkpoints.layout import ENTRY, TEACHER, upgraded
+from otter_openclip.checkpoints.newest import LATEST, epoch_of, newest_checkpoint
 from otter_openclip.features.prefix import find_prefixes, install, left_out, no_prefix_message
 from otter_openclip.files import written_whole
 from otter_openclip.preprocessing import reference_transforms
 from otter_openclip.teacher import EmaTeacher
-from otter_openclip.training import checkpoint, data_checks, frozen, repeatable, train_flags
+from otter_openclip.training import (
+    checkpoint,
+    data_checks,
+    fixed_teacher,
+    frozen,
+    repeatable,
+    resuming,
+    train_flags,
+)
+from otter_openclip.training.ending import Ending, Steps, goes_on_from
+from otter_openclip.training.finite import LossWatch, check_model, check_optimizer, keep_keys
 from otter_openclip.training.guidance import advice
 from otter_openclip.training.objectives import create_loss, log_statistics
 from otter_openclip.training.target_images import TargetImages, wanted
@@ -50,14 +61,18 @@ class TrainingPlugin:
         self._prefixes: dict[str, str] | None = None
         self._resumed: dict[str, Any] | None = None
         self._zeroshot: ZeroShotEvaluation | None = None
+        self._train: DataInfo | None = None
         self._loss: nn.Module | None = None
         self._student: nn.Module | None = None
         self.ema: EmaTeacher | None = None
         self._train_model: StudentWithTeacher | None = None
         self.training: tuple[torch.optim.Optimizer, Any] | None = None
+        self._watch: LossWatch | None = None
         self._best: BestCheckpoint | None = None
         self._advised = False
-        self._train_data: DataInfo | None = None
+        self.ending = Ending()
+        self._latest = False
+        self._claim: Any = None
         self._images: TargetImages | None = None
 
     @property
@@ -74,6 +89,7 @@ class TrainingPlugin:
         """Arguments: ``parser``, open_clip_train's, also gets the plugin's flags."""
         parser.prog = self._prog = self._prog or parser.prog
         self._args = train_flags.parse(parser, argv)
+        self._latest = self._args.resume == "latest"
         return self._args
 
     def setup_model(
@@ -84,11 +100,17 @@ class TrainingPlugin:
             raise SystemExit(f"{self._prog}: error: {train_flags.logit_bias_message(args)}")
         if message := data_checks.fault(args):
             raise SystemExit(f"{self._prog}: error: {message}")
+        if not self.untouched:
+            with self._faults_named():
+                self._claim = resuming.claim_folder(args)
+            if self._latest:
+                args.resume = resuming.latest(args)
         frozen_towers = args.feature_cache is not None or not self.stock
         if args.lock_image and args.lock_image_freeze_bn_stats and frozen_towers:
             frozen.leave_batch_norm(model)
         if args.teacher_model is not None:
-            self.fixed_teacher = _fixed_teacher(args)
+            with self._faults_named():
+                self.fixed_teacher = fixed_teacher.create(args, model)
         if args.reference_crop:
             preprocess_train, preprocess_val = reference_transforms(model.visual.preprocess_cfg)
         self._model, self._augmentation = model, preprocess_train
@@ -100,7 +122,8 @@ class TrainingPlugin:
 
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load: the plugin's part of it waits for the optimizer."""
-        loaded = pt_load(path, map_location="cpu")
+        with self._faults_named():
+            loaded = resuming.read(path)
         if not self.untouched and "epoch" in loaded:  # weights alone can be evaluated
             loaded = upgraded(loaded)
             self._resumed = {key: loaded.get(key) for key in (ENTRY, TEACHER)}
@@ -113,22 +136,31 @@ class TrainingPlugin:
         if not self.untouched:
             repeatable.make_repeatable(data, seed=args.seed, rank=args.rank)
         if "train" in data:
-            try:
+            with self._faults_named():
                 data_checks.check_loader(args, data["train"])
-            except ValueError as error:
-                raise SystemExit(f"{self._prog}: error: {error}") from error
-        self._train_data = data.get("train")
         if args.feature_cache is not None:
             self._use_features(args, data["train"], preprocess_val)
         if "train" in data:
             data_checks.watch(args, data["train"])
+            if not self.untouched and (cut := data_checks.cut_off(args)):
+                shards = f"{', '.join(cut[:5])}{' ...' * (len(cut) > 5)}"
+                logging.warning(f"{len(cut)} shards of --train-data end too early: {shards}")
+        self._train = data.get("train")
         if args.zeroshot_data is not None:
-            try:
+            with self._faults_named():
                 self._zeroshot = ZeroShotEvaluation(args.zeroshot_data, preprocess_val)
-            except (ValueError, OSError) as error:
-                raise SystemExit(f"{self._prog}: error: {error}") from error
             data[ZEROSHOT_DATA] = self._zeroshot
+        if "train" in data and not self.untouched:
+            data["train"].dataloader = Steps(data["train"].dataloader, self.ending)
         return data
+
+    @contextlib.contextmanager
+    def _faults_named(self) -> Iterator[None]:
+        """A fault of the input ends the command with one line."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"{self._prog}: error: {error}") from error
 
     def _use_features(self, args: Namespace, train: DataInfo, preprocess_val: Any) -> None:
         from otter_openclip.features.cached import use_features  # not for open_clip 4.x
@@ -146,8 +178,8 @@ class TrainingPlugin:
         self._loss = create_loss(args)
         if self.stock:
             return self._loss
-        if wanted(self._loss, args) and self._train_data is not None:
-            steps = self._train_data.dataloader.num_batches // args.accum_freq
+        if wanted(self._loss, args) and self._train is not None:
+            steps = self._train.dataloader.num_batches // args.accum_freq
             self._images = TargetImages(self._loss, args, steps)
         return log_statistics(self._loss, self._images and self._images.seen)
 
@@ -206,8 +238,12 @@ class TrainingPlugin:
         self.training = (optimizer, scaler)
         if self.untouched:
             return
+        steps = self._train.dataloader.num_batches // args.accum_freq
+        rhythm = {"accum_freq": args.accum_freq, "every": args.log_every_n_steps, "steps": steps}
+        self._watch = LossWatch(self._loss, **rhythm)
+        keep_keys(self._train, self._watch)
         if self.ema is not None:
-            optimizer.register_step_post_hook(lambda *_: self.update_teacher())
+            optimizer.register_step_post_hook(self._after_step)
         if self.scale is not None:
             checkpoint.add_scale(optimizer, self.scale, args)
         if self._resumed is not None:
@@ -223,6 +259,11 @@ class TrainingPlugin:
         elif self.fixed_teacher is not None:
             logging.info(f"Fixed teacher: {args.teacher_model} ({args.teacher_pretrained})")
 
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # A fused optimizer is called for a step that AMP skips too, and told so.
+        if not getattr(optimizer, "found_inf", 0.0):
+            self.update_teacher()
+
     def update_teacher(self) -> None:
         """After each optimizer step."""
         self.ema.update(self._student)
@@ -231,8 +272,12 @@ class TrainingPlugin:
         """Epoch: its random numbers follow from (seed, rank, epoch), whatever ran before it."""
         if self.untouched:
             return
+        if self.ending.asked:
+            self._keep_epoch(args, epoch)
+        self.ending.start_epoch(args, epoch)
         if self._train_model is not None:
             self._train_model.start_epoch()
+        self._watch.start_epoch(epoch)
         if self._images is not None:
             self._images.start_epoch(epoch)
         if not self._advised and (found := getattr(self._loss, "target_statistics", None)):
@@ -241,17 +286,31 @@ class TrainingPlugin:
                 logging.warning(text)
         repeatable.seed_process(args.seed, args.rank, epoch)
 
+    def _keep_epoch(self, args: Namespace, done: int) -> None:
+        """End after ``done`` whole epochs, with a checkpoint if ``--save-frequency`` wanted none."""
+        newest = newest_checkpoint(Path(args.checkpoint_path)) if args.save_logs else None
+        if args.save_logs and (newest is None or epoch_of(newest) != done):
+            name = LATEST if args.save_most_recent else f"epoch_{done}.pt"
+            made = self.make_checkpoint(args, self._student, done)
+            self.save_checkpoint(made, os.path.join(args.checkpoint_path, name))
+        self.ending.leave(f"{done} epochs are whole")
+
     def evaluate(
         self, args: Namespace, model: nn.Module, epoch: int, tokenizer: Any
     ) -> dict[str, float]:
         """Evaluation: metrics of ``--zeroshot-data`` to add to open_clip's; keeps ``best.pt``."""
+        self.check_finite()
         if self._zeroshot is None or not due(epoch, args):
             return {}
-        if args.zeroshot_weights == "teacher":
-            with evaluated(self.ema.module) as teacher:
-                found = self._zeroshot.metrics(teacher, tokenizer, epoch, args)
-        else:
-            found = self._zeroshot.metrics(model, tokenizer, epoch, args)
+        judged = self.ema.module if args.zeroshot_weights == "teacher" else model
+        try:
+            with evaluated(judged):
+                found = self._zeroshot.metrics(judged, tokenizer, epoch, args)
+        except (ValueError, OSError, RuntimeError) as error:  # the last: a loader's process died
+            if self.training is None:  # nothing but this evaluation was asked for
+                raise SystemExit(f"{self._prog}: error: --zeroshot-data: {error}") from error
+            logging.error(f"--zeroshot-data is not evaluated after epoch {epoch}: {error}")
+            return {}
         if self.training is not None and args.save_logs:
             if self._best is None:
                 self._best = BestCheckpoint(args.checkpoint_path, resumed=args.resume is not None)
@@ -264,16 +323,35 @@ class TrainingPlugin:
         if self.untouched:
             torch.serialization.save(checkpoint_dict, path)
             return
-        with written_whole(path) as file:
-            torch.serialization.save(self.complete(checkpoint_dict), file)
+        try:
+            with written_whole(path) as file:
+                torch.serialization.save(self.complete(checkpoint_dict), file)
+        except (OSError, RuntimeError) as error:  # torch's, in the wake of the disk's
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            raise SystemExit(
+                f"{self._prog}: error: {path} cannot be written ({cause}), so epoch "
+                f"{checkpoint_dict['epoch']} is lost; make room, then {goes_on_from(self._args)}"
+            ) from error
 
     def complete(self, checkpoint_dict: dict[str, Any]) -> dict[str, Any]:
         """What open_clip saves after an epoch, and the plugin's part."""
         if self.untouched or self.training is None or "optimizer" not in checkpoint_dict:
             return checkpoint_dict
+        self.check_finite()
         entry = checkpoint.make_entry(self._args, self.training[0], self.scale, self.ema)
         teacher = {} if self.ema is None else {TEACHER: self.ema.module.state_dict()}
         return {**checkpoint_dict, **teacher, ENTRY: entry}
+
+    def check_finite(self) -> None:
+        """After an epoch, before results or a checkpoint of it are written."""
+        if self._watch is None:
+            return
+        self._watch.check()
+        check_model("student", unwrap_model(self._student))
+        check_model("loss", self._loss)
+        if self.ema is not None:
+            check_model("teacher", self.ema.module)
+        check_optimizer(self.training[0])
 
     def make_checkpoint(self, args: Namespace, model: nn.Module, epoch: int) -> dict[str, Any]:
         """What open_clip's ``main`` saves after an epoch."""
@@ -285,16 +363,3 @@ class TrainingPlugin:
             "optimizer": optimizer.state_dict(),
         }
         return state if scaler is None else {**state, "scaler": scaler.state_dict()}
-
-
-def _fixed_teacher(args: Namespace) -> nn.Module:
-    """The model of ``--distill-model``."""
-    teacher, _, _ = open_clip.create_model_and_transforms(
-        args.teacher_model,
-        args.teacher_pretrained,
-        device=args.device,
-        precision=args.precision,
-        output_dict=True,
-        cache_dir=args.cache_dir,
-    )
-    return as_teacher(teacher)

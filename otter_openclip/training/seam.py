@@ -15,7 +15,9 @@ from open_clip_train import train as open_clip_train_loop
 from torch import nn
 
 from otter_openclip.replacing import replaced
+from otter_openclip.terminating import on_sigterm
 from otter_openclip.training.plugin import ZEROSHOT_DATA, TrainingPlugin
+from otter_openclip.untrusted import no_code_from_files
 
 # With --zeroshot-data: an entry of get_data's dict that makes open_clip evaluate, without data.
 _ZEROSHOT_KEY = "imagenet-v2"
@@ -31,9 +33,11 @@ _stock_save = torch.save
 Replacement = tuple[Any, str, Any]
 
 
-def run_main(argv: Sequence[str], replacements: Iterable[Replacement]) -> int:
+def run_main(
+    argv: Sequence[str], plugin: TrainingPlugin, replacements: Iterable[Replacement]
+) -> int:
     """Run ``main`` with every (module, name, replacement) in place; returns the exit code."""
-    with replaced(*replacements):
+    with on_sigterm(), no_code_from_files(), replaced(*replacements), plugin.ending.explained():
         result = open_clip_main.main(list(argv))
     return 1 if result == -1 else 0
 

@@ -8,14 +8,14 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import open_clip
 import torch
 from open_clip.factory import parse_model_name
 
-from otter_openclip.flags import name_nearest
+from otter_openclip.flags import as_list, name_nearest, number, once, repeated
 from otter_openclip.losses import (
     IMPLEMENTATIONS,
     INITIAL_LOG_SCALE,
@@ -24,6 +24,7 @@ from otter_openclip.losses import (
     MIN_LAMBDA,
     OT_SCOPES,
 )
+from otter_openclip.training import stock_flags
 from otter_openclip.training.config import add_config_flag, expand_config
 from otter_openclip.training.zeroshot import check_folder
 
@@ -35,42 +36,23 @@ ZEROSHOT_WEIGHTS = ("student", "teacher")
 FEATURE_PRECISIONS = ("fp32", "bf16")
 
 
-def _number(low: float, high: float, kind: type = float, *, open_low: bool = False) -> Callable:
-    bound = f"{'above' if open_low else 'at least'} {low:g}"
-    if high != math.inf:
-        bound += f" and at most {high:g}"
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {noun}, got {text!r}") from None
-        inside = value > low if open_low else value >= low
-        if not (inside and value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
-        return value
-
-    return parse
-
-
 # flag -> (losses it applies to, default or {loss: default}, argparse keywords)
 _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "--alpha": (
         TEACHER_LOSSES,
         0.5,
-        {"type": _number(0, 1), "help": "weight of the contrastive term (paper: alpha)"},
+        {"type": number(0, 1), "help": "weight of the contrastive term (paper: alpha)"},
     ),
     "--label-smoothing": (
         ("ls",),
         0.1,
-        {"type": _number(0, 1), "help": "target mass spread over the other pairs (paper: epsilon)"},
+        {"type": number(0, 1), "help": "target mass spread over the other pairs (paper: epsilon)"},
     ),
     "--ema-decay": (
         ("clip", *TEACHER_LOSSES),
         dict.fromkeys(TEACHER_LOSSES, 0.999),
         {
-            "type": _number(0, 1),
+            "type": number(0, 1),
             "help": "upper bound of the EMA teacher's decay; with --loss clip keep an EMA of the model, "
             "which nothing learns from, and repeat the data order as the other losses do",
         },
@@ -79,24 +61,24 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
         ("otter",),
         0.15,
         {
-            "type": _number(MIN_LAMBDA, math.inf),
+            "type": number(MIN_LAMBDA, math.inf),
             "help": "entropic regularisation of the transport plan (paper: lambda)",
         },
     ),
     "--sinkhorn-iter": (
         ("otter",),
         5,
-        {"type": _number(1, math.inf, int), "help": "Sinkhorn updates"},
+        {"type": number(1, math.inf, int), "help": "Sinkhorn updates"},
     ),
     "--vv-coef": (
         TEACHER_LOSSES,
         {"kd": 0.0, "otter": 1.0},
-        {"type": _number(0, MAX_COEF), "help": "weight of image-image similarity (paper: gamma_v)"},
+        {"type": number(0, MAX_COEF), "help": "weight of image-image similarity (paper: gamma_v)"},
     ),
     "--tt-coef": (
         TEACHER_LOSSES,
         {"kd": 0.0, "otter": 1.0},
-        {"type": _number(0, MAX_COEF), "help": "weight of text-text similarity (paper: gamma_t)"},
+        {"type": number(0, MAX_COEF), "help": "weight of text-text similarity (paper: gamma_t)"},
     ),
     "--keep-diag": (
         ("otter",),
@@ -125,7 +107,7 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
         ("kd",),
         100.0,
         {
-            "type": _number(0, MAX_COEF, open_low=True),
+            "type": number(0, MAX_COEF, open_low=True),
             "help": "scale of the teacher's similarities (paper: T_t)",
         },
     ),
@@ -141,7 +123,7 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
         TEACHER_LOSSES,
         INITIAL_LOG_SCALE,
         {
-            "type": _number(0, MAX_LOG_SCALE),
+            "type": number(0, MAX_LOG_SCALE),
             "metavar": "LOG",
             "help": "log of the distillation term's own scale at the start of training",
         },
@@ -172,7 +154,7 @@ def _dest(flag: str) -> str:
     return flag.lstrip("-").replace("-", "_")
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
+def _add_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     group = parser.add_argument_group("OTTER", "flags of the plugin (otter-openclip)")
     if "--loss" not in parser._option_string_actions:  # a patched open_clip_train has it
         group.add_argument(
@@ -206,7 +188,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--feature-views",
-        type=_number(1, 1000, int),
+        type=number(1, 1000, int),
         metavar="K",
         help="augmented views of each image to keep in --feature-cache; by default one without "
         "augmentation",
@@ -221,6 +203,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         keywords = dict(keywords)
         keywords["help"] += f"; default {_shown(default)} (--loss {', '.join(losses)})"
         group.add_argument(flag, default=None, **keywords)
+    return [*group._group_actions, parser._option_string_actions["--loss"]]
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -230,13 +213,29 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     """
     argv = sys.argv[1:] if argv is None else argv
     parser.error = functools.partial(_error, parser)
-    _add_flags(parser)
+    own = _add_flags(parser)
     precision = parser.get_default("precision")
     parser.set_defaults(precision=None, loss="clip")
-    args = parser.parse_args(expand_config(parser, argv))
+    twice = repeated(parser, argv)
+    for flag in twice:
+        if any(flag in action.option_strings for action in own):
+            _refuse_twice(parser, flag)
+    try:
+        args = parser.parse_args(expand_config(parser, argv))
+    except (
+        ValueError,
+        SyntaxError,
+    ) as error:  # of the one type that open_clip_train has of its own
+        parser.error(f"argument --aug-cfg: expected NAME=VALUE, as scale=(0.9,1.0) ({error})")
+    for action in own:
+        if "" in as_list(getattr(args, action.dest)):
+            parser.error(f"argument {action.option_strings[-1]}: expected a value, got ''")
     _check_model(parser, args)
     if args.loss not in LOSSES:  # a patched open_clip_train also lists other packages' losses
         parser.error(f"--loss {args.loss} is not one of this plugin's: {', '.join(LOSSES)}")
+    if args.loss != "clip":
+        for flag in twice:
+            _refuse_twice(parser, flag)
     _check_reference_crop(parser, args)
     if args.zeroshot_data is not None:
         try:
@@ -244,11 +243,17 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         except ValueError as error:
             parser.error(str(error))
     _check_unsupported(parser, args)
+    if args.loss != "clip" and (fault := stock_flags.fault(parser, args)):
+        parser.error(fault)
     _check_feature_cache(parser, args)
     _settle_flags(parser, args)
     _check_ema(parser, args)
     _settle_precision(args, precision)
     return args
+
+
+def _refuse_twice(parser: argparse.ArgumentParser, flag: str) -> NoReturn:
+    parser.error(f"argument {flag}: given more than once; {once(parser, flag)}")
 
 
 def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -17,6 +17,7 @@ from open_clip_train.precision import get_autocast
 from timm.utils import unwrap_model
 from torch import nn
 
+from otter_openclip.checkpoints.folder import read_file
 from otter_openclip.evaluation.classifier import class_features
 from otter_openclip.evaluation.folders import check_webdataset
 from otter_openclip.evaluation.labelled_images import MultiLabelImages, encode_images
@@ -113,8 +114,10 @@ class BestCheckpoint:
         self.path = Path(folder) / BEST
         self.value = -1.0
         if resumed and self.path.is_file():
-            saved = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-            self.value = saved["zeroshot"][CRITERION]
+            try:
+                self.value = read_file(self.path)["zeroshot"][CRITERION]
+            except (ValueError, KeyError) as error:
+                logging.warning(f"The best epoch is sought anew: {error}")
 
     def offer(self, metrics: dict[str, float], make: Callable[[], dict[str, Any]]) -> None:
         """Write ``make()`` and the metrics if F@1 is higher than ever."""

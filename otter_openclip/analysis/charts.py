@@ -1,0 +1,145 @@
+"""Charts of the page, as SVG whose colours are the page's own, dark or light."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from otter_openclip.analysis.matching import DECADES, NATS
+
+WIDTH, HEIGHT = 360, 220
+_LEFT, _RIGHT, _TOP, _BOTTOM = 34, 10, 24, 36
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+class _Chart:
+    """Axes from (0, 0) to (1, 1), and what is drawn in them."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.parts: list[str] = []
+
+    @staticmethod
+    def at(x: float, y: float) -> str:
+        across = _LEFT + x * (WIDTH - _LEFT - _RIGHT)
+        return f"{across:.1f},{_TOP + (1 - y) * (HEIGHT - _TOP - _BOTTOM):.1f}"
+
+    def text(
+        self, x: float, y: float, words: str, kind: str = "", dx: int = 0, dy: int = 0
+    ) -> None:
+        across, down = map(float, self.at(x, y).split(","))
+        self.parts.append(
+            f'<text x="{across + dx:.1f}" y="{down + dy:.1f}" class="{kind}">{escape(words)}</text>'
+        )
+
+    def path(
+        self, points: Sequence[tuple[float, float]], kind: str, *, closed: bool = False
+    ) -> None:
+        d = "M" + "L".join(self.at(x, y) for x, y in points) + "Z" * closed
+        self.parts.append(f'<path d="{d}" class="{kind}"/>')
+
+    def box(self, left: float, low: float, right: float, high: float, kind: str) -> None:
+        corners = [(left, low), (right, low), (right, high), (left, high)]
+        self.path(corners, kind, closed=True)
+
+    def axes(
+        self,
+        across: Sequence[tuple[float, str]],
+        up: Sequence[tuple[float, str]],
+        title: str,
+        upwards: str,
+    ) -> None:
+        for y, words in up:
+            self.path([(0, y), (1, y)], "grid")
+            self.text(0, y, words, "tick end", -5, 4)
+        for x, words in across:
+            self.text(x, 0, words, "tick mid", 0, 15)
+        self.text(0.5, 0, title, "tick mid", 0, 31)
+        self.text(0, 1, upwards, "tick", -_LEFT, -13)
+
+    def svg(self) -> Markup:
+        head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.label)}">'
+        return Markup(head + "".join(self.parts) + "</svg>")
+
+
+def _steps(values: Sequence[float]) -> list[tuple[float, float]]:
+    """The outline of bars of equal width."""
+    edges = np.linspace(0, 1, len(values) + 1)
+    points = [(0.0, 0.0)]
+    for value, left, right in zip(values, edges[:-1], edges[1:], strict=True):
+        points += [(float(left), value), (float(right), value)]
+    return [*points, (1.0, 0.0)]
+
+
+def matchings(histogram: Mapping[str, Sequence[float]], size: int) -> Markup:
+    """Probabilities on the pair and off it in a batch of ``size``, both axes logarithmic."""
+    chart = _Chart(f"Histogram of matching probabilities in batches of {size}")
+    top = math.ceil(math.log10(max(max(counts) for counts in histogram.values()))) or 1
+    decades = range(0, top + 1, 2 if top > 4 else 1)
+    up = [
+        (d / top, f"10{str(d).translate(_SUPERSCRIPT)}" if d > 1 else str(10**d)) for d in decades
+    ]
+    powers = {d: f"10{str(d).translate(_SUPERSCRIPT)}" for d in range(DECADES, 0, 2)}
+    across = [(1 - d / DECADES, words) for d, words in powers.items()]
+    across[0] = (0.02, f"≤ {powers[DECADES]}")
+    chart.axes([*across, (1.0, "1")], up, "probability (softmax at scale 100)", "entries a batch")
+    for name, kind in (("off_diagonal", "off"), ("diagonal", "on")):
+        heights = [math.log10(max(count, 1)) / top for count in histogram[name]]
+        # One entry in several batches is less than one a batch: it stays visible as a sliver.
+        heights = [h or 0.015 * (c > 0) for h, c in zip(heights, histogram[name], strict=True)]
+        chart.path(_steps(heights), f"area {kind}", closed=True)
+    return chart.svg()
+
+
+def ranks(found: Mapping[str, Any]) -> Markup:
+    """Where captions' own pictures rank, with the height that captions at chance would give."""
+    counts = np.array(found["histogram"], float)
+    shares = counts / counts.sum()
+    top = max(0.1, math.ceil(shares.max() * 10) / 10)
+    chart = _Chart("Histogram of the ranks of captions' own pictures")
+    up = [(y, f"{y * top:.0%}") for y in (0, 0.5, 1)]
+    across = [(0.0, "nearest"), (0.5, "half"), (0.97, "last")]
+    chart.axes(across, up, "own picture's rank among all", "captions")
+    for place, share in enumerate(shares):
+        edge = 1 / len(shares)
+        chart.box(place * edge + 0.004, 0, (place + 1) * edge - 0.004, share / top, "bar on")
+    level = found["at_chance"] / len(shares) / top
+    chart.box(0, 0, 1, level, "chance")
+    chart.path([(0, level), (1, level)], "mark")
+    words = f"at chance: {found['at_chance']:.0%}"
+    chart.text(0.98, level, words, "note end", 0, -6 if level < 0.9 else 14)
+    return chart.svg()
+
+
+def entropies(batches: Mapping[str, Any], default: float) -> Markup:
+    """OTTER's targets' entropy over lambda, a line for each batch size; 2 to 4 nats are marked."""
+    chart = _Chart("Entropy of OTTER's targets over lambda")
+    lambdas = np.array(next(iter(batches.values()))["curve"]["lambda"])
+    top = max(max(found["curve"]["entropy"]) for found in batches.values())
+    top = max(math.ceil(top), 1)
+
+    def across(value: float) -> float:
+        return math.log(value / lambdas[0]) / math.log(lambdas[-1] / lambdas[0])
+
+    first = next(iter(batches.values()))
+    low, high = first["curve"]["two_to_four_nats"]
+    if low is not None or high is not None:
+        left, right = across(low or lambdas[0]), across(high or lambdas[-1])
+        chart.box(left, 0, right, 1, "band")
+    ticks = [x for x in (0.01, 0.03, 0.1, 0.3, 1.0) if lambdas[0] <= x <= lambdas[-1]]
+    up = [(y / top, str(y)) for y in range(0, top + 1, 2 if top > 5 else 1)]
+    chart.axes([(across(x), f"{x:g}") for x in ticks], up, "lambda", "nats")
+    for nats in NATS:
+        if nats < top:
+            chart.path([(0, nats / top), (1, nats / top)], "mark faint")
+    chart.path([(across(default), 0), (across(default), 1)], "mark")
+    chart.text(across(default), 1, "default", "note", 5, 9)
+    for number, found in enumerate(batches.values()):
+        entropy = found["curve"]["entropy"]
+        points = [(across(x), y / top) for x, y in zip(lambdas, entropy, strict=True)]
+        chart.path(points, f"line line{number % 3}")
+    return chart.svg()

@@ -1,0 +1,143 @@
+"""What the figures say in plain words: are the captions noisy, would OTTER help, how sure is that.
+
+Says nothing that was not measured here, but for ``EVIDENCE``: what docs/evidence.md found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from otter_openclip.analysis.matching import NATS
+
+# Shares of captions that fit no better than chance, and what that is called.
+CLEAN, NOISY = 0.08, 0.25
+AT_CHANCE = 0.8  # such a share says nothing about captions: the model does not know them
+APART = 0.1  # two estimates that differ by this do not agree
+FEW = 1000  # pairs looked at
+
+# OTTER against a tuned InfoNCE, COCO and Flickr8k: pairs -> outcome at no, some and much noise.
+EVIDENCE = {
+    1500: ("ahead", "slightly ahead", "ahead"),
+    3000: ("level", "level", "ahead"),
+    6000: ("behind", "behind", "level"),
+}
+_REACH = 2.0  # factor beyond the evidence's pairs up to which it is applied
+_OTTER = {
+    "ahead": ("Probably", "was ahead of InfoNCE"),
+    "slightly ahead": ("Perhaps a little", "was slightly ahead of InfoNCE"),
+    "level": ("Hardly", "was about level with InfoNCE"),
+    "behind": ("Probably not", "was behind InfoNCE trained for as long"),
+}
+_WRONG = ("hardly any wrong captions", "some wrong captions", "many wrong captions")
+
+
+class Verdict(NamedTuple):
+    """Each a short answer and a sentence; and remarks on how sure they are."""
+
+    noise: tuple[str, str]
+    otter: tuple[str, str]
+    judge: str  # whose ranking to believe: "similarity", "neighbours" or "" for none
+    sureness: str
+    remarks: list[str]
+
+
+def choose_judge(ranks: Mapping[str, Mapping[str, Any]]) -> str:
+    """The model's own similarity, unless neighbours put a much smaller share at chance; "" for neither.
+
+    Both are upper estimates, so the smaller one is the better.
+    """
+    own, other = (ranks[name]["at_chance"] for name in ("similarity", "neighbours"))
+    if min(own, other) > AT_CHANCE:
+        return ""
+    return "neighbours" if other < own - APART else "similarity"
+
+
+def verdict(stats: Mapping[str, Any]) -> Verdict:
+    """From the other entries of stats.json."""
+    ranks, data = stats["ranks"], stats["data"]
+    judge, remarks = choose_judge(ranks), []
+    own, other = ranks["similarity"], ranks["neighbours"]
+    if own["at_chance"] > AT_CHANCE:
+        remarks.append(
+            "The model's own matching is at chance: a caption's own picture beats a random one in "
+            f"{own['beats_a_random_picture']:.0%}, where 50% is chance. Read nothing into how it "
+            "matches within batches, nor into KD's targets."
+        )
+    if not judge:
+        noise = (
+            "Cannot be told",
+            "Under this model captions fit their own pictures no better than others, by its similarity "
+            "and by neighbours alike: either the captions have nothing to do with the pictures, or it "
+            "knows neither. Try a model pretrained on data like these.",
+        )
+        otter = ("Cannot be told", "That depends on the captions.")
+        return Verdict(noise, otter, judge, "not sure at all", remarks)
+    share, error = ranks[judge]["at_chance"], ranks[judge]["standard_error"]
+    level = 0 if share < CLEAN else 1 if share < NOISY else 2
+    by = "By neighbours, about" if judge == "neighbours" else "About"
+    noise = (
+        ("Hardly", "Some of them", "Yes, many")[level],
+        f"{by} {share:.0%} (± {2 * error:.0%}) of the captions fit their own picture no better "
+        "than one drawn by lot. Wrong captions are at most that many: what the model does not know "
+        "counts as well.",
+    )
+    agree = abs(own["at_chance"] - other["at_chance"]) < APART
+    if judge == "neighbours":
+        remarks.append(
+            "So the answer is by neighbours: it compares pictures with pictures and captions with "
+            "captions, which the towers know without each other."
+            if own["at_chance"] > AT_CHANCE
+            else f"The model's similarity says {own['at_chance']:.0%}, neighbours say "
+            f"{other['at_chance']:.0%}. Both can only be too high, so the lower one counts."
+        )
+    if data["pairs"] < FEW:
+        remarks.append(f"Only {data['pairs']:,} pairs were looked at.")
+    remarks.append(
+        "A model that was trained on these very pairs has learned wrong ones too, and finds less noise "
+        "than there is: use one that has not seen them."
+    )
+    sureness = "fairly sure" if agree and data["pairs"] >= FEW else "not very sure"
+    otter = _otter(level, data["pairs_in_all"])
+    remarks.append(
+        "What is known of OTTER is from photos and two frozen pretrained towers, all losses tuned "
+        "alike. Names of single things (glyphs) did not gain there."
+    )
+    return Verdict(noise, otter, judge, sureness, remarks + _of_lambda(stats["batches"]))
+
+
+def _otter(level: int, total: int | None) -> tuple[str, str]:
+    if total is None:
+        return (
+            "It depends",
+            f"With {_WRONG[level]}, OTTER helped where pairs were few. How many there are here is not "
+            "known: there is no sizes.json beside the shards.",
+        )
+    near = min(EVIDENCE, key=lambda count: abs(math.log(count / max(total, 1))))
+    short, outcome = _OTTER[EVIDENCE[near][level]]
+    case = f"{near:,} pairs of photos with {_WRONG[level]}"
+    if total > _REACH * max(EVIDENCE) or total < min(EVIDENCE) / _REACH:
+        more = "more" if total > near else "fewer"
+        return (
+            "Not known",
+            f"{total:,} pairs are {more} than our evidence covers. Its nearest case is {case}: there "
+            f"OTTER {outcome}. Try both losses on a part.",
+        )
+    return (
+        short,
+        f"The nearest case to your {total:,} in our evidence is {case}: there OTTER {outcome}.",
+    )
+
+
+def _of_lambda(batches: Mapping[str, Any]) -> list[str]:
+    """Where OTTER's default lambda stands, of the smallest batch."""
+    size = min(batches, key=int)
+    entropy = batches[size]["targets"]["otter"]["entropy"]
+    low, high = batches[size]["curve"]["two_to_four_nats"]
+    if NATS[0] <= entropy <= NATS[1] or low is None or high is None:
+        return []
+    return [
+        f"At its default lambda OTTER's targets have {entropy:.1f} nats in batches of {size}; for 2 to "
+        f"4 take --sinkhorn-lambda {low:.2g} to {high:.2g}. In our evidence lambda hardly mattered."
+    ]

@@ -1,0 +1,466 @@
+"""`analyze`: its statistics against plain formulas, what it reads, its errors, its page in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from data_helpers import jpeg, write_tar
+from PIL import Image
+from training_helpers import train
+
+from otter_openclip import cli
+from otter_openclip.analysis import analyzing, charts, matching, neighbours, verdict
+from otter_openclip.analysis.embedding import Embedded, Model
+from otter_openclip.analysis.reading import Reader
+
+HOSTILE = (
+    '<script>window.hacked=1</script><img src=x onerror="window.hacked=1"> $\\frac{ "\'&amp; \u202e'
+)
+
+
+def unit(x):
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def made_up(count, shuffled=0.0, seed=0, related=True):
+    """Pairs in 40 topics; a share of the captions is of other pictures."""
+    rng = torch.Generator().manual_seed(seed)
+    topics = unit(torch.randn(40, 16, generator=rng))[torch.arange(count) % 40]
+    images, texts = (unit(topics + 0.1 * torch.randn(count, 16, generator=rng)) for _ in range(2))
+    if not related:
+        texts = texts @ torch.linalg.qr(torch.randn(16, 16, generator=rng))[0]
+    moved = torch.randperm(count, generator=rng)[: int(shuffled * count)]
+    texts[moved] = texts[moved.roll(7)]
+    return images, texts
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def entropy(p):
+    return -(p * np.log(np.where(p > 0, p, 1))).sum(axis=1).mean()
+
+
+def test_matching_statistics_are_the_formulas():
+    images, texts = made_up(50)
+    found = matching.batch_statistics(images, texts, 12, lambda: None)
+    v, t = (x.double().numpy()[:48].reshape(4, 12, 16) for x in (images, texts))
+    off = ~np.eye(12, dtype=bool)
+    p = [softmax(100 * a @ b.T) for a, b in zip(v, t, strict=True)]
+    others = [np.where(off, x, 0) for x in p]
+    expected = {
+        "batches": 4,
+        "diagonal": np.mean([x[~off].mean() for x in p]),
+        "off_diagonal": np.mean([x[off].mean() for x in p]),
+        "largest_off_diagonal": np.mean([x.max(axis=1).mean() for x in others]),
+        "own_is_largest": np.mean(
+            [(x[~off] > y.max(1)).mean() for x, y in zip(p, others, strict=True)]
+        ),
+        "over_0.2": np.mean([(x > 0.2).sum() for x in others]),
+        "rows_with_one_over_0.2": np.mean([(x > 0.2).any(axis=1).mean() for x in others]),
+    }
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-3)
+    for name, values in (("diagonal", [x[~off] for x in p]), ("off_diagonal", [x[off] for x in p])):
+        counts = np.histogram(np.maximum(np.concatenate(values), 1e-8), matching.EDGES)[0] / 4
+        assert found["histogram"][name] == pytest.approx(counts.tolist())
+    kd = found["targets"]["kd"]
+    assert kd["entropy"] == pytest.approx(np.mean([entropy(x) for x in p]), rel=1e-3)
+    assert kd["off_pair"] == pytest.approx(1 - expected["diagonal"], rel=1e-3)
+    assert found["targets"]["infonce"] == {"entropy": 0.0, "top_share": 1.0, "off_pair": 0.0}
+
+    def plan(a, b, epsilon):
+        kernel = np.where(off, np.exp((a @ a.T + b @ b.T + a @ b.T) / epsilon), 0)
+        for _ in range(5):
+            kernel /= kernel.sum(axis=1, keepdims=True)
+            kernel /= kernel.sum(axis=0, keepdims=True)
+        return kernel / kernel.sum(axis=1, keepdims=True)
+
+    otter = found["targets"]["otter"]
+    plans = [plan(a, b, 0.15) for a, b in zip(v, t, strict=True)]
+    assert otter["entropy"] == pytest.approx(np.mean([entropy(x) for x in plans]), rel=1e-3)
+    assert otter["top_share"] == pytest.approx(np.mean([x.max(1).mean() for x in plans]), rel=1e-3)
+    assert otter["off_pair"] == 1 > found["targets"]["otter_keep_diag"]["off_pair"] > 0
+    curve = [
+        np.mean([entropy(plan(a, b, x)) for a, b in zip(v, t, strict=True)])
+        for x in matching.LAMBDAS
+    ]
+    assert found["curve"]["entropy"] == pytest.approx(curve, rel=1e-3)
+
+
+def test_the_lambda_of_an_entropy():
+    lambdas, entropies = np.array([0.01, 0.1, 1.0]), [1.0, 3.0, 5.0]
+    assert matching.crossing(lambdas, entropies, 3.0) == pytest.approx(0.1)
+    assert matching.crossing(lambdas, entropies, 2.0) == pytest.approx(10**-1.5)
+    assert matching.crossing(lambdas, entropies, 5.5) is None
+
+
+def test_ranks_of_own_pictures_and_what_fits_better(monkeypatch):
+    monkeypatch.setattr(neighbours, "_ROWS", 7)
+    images, texts = made_up(30, shuffled=0.3)
+    found = neighbours.by_similarity(images, texts)
+    for i, caption in enumerate(texts):
+        scores = images @ caption
+        others = torch.cat([scores[:i], scores[i + 1 :]])
+        assert found.rank[i] == pytest.approx(float((others > scores[i]).float().mean()))
+        assert found.best[i] == pytest.approx(float(others.max()), abs=1e-6)
+        assert scores[found.other[i]] == pytest.approx(float(others.max()), abs=1e-6)
+
+
+@pytest.mark.parametrize("shuffled", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("related", [True, False])
+def test_the_share_at_chance_is_that_of_the_shuffled_captions(shuffled, related):
+    images, texts = made_up(2000, shuffled, related=related)
+    own = neighbours.by_similarity(images, texts).statistics()
+    other = neighbours.by_neighbours(images, texts).statistics()
+    near = {"abs": 4 * other["standard_error"] + 0.02}
+    assert other["at_chance"] == pytest.approx(shuffled, **near)
+    if related:
+        assert own["at_chance"] == pytest.approx(shuffled, **near)
+    elif shuffled == 0:
+        assert own["beats_a_random_picture"] == pytest.approx(0.5, abs=0.15)
+    assert sum(own["histogram"]) == 2000
+
+
+def test_duplicates(monkeypatch):
+    monkeypatch.setattr(neighbours, "_ROWS", 3)
+    features = unit(torch.eye(8)[:, :7] + 0.01)
+    features[5], features[6] = features[1], unit(features[2] + 0.1 * features[3])
+    found = neighbours.duplicates(features, ["a", "b", "c", "d", "e", "b", "f", "b"], 5)
+    assert found.groups == [[1, 5, 7]] and found.equal_share == 3 / 8
+    assert [pair[1:] for pair in found.pairs] == [(6, 2)] and found.near_share == 2 / 8
+    assert found.pairs[0][0] == pytest.approx(float(features[6] @ features[2]))
+
+
+def measured(own, other, total=3000, pairs=3000, entropy=3.0):
+    ranks = {
+        name: {"at_chance": share, "standard_error": 0.01, "beats_a_random_picture": 0.5}
+        for name, share in (("similarity", own), ("neighbours", other))
+    }
+    otter = {"otter": {"entropy": entropy}}
+    batch = {"targets": otter, "curve": {"two_to_four_nats": [0.05, 0.12]}}
+    data = {"pairs": pairs, "pairs_in_all": total}
+    return verdict.verdict({"ranks": ranks, "data": data, "batches": {"512": batch}})
+
+
+@pytest.mark.parametrize(
+    ("given", "answers", "judge", "sureness"),
+    [
+        ((0.02, 0.01, 1500), ("Hardly", "Probably"), "similarity", "fairly sure"),
+        ((0.22, 0.21, 3500), ("Some of them", "Hardly"), "similarity", "fairly sure"),
+        ((0.45, 0.44, 3000), ("Yes, many", "Probably"), "similarity", "fairly sure"),
+        ((0.02, 0.01, 6000), ("Hardly", "Probably not"), "similarity", "fairly sure"),
+        ((0.02, 0.01, 3_000_000), ("Hardly", "Not known"), "similarity", "fairly sure"),
+        ((0.02, 0.01, None), ("Hardly", "It depends"), "similarity", "fairly sure"),
+        ((0.98, 0.43, 3000), ("Yes, many", "Probably"), "neighbours", "not very sure"),
+        ((0.40, 0.21, 3000), ("Some of them", "Hardly"), "neighbours", "not very sure"),
+        ((0.02, 0.01, 700, 700), ("Hardly", "Not known"), "similarity", "not very sure"),
+        ((0.98, 0.97, 3000), ("Cannot be told", "Cannot be told"), "", "not sure at all"),
+    ],
+)
+def test_the_verdict_follows_from_the_figures(given, answers, judge, sureness):
+    found = measured(*given)
+    assert (found.noise[0], found.otter[0]) == answers
+    assert (found.judge, found.sureness) == (judge, sureness)
+    at_chance = any("own matching is at chance" in remark for remark in found.remarks)
+    assert at_chance == (given[0] > 0.9)
+
+
+def test_a_lambda_is_named_where_the_default_is_outside():
+    assert not any("--sinkhorn-lambda" in remark for remark in measured(0.1, 0.1).remarks)
+    remarks = measured(0.1, 0.1, entropy=5.2).remarks
+    assert any("5.2 nats" in r and "--sinkhorn-lambda 0.05 to 0.12" in r for r in remarks)
+
+
+def reader(data, samples=100, **flags):
+    settings = {"dataset_type": "auto", "csv_separator": "\t"}
+    settings |= {"csv_img_key": "filepath", "csv_caption_key": "title"}
+    return Reader(Namespace(train_data=str(data), samples=samples, **settings | flags))
+
+
+def shard(path, count, *broken):
+    files = {}
+    for i in range(count):
+        files |= {f"{path.stem}{i}.jpg": jpeg(i), f"{path.stem}{i}.txt": f"caption {i}".encode()}
+    return write_tar(path, files | dict(broken))
+
+
+def test_pairs_come_from_all_shards_and_long_ones_make_up_for_short_ones(tmp_path):
+    for number, count in enumerate((40, 3, 20)):
+        shard(tmp_path / f"{number}.tar", count)
+    found = reader(tmp_path / "{0..2}.tar", 33)
+    places = [Path(pair.place.split(":")[0]).stem for pair in found]
+    assert {x: places.count(x) for x in "012"} == {"1": 3, "2": 15, "0": 15}
+    assert found.pairs_in_all is None  # not all was read
+    (tmp_path / "sizes.json").write_text('{"0.tar": 40, "1.tar": 3, "2.tar": 20}')
+    again = reader(tmp_path / "{0..2}.tar", 1000)
+    assert len(list(again)) == 63 == again.pairs_in_all
+    half = reader(tmp_path / "{0..2}.tar", 33)
+    assert len(list(half)) == 33 and half.pairs_in_all == 63
+
+
+def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path):
+    broken = [("x.jpg", b"no image"), ("x.txt", b"a"), ("y.jpg", jpeg(0)), ("z.txt", b"a")]
+    path = shard(tmp_path / "0.tar", 3, *broken)
+    (tmp_path / "1.tar").write_bytes(path.read_bytes()[:2000])
+    found = reader(tmp_path / "{0..2}.tar")
+    pairs = list(found)
+    assert all(pair.image.mode == "RGB" for pair in pairs)
+    assert found.pairs_in_all == 6 + len(pairs) - 3
+    reasons = dict(found.passed_over)
+    assert reasons.pop("unreadable image: not an image that Pillow can read") == 1
+    assert reasons.pop("no txt with its caption") == 1
+    assert reasons.pop("no image (jpg, png, webp, jpeg) among its files") == 1
+    assert reasons.pop("shard: No such file or directory") == 1
+    ((cut, number),) = reasons.items()
+    assert cut.startswith("shard: cannot be read to its end: damaged or cut short") and number == 1
+    assert found.places["no txt with its caption"] == f"{path}: y"
+
+
+def test_a_pipe_and_a_compressed_shard_are_read(tmp_path):
+    path = shard(tmp_path / "0.tar", 4)
+    assert len(list(reader(f"pipe:gzip -c {path}"))) == 4
+    assert len(list(reader(f"pipe:cat {path}", 2))) == 2
+
+
+def test_rows_of_a_table(tmp_path, pairs):
+    lines = (pairs / "pairs.csv").read_text().splitlines()[1:]
+    lines += [f"{tmp_path}/gone.png\tgone", lines[0].split("\t")[0] + "\t"]
+    table = tmp_path / "t.csv"
+    table.write_text(
+        "title;filepath\n" + "".join(";".join(x.split("\t")[::-1]) + "\n" for x in lines)
+    )
+    found = reader(table, csv_separator=";")
+    assert [pair.caption for pair in found] == [line.split("\t")[1] for line in lines[:72]]
+    assert found.pairs_in_all == 74
+    assert found.passed_over == {"image file: No such file or directory": 1, "empty caption": 1}
+    some = [pair.place for pair in reader(table, 20, csv_separator=";")]
+    assert some == [pair.place for pair in reader(table, 20, csv_separator=";")]
+    assert 18 <= len(some) <= 20 and max(int(place.split(":")[0][4:]) for place in some) > 40
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint of tiny-vit."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tiny-vit").state_dict(), path)
+    return path
+
+
+def analyze(*words):
+    return cli.main(["analyze", *map(str, words)])
+
+
+def test_the_command_with_fewer_pairs_than_a_batch(weights, tmp_path, capsys):
+    broken = [("x.jpg", b""), ("x.txt", b"a"), ("h.jpg", jpeg(99)), ("h.txt", HOSTILE.encode())]
+    shard(tmp_path / "0.tar", 30, *broken)
+    model = ["--model", "tiny-vit", "--pretrained", weights]
+    output = tmp_path / "out"
+    assert analyze("--train-data", tmp_path / "0.tar", *model, "--output", output) == 0
+    out = capsys.readouterr().out
+    assert "31 pairs could be used, 4,096 were asked for." in out
+    assert (
+        "Too few pairs for batches of 512, 1,024, 2,048; one batch of all 31 takes their place"
+        in out
+    )
+    assert "1 samples were passed over, most often (1): unreadable image: empty file." in out
+    stats = json.loads((output / "stats.json").read_text())
+    assert list(stats["batches"]) == ["31"] and stats["data"]["pairs_in_all"] == 32
+    assert stats["model"] == {"name": "tiny-vit", "pretrained": str(weights), "from_cache": {}}
+    page = (output / "report.html").read_text()
+    assert "<script>window.hacked" not in page and "onerror=&#34;" in page
+    with Image.open(output / "matchings.png") as picture:
+        assert picture.width > 1000
+    assert {path.name for path in output.iterdir()} == {
+        "matchings.png",
+        "report.html",
+        "stats.json",
+    }
+
+
+def test_errors_come_before_any_work(weights, pairs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(analyzing, "report", None)
+    good, data = ["--pretrained", weights], ["--train-data", pairs / "{00000..00001}.tar"]
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    write_tar(tmp_path / "one.tar", {"a.jpg": jpeg(1), "a.txt": b"a", "b.txt": b"b"})
+    cases = [
+        ([*data, "--model", "tiny-vit", *good, "--batch-sizes", 1], "a batch of 1 has nothing to"),
+        ([*data, "--model", "tiny-vit"], "without --pretrained has random weights; pass a tag"),
+        ([*data, "--model", "tiny-vt", *good], "--model tiny-vt .*cannot be loaded: .*not found"),
+        ([*data, "--model", "tiny-rn", *good], "--model tiny-rn --pretrained .* cannot be loaded"),
+        (
+            [*data, "--model", f"local-dir:{tmp_path}/no"],
+            "cannot be loaded: Directory .* not found",
+        ),
+        ([*data, "--model", "local-dir:x", *good], "brings its own weights"),
+        (["--train-data", "no.tar", "--model", "tiny-vit", *good], "no.tar: no such file"),
+        (["--train-data", "no.csv", "--model", "tiny-vit", *good], "no.csv: no such file"),
+        (
+            [
+                "--train-data",
+                pairs / "pairs.csv",
+                "--csv-img-key",
+                "x",
+                "--model",
+                "tiny-vit",
+                *good,
+            ],
+            "has no column 'x' but 'filepath', 'title'",
+        ),
+        (
+            ["--train-data", tmp_path / "one.tar", "--model", "tiny-vit", *good],
+            r"gave 1 usable pairs, at least 2 are needed; passed over: 1 with: no image",
+        ),
+        (
+            [*data, "--model", "tiny-vit", *good, "--output", tmp_path / "file"],
+            "exists|Not a directory",
+        ),
+        (
+            [*data, "--model", "tiny-vit", *good, "--feature-cache", tmp_path / "empty"],
+            "has no features of this model's frozen towers",
+        ),
+    ]
+    for words, message in cases:
+        out = [] if "--output" in words else ["--output", tmp_path / "out"]
+        assert analyze(*words, *out) == 2
+        assert re.search(message, capsys.readouterr().err), words
+
+
+def test_a_cache_of_training_gives_the_same_features(hf_model, pairs, tmp_path):
+    locks = ["--lock-image", "--lock-text", "--lock-text-freeze-layer-norm", "--epochs", "1"]
+    cache = tmp_path / "cache"
+    trained = train(pairs, tmp_path, *locks, "--model", hf_model, "--feature-cache", str(cache))
+    model = hf_model, str(trained / "epoch_1.pt"), "cpu"
+    source = reader(pairs / "{00000..00001}.tar")
+    live = Model(*model).embed(source, 72)
+    for gone, counts in ((None, (72, 72)), ("text", (72,))):
+        if gone:
+            shutil.rmtree(next(cache.glob(f"{gone}-*")))
+        kept = Model(*model, str(cache))
+        found = kept.embed(source, 72)
+        assert tuple(kept.cached.values()) == counts
+        assert found.captions == live.captions
+        for one, other in ((found.images, live.images), (found.texts, live.texts)):
+            assert (one - other).abs().max() < 0.1 * other.std(dim=0).mean()
+    with pytest.raises(ValueError, match="has no features of this model's frozen towers"):
+        torch.manual_seed(1)
+        torch.save(open_clip.create_model(hf_model).state_dict(), tmp_path / "other.pt")
+        Model(hf_model, str(tmp_path / "other.pt"), "cpu", str(cache))
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A report of made-up pairs, some of them hostile, with everything on it."""
+    images, texts = made_up(300, shuffled=0.4)
+    captions = [f"{HOSTILE} {i}" if i % 3 else "W" * 500 for i in range(300)]
+    captions[5:9] = ["一只猫坐在垫子上"] * 4
+    pictures = [jpeg(i % 290, (160, 107)) for i in range(300)]
+    keys, places = [b"%d" % (i % 290) for i in range(300)], [f"{HOSTILE}: {i}" for i in range(300)]
+    passed = [
+        {"reason": HOSTILE * 3, "samples": 3, "first": "x" * 300},
+        {"reason": "b", "samples": 20, "first": "y"},
+    ]
+    stats = {
+        "data": {
+            "train_data": "s/" * 200,
+            "pairs": 300,
+            "pairs_in_all": 3000,
+            "passed_over": passed,
+        },
+        "model": {"name": "m" * 90, "pretrained": None, "from_cache": {"visual": 4}},
+        "notes": [HOSTILE],
+    }
+    analyzing.report(
+        tmp_path, Embedded(images, texts, captions, pictures, keys, places), stats, [64, 128, 256]
+    )
+    return tmp_path / "report.html"
+
+
+@pytest.fixture
+def browser():
+    """Headless Chromium."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    driver = shutil.which("chromedriver")
+    if not (driver and shutil.which("chromium")):
+        pytest.skip("chromium and chromedriver are not on PATH")
+    options = webdriver.ChromeOptions()
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(driver)
+    with webdriver.Chrome(options, service) as browser:
+        yield browser
+
+
+LOOK = """
+const images = [...document.images], root = document.documentElement;
+return {broken: images.filter(i => !i.naturalWidth).length, images: images.length, hacked: window.hacked,
+  wide: root.scrollWidth - root.clientWidth, colour: getComputedStyle(document.body).backgroundColor,
+  beyond: [...document.querySelectorAll("td, th, p, .card, h1, h3")].filter(
+    e => e.getClientRects().length && e.getBoundingClientRect().right > innerWidth + 1).length,
+  tables: [...document.querySelectorAll("table[data-sort]")].map(t => t.rows.length)};
+"""
+SORT = """
+const button = arguments[0], cell = button.closest("th"), body = button.closest("table").tBodies[0];
+button.click();
+return [cell.ariaSort, cell.classList.contains("n"),
+        [...body.rows].map(row => row.cells[cell.cellIndex].dataset.value)];
+"""
+
+
+def test_the_page_in_a_browser(page, browser):
+    colours = []
+    for width in (390, 1280):
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        for scheme in ("light", "dark"):
+            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+            browser.get(page.as_uri())
+            for fold in browser.find_elements("tag name", "details"):
+                browser.execute_script("arguments[0].open = true", fold)
+            seen = browser.execute_script(LOOK)
+            assert seen["images"] > 50 and seen["broken"] == 0 and seen["hacked"] is None
+            assert seen["wide"] == 0 and seen["beyond"] == 0, (width, seen)
+            assert len(seen["tables"]) >= 5
+            colours.append(seen["colour"])
+            toggle = browser.find_element("id", "theme")
+            assert toggle.text == {"light": "Dark", "dark": "Light"}[scheme]
+            toggle.click()
+            colours.append(browser.execute_script(LOOK)["colour"])
+        for button in browser.find_elements("css selector", "th button"):
+            for direction in (True, False):
+                sort, numbers, values = browser.execute_script(SORT, button)
+                assert sort == ("descending" if direction == numbers else "ascending")
+                values = list(map(float, values)) if numbers else values
+                if numbers:
+                    assert values == sorted(values, reverse=sort == "descending")
+                assert len(values) > 1
+    light, dark = colours[:2]
+    assert light != dark and colours == [light, dark, dark, light] * 2
+    assert HOSTILE.split(" \u202e")[0] in browser.find_element("tag name", "body").text
+    assert browser.get_log("browser") == []
+
+
+def test_charts_of_extreme_figures():
+    flat = {"histogram": [1] * 20, "at_chance": 1.0}
+    assert "at chance: 100%" in charts.ranks(flat)
+    empty = {"diagonal": [0.0] * 32, "off_diagonal": [0.0] * 31 + [0.25]}
+    assert charts.matchings(empty, 2).startswith("<svg")
+    curve = {
+        "lambda": matching.LAMBDAS.tolist(),
+        "entropy": [0.0] * 13,
+        "two_to_four_nats": [None, None],
+    }
+    assert 'class="band"' not in charts.entropies({"2": {"curve": curve}}, 0.15)

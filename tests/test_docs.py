@@ -1,0 +1,284 @@
+"""The documentation: it builds, its commands parse, and what it names is there.
+
+Every command of every page is parsed by its own program. Those of ``start.md`` and of the recipes are
+run too, one after the other as they stand, on tiny models and data (QUICK); not the few that need the
+demo's pretrained towers (``demo``, ``benchmarks.data_efficiency``) or take long (NOT_RUN).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import inspect
+import json
+import logging
+import re
+import shutil
+
+import documented
+import mkdocs.commands.build
+import mkdocs.config
+import open_clip
+import pytest
+import timm
+import torch
+from documented import PAGES, ROOT, blocks, commands, parse
+from open_clip_train import main
+from open_clip_train import train as loop
+
+from otter_openclip import cli
+from otter_openclip.losses import DistillationLoss
+from otter_openclip.training import open_clip_v3
+from otter_openclip.training.plugin import TrainingPlugin
+
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+by_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@by_page
+def test_every_command_parses(page, monkeypatch, capsys):
+    for words in commands(page):
+        try:
+            parse(words, monkeypatch)
+        except (SystemExit, AssertionError, FileNotFoundError) as error:
+            pytest.fail(f"{' '.join(words)}: {error!r} {capsys.readouterr().err}")
+
+
+def test_a_mistyped_command_does_not(monkeypatch):
+    for line in (
+        "otter-openclip train --loss otter --sinkhorn-lamda 0.1",
+        "torchrun --nproc_per_nodes 8 -m -- otter_openclip.train --loss otter",
+        "torchrun --nproc_per_node 8 -m -- otter_openclip.train --loss oter",
+        "clip_benchmark eval --datasets goi",
+        "clip_benchmark build results --outpt results.csv",
+        "otter-openclip eval --kss 5",
+        "otter-openclip data csv --captoins pairs.tsv --output out",
+        "otter-openclip exprt a b",
+        "python -m benchmarks.loss --devise cuda",
+        "pip install 'otter-openclip[demos]'",
+        "make doc",
+        "otter-openclp demo",
+    ):
+        (words,) = documented._commands(line)
+        with pytest.raises((SystemExit, AssertionError)):
+            parse(words, monkeypatch)
+
+
+def test_the_changed_flag_of_the_readme_parses(monkeypatch):
+    (diff,) = blocks(ROOT / "README.md", "diff")
+    after = "\n".join(line[1:] for line in diff.splitlines() if line[0] in "+ ")
+    assert [parse(words, monkeypatch) for words in documented._commands(after)] == [
+        "otter-openclip train"
+    ]
+
+
+# What a walk has instead of a page's values, and what it leaves out.
+QUICK = {
+    "--model": "tiny-vit",
+    "--batch-size": "12",
+    "--accum-freq": "1",
+    "--epochs": "1",
+    "--warmup": "1",
+    "--workers": "0",
+    "--precision": "fp32",
+    "--image": "test_resnet",
+    "--image-weights": "image.pt",
+    "--pretrained": "tiny-vit.pt",
+    "--distill-model": "tiny-vit",
+    "--distill-pretrained": "tiny-vit.pt",
+    "--text": "text",
+    "--context-length": "8",
+}
+NOT_RUN = {"demo", "-m", "unlocked"}
+EVALUATION = ("--num_workers", "0", "--batch_size", "8", "--no_amp", "--class_cache", "")
+
+
+def quick(words: list[str]) -> list[str]:
+    found = [
+        QUICK[flag] if flag in QUICK and ":" not in word and word else word
+        for flag, word in zip(["", *words], words, strict=False)
+        if word != "cifar100"
+    ]
+    return [*found, *EVALUATION, "--ks", "1"] if found[1] == "eval" else found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, pairs, labelled, hf_model):
+    """A folder with what the pages take for granted: a table, test sets, and weights."""
+    folder = tmp_path_factory.mktemp("walk")
+    shutil.copy(pairs / "pairs.csv", folder / "pairs.tsv")
+    (folder / "eval").mkdir()
+    for name in ("mine", "domain"):
+        (folder / "eval" / name).symlink_to(labelled)
+    torch.save(open_clip.create_model("tiny-vit").state_dict(), folder / "tiny-vit.pt")
+    torch.save(timm.create_model("test_resnet").state_dict(), folder / "image.pt")
+    (folder / "text").symlink_to(open_clip.get_model_config(hf_model)["text_cfg"]["hf_model_name"])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [("start",), ("recipes/fine-tune",), ("recipes/two-towers", "recipes/many-captions")],
+    ids=lambda pages: pages[0],
+)
+def test_pages_can_be_followed(pages, place, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    for page in pages:
+        path = ROOT / "docs" / f"{page}.md"
+        shutil.rmtree("logs", ignore_errors=True)
+        shutil.rmtree("shards", ignore_errors=True)
+        if "data" not in {words[1] for words in commands(path)}:
+            line = "data csv --captions pairs.tsv --output shards/mine --shards 8"
+            assert cli.main(line.split()) == 0
+        for words in commands(path):
+            if not NOT_RUN & set(words):
+                _run(quick(words), capfd)
+        for code in blocks(path, "python"):
+            code = code.replace("ViT-B-32", "tiny-vit").replace("laion2b_s34b_b79k", "tiny-vit.pt")
+            exec(compile(code, page, "exec"), {})
+
+
+def _run(words, capfd):
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    try:
+        assert cli.main(words[1:]) == 0, (words, capfd.readouterr().err[-2000:])
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            root.removeHandler(handler)
+
+
+NEEDS_FILES = ("local-dir:", "pretrained=", "open_clip_v4")
+
+
+@by_page
+def test_python_of_the_pages_runs(page):
+    for code in blocks(page, "python"):
+        compiled = compile(code, page.name, "exec")
+        if not any(word in code for word in NEEDS_FILES):
+            exec(compiled, {})
+
+
+# Of other programs, and of open_clip 4.x.
+OTHERS = """--logs-specs --output_format --url_col --resize_mode --resize_only_if_bigger --3way --exclude
+--fsdp --use-naflex --torchcompile-strategy --bucket-prefetch-pools --train-image --hours --ablate
+--kills --unshallow --no-SWITCH --global_ot""".split()
+
+
+@pytest.fixture(scope="module")
+def known_flags():
+    """Of all parsers that our commands and clip_benchmark's make."""
+    parsers = []
+    make = argparse.ArgumentParser.__init__
+
+    def remember(self, *args, **kwargs):
+        parsers.append(self)
+        make(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "__init__", remember)
+        parse(["otter-openclip", "train"], patch)
+        parse(["otter-openclip", "eval"], patch)
+        leaves = [(cli.COMMANDS, name) for name in cli.COMMANDS]
+        while leaves:
+            table, name = leaves.pop()
+            module = importlib.import_module(table[name].module)
+            leaves += [(module.COMMANDS, inner) for inner in getattr(module, "COMMANDS", ())]
+            if hasattr(module, "add_arguments"):
+                module.add_arguments(argparse.ArgumentParser())
+    return {flag for parser in parsers for flag in parser._option_string_actions} | set(OTHERS)
+
+
+@by_page
+def test_flags_in_the_text_exist(page, known_flags):
+    text = documented.FENCE.sub("", page.read_text())
+    if page.name == "reference.md":  # its first column is the reference's
+        text = re.sub(r"^\|.*?[^\\]\|", "", text, flags=re.M)
+    spans = re.findall(r"`([^`]+)`", text)
+    used = {flag for span in spans for flag in re.findall(r"(?<!\S)--[\w-]+(?=$|[ =,])", span)}
+    assert not used - known_flags
+
+
+def test_messages_of_troubleshooting_are_the_codes():
+    """Each line quoted there has a fixed part of a message of the package."""
+    trees = [
+        ast.parse(path.read_text()) for path in (ROOT / "otter_openclip" / "training").glob("*.py")
+    ]
+    strings = [
+        node.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 20
+    ]
+    for block in blocks(ROOT / "docs" / "troubleshooting.md", "output"):
+        for line in block.splitlines():
+            assert any(string in line for string in strings), line
+
+
+def test_the_table_of_the_seam_names_what_there_is():
+    table = re.findall(r"^\| (.*) \|$", (ROOT / "docs" / "seam.md").read_text(), re.M)[2:]
+    places = {"main": main, "train": loop, "torch": torch}
+    hooks, replaced = set(), set()
+    for hook, _, released, _, _ in (row.split(" | ") for row in table):
+        hooks |= set(re.findall(r"`(\w+)`", hook))
+        for name in re.findall(r"`([\w.]+)`", released):
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(places.get(module, torch.nn.parallel), attribute), name
+            replaced.add(attribute)
+    public = {name for name, value in vars(TrainingPlugin).items() if inspect.isfunction(value)}
+    assert hooks <= public and len(hooks) == 10
+    run = open_clip_v3._Run(TrainingPlugin())
+    assert {name for _, name, _ in run.replacements()} == replaced
+
+
+def test_costs_are_those_of_the_results():
+    page = (ROOT / "docs" / "costs.md").read_text()
+    rows = json.loads((ROOT / "benchmarks" / "results" / "loss.json").read_text())["loss"]
+    for count in {row["N"] for row in rows}:
+        (line,) = re.findall(rf"^\| {count:,} \|.*$", page, re.M)
+        written = [float(cell.split()[0]) for cell in line.split("|")[2:7]]
+        order = ("dense", "streaming", "plain", "clip", "distill")
+        measured = [r["seconds"] for o in order for r in rows if r["N"] == count and r["loss"] == o]
+        assert written == pytest.approx(measured, rel=0.06, abs=1e-3)
+    steps = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())["step"]
+    for row in steps:
+        if row["what"] == "step, --loss otter":
+            assert f"{row['model']} {row['of clip']:.2f}" in page
+
+
+def test_pages_are_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    long = {
+        page.name: lines
+        for page in PAGES
+        if (lines := len(page.read_text().splitlines())) > 200 and page.name != "evidence.md"
+    }
+    assert not long
+
+
+def test_a_name_of_the_code_is_found_or_refused():
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    spec.loader.exec_module(hooks := importlib.util.module_from_spec(spec))
+    (_, line) = inspect.getsourcelines(DistillationLoss._target)
+    assert hooks.line_of("losses.py", "DistillationLoss._target") == line
+    with pytest.raises(LookupError, match="has no otter_targets"):
+        hooks.line_of("losses.py", "otter_targets")
+
+
+def test_the_site_builds_strictly_and_loads_nothing(tmp_path):
+    config = mkdocs.config.load_config(
+        str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True
+    )
+    config.plugins.on_startup(command="build", dirty=False)
+    mkdocs.commands.build.build(config)  # raises for a warning
+    for page in (tmp_path / "site").rglob("*.html"):
+        assert not re.findall(r"<(?:script|link|img|iframe)\b[^>]*=\"?https?:", page.read_text())
+    method = (tmp_path / "site" / "method.html").read_text()
+    assert method.count("<math ") == len(blocks(ROOT / "docs" / "method.md", "math")) > 8
+    assert "source/losses.html#__codelineno-0-" in method

@@ -1,0 +1,151 @@
+"""NaN, infinities and steps that AMP skips: what ends a run, what moves the teacher, what is written."""
+
+import re
+
+import open_clip
+import pytest
+import torch
+from data_helpers import jpeg, write_tar
+from training_helpers import load, train
+
+from otter_openclip.teacher import EmaTeacher
+
+V4 = hasattr(open_clip, "task")  # its batches come without keys
+VIT = ["--model", "tiny-vit", "--workers", "0", "--warmup", "0"]
+
+
+def poison(monkeypatch, spoil):
+    """Let ``spoil(output, text)`` change what a model in training gives."""
+    stock = open_clip.CLIP.forward
+
+    def forward(self, *args, **kwargs):
+        output = dict(stock(self, *args, **kwargs))
+        spoil(output, kwargs["text"] if "text" in kwargs else args[1])
+        return output
+
+    monkeypatch.setattr(open_clip.CLIP, "forward", forward)
+
+
+def stopped(pairs, logs, *extra, csv=False):
+    with pytest.raises(SystemExit) as stop:
+        train(pairs, logs, *VIT, *extra, csv=csv)
+    return str(stop.value.code)
+
+
+@pytest.mark.parametrize(
+    ("extra", "step", "term"),
+    [
+        (["--loss", "otter", "--log-every-n-steps", "4"], 7, "contrastive_loss is nan, distill_loss"),
+        (["--loss", "kd", "--log-every-n-steps", "100"], 11, "contrastive_loss is nan, distill_loss"),
+        (["--loss", "ls", "--log-every-n-steps", "4"], 8, "contrastive_loss is nan"),
+        (["--loss", "infonce", "--log-every-n-steps", "4"], 8, "contrastive_loss is nan"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_is_not_finite_ends_the_run_at_its_first_step(
+    pairs, tmp_path, monkeypatch, extra, step, term
+):
+    calls = []
+
+    def spoil(output, _):
+        if torch.is_grad_enabled():
+            calls.append(output)
+            rows = torch.arange(12)[:, None] == 3
+            if len(calls) == step + 1:
+                output["image_features"] = output["image_features"].masked_fill(rows, torch.nan)
+
+    poison(monkeypatch, spoil)
+    said = stopped(pairs, tmp_path, *extra)
+    assert f"error: the loss of step {step - 6} of epoch 1 (both counted from 0): {term}" in said
+    named = "" if V4 else r", first of the samples [01]00\d\d"
+    assert re.search(rf"not finite are 1 of 12 image_features{named};", said)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["epoch_1.pt"]
+    assert all(x.isfinite().all() for x in load(checkpoints / "epoch_1.pt")["state_dict"].values())
+
+
+@pytest.mark.parametrize("extra", [[], ["--accum-freq", "2", "--batch-size", "6"]])
+def test_the_sample_is_named(tmp_path, monkeypatch, extra):
+    files = {
+        f"n{n:02d}.{suffix}": content
+        for n in range(24)
+        for suffix, content in (("jpg", jpeg(n)), ("txt", f"number {n}".encode()))
+    }
+    data = write_tar(tmp_path / "data" / "0.tar", files)
+    bad = open_clip.get_tokenizer("tiny-vit")("number 17")
+
+    def spoil(output, text):
+        rows = (text == bad).all(dim=1, keepdim=True)
+        output["text_features"] = output["text_features"].masked_fill(rows, torch.inf)
+
+    poison(monkeypatch, spoil)
+    words = ["--train-data", str(data), "--train-num-samples", "24", "--loss", "otter", *extra]
+    said = stopped(tmp_path, tmp_path, *words, "--log-every-n-steps", "100")
+    assert "1 of 12 text_features" in said and "1 of 12 dist_text_features" in said
+    assert V4 or "first of the samples n17;" in said
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_what_no_loss_shows_does_not_reach_a_checkpoint_or_results(pairs, tmp_path, monkeypatch):
+    """A gradient of the last step alone; and statistics of batch-norm."""
+    words = ["--loss", "otter", "--epochs", "1", "--val-data", str(pairs / "00000.tar")]
+    words += ["--val-num-samples", "36"]
+    stock, steps = torch.optim.AdamW.step, []
+
+    def step(self, *args, **kwargs):
+        steps.append(self)
+        if len(steps) == 6:
+            next(p for p in self.param_groups[0]["params"] if p.ndim).grad[0] = float("nan")
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    said = stopped(pairs, tmp_path, *words)
+    assert re.search("error: .* of the student is not finite after the epoch; nothing was", said)
+    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("results.jsonl"))
+    monkeypatch.undo()
+
+    stock_update = EmaTeacher.update
+
+    def update(self, *args, **kwargs):
+        stock_update(self, *args, **kwargs)
+        self.module.visual.bn1.running_var[0] = float("inf")
+
+    monkeypatch.setattr(EmaTeacher, "update", update)
+    said = stopped(pairs, tmp_path, *words, "--model", "tiny-rn", "--name", "rn")
+    assert "visual.bn1.running_var of the teacher is not finite" in said
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+class FusedAdamW(torch.optim.AdamW):
+    def __init__(self, params, **kwargs):
+        super().__init__(params, fused=True, **kwargs)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_amp_skips_does_not_move_the_teacher(pairs, tmp_path, monkeypatch, fused):
+    """A fused optimizer is called for such a step too; it has skipped the students' part itself."""
+    stock, update = torch.amp.GradScaler.step, EmaTeacher.update
+    fine, moved = [], []
+
+    def step(self, optimizer, *args, **kwargs):
+        if len(fine) in (4, 7):
+            optimizer.param_groups[0]["params"][-1].grad.fill_(float("inf"))
+        fine.append(None)
+        stock(self, optimizer, *args, **kwargs)
+        found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+        fine[-1] = not sum(value.item() for value in found)
+
+    def counted(self, *args, **kwargs):
+        moved.append(len(fine) - 1)
+        update(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "step", step)
+    monkeypatch.setattr(EmaTeacher, "update", counted)
+    if fused:
+        monkeypatch.setattr(torch.optim, "AdamW", FusedAdamW)
+    extra = ["--loss", "otter", "--epochs", "2", "--precision", "amp"]
+    checkpoint = load(train(pairs, tmp_path, *VIT, *extra) / "epoch_2.pt")
+    assert len(fine) == 12 and not fine[4] and not fine[7] and sum(fine) > 6
+    assert moved == [number for number, good in enumerate(fine) if good]
+    assert checkpoint["otter"]["teacher_state"]["num_updates"] == len(moved) + 1
+    for part in ("state_dict", "state_dict_ema"):
+        assert all(value.isfinite().all() for value in checkpoint[part].values())

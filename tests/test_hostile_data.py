@@ -1,0 +1,116 @@
+"""Samples and archives from anywhere: what cannot be used is passed over, nothing leaves its place."""
+
+import io
+import tarfile
+
+import pytest
+from data_helpers import jpeg, run, samples, tree, write_files
+from PIL import Image
+from training_helpers import load, train
+
+
+def member(tar, name, content=b"", **changes):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for key, value in changes.items():
+        setattr(info, key, value)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def blank(size, mode="1"):
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def good(tar, count=24):
+    for n in range(count):
+        member(tar, f"{n:04d}.jpg", jpeg(n))
+        member(tar, f"{n:04d}.txt", b"a word")
+
+
+def hostile(path):
+    """24 good samples, 5 that can be used all the same and 8 that cannot."""
+    with tarfile.open(path, "w") as tar:
+        good(tar)
+        for key, image, caption in (
+            ("long", jpeg(1), b"a" * 100_000),
+            ("words", jpeg(1), b"word " * 20_000),
+            ("marks", jpeg(1), "\u202e\u0000 café".encode()),
+            ("latin", jpeg(1), "café".encode("latin-1")),
+            ("utf16", jpeg(1), "cafe".encode("utf-16")),
+            ("nothing", b"", b"x"),
+            ("half", jpeg(1, (200, 200))[:900], b"x"),
+        ):
+            member(tar, f"{key}.jpg", image)
+            member(tar, f"{key}.txt", caption)
+        for key, size in (("bomb", (20_000, 20_000)), ("dwarf", (1, 1))):
+            member(tar, f"{key}.png", blank(size))
+            member(tar, f"{key}.txt", b"x")
+        for key, kind in (("link", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE)):
+            target = "/etc/passwd" if key == "link" else "0001.jpg"
+            member(tar, f"{key}.jpg", type=kind, linkname=target)
+            member(tar, f"{key}.txt", b"x")
+        member(tar, "device.jpg", type=tarfile.CHRTYPE, devmajor=1, devminor=5)
+        member(tar, "device.txt", b"x")
+        member(tar, "../../up.jpg", jpeg(1))
+        member(tar, "../../up.txt", b"x")
+    return path
+
+
+def test_training_passes_over_what_cannot_be_used(tmp_path, caplog):
+    inside = tmp_path / "one" / "two"
+    inside.mkdir(parents=True)
+    shard = hostile(inside / "00000.tar")
+    words = ["--train-data", str(shard), "--train-num-samples", "29", "--epochs", "1"]
+    words += ["--workers", "0", "--batch-size", "29"]
+    before = tree(tmp_path)
+    folder = train(tmp_path, tmp_path / "logs", *words, "--loss", "otter")
+    assert load(folder / "epoch_1.pt")["epoch"] == 1
+    assert {k: v for k, v in tree(tmp_path).items() if not k.startswith("logs")} == before
+    [said] = [r.message for r in caplog.records if r.message.startswith("Samples passed over")]
+    assert said == (
+        "Samples passed over: 3 with no image among .txt; 5 with an unreadable image or caption"
+    )
+
+
+@pytest.mark.parametrize("command", ["cat {}; exit 3", "sleep 1; cat {}"])
+def test_a_pipe_that_fails_late_or_is_slow_gives_what_it_gave(tmp_path, command):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        good(tar)
+    url = f"pipe:{command.format(tmp_path / '0.tar')}"
+    words = ["--train-data", url, "--train-num-samples", "24", "--dataset-type", "webdataset"]
+    folder = train(tmp_path, tmp_path / "logs", *words, "--loss", "otter", "--epochs", "1")
+    assert load(folder / "epoch_1.pt")["epoch"] == 1
+
+
+def test_a_pipe_without_anything_ends_the_run(tmp_path):
+    words = ["--train-num-samples", "24", "--dataset-type", "webdataset", "--workers", "0"]
+    url = "pipe:cat /nowhere/0.tar"
+    with pytest.raises(SystemExit, match=f"all of 1 shards that gave none .{url}"):
+        train(tmp_path, tmp_path / "logs", "--train-data", url, *words, "--loss", "otter")
+
+
+def test_a_builder_takes_nothing_from_outside_its_sources(tmp_path):
+    """Neither links of an archive nor names that point out of it are followed, in source or output."""
+    secret = tmp_path / "secret"
+    write_files(secret, {"a.jpg": jpeg(77)})
+    place = tmp_path / "one" / "two"
+    place.mkdir(parents=True)
+    with tarfile.open(place / "images.tar", "w") as tar:
+        member(tar, "good.jpg", jpeg(1))
+        member(tar, "link.jpg", type=tarfile.SYMTYPE, linkname=str(secret / "a.jpg"))
+        member(tar, "hard.jpg", type=tarfile.LNKTYPE, linkname=str(secret / "a.jpg"))
+        member(tar, "../../up.jpg", jpeg(2))
+        member(tar, "/etc/abs.jpg", jpeg(3))
+    rows = ["good.jpg", "link.jpg", "hard.jpg", "../../up.jpg", "/etc/abs.jpg"]
+    table = place / "t.csv"
+    table.write_text("filepath,title\n" + "".join(f"{row},{n}\n" for n, row in enumerate(rows)))
+    before = tree(tmp_path)
+    out = place / "out"
+    words = ["--images", place / "images.tar", "--output", out]
+    assert run("csv", "--captions", table, *words) == 0
+    found = {s["txt"]: s["jpg"] for s in samples(*out.glob("*.tar")).values()}
+    assert found == {b"0": jpeg(1), b"3": jpeg(2), b"4": jpeg(3)}
+    after = {k: v for k, v in tree(tmp_path).items() if not k.startswith("one/two/out")}
+    assert after == before
