@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 from otter_openclip.data.options import positive
+from otter_openclip.flags import needs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; returns its exit code.
+
+    Raises:
+        RuntimeError: naming the extra to install, if matplotlib is missing.
+    """
+    needs("matplotlib", "plots")
     from otter_openclip.analysis.analyzing import run  # heavy imports
 
     return run(args)
