@@ -37,6 +37,9 @@ COMMANDS = {
             "--weights": WORDS,
             "--overwrite": FREE,
             "--push-to-hub": FREE,
+            "--license": FREE,
+            "--results": FREE,
+            "--private": FREE,
             "--force-image-size": COUNTS,
             "--force-context-length": COUNTS,
             "--force-quick-gelu": FREE,
@@ -72,6 +75,21 @@ COMMANDS = {
             "--seed": SEEDS,
             "--overwrite": FREE,
         },
+    ),
+    "analyze": (
+        ["--train-data", "a.tar", "--model", "tiny-vit"],
+        {
+            "--train-data": FREE,
+            "--dataset-type": WORDS,
+            "--model": FREE,
+            "--pretrained": FREE,
+            "--feature-cache": FREE,
+            "--samples": COUNTS,
+            "--batch-sizes": COUNTS,
+            "--output": FREE,
+            "--device": FREE,
+        }
+        | WORDS_OF_ONE,
     ),
     "patch": (
         ["open_clip"],
@@ -233,6 +251,7 @@ OTTER = {
     "--share-logit-scale": FREE,
     "--init-distill-logit-scale": ("-1", "4.7", "nan"),
     "--teacher-mode": WORDS,
+    "--zeroshot-weights": WORDS,
 }
 STOCK = {
     "--train-num-samples": COUNTS,
