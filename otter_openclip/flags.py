@@ -115,6 +115,9 @@ def number(
     return parse
 
 
+positive = number(1, kind=int)
+
+
 def run_command(
     prog: str, description: str | None, commands: Mapping[str, Command], argv: Sequence[str]
 ) -> int:

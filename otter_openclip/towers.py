@@ -27,7 +27,7 @@ from otter_openclip.checkpoints.folder import check_out, write_folder
 from otter_openclip.checkpoints.parts import build_model, check_timm_name, read_tokenizer
 from otter_openclip.checkpoints.pretrained import read_trunk, text_config, text_weights_for
 from otter_openclip.checks import check_choice, check_interval
-from otter_openclip.flags import number
+from otter_openclip.flags import number, positive
 from otter_openclip.terminating import on_sigterm
 from otter_openclip.untrusted import no_code_from_files
 
@@ -45,7 +45,7 @@ _OFFSET_POSITIONS = ("roberta", "xlm-roberta")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    add, positive = parser.add_argument, number(1, kind=int)
+    add = parser.add_argument
     add("out", metavar="OUT", help="folder to write; new or empty")
     add(
         "--image", required=True, metavar="NAME", help="timm's name, with or without a weights' tag"

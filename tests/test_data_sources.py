@@ -268,6 +268,9 @@ def test_img2dataset_parquet(tmp_path, capsys):
     assert run(*words, "--output", tmp_path / "out") == 0
     assert pairs_of(tmp_path / "out") == [(f"caption {n}", jpeg(n)) for n in (0, 1, 3)]
     assert "1 not downloaded" in capsys.readouterr().out
+    words[-1] = tmp_path / "images" / "00000.parquet"
+    assert run(*words, "--output", tmp_path / "named") == 0
+    assert pairs_of(tmp_path / "named") == pairs_of(tmp_path / "out")
     # Beside tars parquet files are statistics.
     img2dataset(tmp_path / "tars", [({"url": urls[0]}, jpeg(0))], "webdataset")
     words[-1] = tmp_path / "tars"
@@ -422,6 +425,19 @@ def test_output_and_input_at_an_address(tmp_path, monkeypatch, capsys):
         memory.rm("/in", recursive=True)
         memory.rm("/out", recursive=True)
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+
+def test_img2dataset_files_at_an_address(tmp_path):
+    memory = fsspec.filesystem("memory")
+    rows = [({"url": f"http://x/{n}"}, jpeg(n)) for n in range(4)]
+    memory.put(str(img2dataset(tmp_path / "images", rows, "files")), "/i2d", recursive=True)
+    path = table(tmp_path / "t.tsv", [(f"http://x/{n}", str(n)) for n in range(4)])
+    words = ["csv", "--captions", path, "--img2dataset", "memory://i2d", "--no-shuffle"]
+    try:
+        assert run(*words, "--output", tmp_path / "out") == 0
+        assert pairs_of(tmp_path / "out") == [(str(n), jpeg(n)) for n in range(4)]
+    finally:
+        memory.rm("/i2d", recursive=True)
 
 
 def test_without_images_the_current_folder_comes_first(tmp_path, monkeypatch):

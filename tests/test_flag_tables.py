@@ -166,6 +166,14 @@ def refused(run, words, capsys):
     return next(line for line in said if "error: " in line)
 
 
+def choosy(action):
+    """Whether some words are no value of a flag."""
+    try:
+        return bool(action.choices) or (action.type or str)("a word") is None
+    except (ValueError, argparse.ArgumentTypeError):
+        return True
+
+
 def wrong_words(action, flag, values):
     """(words, what the message says) for a flag; the first is what it takes."""
     good = next(iter(action.choices)) if action.choices else "1" if action.type else "text"
@@ -175,7 +183,7 @@ def wrong_words(action, flag, values):
         yield [flag, flag], "given more than once"
         return
     yield [flag], "expected"
-    if action.type is None and not action.choices:
+    if not choosy(action):
         yield [flag, ""], "expected a value, got ''"
     yield [flag, *[good] * several, flag, *[good] * several], "given more than once"
     for value in values:
@@ -197,7 +205,7 @@ def test_wrong_values(command, capsys):
     found = flags_of(parser_of(command))
     assert table.keys() == found.keys(), "a flag without wrong values to try, or one that is gone"
     for flag, action in found.items():
-        assert bool(table[flag]) == bool(action.type or action.choices), flag
+        assert bool(table[flag]) == choosy(action), flag
         given = without(base, flag)
         if flag in ("--images", "--img2dataset"):
             given = without(without(given, "--images"), "--img2dataset")

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import argparse
 
+<<<<<<< HEAD
 from otter_openclip.data.options import positive
 from otter_openclip.flags import needs
+=======
+from otter_openclip.flags import positive
+>>>>>>> main
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,26 +7,19 @@ from collections.abc import Sequence
 
 from otter_openclip.flags import Command, run_command
 
+_HELP = {
+    "open-images": "Google Open Images' test split, for zero-shot evaluation",
+    "imagenet10k": "Tencent ML-Images' ImageNet part, for zero-shot evaluation",
+    "cc3m": "Conceptual Captions, for training",
+    "yfcc15m": "OpenAI's subset of YFCC100M, for training",
+    "wit": "Wikipedia image text, for training",
+    "csv": "any table of image paths and captions, for training",
+    "hf": "a Hugging Face dataset, for training",
+    "inspect": "counts, lengths, sizes, faults and a contact sheet of shards",
+}
+_MODULES = {"open-images": "open_images", "csv": "csv_file"}  # others are called as the command
 COMMANDS = {
-    "open-images": Command(
-        "otter_openclip.data.open_images",
-        "Google Open Images' test split, for zero-shot evaluation",
-    ),
-    "imagenet10k": Command(
-        "otter_openclip.data.imagenet10k",
-        "Tencent ML-Images' ImageNet part, for zero-shot evaluation",
-    ),
-    "cc3m": Command("otter_openclip.data.cc3m", "Conceptual Captions, for training"),
-    "yfcc15m": Command("otter_openclip.data.yfcc15m", "OpenAI's subset of YFCC100M, for training"),
-    "wit": Command("otter_openclip.data.wit", "Wikipedia image text, for training"),
-    "csv": Command(
-        "otter_openclip.data.csv_file", "any table of image paths and captions, for training"
-    ),
-    "hf": Command("otter_openclip.data.hf", "a Hugging Face dataset, for training"),
-    "inspect": Command(
-        "otter_openclip.data.inspect",
-        "counts, lengths, sizes, faults and a contact sheet of shards",
-    ),
+    name: Command(f"{__name__}.{_MODULES.get(name, name)}", text) for name, text in _HELP.items()
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,22 +18,24 @@ from tqdm import tqdm
 
 from otter_openclip.data import pairs
 from otter_openclip.data.lookup import NOT_DOWNLOADED, Found
-from otter_openclip.data.options import existing_file
 from otter_openclip.data.plan import Plan
-from otter_openclip.data.tables import lines
+from otter_openclip.data.sources import absolute
+from otter_openclip.data.tables import at, lines
 from otter_openclip.files import written_whole
 
 LABELS_FILE = "processed_labels.csv"
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 # Of github.com/igorbrigadir/DownloadConceptualCaptions, which the reference uses; no header.
 _REPORT = ("file", "folder", "mimetype", "size", "status", "url")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
+    add = parser.add_argument
     text = "Train_GCC-training.tsv, as downloaded"
-    parser.add_argument("--captions", required=True, metavar="FILE", help=text)
+    add("--captions", required=True, type=absolute, metavar="FILE", help=text)
     text = "downloaded_training_report.tsv[.gz] of the reference's downloader; goes with --images"
-    parser.add_argument("--report", metavar="FILE", help=text)
+    add("--report", type=absolute, metavar="FILE", help=text)
     text = "folder or archives that the report's file names (training/0_1595581236) start from"
     pairs.add_image_options(parser, text, required=True)
     pairs.add_pair_output(parser)
@@ -40,29 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    captions = existing_file(args.captions, "--captions")
     if (args.report is None) != (args.images is None):
         raise ValueError("--report and --images go together; with --img2dataset neither is needed")
-    report = args.report and existing_file(args.report, "--report")
-    images = pairs.Images(args)
-    images.search = False  # the report has each file's whole path
+    images = pairs.images(args, search=False)  # the report has each file's whole path
 
     def fill(plan: Plan) -> None:
-        find = images.open(plan)
         plan.db.execute("CREATE TEMP TABLE saved (url TEXT PRIMARY KEY, name TEXT)")
-        if report:
-            plan.db.executemany("INSERT OR IGNORE INTO saved VALUES (?, ?)", read_report(report))
-        for caption, url in tqdm(read_captions(captions), "Reading captions", unit="caption"):
-            name = url
-            if report:
-                row = plan.db.execute("SELECT name FROM saved WHERE url = ?", (url,)).fetchone()
-                name = row and row[0]
-            found = Found(None, reason=NOT_DOWNLOADED) if name is None else find(name)
-            pairs.add(plan, url, found, caption)
+        if args.report:
+            saved = read_report(args.report)
+            plan.db.executemany("INSERT OR IGNORE INTO saved VALUES (?, ?)", saved)
+        query = "SELECT name FROM saved WHERE url = ?"
+        for caption, url in tqdm(read_captions(args.captions), "Reading captions", unit="caption"):
+            found = Found(None, reason=NOT_DOWNLOADED)
+            if name := plan.db.execute(query, (url,)).fetchone() if args.report else (url,):
+                found = images.find(*name)
+            plan.add(url, found, caption)
 
-    settings = {"captions": captions, "report": report}
-    inputs = [captions, *([report] if report else []), *images.archives]
-    return pairs.build(args, settings, inputs, fill, record="URL", finish=write_labels)
+    inputs = [args.captions, *([args.report] if args.report else [])]
+    return pairs.build(args, inputs, images, fill, "URL", write_labels)
 
 
 def read_captions(path: str) -> Iterator[tuple[str, str]]:
@@ -86,8 +84,7 @@ def _fields(path: str, columns: tuple[str, ...]) -> Iterator[list[str]]:
         if len(fields) == len(columns):
             yield fields
         elif line:
-            fault = f"{len(fields)} columns, expected {', '.join(columns)}"
-            raise ValueError(f"{path}:{number}: {fault}")
+            raise at(path, number, f"{len(fields)} columns, expected {', '.join(columns)}")
 
 
 def write_labels(output: Path, plan: Plan) -> None:
@@ -101,14 +98,11 @@ def write_labels(output: Path, plan: Plan) -> None:
         return
     with written_whole(output / LABELS_FILE, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["", "filename", "caption"])
-        writer.writerow([0, *first])
+        writer.writerows([["", "filename", "caption"], [0, *first]])
         writer.writerows([number, *row] for number, row in enumerate(rows, 1))
 
 
 def _unquoted(field: str) -> str:
     """The field without the quotes that pandas puts around some, and strips again."""
-    inner = field[1:-1].replace('""', "")
-    if len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner:
-        return field[1:-1].replace('""', '"')
-    return field
+    quoted = _QUOTED.fullmatch(field)
+    return quoted[1].replace('""', '"') if quoted else field

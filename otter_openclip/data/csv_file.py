@@ -11,14 +11,14 @@ import os
 from tqdm import tqdm
 
 from otter_openclip.data import pairs, tables
-from otter_openclip.data.options import existing_file
 from otter_openclip.data.plan import Plan
+from otter_openclip.data.sources import absolute
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
     add = parser.add_argument
-    add("--captions", required=True, metavar="FILE", help="the table, with a header")
+    add("--captions", required=True, type=absolute, metavar="FILE", help="the table, with a header")
     add("--csv-separator", metavar="C", help="default: tab, comma or semicolon, as the header has")
     add("--csv-img-key", default="filepath", metavar="NAME", help="column; default filepath")
     add("--csv-caption-key", default="title", metavar="NAME", help="column; default title")
@@ -30,19 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    path = existing_file(args.captions, "--captions")
     separator = args.csv_separator and args.csv_separator.replace("\\t", "\t")
     if separator is not None and len(separator) != 1:
         raise ValueError(f"--csv-separator must be one character, got {args.csv_separator!r}")
-    images = pairs.Images(args, default=[os.getcwd(), os.path.dirname(path)])
+    images = pairs.images(args, default=[os.getcwd(), os.path.dirname(args.captions)])
     columns = args.csv_img_key, args.csv_caption_key
-    rows = tables.table(path, columns, separator, quotes=not args.no_quotes)
+    rows = tables.table(args.captions, columns, separator, quotes=not args.no_quotes)
 
     def fill(plan: Plan) -> None:
-        find = images.open(plan)
         for line, (image, caption) in tqdm(rows, "Reading captions", unit="caption"):
-            pairs.add(plan, image, find(image), caption, where=f"line {line}")
+            plan.add(image, images.find(image), caption, where=f"line {line}")
 
-    settings = {"captions": path, "csv-separator": separator, "no-quotes": args.no_quotes}
-    settings |= {"csv-img-key": columns[0], "csv-caption-key": columns[1]}
-    return pairs.build(args, settings, [path, *images.archives], fill, record="row")
+    return pairs.build(args, [args.captions], images, fill, "row")

@@ -1,4 +1,4 @@
-"""What stock loaders can read: the check, and the conversion of what they cannot.
+"""The conversion of images that stock loaders cannot read, or misread.
 
 open_clip's loaders give ``Image.convert("RGB")``: EXIF orientation is passed over, and pixels of more
 than 8 bits a channel are cut at 255. So nothing is turned here either, and such pixels are scaled.
@@ -7,45 +7,20 @@ than 8 bits a channel are cut at 255. So nothing is turned here either, and such
 from __future__ import annotations
 
 import io
-import warnings
 
 import numpy as np
 from PIL import Image
 
+from otter_openclip.evaluation import shard_samples
+from otter_openclip.evaluation.faults import SampleError
+
 # PIL's name of a format -> suffix. clip_benchmark reads webp, png, jpg and jpeg; open_clip the same.
 # MPO is a JPEG with further pictures behind it.
 STOCK_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-IMAGE_SUFFIXES = {
-    "",
-    *(s for s, name in Image.registered_extensions().items() if name in Image.OPEN),
-}
+_SUFFIXES = Image.registered_extensions().items()
+IMAGE_SUFFIXES = {"", *(suffix for suffix, name in _SUFFIXES if name in Image.OPEN)}
 JPEG_QUALITY = 95
 _MIN_MAX = ((340, 341), (280, 281))  # TIFF's (S)MinSampleValue and (S)MaxSampleValue
-
-
-class UndecodableImageError(ValueError):
-    """Pillow cannot read the image, or its pixels have no meaning in 8 bits."""
-
-
-def decode(content: bytes) -> Image.Image:
-    """The picture of a file's ``content``, read whole, in the file's own mode.
-
-    Raises:
-        UndecodableImageError: if PIL cannot open or load it, truncated files included.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # EXIF, palette and size remarks of no consequence here
-            image = Image.open(io.BytesIO(content))
-            image.load()
-            return image
-    except MemoryError:
-        raise
-    except Exception as error:  # PIL's plugins raise nearly everything on broken files
-        text = str(error) or type(error).__name__
-        unknown = text.startswith("cannot identify image file")
-        fault = "not an image that Pillow can read" if unknown else text
-        raise UndecodableImageError(fault if content else "empty file") from error
 
 
 def prepare(content: bytes, resize: int | None = None) -> tuple[str, bytes]:
@@ -53,9 +28,9 @@ def prepare(content: bytes, resize: int | None = None) -> tuple[str, bytes]:
 
     JPEG, PNG and WebP stay byte for byte what they are, unless their shorter side exceeds ``resize``
     pixels; then they are scaled as torchvision's ``Resize(resize, BICUBIC)`` does. Other formats, and
-    pixels of more than 8 bits, become PNG. Raises as `decode` and `eight_bits`.
+    pixels of more than 8 bits, become PNG. SampleError if Pillow cannot read all of it; as `eight_bits`.
     """
-    image = decode(content)
+    image = shard_samples.opened(content, whole=True)
     suffix = STOCK_FORMATS.get(image.format or "")
     if image.mode[0] in "IF":
         image, suffix = eight_bits(image), None
@@ -79,9 +54,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
     """An image of mode I;16, I or F as one of mode L: its stated range becomes 0 to 255.
 
     The range is that of TIFF's sample value tags, or else that of 16 bits if the file has these.
-
-    Raises:
-        UndecodableImageError: if no range is stated, or a pixel is outside it.
+    SampleError if no range is stated, or a pixel is outside it.
     """
     tags, low, high = getattr(image, "tag_v2", {}), 0.0, 0.0
     for first, last in _MIN_MAX:
@@ -90,9 +63,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if not high > low and (image.mode.startswith("I;16") or image.format in ("PNG", "PPM")):
         low, high = 0.0, 65535.0
     if not high > low:
-        raise UndecodableImageError(f"{image.mode} pixels of no stated range; scale them to 8 bits")
+        raise SampleError(f"{image.mode} pixels of no stated range; scale them to 8 bits")
     pixels = np.asarray(image, np.float64)
     if not ((pixels >= low) & (pixels <= high)).all():
-        fault = f"{image.mode} pixels outside the stated range of {low:g} to {high:g}"
-        raise UndecodableImageError(fault)
+        raise SampleError(f"{image.mode} pixels outside the stated range of {low:g} to {high:g}")
     return Image.fromarray(np.round((pixels - low) * (255 / (high - low))).astype(np.uint8))

@@ -6,69 +6,54 @@ Takes parquet files as they are on the hub, and what datasets' save_to_disk writ
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
 from typing import Any
 
 from tqdm import tqdm
 
-from otter_openclip.data import columnar, pairs, sources
+from otter_openclip.data import pairs, sources, unpacking
 from otter_openclip.data.lookup import Found
 from otter_openclip.data.plan import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
+    add, kind = parser.add_argument, sources.absolute
     text = "folders with .parquet or .arrow files in them or below, or such files"
-    parser.add_argument("--dataset", required=True, nargs="+", metavar="PATH", help=text)
-    parser.add_argument("--text-key", metavar="NAME", help="column; default: the only one of text")
+    add("--dataset", required=True, nargs="+", type=kind, metavar="PATH", help=text)
+    add("--text-key", metavar="NAME", help="column; default: the only one of text")
     pairs.add_pair_output(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    folders, files = sources.expand(args.dataset, sources.TABLES)
-    for folder in folders:
-        below = sorted(glob.glob(f"{glob.escape(folder)}/**", recursive=True))
-        files += [name for name in below if name.endswith(sources.TABLES)]
-    files = list(dict.fromkeys(files))
+    _, files = sources.expand(args.dataset, sources.TABLES, inside="**")
     if not files:
         raise FileNotFoundError(f"--dataset {' '.join(args.dataset)}: no .parquet or .arrow there")
 
     def fill(plan: Plan) -> None:
         for path in files:
-            tar = sources.local(path, plan.folder / "unpacked")
-            key = args.text_key
-            for row in tqdm(columnar.samples(tar), os.path.basename(path), unit="row"):
+            tar, key = unpacking.local(path, plan.folder / "unpacked"), args.text_key
+            for row in tqdm(sources.samples(tar), os.path.basename(path), unit="row"):
                 values = json.loads(row.metadata)
                 key = key or text_column(values, path)
                 if key not in values:
-                    raise ValueError(
-                        f"{path}: no column {key!r} but {', '.join(values)}; --text-key"
-                    )
-                captions = values[key] if isinstance(values[key], list) else [values[key]]
+                    fault = f"no column {key!r} but {', '.join(values)}"
+                    raise ValueError(f"{path}: {fault}; --text-key")
                 file = row.file
                 if file is None and (name := values.get("image_path")):
                     place = os.path.join(os.path.dirname(path), name)
                     file = [place] if os.path.isfile(place) else None
+                captions = values[key] if isinstance(values[key], list) else [values[key]]
                 for caption in captions:
-                    name = f"{path} row {int(row.name)}"
-                    pairs.add(plan, name, Found(file), caption or "")
+                    plan.add(f"{path} row {int(row.name)}", Found(file), caption or "")
 
-    settings = {
-        "dataset": [sources.absolute(path) for path in args.dataset],
-        "text-key": args.text_key,
-    }
-    return pairs.build(args, settings, files, fill, record="row")
+    return pairs.build(args, files, None, fill, "row")
 
 
 def text_column(values: dict[str, Any], path: str) -> str:
-    """The only column whose value is text, or a list of texts.
-
-    Raises:
-        ValueError: if there is not one.
-    """
+    """The only column whose value is text, or a list of texts; ValueError if there is not one."""
     first = {name: v[0] if isinstance(v, list) and v else v for name, v in values.items()}
     found = [name for name, v in first.items() if isinstance(v, str) and name != "image_path"]
     if len(found) != 1:

@@ -13,8 +13,7 @@ import os
 import re
 
 from otter_openclip.data import labelled
-from otter_openclip.data.options import existing_file
-from otter_openclip.data.tables import lines
+from otter_openclip.data.tables import at, lines
 
 # Blanks, not only tabs: the reference's copy has "-1  thing" in its first class, and prompts all of it.
 _LINE = re.compile(r"(?P<index>\d+)\s+(?P<id>\S+)\s+(?P<parent>-?\d+)[ \t](?P<names>.*)")
@@ -32,27 +31,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    names = read_classes(existing_file(args.classes, "--classes"))
-    rows, without = labelled.read_index_rows(existing_file(args.labels, "--labels"), len(names))
+    names = read_classes(args.classes)
+    labels = labelled.read_index_rows(args.labels, len(names))
     paths = lambda name: (name, f"images/{name}", os.path.basename(name))  # noqa: E731
-    return labelled.build(args, names, rows, without, paths)
+    return labelled.build(args, names, labels, paths)
 
 
 def read_classes(path: str) -> list[str]:
     """The dictionary's class names in the form they are prompted in.
 
-    Raises:
-        ValueError: naming the line, if it is malformed, out of order or its name is empty.
+    ValueError names a line that is malformed or out of order, or whose name is empty.
     """
     names: list[str] = []
     for number, line in lines(path):
         if line.startswith("category_index") or not line.strip():
             continue
         if (match := _LINE.fullmatch(line)) is None:
-            fault = f"{line!r} is not index, WordNet id, parent's index and names"
-            raise ValueError(f"{path}:{number}: {fault}")
+            raise at(path, number, f"{line!r} is not index, WordNet id, parent's index and names")
         if int(match["index"]) != len(names):
-            raise ValueError(f"{path}:{number}: class {match['index']} where {len(names)} is due")
+            raise at(path, number, f"class {match['index']} where {len(names)} is due")
         parts = (part.strip() for part in match["names"].split(", "))
         # The reference's data/dataset_factory.py.
         names.append(labelled.class_name(",or ".join(parts), path, number))

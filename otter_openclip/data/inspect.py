@@ -25,15 +25,16 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from otter_openclip.data.contact_sheet import FORMATS, THUMBNAIL, draw
-from otter_openclip.data.options import positive
 from otter_openclip.data.pool import default_workers, ordered_map
+from otter_openclip.data.sources import COMPRESSED
 from otter_openclip.evaluation import shard_samples
 from otter_openclip.evaluation.faults import Fault, SampleError
 from otter_openclip.evaluation.folders import Folder, is_evaluation, size_faults
 from otter_openclip.files import make_room, write_json
+from otter_openclip.flags import positive
 
 SHOWN = 10
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+TARS = (".tar", *COMPRESSED)
 STATISTICS = ("min", "median", "mean", "95%", "max")
 SIZES = ("caption_characters", "caption_words", "labels_per_image")
 SIZES += ("image_width", "image_height", "image_bytes")

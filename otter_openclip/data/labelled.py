@@ -5,23 +5,24 @@ from __future__ import annotations
 import argparse
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from otter_openclip.data import building, lookup, options, sources
+from otter_openclip.data import options
+from otter_openclip.data.building import Build
+from otter_openclip.data.lookup import Paths
 from otter_openclip.data.plan import Plan
-from otter_openclip.data.tables import lines
-from otter_openclip.evaluation.folders import Folder
-from otter_openclip.evaluation.prompts import name_faults
+from otter_openclip.data.sources import absolute
+from otter_openclip.data.tables import at, lines
+from otter_openclip.evaluation.folders import COUNT_FILE, TYPE_FILE, Folder
+from otter_openclip.evaluation.prompts import CLASSES_FILE, SIMPLE, TEMPLATES_FILE, name_faults
 from otter_openclip.files import write_text
 
 SPLIT = "test"
-TEMPLATE = "a photo of {c}."
-SHARD_SIZE = 1000
 
 
 class Row(NamedTuple):
@@ -34,22 +35,20 @@ class Row(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser, classes: str, labels: str, images: str) -> None:
     """Add what both builders take, with their own words on the three inputs."""
-    add = parser.add_argument
-    add("--classes", required=True, metavar="FILE", help=classes)
-    add("--labels", required=True, metavar="FILE", help=labels)
+    add, kind = parser.add_argument, options.max_missing
+    add("--classes", required=True, type=absolute, metavar="FILE", help=classes)
+    add("--labels", required=True, type=absolute, metavar="FILE", help=labels)
     text = f"{images}; .tar, .tar.gz or .zip; braces and wildcards are expanded"
-    add("--images", required=True, nargs="+", metavar="PATH", help=text)
-    kind = options.max_missing
+    add("--images", required=True, nargs="+", type=absolute, metavar="PATH", help=text)
     text = "images (or percent, as 0.5%%) that may be missing or undecodable; default 0"
     add("--max-missing", type=kind, default=kind("0"), metavar="N", help=text)
-    options.add_output(parser, shard_size=SHARD_SIZE)
+    options.add_output(parser, shard_size=1000)
 
 
 def build(
     args: argparse.Namespace,
     classes: Sequence[str],
-    rows: Sequence[Row],
-    without: int,
+    labels: tuple[Sequence[Row], int],
     paths: Callable[[str], Sequence[str]],
 ) -> int:
     """Build a test set from its parsed metadata; returns the command's exit code.
@@ -57,11 +56,10 @@ def build(
     Args:
         args: the options of `add_arguments`, and ``command``.
         classes: class names as they are to be prompted.
-        rows: the images with labels, in order.
-        without: number of images without labels, left out before.
+        labels: the images with labels, in order, and the number of those without, left out before.
         paths: from an image's name to where it may be in a folder or archive.
     """
-    folders, archives = sources.expand(args.images)
+    images, (rows, without) = Paths(args.images, any_suffix=True), labels
     for fault in name_faults(classes):
         raise ValueError(f"--classes {args.classes}: {fault}")
 
@@ -73,32 +71,26 @@ def build(
         return "npy", buffer.getvalue()
 
     def fill(plan: Plan) -> None:
-        place = plan.index, folders, archives, plan.folder / "unpacked"
-        images = lookup.Paths(*place, any_suffix=True)
         if without:
             plan.skip("without a positive label", without)
-        for row in tqdm(rows, "Looking for images", unit="image"):
-            key = os.path.splitext(os.path.basename(row.image))[0]
-            found = images.find(*paths(row.image))
-            plan.add(row.image, found, row.labels, key=key, where=f"line {row.line} of the labels")
+        for image, positive, line in tqdm(rows, "Looking for images", unit="image"):
+            key, found = os.path.splitext(os.path.basename(image))[0], images.find(*paths(image))
+            plan.add(image, found, positive, key=key, where=f"line {line} of the labels")
 
     def finish(folder: Path, plan: Plan) -> None:
-        write_text(folder / "classnames.txt", "".join(f"{name}\n" for name in classes))
-        write_text(folder / "zeroshot_classification_templates.txt", TEMPLATE + "\n")
-        write_text(folder / "dataset_type.txt", "multilabel\n")
-        write_text(folder / SPLIT / "nshards.txt", f"{plan.report()['shards']}\n")
+        write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in classes))
+        write_text(folder / TEMPLATES_FILE, f"{SIMPLE}\n")
+        write_text(folder / TYPE_FILE, "multilabel\n")
+        write_text(folder / SPLIT / COUNT_FILE, f"{plan.report()['shards']}\n")
         if faults := Folder(folder, SPLIT).faults:
             raise ValueError(str(faults[0]))
 
-    files = {"classes": sources.absolute(args.classes), "labels": sources.absolute(args.labels)}
-    inputs, name = [*files.values(), *archives], f"{SPLIT}/{{}}.tar"
-    job = building.Build(args, files, inputs, encode, name, "image", max_missing=args.max_missing)
-    report = building.run(job, fill, finish)
-    options.print_summary(job.shown, report)
+    inputs, name = [args.classes, args.labels], f"{SPLIT}/{{}}.tar"
+    Build(args, inputs, images, fill, finish, encode, name, "image").run()
     repeated = len(classes) - len(set(classes))
     note = f", of which {repeated} repeat an earlier one's name and stay apart" if repeated else ""
     print(f"{len(classes)} classes{note}.")
-    where = f"--dataset wds/{os.path.basename(job.shown)} --dataset_root {job.shown}"
+    where = f"--dataset wds/{os.path.basename(args.output)} --dataset_root {args.output}"
     print(f"clip_benchmark eval {where} --task zeroshot_classification ...")
     return 0
 
@@ -108,7 +100,7 @@ def class_name(text: str, path: str, line: int) -> str:
     # split() also takes the line breaks of Unicode, at which clip_benchmark would cut the name.
     if name := " ".join(text.split()):
         return name
-    raise ValueError(f"{path}:{line}: empty class name; a prompt needs one")
+    raise at(path, line, "empty class name; a prompt needs one")
 
 
 def read_index_rows(
@@ -116,40 +108,35 @@ def read_index_rows(
 ) -> tuple[list[Row], int]:
     """Lines of an image's name and its class indices, each perhaps with a confidence (``2367:1``).
 
-    Returns:
-        (images with their positive labels, number of images without any).
-
-    Raises:
-        ValueError: naming the line, for a label outside the class list, no number, a confidence outside
-            [0, 1], or a repeated image.
+    Returns images with their positive labels, and the number of images without any. ValueError names the
+    line of a label outside the class list, no number, a confidence outside [0, 1], or a repeated image.
     """
-    rows, seen, without = [], {}, 0
+    rows: dict[str, Row] = {}
     for number, line in lines(path):
         if not line.strip():
             continue
         image, *entries = line.split()
-        image = image_name(image)
-        if image in seen:
-            raise ValueError(f"{path}:{number}: {image} again, first in line {seen[image]}")
-        seen[image] = number
-        labels = []
+        row = Row(image_name(image), [], number)
+        if (first := rows.setdefault(row.image, row)) is not row:
+            raise at(path, number, f"{row.image} again, first in line {first.line}")
         for entry in entries:
             text, colon, confidence = entry.partition(":")
             try:  # "2:" is an entry that a blank has cut
                 label, sure = int(text), float(confidence if colon else 1)
             except ValueError:
                 fault = f"{entry!r} is neither a class index nor index:confidence"
-                raise ValueError(f"{path}:{number}: {fault}") from None
+                raise at(path, number, fault) from None
             if not 0 <= sure <= 1:
-                raise ValueError(f"{path}:{number}: confidence {confidence} is not in [0, 1]")
+                raise at(path, number, f"confidence {confidence} is not in [0, 1]")
             if not 0 <= label < classes:
                 fault = f"label {label} is outside the class list of {classes} (0 to {classes - 1})"
-                raise ValueError(f"{path}:{number}: {fault}; do the two files belong together?")
-            if sure > 0 and label not in labels:
-                labels.append(label)
-        if labels:
-            rows.append(Row(image, labels, number))
-        without += not labels
-    if not rows:
-        raise ValueError(f"{path}: no image with a label in it")
-    return rows, without
+                raise at(path, number, f"{fault}; do the two files belong together?")
+            if sure > 0 and label not in row.labels:
+                row.labels.append(label)
+    return with_labels(rows)
+
+
+def with_labels(rows: Mapping[str, Row]) -> tuple[list[Row], int]:
+    """The rows with a positive label, and the number of the others."""
+    kept = [row for row in rows.values() if row.labels]
+    return kept, len(rows) - len(kept)

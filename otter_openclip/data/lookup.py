@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import posixpath
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from otter_openclip.data import columnar, sources
+from otter_openclip.data import sources, unpacking
 from otter_openclip.data.decoding import IMAGE_SUFFIXES
+from otter_openclip.data.sources import Member
 
 MISSING, AMBIGUOUS, NOT_DOWNLOADED = "missing", "ambiguous", "not downloaded"
 _LIMIT, _SHOWN = 64, 6  # files of one name that are looked at, and named
-_NOT_IMG2DATASET = (
-    "is this the output of img2dataset, and did it end well? It resumes when run again"
-)
-Entry = tuple[
-    bytes, Any, Any, Any
-]  # key, offset, size, how; of a folder its path or None for offset
+_NOT_IMG2DATASET = "is this the output of img2dataset, did it end well? It resumes when run again"
 
 
 class Found(NamedTuple):
@@ -35,21 +33,17 @@ class Found(NamedTuple):
 
 
 class Index:
-    """Files by key, on disk: millions of them in some megabytes of memory; kept for a resume.
-
-    The key of a path is its parts from the last to the first, so that all files whose path ends alike
-    are neighbours.
-    """
+    """Files by key, on disk: millions of them in some megabytes of memory; kept for a resume."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.db, self._sorted = db, False
         db.executescript(
             "CREATE TABLE IF NOT EXISTS sources (id INTEGER PRIMARY KEY, path TEXT UNIQUE);"
-            "CREATE TABLE IF NOT EXISTS files (key BLOB, source INT, offset, size INT, how INT);"
+            "CREATE TABLE IF NOT EXISTS files (key BLOB, source INT, place, size INT, how INT);"
         )
 
-    def add(self, source: str, entries: Iterable[Entry]) -> None:
-        """Index what a folder or archive holds, unless it is indexed."""
+    def add(self, source: str, entries: Iterable[tuple[bytes, Any, Any, Any]]) -> None:
+        """Index the (key, place, size, how) of a folder's or archive's files, unless it is indexed."""
         if self.db.execute("SELECT 1 FROM sources WHERE path = ?", (source,)).fetchone():
             return
         with self.db:
@@ -64,60 +58,52 @@ class Index:
         if not self._sorted:
             self.db.execute("CREATE INDEX IF NOT EXISTS keys ON files (key)")
             self._sorted = True
-        where = "key = ?" if high is None else "key >= ? AND key < ?"
-        rows = self.db.execute(
-            "SELECT key, path, offset, size, how FROM files JOIN sources ON source = id "
-            f"WHERE {where} ORDER BY key, source, offset LIMIT {_LIMIT}",
-            (low,) if high is None else (low, high),
-        )
+        query = f"""SELECT key, path, place, size, how FROM files JOIN sources ON source = id
+            WHERE key >= ? AND key < ? ORDER BY key, source, place LIMIT {_LIMIT}"""
+        rows = self.db.execute(query, (low, high or low + b"\0"))
         return [_found(*row) for row in rows]
 
 
-def _found(key: bytes, source: str, place: int | str | None, size: int, how: int | None) -> Found:
-    path = "/".join(reversed(os.fsdecode(key).split("/")))
-    if how is None:
-        path = place or f"{source}/{path}"
-        return Found([path], path)
-    return Found([source, place, size, how], f"{source}:{path}")
+def _found(key: bytes, source: str, *place: Any) -> Found:
+    member = Member("/".join(reversed(os.fsdecode(key).split("/"))), *place)
+    file = member.file(source)
+    return Found(file, file[0] if len(file) == 1 else f"{source}:{member.name}")
 
 
 def _key(path: str) -> bytes:
+    """A path's parts from the last to the first: files whose path ends alike are neighbours."""
     parts = posixpath.normpath(path).lstrip("/").split("/")
     return os.fsencode("/".join(reversed(parts)))
 
 
+@dataclass
 class Paths:
-    """Pictures that rows name by a path.
+    """Pictures that rows name by a path, in the ``given`` folders and archives.
 
     The path is looked for whole in every folder, then whole in the archives. If it is in none, files
     of its name are looked for below the folders and in the archives; of several that count whose paths
-    agree with it in most parts. A picture is found only if there is one such file. With ``any_suffix`` a
-    name stands for an image of any format.
+    agree with it in most parts. A picture is found only if there is one such file. Raises as
+    `sources.expand`.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        folders: Sequence[str],
-        archives: Iterable[str],
-        unpacked: Path,
-        *,
-        any_suffix: bool = False,
-        search: bool = True,
-        first: bool = False,
-    ) -> None:
-        """Index the archives; folders here are indexed only if ``search`` and a path is not found.
+    given: Iterable[str]
+    any_suffix: bool = False  # a name stands for an image of any format
+    search: bool = True  # also below the folders
+    first: bool = False  # a path means its file in the first of the folders that has it
 
-        With ``first`` a path means the file in the first of the folders that has it.
-        """
-        self.index, self.any_suffix, self.first = index, any_suffix, first
-        self.folders = [folder for folder in folders if "://" not in folder]
-        self._unread = self.folders if search else []
-        for archive in archives:
-            path = sources.local(archive, unpacked)
-            index.add(path, ((_key(name), *rest) for name, *rest in sources.members(path)))
-        for folder in (folder for folder in folders if "://" in folder):
-            index.add(folder, _listed(folder))
+    def __post_init__(self) -> None:
+        self.folders, self.archives = sources.expand(self.given)
+        self._unread = [f for f in self.folders if self.search and "://" not in f]
+
+    def open(self, index: Index, unpacked: Path) -> None:
+        """Index the archives and addresses; folders here are only if a path is not found."""
+        self.index = index
+        remote = [folder for folder in self.folders if "://" in folder]
+        for source in [*(unpacking.local(a, unpacked) for a in self.archives), *remote]:
+            self._add(source)
+
+    def _add(self, source: str) -> None:
+        self.index.add(source, ((_key(name), *place) for name, *place in sources.members(source)))
 
     def find(self, *paths: str) -> Found:
         """The picture under the first of the relative or absolute ``paths`` that leads to one."""
@@ -128,29 +114,22 @@ class Paths:
             if there := there[: 1 if self.first else None] or self.index.select(_key(path)):
                 return _only(there, whole=True)
         while self._unread:
-            folder, *self._unread = self._unread
-            self.index.add(folder, _walked(folder))
-        for near in map(self._near, map(_key, paths)):
-            if near:
-                return _only(near, whole=False)
-        return Found(None)
+            self._add(self._unread.pop(0))
+        near = next(filter(None, map(self._near, map(_key, paths))), None)
+        return _only(near, whole=False) if near else Found(None)
 
     def _near(self, key: bytes) -> list[Found]:
         parts, select = key.split(b"/"), self.index.select
-        if self.any_suffix:
-            stem = os.path.splitext(parts[0])[0]
-            others = [*select(stem + b".", stem + b"/"), *select(stem + b"/", stem + b"0")]
-            # Not those of another stem, "a.small.jpg" for "a".
-            named = tuple(sign + os.fsdecode(stem) for sign in "/:")
-            split = ((found, *os.path.splitext(found.name)) for found in others)
-            images = (
-                f
-                for f, name, suffix in split
-                if suffix.lower() in IMAGE_SUFFIXES and name.endswith(named)
-            )
-            return [*select(stem), *images]
-        ends = (b"/".join(parts[:count]) for count in range(len(parts), 0, -1))
-        return next(filter(None, (select(e) + select(e + b"/", e + b"0") for e in ends)), [])
+        if not self.any_suffix:
+            ends = (b"/".join(parts[:count]) for count in range(len(parts), 0, -1))
+            return next(filter(None, (select(e) + select(e + b"/", e + b"0") for e in ends)), [])
+        stem = os.path.splitext(parts[0])[0]
+        others = [*select(stem + b".", stem + b"/"), *select(stem + b"/", stem + b"0")]
+        # Not those of another stem, "a.small.jpg" for "a".
+        named = tuple(sign + os.fsdecode(stem) for sign in "/:")
+        split = ((found, *os.path.splitext(found.name)) for found in others)
+        images = [f for f, n, s in split if s.lower() in IMAGE_SUFFIXES and n.endswith(named)]
+        return [*select(stem), *images]
 
 
 def _only(found: list[Found], *, whole: bool) -> Found:
@@ -159,72 +138,46 @@ def _only(found: list[Found], *, whole: bool) -> Found:
     return Found(None, " or ".join(each.name for each in found[:_SHOWN]), whole, AMBIGUOUS)
 
 
-def _walked(folder: str) -> Iterator[Entry]:
-    for root, _, names in os.walk(folder):
-        for name in names:
-            yield _key(os.path.relpath(os.path.join(root, name), folder)), None, None, None
-
-
-def _listed(address: str) -> Iterator[Entry]:
-    import fsspec
-
-    system, root = fsspec.core.url_to_fs(address)
-    for path in system.find(root):
-        yield _key(os.path.relpath(path, root)), system.unstrip_protocol(path), None, None
-
-
+@dataclass
 class Downloaded:
     """Images that img2dataset has downloaded, in any of its output formats, by fields of their JSON."""
 
-    def __init__(
-        self,
-        index: Index,
-        folders: Sequence[str],
-        archives: Sequence[str],
-        unpacked: Path,
-        fields: tuple[str, ...],
-    ) -> None:
-        """Index the images by ``fields``; OSError if an image has no JSON with one of them."""
+    given: Sequence[str]
+    fields: Sequence[str]
+
+    def __post_init__(self) -> None:
+        suffixes = (*sources.ARCHIVES, *sources.TABLES)
+        self.folders, found = sources.expand(self.given, suffixes)
+        self.archives = [path for path in found if not path.endswith(sources.TABLES)]
+        # The parquet form holds nothing else; beside tars or folders parquet is statistics.
+        if not self.archives and not any(glob.glob(f"{glob.escape(f)}/*/") for f in self.folders):
+            self.archives = found
+
+    def open(self, index: Index, unpacked: Path) -> None:
+        """Index the images; OSError if one has no JSON with one of the fields."""
         self.index = index
-        for archive in archives:
-            path = sources.local(archive, unpacked)
-            index.add(path, _by_fields(columnar.samples(path), path, fields))
-        # A folder with archives is of another form; its other contents are statistics.
-        packed = set(map(os.path.dirname, archives))
-        for folder in (folder for folder in folders if folder not in packed):
-            index.add(folder, _by_fields(_beside(folder), folder, fields))
+        for source in [*(unpacking.local(a, unpacked) for a in self.archives), *self.folders]:
+            index.add(source, self._entries(source))
 
     def find(self, *names: str) -> Found:
         """The image whose JSON has one of the ``names``, the first of several."""
         there = (found for name in names for found in self.index.select(name.encode()))
         return next(there, Found(None, reason=NOT_DOWNLOADED))
 
-
-def _by_fields(
-    samples: Iterable[columnar.Sample], where: str, fields: tuple[str, ...]
-) -> Iterator[Entry]:
-    for name, content, file in samples:
-        if file is None:
-            continue  # not downloaded
-        if content is None:
-            raise OSError(f"{where}: no .json beside {name}; {_NOT_IMG2DATASET}")
-        try:
-            value = json.loads(content)
-            found = [str(value[field]) for field in fields if value.get(field) not in (None, "")]
-        except (ValueError, AttributeError) as error:
-            raise OSError(f"{where}: {name}.json: {_NOT_IMG2DATASET}") from error
-        if not found:
-            listed = " or ".join(fields)
-            raise OSError(f"{where}: {name}.json: no {listed} in it; {_NOT_IMG2DATASET}")
-        place = (file[0], None, None) if len(file) == 1 else file[1:]
-        yield from ((key.encode(), *place) for key in found)
-
-
-def _beside(folder: str) -> Iterator[columnar.Sample]:
-    for part in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()):
-        for name in sorted(os.listdir(part)):
-            stem, suffix = os.path.splitext(os.path.join(part, name))
-            if suffix.lower() in IMAGE_SUFFIXES:
-                beside = Path(f"{stem}.json")
-                content = beside.read_bytes() if beside.exists() else None
-                yield columnar.Sample(stem, content, [stem + suffix])
+    def _entries(self, source: str) -> Iterator[tuple[bytes, Any, Any, Any]]:
+        for name, metadata, file in sources.samples(source):
+            if file is None or (source in self.folders and "/" not in name):
+                continue  # not downloaded, or lies beside the parts
+            where = f"{source}: {name}.json"
+            if metadata is None:
+                raise OSError(f"{source}: no .json beside {name}; {_NOT_IMG2DATASET}")
+            try:
+                value = json.loads(metadata)
+                found = [str(value[f]) for f in self.fields if value.get(f) not in (None, "")]
+            except (ValueError, AttributeError) as error:
+                raise OSError(f"{where}: {_NOT_IMG2DATASET}") from error
+            if not found:
+                listed = " or ".join(self.fields)
+                raise OSError(f"{where}: no {listed} in it; {_NOT_IMG2DATASET}")
+            place = (file[0], None, None) if len(file) == 1 else file[1:]
+            yield from ((key.encode(), *place) for key in found)

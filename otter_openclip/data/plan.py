@@ -16,7 +16,7 @@ from otter_openclip.data.lookup import AMBIGUOUS, NOT_DOWNLOADED, Found, Index
 from otter_openclip.files import written_whole
 
 DROPPED_FILE = "dropped.tsv"
-DUPLICATE, CLAIMED = "duplicate", "file name of another"
+DUPLICATE, CLAIMED, EMPTY_CAPTION = "duplicate", "file name of another", "empty caption"
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT);
@@ -55,10 +55,15 @@ class Plan:
     def __setitem__(self, name: str, value: Any) -> None:
         self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, json.dumps(value)))
 
+    def clear(self, *, index: bool) -> None:
+        """Forget a plan that was not finished, and on demand the index of files."""
+        for table in ("samples", "dropped", "skipped", *(("sources", "files") if index else ())):
+            self.db.execute(f"DELETE FROM {table}")
+
     def add(
         self, name: str, found: Found, payload: Any, *, key: str | None = None, where: str = ""
     ) -> None:
-        """Append a sample, or drop it: without a picture, repeated, or with another record's picture.
+        """Append a sample, or drop it: without picture or caption, repeated, with another's picture.
 
         Repeated is a ``key`` or, without one, a file with its payload. Of two names of which neither is
         surely the file's none is kept; ``where`` is the row, for the report.
@@ -67,6 +72,8 @@ class Plan:
             if found.reason == NOT_DOWNLOADED:
                 return self.skip(NOT_DOWNLOADED)
             return self.drop(name, found.reason, found.name or where)
+        if isinstance(payload, str) and not payload.strip():
+            return self.drop(name, EMPTY_CAPTION, where)
         if key is not None and not _KEY.fullmatch(key):
             fault = "cannot be the key of a webdataset sample (letters, digits, - and _)"
             raise ValueError(f"{name}: {key!r} {fault}")
@@ -78,18 +85,16 @@ class Plan:
         if other != name and not exact == sure == 2:
             reason = f"{CLAIMED} {self.record}" if exact or sure else AMBIGUOUS
             if state == "kept" and (exact > sure or reason == AMBIGUOUS):
-                kept = "FROM samples WHERE claim = ? AND state = 'kept'"
-                for each, id in self.db.execute(f"SELECT name, id {kept}", (claim,)).fetchall():
+                kept = "SELECT id, name FROM samples WHERE claim = ? AND state = 'kept'"
+                for id, each in self.db.execute(kept, (claim,)).fetchall():
                     self.db.execute("UPDATE samples SET state = 'no' WHERE id = ?", (id,))
                     self.drop(each, reason, f"{name} has {file}")
             if exact <= sure:
                 return self.drop(name, reason, f"{other} has {file}")
-        done = self.db.execute(
-            "INSERT OR IGNORE INTO samples (key, name, file, payload, exact, claim, identity) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (key, name, file, content, exact, claim, identity),
-        )
-        return None if done.rowcount else self.drop(name, DUPLICATE, where)
+        columns = "(key, name, file, payload, exact, claim, identity)"
+        row = key, name, file, content, exact, claim, identity
+        insert = f"INSERT OR IGNORE INTO samples {columns} VALUES (?, ?, ?, ?, ?, ?, ?)"
+        return None if self.db.execute(insert, row).rowcount else self.drop(name, DUPLICATE, where)
 
     def drop(self, name: str, reason: str, detail: str = "", last: int = 0) -> None:
         """List a sample in the report instead of writing it; ``last`` ends the shard it would be in."""
@@ -122,15 +127,14 @@ class Plan:
 
     def report(self) -> dict[str, Any]:
         """Numbers of samples and shards, counts by reason, and the shards' (name, samples, bytes)."""
-        shards = "SELECT name, samples, size FROM shards WHERE samples ORDER BY last"
-        written = self.db.execute(shards).fetchall()
-        dropped = "SELECT reason, COUNT(*) FROM dropped GROUP BY reason"
-        skipped = "SELECT reason, SUM(count) FROM skipped GROUP BY reason"
+        select = self.db.execute
+        written = select("SELECT name, samples, size FROM shards WHERE samples ORDER BY last")
+        written = written.fetchall()
         return {
             "samples": sum(samples for _, samples, _ in written),
             "shards": len(written),
-            "dropped": dict(self.db.execute(dropped)),
-            "skipped": dict(self.db.execute(skipped)),
+            "dropped": dict(select("SELECT reason, COUNT(*) FROM dropped GROUP BY reason")),
+            "skipped": dict(select("SELECT reason, SUM(count) FROM skipped GROUP BY reason")),
             "written": written,
         }
 

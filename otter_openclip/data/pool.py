@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -28,8 +27,7 @@ def default_workers() -> int:
 def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """``map`` over processes, in order; ``items`` are taken a few ahead. One worker is this process.
 
-    Raises:
-        RuntimeError: if a worker is killed.
+    RuntimeError if a worker is killed.
     """
     if workers == 1:
         yield from map(function, items)
@@ -40,8 +38,15 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
-            with _uninterrupted():
+            # Ctrl-C amid the start of processes would leave some that nobody ends; it comes after it.
+            caught: list[int] = []
+            before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))  # noqa: B023
+            try:
                 pending.append(pool.submit(function, item))
+            finally:
+                signal.signal(signal.SIGINT, before)
+            if caught:
+                raise KeyboardInterrupt
             if len(pending) > _AHEAD * workers:
                 yield pending.popleft().result()
         while pending:
@@ -52,19 +57,6 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
         raise RuntimeError(f"{fault}, and {fix}") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C amid the start of processes would leave some that nobody ends; it comes after it."""
-    caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        raise KeyboardInterrupt
 
 
 def _start(parent: int) -> None:

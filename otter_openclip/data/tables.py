@@ -11,24 +11,53 @@ import csv
 import gzip
 import io
 import lzma
+import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import IO
+from typing import IO, Any
 
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+# What readers raise for a file that is cut short or broken.
+_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+_DAMAGED += (tarfile.TarError, zipfile.BadZipFile)
+_BZ2 = "Invalid data stream"  # an OSError's text: bz2 has no type for it
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 _QUOTES = 'a field that begins with " ends with one, and those inside are doubled: "say ""a"""'
 csv.field_size_limit(1 << 27)
+
+
+def at(path: str, line: int, fault: str) -> ValueError:
+    """The error to raise for a ``fault`` in a line of a file."""
+    return ValueError(f"{path}:{line}: {fault}")
+
+
+@contextlib.contextmanager
+def whole(path: str, *errors: type[Exception]) -> Iterator[None]:
+    """What reading a damaged file raises, and further ``errors``, as an OSError that names ``path``."""
+    try:
+        yield
+    except (*_DAMAGED, OSError, *errors) as error:
+        damage = isinstance(error, (*_DAMAGED, *errors)) or str(error) == _BZ2
+        if not damage:
+            raise
+        raise OSError(f"{path}: damaged or cut short ({error}); get or write it again") from error
 
 
 def open_bytes(path: str) -> IO[bytes]:
     """Open a file, or what fsspec finds at an address (s3://, hf://, https://)."""
     if "://" not in str(path):
         return open(path, "rb")
-    import fsspec
+    system, name = remote(path)
+    return io.BufferedReader(system.open(name, "rb"))
 
-    return io.BufferedReader(fsspec.open(path, "rb").open())
+
+def remote(address: str) -> tuple[Any, str]:
+    """fsspec's file system for an address, and the name there."""
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(address)
 
 
 def opener(file: IO[bytes]) -> Callable | None:
@@ -37,28 +66,13 @@ def opener(file: IO[bytes]) -> Callable | None:
     return next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
 
 
-@contextlib.contextmanager
-def damage_named(path: str) -> Iterator[None]:
-    """What unpacking raises for a file that is cut short or broken as an OSError that names it."""
-    try:
-        yield
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        of_bz2 = str(error) == "Invalid data stream"  # which has no type of its own for it
-        if isinstance(error, OSError) and not (of_bz2 or isinstance(error, gzip.BadGzipFile)):
-            raise
-        raise OSError(f"{path}: damaged or cut short ({error}); download it again") from error
-
-
 def lines(path: str, *, ends: bool = False) -> Iterator[tuple[int, str]]:
     """(number from 1, line) of UTF-8 text, compressed or not; only \\n and \\r\\n end lines.
 
-    They are cut off, unless ``ends``, and so is a byte-order mark.
-
-    Raises:
-        ValueError: naming the line, if it is not UTF-8.
-        OSError: if a compressed file is damaged.
+    They are cut off, unless ``ends``, and so is a byte-order mark. ValueError names a line that is not
+    UTF-8, OSError a compressed file that is damaged.
     """
-    with open_bytes(path) as packed, damage_named(path):
+    with open_bytes(path) as packed, whole(path):
         file, number = (opener(packed) or (lambda file: file))(packed), 0
         try:
             for number, raw in enumerate(file, 1):
@@ -66,15 +80,13 @@ def lines(path: str, *, ends: bool = False) -> Iterator[tuple[int, str]]:
                 yield number, line if ends else line.rstrip("\r\n")
         except UnicodeDecodeError as error:
             fault = f"not UTF-8 text (byte {error.start + 1} is {error.object[error.start]:#x})"
-            fix = "convert the file, e.g. iconv -f latin1 -t utf-8"
-            raise ValueError(f"{path}:{number}: {fault}; {fix}") from error
+            raise at(path, number, f"{fault}; convert it: iconv -f latin1 -t utf-8") from error
 
 
 def rows(path: str, separator: str, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:
     """(line where it starts, fields) of each row that is not empty; RFC 4180's quoting if ``quotes``.
 
-    Raises:
-        ValueError: naming the line, if a quote does not close; and as `lines` does.
+    ValueError names the line of a quote that does not close; and as `lines`.
     """
     quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     texts = (line for _, line in lines(path, ends=True))
@@ -89,7 +101,7 @@ def rows(path: str, separator: str, *, quotes: bool = True) -> Iterator[tuple[in
         fault = f"{error}; {_QUOTES}"
         if "new-line" in str(error):
             fault = "a carriage return inside a line; lines end at \\n or \\r\\n"
-        raise ValueError(f"{path}:{start}: {fault}") from error
+        raise at(path, start, fault) from error
 
 
 def header(path: str, columns: Sequence[str]) -> tuple[str, list[str]]:
@@ -115,11 +127,8 @@ def table(
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     """(line, fields of ``columns``) of each row of a table with a header, in any order.
 
-    Without ``separator`` it is found out from the header, and said.
-
-    Raises:
-        ValueError: naming the line: now for a missing or repeated column, later for a row of another
-            width; and as `rows` does.
+    Without ``separator`` it is found out from the header, and said. ValueError names the line: now of a
+    missing or repeated column, later of a row of another width; and as `rows`.
     """
     separator = separator or header(path, columns)[0]
     everything = rows(path, separator, quotes=quotes)
@@ -128,15 +137,14 @@ def table(
         if names.count(name) != 1:
             listed = ", ".join(map(repr, names)) or "nothing"
             fault = f"no column {name!r} but {listed}" if name not in names else f"two {name!r}"
-            raise ValueError(f"{path}:{line}: has {fault}")
+            raise at(path, line, f"has {fault}")
     print(f"{path}: fields separated by {_SEPARATORS.get(separator, repr(separator))}")
     pick = itemgetter(*map(names.index, columns), 0)  # with one more it gives a tuple
 
     def body() -> Iterator[tuple[int, tuple[str, ...]]]:
         for number, row in everything:
             if len(row) != len(names):
-                fault = f"{len(row)} fields, the header has {len(names)}"
-                raise ValueError(f"{path}:{number}: {fault}")
+                raise at(path, number, f"{len(row)} fields, the header has {len(names)}")
             yield number, pick(row)[:-1]
 
     return body()

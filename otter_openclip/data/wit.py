@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from otter_openclip.data import pairs, tables
 from otter_openclip.data.lookup import Found
-from otter_openclip.data.options import existing_file
 from otter_openclip.data.plan import Plan
+from otter_openclip.data.sources import absolute
 
 CAPTION_FIELDS = {
     "reference": "caption_reference_description",
@@ -31,67 +31,54 @@ CAPTION_FIELDS = {
     "page": "context_page_description",
     "section-text": "context_section_description",
 }
-_DEFAULT_FIELDS = ("reference", "alt", "attribution")
+_DEFAULT_FIELDS = ["reference", "alt", "attribution"]
 _PASSES = "attribution_passes_lang_id"
 _COLUMNS = ("language", "image_url", _PASSES, *CAPTION_FIELDS.values())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    add = parser.add_argument
+    add, fields = parser.add_argument, ", ".join(CAPTION_FIELDS)
     text = "wit_v1.*.tsv.gz, as downloaded"
-    add("--tables", required=True, nargs="+", metavar="FILE", help=text)
+    add("--tables", required=True, nargs="+", type=absolute, metavar="FILE", help=text)
     text = "Wikipedias to take rows from, or all; default en"
     add("--languages", nargs="+", default=["en"], metavar="CODE", help=text)
-    add(
-        "--caption-fields",
-        nargs="+",
-        choices=CAPTION_FIELDS,
-        default=list(_DEFAULT_FIELDS),
-        metavar="FIELD",
-        help=f"in order of preference, of {', '.join(CAPTION_FIELDS)}; default "
-        f"{' '.join(_DEFAULT_FIELDS)}. The attribution counts only in rows whose {_PASSES} is true: "
-        "elsewhere it is in another language",
-    )
+    text = f"""in order of preference, of {fields}; default {" ".join(_DEFAULT_FIELDS)}. The attribution
+        counts only in rows whose {_PASSES} is true: elsewhere it is in another language"""
+    kind = {"choices": CAPTION_FIELDS, "default": _DEFAULT_FIELDS, "metavar": "FIELD"}
+    add("--caption-fields", nargs="+", help=text, **kind)
     pairs.add_image_options(parser, "folder or archives of files named by URL", required=True)
     pairs.add_pair_output(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    paths = [existing_file(path, "--tables") for path in args.tables]
-    images = pairs.Images(args)
-    languages = None if "all" in args.languages else set(args.languages)
-    opened = [tables.table(path, _COLUMNS, "\t") for path in paths]
+    images = pairs.images(args)
+    args.languages = sorted(set(args.languages))
+    opened = [tables.table(path, _COLUMNS, "\t") for path in args.tables]
 
     def fill(plan: Plan) -> None:
-        find = images.open(plan)
         for _, fields in tqdm(itertools.chain(*opened), "Reading rows", unit="row"):
             row = dict(zip(_COLUMNS, fields, strict=True))
             caption, url = caption_of(row, args.caption_fields), row["image_url"]
-            if languages is not None and row["language"] not in languages:
+            if "all" not in args.languages and row["language"] not in args.languages:
                 plan.skip("in another language")
             elif not caption:
                 plan.skip("without a caption")
             else:
-                names = [url] if images.downloaded else file_names(url)
-                found = find(*names)
+                found = images.find(*([url] if args.img2dataset else file_names(url)))
                 if not found.whole and _of_another_url(found.name, url):
                     found = Found(None)
                 plan.add(url, found, caption)
 
-    fields = {"languages": sorted(args.languages), "caption-fields": args.caption_fields}
-    inputs = [*paths, *images.archives]
-    return pairs.build(args, {"tables": paths, **fields}, inputs, fill, record="URL")
+    return pairs.build(args, args.tables, images, fill, "URL")
 
 
 def caption_of(row: dict[str, str], fields: Sequence[str]) -> str:
     """The first of ``fields`` that the row has, or ""."""
     for field in fields:
         text = row[CAPTION_FIELDS[field]]
-        if field == "attribution" and row[_PASSES].lower() != "true":
-            continue
-        if text.strip():
+        if text.strip() and (field != "attribution" or row[_PASSES].lower() == "true"):
             return text
     return ""
 

@@ -18,9 +18,9 @@ from urllib.parse import unquote, urlsplit
 from tqdm import tqdm
 
 from otter_openclip.data import pairs
-from otter_openclip.data.options import existing_file
 from otter_openclip.data.plan import Plan
-from otter_openclip.data.tables import lines
+from otter_openclip.data.sources import absolute
+from otter_openclip.data.tables import at, lines
 
 _TAG = re.compile("<.*?>")
 _COLUMNS = (
@@ -36,54 +36,43 @@ _VIDEO = "1"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    add = parser.add_argument
-    add("--subset", required=True, metavar="FILE", help="yfcc100m_subset_data.tsv[.bz2]")
+    add, kind = parser.add_argument, absolute
+    text = "yfcc100m_subset_data.tsv[.bz2]"
+    add("--subset", required=True, type=kind, metavar="FILE", help=text)
     text = "yfcc100m_dataset[.bz2], or several files of its rows (.bz2, .gz)"
-    add("--metadata", required=True, nargs="+", metavar="FILE", help=text)
-    text = (
-        "folder (abc/def/abcdef....jpg by hash, below data/images/ or not, or flat), zips or tars"
-    )
+    add("--metadata", required=True, nargs="+", type=kind, metavar="FILE", help=text)
+    text = "folder (abc/def/abcdef....jpg by hash, below data/images or flat), zips or tars"
     pairs.add_image_options(parser, text, required=True)
     pairs.add_pair_output(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    subset = existing_file(args.subset, "--subset")
-    metadata = [existing_file(path, "--metadata") for path in args.metadata]
-    images = pairs.Images(args)
+    images = pairs.images(args, ("photoid", "photo_id", "url"), any_suffix=True)
 
     def fill(plan: Plan) -> None:
-        plan.db.execute("CREATE TEMP TABLE wanted (id INTEGER PRIMARY KEY, hash TEXT, seen INT)")
-        plan.db.executemany("INSERT OR IGNORE INTO wanted VALUES (?, ?, 0)", read_subset(subset))
-        find = images.open(plan, ("photoid", "photo_id", "url"), any_suffix=True)
-        rows = (row for path in metadata for row in read_metadata(path))
+        execute, subset = plan.db.execute, read_subset(args.subset)
+        execute("CREATE TEMP TABLE wanted (id INTEGER PRIMARY KEY, hash TEXT, seen INT)")
+        plan.db.executemany("INSERT OR IGNORE INTO wanted VALUES (?, ?, 0)", subset)
+        rows = (row for path in args.metadata for row in read_metadata(path))
         for row in tqdm(rows, "Reading metadata", unit="row", unit_scale=True):
             photo, url = row["photoid"], row.get("downloadurl") or ""
-            wanted = plan.db.execute(
-                "SELECT hash FROM wanted WHERE id = ?", (int(photo),)
-            ).fetchone()
+            wanted = execute("SELECT hash FROM wanted WHERE id = ?", (int(photo),)).fetchone()
             if wanted is None:
                 continue
-            plan.db.execute("UPDATE wanted SET seen = 1 WHERE id = ?", (int(photo),))
+            execute("UPDATE wanted SET seen = 1 WHERE id = ?", (int(photo),))
             if row.get("marker") == _VIDEO:
                 plan.skip("video")
                 continue
-            place = find(
-                *((photo, url) if images.downloaded else file_names(wanted[0], photo, url))
-            )
-            title, description = clean(row["title"]), clean(row["description"])
-            if place.file is not None and not title.strip() and not description.strip():
-                plan.drop(photo, pairs.EMPTY_CAPTION)
-            else:
-                plan.add(photo, place, f"{title}. {description}", key=photo)
-        (rest,) = plan.db.execute("SELECT COUNT(*) FROM wanted WHERE NOT seen").fetchone()
+            names = (photo, url) if args.img2dataset else file_names(wanted[0], photo, url)
+            texts = clean(row["title"]), clean(row["description"])
+            caption = ". ".join(texts) if "".join(texts).strip() else ""
+            plan.add(photo, images.find(*names), caption, key=photo)
+        (rest,) = execute("SELECT COUNT(*) FROM wanted WHERE NOT seen").fetchone()
         if rest:
             plan.skip("without metadata", rest)
 
-    settings = {"subset": subset, "metadata": metadata}
-    inputs = [subset, *metadata, *images.archives]
-    return pairs.build(args, settings, inputs, fill, record="photo")
+    return pairs.build(args, [args.subset, *args.metadata], images, fill, "photo")
 
 
 def clean(text: str) -> str:
@@ -99,7 +88,7 @@ def read_subset(path: str) -> Iterator[tuple[int, str]]:
         if len(fields) == 3 and fields[0].isdigit() and fields[1].isdigit():
             yield int(fields[1]), fields[2]
         elif number > 1 or any(field.isdigit() for field in fields):
-            raise ValueError(f"{path}:{number}: expected line number, photo id and hash")
+            raise at(path, number, "expected line number, photo id and hash")
     if not number:
         raise ValueError(f"{path}: no photos in it")
 
@@ -107,8 +96,7 @@ def read_subset(path: str) -> Iterator[tuple[int, str]]:
 def read_metadata(path: str) -> Iterator[dict[str, str]]:
     """The rows of a YFCC100M metadata file, by column.
 
-    Raises:
-        ValueError: naming the line, if its columns are not those of any known form.
+    ValueError names the line whose columns are not those of any known form.
     """
     columns: list[str] = []
     for number, line in lines(path):
@@ -119,7 +107,7 @@ def read_metadata(path: str) -> Iterator[dict[str, str]]:
                 row["photoid"], row["title"], row["description"]
             except (ValueError, KeyError) as error:
                 fault = f"no JSON object with {', '.join(_NEEDED)} ({error})"
-                raise ValueError(f"{path}:{number}: {fault}") from error
+                raise at(path, number, fault) from error
         else:
             fields = line.split("\t")
             if not columns and set(_NEEDED) <= set(fields):
@@ -128,11 +116,10 @@ def read_metadata(path: str) -> Iterator[dict[str, str]]:
             columns = columns or _LAYOUTS.get(len(fields), [])
             if len(fields) != len(columns):
                 forms = f"{' or '.join(map(str, _LAYOUTS))}, or a header with {', '.join(_NEEDED)}"
-                fault = f"{len(fields)} columns; YFCC100M's metadata have {forms}"
-                raise ValueError(f"{path}:{number}: {fault}")
+                raise at(path, number, f"{len(fields)} columns; YFCC100M's metadata have {forms}")
             row = dict(zip(columns, fields, strict=True))
         if not row["photoid"].isdigit():
-            raise ValueError(f"{path}:{number}: {row['photoid']!r} is no photo id")
+            raise at(path, number, f"{row['photoid']!r} is no photo id")
         yield row
 
 

@@ -26,11 +26,12 @@ _ORIENTATION = 0x0112  # EXIF's tag
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # likewise
 
 
-class _Member(tarfile.TarInfo):
+class Member(tarfile.TarInfo):
     """tarfile takes a header cut short or garbled for the end; this one notes the true end."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> _Member:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Member:
+        """As tarfile has it."""
         try:
             return super().fromtarfile(tar)
         except tarfile.EOFHeaderError:
@@ -50,18 +51,30 @@ def samples(
         OSError: a fault's text, if the tar cannot be read to its end.
     """
     try:
-        with tarfile.open(path, "r|*", file, tarinfo=_Member) as tar:
+        with tarfile.open(path, "r|*", file, tarinfo=Member) as tar:
             yield from _grouped(tar, strict)
     except (tarfile.TarError, EOFError) as error:
         fault = f"damaged or cut short ({error}); copy or build the shard again"
         raise OSError(f"cannot be read to its end: {fault}") from error
 
 
+def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar opened with ``tarinfo=Member``, none of them kept in memory.
+
+    Raises:
+        tarfile.TarError: if it does not end as a tar does.
+    """
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # or it keeps all
+        yield member
+    if not getattr(tar, "ended", False):
+        raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
+
+
 def _grouped(tar: tarfile.TarFile, strict: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
     current: str | None = None
     files: dict[str, bytes] = {}
-    for member in tar:
-        tar.members = []  # or it keeps all
+    for member in members(tar):
         match = _KEY_AND_SUFFIX.match(member.name)
         if match is None or not member.isreg() or _SKIPPED.match(member.name):
             continue
@@ -74,8 +87,6 @@ def _grouped(tar: tarfile.TarFile, strict: bool) -> Iterator[tuple[str, dict[str
                 yield current, files
             current, files = key, {}
         files[suffix] = tar.extractfile(member).read()
-    if not getattr(tar, "ended", False):
-        raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
     if current is not None:
         yield current, files
 
@@ -160,12 +171,15 @@ def _readable() -> Iterator[None]:
         raise SampleError(f"unreadable image: {text}") from error
 
 
-def opened(content: bytes) -> Image.Image:
-    """The image with its header read; SampleError if Pillow cannot read it."""
+def opened(content: bytes, *, whole: bool = False) -> Image.Image:
+    """The image with its header read, or the ``whole``; SampleError if Pillow cannot read it."""
     if not content:
         raise SampleError("unreadable image: empty file")
     with _readable():
-        return Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content))
+        if whole:
+            image.load()
+        return image
 
 
 def rgb(image: Image.Image) -> Image.Image:
