@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
+import importlib.util
 import math
 import re
 import sys
@@ -50,6 +50,12 @@ class Parser(argparse.ArgumentParser):
             wrong = [w for w in self._given if w.startswith("--") and not find_flags(self, w)]
             message += f"; {name_nearest(_UNKNOWN + ' '.join(wrong), known)}" if wrong else ""
         super().error(name_nearest(message, known))
+
+
+def needs(module: str, extra: str) -> None:
+    """Raise RuntimeError, with the package's extra to install, if ``module`` is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise RuntimeError(f"{module} is not installed; pip install 'otter-openclip[{extra}]'")
 
 
 def name_of(action: argparse.Action) -> str:

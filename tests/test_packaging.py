@@ -85,8 +85,10 @@ def test_both_distributions_have_what_is_used(distributions):
         stated = archive.read(record).decode()
     assert f"\nVersion: {otter_openclip.__version__}\n" in stated
     assert "otter_openclip/py.typed" in names
-    for folder, pattern in (("configs", "*.yaml"), ("patches", "*"), ("otter_openclip", "**/*.py")):
+    for folder, pattern in (("configs", "*.yaml"), ("patches", "*"), ("otter_openclip", "**/*.*")):
         for path in (ROOT / folder).glob(pattern):
+            if path.suffix == ".pyc":
+                continue
             name = str(path.relative_to(ROOT))
             assert name in source
             assert (name if folder == "otter_openclip" else f"otter_openclip/{name}") in names
@@ -212,11 +214,15 @@ def test_what_is_imported_is_declared_and_the_other_way_round():
     assert declared - found.keys() == {"requests"}  # clip-benchmark's
 
 
-def test_without_matplotlib_the_demo_names_its_extra(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [("demo", "demo"), ("analyze --train-data a.tar --model RN50", "plots")],
+)
+def test_without_matplotlib_its_extra_is_named(monkeypatch, tmp_path, capsys, command, extra):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert cli.main(["demo", "--output", str(tmp_path / "demo")]) == 2
-    assert "pip install 'otter-openclip[demo]'" in capsys.readouterr().err
-    assert not (tmp_path / "demo").exists()
+    assert cli.main([*command.split(), "--output", str(tmp_path / "out")]) == 2
+    assert f"pip install 'otter-openclip[{extra}]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_matplotlib_the_contact_sheet_has_pillows_font(monkeypatch, tmp_path, caplog):

@@ -8,9 +8,13 @@ OTTER, knowledge distillation and InfoNCE would make their targets, and pairs wo
 from __future__ import annotations
 
 import argparse
-import importlib.util
 
+<<<<<<< HEAD
+from otter_openclip.data.options import positive
+from otter_openclip.flags import needs
+=======
 from otter_openclip.flags import positive
+>>>>>>> main
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,11 +57,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         RuntimeError: naming the extra to install, if matplotlib is missing.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeError(
-            "matplotlib, which draws the report's pictures, is missing: pip install "
-            "'otter-openclip[plots]'"
-        )
+    needs("matplotlib", "plots")
     from otter_openclip.analysis.analyzing import run  # heavy imports
 
     return run(args)

@@ -7,12 +7,9 @@ checkpoints of each run, and writes a table and a picture. It reports what it me
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 
-from otter_openclip.flags import number
-
-INSTALL = "pip install 'otter-openclip[demo]'"
+from otter_openclip.flags import needs, number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +32,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         RuntimeError: naming the extra to install, if matplotlib is missing.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeError(
-            f"matplotlib, whose fonts and charts the demo needs, is missing: {INSTALL}"
-        )
+    needs("matplotlib", "demo")
     # Torch reads it when it is imported: threads must not spin while another process needs the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from otter_openclip.demo.pipeline import run  # heavy imports

@@ -11,8 +11,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from otter_openclip.demo import INSTALL
-
+INSTALL = "pip install 'otter-openclip[demo]'"
 # What is read of each package, as of the versions that pyproject.toml names.
 IMAGE = {
     "efficientnet-lite0-57934424.pth": (

@@ -120,7 +120,7 @@ def _parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = _stock_parse_args(parser)
     for action in command._actions:
         empty = "" in as_list(getattr(args, action.dest, None)) and action.default != ""
-        if empty and action.dest != "class_cache":
+        if empty and action.dest not in ("class_cache", "pretrained"):  # local-dir: has no tag
             command.error(f"argument {name_of(action)}: expected a value, got ''")
     return args
 
