@@ -77,8 +77,9 @@ def verdict(stats: Mapping[str, Any]) -> Verdict:
     share, error = ranks[judge]["at_chance"], ranks[judge]["standard_error"]
     level = 0 if share < CLEAN else 1 if share < NOISY else 2
     by = "By neighbours, about" if judge == "neighbours" else "About"
+    by_heart = other["at_chance"] - own["at_chance"] > APART
     noise = (
-        ("Hardly", "Some of them", "Yes, many")[level],
+        ("Hardly", "Some of them", "Yes, many")[level] + ", if new to the model" * by_heart,
         f"{by} {share:.0%} (± {2 * error:.0%}) of the captions fit their own picture no better "
         "than one drawn by lot. Wrong captions are at most that many: what the model does not know "
         "counts as well.",
@@ -90,13 +91,19 @@ def verdict(stats: Mapping[str, Any]) -> Verdict:
             "captions, which the towers know without each other."
             if own["at_chance"] > AT_CHANCE
             else f"The model's similarity says {own['at_chance']:.0%}, neighbours say "
-            f"{other['at_chance']:.0%}. Both can only be too high, so the lower one counts."
+            f"{other['at_chance']:.0%}. Both are too high rather than too low, so the lower one counts."
         )
     if data["pairs"] < FEW:
         remarks.append(f"Only {data['pairs']:,} pairs were looked at.")
+    if by_heart:
+        remarks.append(
+            f"The model's similarity finds {own['at_chance']:.0%} at chance, neighbours find "
+            f"{other['at_chance']:.0%}. Either captions here are too varied to have neighbours, or the "
+            "model was trained on these very pairs and knows wrong ones by heart; then both are too low."
+        )
     remarks.append(
-        "A model that was trained on these very pairs has learned wrong ones too, and finds less noise "
-        "than there is: use one that has not seen them."
+        "A model that was trained on these very pairs finds much less noise than there is: use one that "
+        "has not seen them."
     )
     sureness = "fairly sure" if agree and data["pairs"] >= FEW else "not very sure"
     otter = _otter(level, data["pairs_in_all"])
