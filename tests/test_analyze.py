@@ -141,11 +141,12 @@ def test_duplicates(monkeypatch):
     assert found.pairs[0][0] == pytest.approx(float(features[6] @ features[2]))
 
 
-def measured(own, other, total=3000, pairs=3000, entropy=3.0):
+def measured(own, other, total=3000, pairs=3000, entropy=3.0, nearest=0.1):
     ranks = {
         name: {"at_chance": share, "standard_error": 0.01, "beats_a_random_picture": 0.5}
         for name, share in (("similarity", own), ("neighbours", other))
     }
+    ranks["similarity"]["own_is_nearest"] = nearest
     otter = {"otter": {"entropy": entropy}}
     batch = {"targets": otter, "curve": {"two_to_four_nats": [0.05, 0.12]}}
     data = {"pairs": pairs, "pairs_in_all": total}
@@ -170,6 +171,13 @@ def measured(own, other, total=3000, pairs=3000, entropy=3.0):
             "similarity",
             "not very sure",
         ),
+        (
+            (0.0, 0.0, 3000, 3000, 3.0, 0.98),
+            ("Hardly, if new to the model", "Hardly"),
+            "similarity",
+            "not very sure",
+        ),
+        ((0.0, 0.0, 900, 900, 3.0, 0.98), ("Hardly", "Probably"), "similarity", "not very sure"),
         ((0.98, 0.97, 3000), ("Cannot be told", "Cannot be told"), "", "not sure at all"),
     ],
 )

@@ -16,6 +16,9 @@ CLEAN, NOISY = 0.08, 0.25
 AT_CHANCE = 0.8  # such a share says nothing about captions: the model does not know them
 APART = 0.1  # two estimates that differ by this do not agree
 FEW = 1000  # pairs looked at
+BY_HEART = (
+    0.7  # captions whose own picture is the first of as many: more than models know of new ones
+)
 
 # OTTER against a tuned InfoNCE, COCO and Flickr8k: pairs -> outcome at no, some and much noise.
 EVIDENCE = {
@@ -77,7 +80,8 @@ def verdict(stats: Mapping[str, Any]) -> Verdict:
     share, error = ranks[judge]["at_chance"], ranks[judge]["standard_error"]
     level = 0 if share < CLEAN else 1 if share < NOISY else 2
     by = "By neighbours, about" if judge == "neighbours" else "About"
-    by_heart = other["at_chance"] - own["at_chance"] > APART
+    apart = other["at_chance"] - own["at_chance"] > APART
+    by_heart = apart or (own["own_is_nearest"] > BY_HEART and data["pairs"] >= FEW)
     noise = (
         ("Hardly", "Some of them", "Yes, many")[level] + ", if new to the model" * by_heart,
         f"{by} {share:.0%} (± {2 * error:.0%}) of the captions fit their own picture no better "
@@ -95,17 +99,22 @@ def verdict(stats: Mapping[str, Any]) -> Verdict:
         )
     if data["pairs"] < FEW:
         remarks.append(f"Only {data['pairs']:,} pairs were looked at.")
-    if by_heart:
+    if apart:
         remarks.append(
             f"The model's similarity finds {own['at_chance']:.0%} at chance, neighbours find "
-            f"{other['at_chance']:.0%}. Either captions here are too varied to have neighbours, or the "
-            "model was trained on these very pairs and knows wrong ones by heart; then both are too low."
+            f"{other['at_chance']:.0%}: either captions here are too varied to have neighbours, or the "
+            "model knows these very pairs by heart."
+        )
+    elif by_heart:
+        remarks.append(
+            f"{own['own_is_nearest']:.0%} of captions have their own picture first among "
+            f"{data['pairs']:,}: the model may know these very pairs by heart."
         )
     remarks.append(
-        "A model that was trained on these very pairs finds much less noise than there is: use one that "
-        "has not seen them."
+        "A model that was trained on these very pairs finds much less noise than there is, or none: use "
+        "one that has not seen them."
     )
-    sureness = "fairly sure" if agree and data["pairs"] >= FEW else "not very sure"
+    sureness = "fairly sure" if agree and not by_heart and data["pairs"] >= FEW else "not very sure"
     otter = _otter(level, data["pairs_in_all"])
     remarks.append(
         "What is known of OTTER is from photos and two frozen pretrained towers, all losses tuned "
