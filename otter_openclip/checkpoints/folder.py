@@ -319,4 +319,5 @@ def _move(temporary: Path, out: Path) -> None:
             (aside / "out").rename(out)
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(aside, ignore_errors=True)
