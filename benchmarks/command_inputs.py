@@ -159,7 +159,7 @@ def checkpoints(out: Path, last: bool = False) -> dict[str, Any]:
     """The tensors and values of all checkpoints of a run, or of the last epoch's; and the best."""
     found = {}
     for path in (out / "logs" / "run" / "checkpoints").glob("*.pt"):
-        contents = read_file(path)
+        contents = read_file(path, mapped=False)
         if path.name != "tmp.pt" and (not last or contents["epoch"] == EPOCHS):
             found[path.name] = contents
     # A killed run's best may be that of an epoch that it did not come to the end of.
