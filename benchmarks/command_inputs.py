@@ -27,14 +27,22 @@ _COLOURS = ("red", "green", "blue", "white", "black", "orange")
 _SHAPES = ("circle", "square", "line")
 _WORDS = [*_COLOURS, *_SHAPES]
 _WIDTH = 32
+RESNET = {
+    "timm_model_name": "test_resnet",
+    "timm_model_pretrained": False,
+    "timm_pool": "",
+    "timm_proj": "linear",
+    "image_size": 32,
+}
+VIT = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}  # the fastest
 
 
 class Inputs:
     """Inputs in a folder, and the command lines that use them."""
 
-    def __init__(self, folder: Path) -> None:
-        """``folder`` is as ``make`` has filled it, or new."""
-        self.folder = folder
+    def __init__(self, folder: Path, vision: Mapping[str, Any] = RESNET) -> None:
+        """``folder`` is as ``make`` has filled it, or new; ``vision`` is the model's vision_cfg."""
+        self.folder, self.vision = folder, vision
         if (folder / "models").is_dir():
             open_clip.add_model_config(folder / "models")
 
@@ -76,14 +84,12 @@ class Inputs:
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         (self.folder / "vocab.txt").write_text("\n".join([*special, *_WORDS]))
         BertTokenizerFast(str(self.folder / "vocab.txt")).save_pretrained(tower)
-        vision = {"timm_model_name": "test_resnet", "timm_model_pretrained": False}
-        vision |= {"timm_pool": "", "timm_proj": "linear", "image_size": 32}
         text = {"hf_model_name": str(tower), "hf_tokenizer_name": str(tower)}
         text |= {"hf_proj_type": "linear", "hf_pooler_type": "mean_pooler", "context_length": 8}
         text |= {"hf_model_pretrained": False}
         models = self.folder / "models"
         models.mkdir()
-        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+        config = {"embed_dim": 16, "vision_cfg": dict(self.vision), "text_cfg": text}
         (models / f"{MODEL}.json").write_text(json.dumps(config))
         open_clip.add_model_config(models)
 
@@ -153,7 +159,7 @@ def checkpoints(out: Path, last: bool = False) -> dict[str, Any]:
     """The tensors and values of all checkpoints of a run, or of the last epoch's; and the best."""
     found = {}
     for path in (out / "logs" / "run" / "checkpoints").glob("*.pt"):
-        contents = read_file(path)
+        contents = read_file(path, mapped=False)
         if path.name != "tmp.pt" and (not last or contents["epoch"] == EPOCHS):
             found[path.name] = contents
     # A killed run's best may be that of an epoch that it did not come to the end of.

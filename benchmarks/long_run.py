@@ -26,7 +26,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from benchmarks import common, processes
-from benchmarks.command_inputs import Inputs
+from benchmarks.command_inputs import VIT, Inputs
 from otter_openclip import cli
 from otter_openclip.checkpoints.folder import read_file
 from otter_openclip.files import write_json
@@ -150,9 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     steps_of_epoch = min(args.steps, STEPS_OF_EPOCH)
     with tempfile.TemporaryDirectory() as name:
-        inputs = Inputs(Path(name) / "inputs")
+        inputs = Inputs(Path(name) / "inputs", VIT)
         inputs.make(steps_of_epoch * _BATCH, trained=False)
-        inputs = Inputs(inputs.folder)
+        inputs = Inputs(inputs.folder, VIT)
         found = [
             run(inputs, Path(name) / kind, kind, args.steps // steps_of_epoch, steps_of_epoch)
             for kind in args.kinds

@@ -12,6 +12,7 @@ import copy
 import glob
 import json
 import logging
+import os
 import secrets
 import shutil
 import time
@@ -29,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from otter_openclip.files import sync
+from otter_openclip.files import sync, written_whole
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -182,6 +183,17 @@ def read_file(path: Path, *, verify: bool = True, mapped: bool = True) -> Mappin
             f"{path} holds a {type(contents).__name__}, not a checkpoint or state_dict"
         )
     return contents
+
+
+def write_file(path: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all; OSError with what the disk says if it cannot be."""
+    try:
+        with written_whole(path) as file:
+            torch.serialization.save(contents, file)
+    except RuntimeError as error:  # torch's, in the wake of the disk's
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise error.__context__ from error
 
 
 def _check_sums(path: Path) -> None:
@@ -337,4 +349,5 @@ def _move(temporary: Path, out: Path) -> None:
             (aside / "out").rename(out)
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(aside, ignore_errors=True)

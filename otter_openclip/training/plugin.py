@@ -21,10 +21,10 @@ from open_clip_train.data import DataInfo
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from otter_openclip.checkpoints.folder import write_file
 from otter_openclip.checkpoints.layout import ENTRY, TEACHER, upgraded
 from otter_openclip.checkpoints.newest import LATEST, epoch_of, newest_checkpoint
 from otter_openclip.features.prefix import find_prefixes, install, left_out, no_prefix_message
-from otter_openclip.files import written_whole
 from otter_openclip.preprocessing import reference_transforms
 from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training import (
@@ -324,12 +324,10 @@ class TrainingPlugin:
             torch.serialization.save(checkpoint_dict, path)
             return
         try:
-            with written_whole(path) as file:
-                torch.serialization.save(self.complete(checkpoint_dict), file)
-        except (OSError, RuntimeError) as error:  # torch's, in the wake of the disk's
-            cause = error if isinstance(error, OSError) else error.__context__ or error
+            write_file(path, self.complete(checkpoint_dict))
+        except OSError as error:
             raise SystemExit(
-                f"{self._prog}: error: {path} cannot be written ({cause}), so epoch "
+                f"{self._prog}: error: {path} cannot be written ({error}), so epoch "
                 f"{checkpoint_dict['epoch']} is lost; make room, then {goes_on_from(self._args)}"
             ) from error
 

@@ -17,13 +17,12 @@ from open_clip_train.precision import get_autocast
 from timm.utils import unwrap_model
 from torch import nn
 
-from otter_openclip.checkpoints.folder import read_file
+from otter_openclip.checkpoints.folder import read_file, write_file
 from otter_openclip.evaluation.classifier import class_features
 from otter_openclip.evaluation.folders import check_webdataset
 from otter_openclip.evaluation.labelled_images import MultiLabelImages, encode_images
 from otter_openclip.evaluation.metrics import KS, multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts
-from otter_openclip.files import written_whole
 
 BEST = "best.pt"
 CRITERION = "zeroshot-flat_hit@1"
@@ -123,7 +122,10 @@ class BestCheckpoint:
         """Write ``make()`` and the metrics if F@1 is higher than ever."""
         if metrics[CRITERION] <= self.value:
             return
+        try:
+            write_file(self.path, {**make(), "zeroshot": dict(metrics)})
+        except OSError as error:  # the epoch's own checkpoint is still to come
+            logging.warning(f"{self.path} cannot be written and stays as it was: {error}")
+            return
         self.value = metrics[CRITERION]
-        with written_whole(self.path) as file:
-            torch.serialization.save({**make(), "zeroshot": dict(metrics)}, file)
         logging.info(f"Best F@1 so far, {self.value:.4f}: {self.path}")
