@@ -224,6 +224,13 @@ def test_contradictions_and_misspellings(line, capsys):
     assert CONTRADICTIONS[line] in refused(cli.main, line.split(), capsys)
 
 
+def test_a_seed_for_no_shuffle(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("filepath,title\n")
+    words = ["data", "csv", "--captions", tmp_path / "t.csv", "--output", tmp_path / "out"]
+    assert cli.main([*map(str, words), "--no-shuffle", "--seed", "0"]) == 2
+    assert "--no-shuffle has no use for --seed; drop one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_abbreviation_is_the_flag_or_ambiguous(command):
     parser, (base, _) = parser_of(command), COMMANDS[command]

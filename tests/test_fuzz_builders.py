@@ -90,7 +90,7 @@ def table(rows, separator, quoting=csv.QUOTE_MINIMAL):
     return text.getvalue().encode()
 
 
-@examples(12)
+@examples(6)
 @given(texts=st.lists(WORDS, min_size=ROWS, max_size=ROWS), separator=st.sampled_from("\t,;"))
 def test_a_good_table_is_taken_whole(texts, separator):
     rows = [
@@ -163,7 +163,7 @@ TABLES += [yfcc_command, yfcc_subset_command]
 
 
 @pytest.mark.parametrize("command", TABLES)
-@examples(8)
+@examples(4)
 @given(spoils=SPOILS, packed=st.booleans())
 def test_spoilt_tables(command, spoils, packed):
     with folder_of({f"i/{n}.jpg": content for n, content in enumerate(PICTURES)}) as folder:
@@ -186,7 +186,7 @@ INDICES = [f"p{'abcde'[n]}.jpg {n}:1" for n in range(ROWS)]
 
 @pytest.mark.parametrize("name", ["open-images", "imagenet10k"])
 @pytest.mark.parametrize("which", [0, 1])
-@examples(6)
+@examples(3)
 @given(spoils=SPOILS)
 def test_spoilt_labels(name, which, spoils):
     """A picture comes out with its own label, of its own name."""
@@ -219,7 +219,7 @@ def pack(kind, files, path):
 
 @pytest.mark.parametrize("kind", ["tar", "zip", "tar.gz"])
 @pytest.mark.parametrize("img2dataset", [False, True])
-@examples(6)
+@examples(3)
 @given(
     flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=4),
     cut=st.just(1.0) | st.floats(0, 1),

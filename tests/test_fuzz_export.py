@@ -65,7 +65,7 @@ def state(tmp_path_factory):
     return open_clip.create_model("tiniest").state_dict()
 
 
-@examples(8)
+@examples(5)
 @given(
     done=st.dictionaries(st.sampled_from(KEYS), st.sampled_from([*SAME, *SPOILT]), max_size=3),
     extra=st.none() | st.sampled_from(["extra.weight", "visual.conv1.bias", "module.x", ""]),

@@ -82,7 +82,7 @@ def precision(loss, inputs, scale):
     return 64 * torch.finfo(dtype).eps * (1 + teacher + 100 * max(squares[:2]))
 
 
-@examples(40)
+@examples(20)
 @given(make=distillations(), inputs=batches(), scale=st.floats(1, 100))
 def test_finite_and_a_divergence(make, inputs, scale):
     loss = make(impl="plain")
@@ -97,7 +97,7 @@ def test_finite_and_a_divergence(make, inputs, scale):
         assert (targets.double().sum(dim=1) - 1).abs().max() < 1e-5
 
 
-@examples(40)
+@examples(20)
 @given(
     make=distillations(),
     inputs=batches(),
@@ -123,7 +123,7 @@ def test_every_implementation_is_plain(make, inputs, scale, impl):
     )
 
 
-@examples(40)
+@examples(20)
 @given(make=distillations(), inputs=batches((torch.float64,)), seed=st.integers(0, 2**32))
 def test_permuting_the_batch_permutes_the_targets(make, inputs, seed):
     loss = make(impl="plain")
@@ -134,7 +134,7 @@ def test_permuting_the_batch_permutes_the_targets(make, inputs, seed):
         assert (one[order][:, order] - other).abs().max() <= tolerance
 
 
-@examples(30)
+@examples(20)
 @given(
     inputs=batches(),
     make=distillations() | st.floats(0, 1).map(lambda e: lambda **kw: LabelSmoothingLoss(e, **kw)),
@@ -154,7 +154,7 @@ def test_a_bad_number_is_never_silent(inputs, make, impl, where, bad):
     assert not sum(terms.values()).isfinite()
 
 
-@examples(40)
+@examples(20)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),
