@@ -64,10 +64,10 @@ def averaged(first: State, second: State, share: float) -> State:
 
 def measured(place: Workplace, state: State, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """mAP in percent of both halves of each test set."""
-    halves = {name: place.judge(name).measure(state) for name in names}
+    rows = {name: place.judge(name).measure(state) for name in names}
     return {
-        n: {half: 100 * found[half]["mAP"] for half in ("val", "test")}
-        for n, found in halves.items()
+        name: {half: round(100 * found[half]["mAP"], 3) for half in ("val", "test")}
+        for name, found in rows.items()
     }
 
 
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("first", "second"):
         add(f"--{name}", required=True, metavar="TRAIN_DIR,EVAL_DIR")
     add("--pairs", type=int, nargs=2, default=[6000, 3000])
-    add("--lrs", type=float, nargs="+", default=[1e-4, 1e-3])
+    add("--lrs", type=float, nargs="+", default=[1e-3])
     add("--steps", type=int, nargs="+", default=[30, 100, 300])
     add("--seeds", type=int, default=3)
     args = parser.parse_args(argv)

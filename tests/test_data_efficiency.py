@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_towers import image_tower, text_folder
 
-from benchmarks import data_efficiency, efficiency_report, efficiency_runs
+from benchmarks import data_efficiency, efficiency_report, efficiency_runs, forgetting
 from benchmarks.efficiency_runs import Run, draw, halves, last_logged
 from otter_openclip.demo.dataset import write_tar
 from otter_openclip.towers import make_towers
@@ -227,3 +227,15 @@ def test_shards_hold_the_drawn_pairs(pairs, labelled, tmp_path):
     samples = source.samples
     expected = {(samples[image][1], samples[caption][2]) for image, caption in drawn}
     assert set(zip(found[::2], found[1::2], strict=True)) == expected
+
+
+def test_forgetting_averages_weights_and_reports_means():
+    first, second = (
+        {"w": torch.zeros(2), "n": torch.tensor(1)},
+        {"w": torch.ones(2), "n": torch.tensor(3)},
+    )
+    found = forgetting.averaged(first, second, 0.25)
+    assert found["w"].tolist() == [0.25, 0.25] and found["n"] == 3
+    settings = {"loss": "otter", "lr": 0.001, "steps": 30, "share": 0.5}
+    rows = [settings | {"first": {"test": m}, "second": {"test": 2 * m}} for m in (10.0, 20.0)]
+    assert forgetting.report(rows).splitlines()[1].split()[-3:] == ["15.0", "30.0", "2"]

@@ -16,6 +16,9 @@ CLEAN, NOISY = 0.08, 0.25
 AT_CHANCE = 0.8  # such a share says nothing about captions: the model does not know them
 APART = 0.1  # two estimates that differ by this do not agree
 FEW = 1000  # pairs looked at
+BY_HEART = (
+    0.7  # captions whose own picture is the first of as many: more than models know of new ones
+)
 
 # OTTER against a tuned InfoNCE, COCO and Flickr8k: pairs -> outcome at no, some and much noise.
 EVIDENCE = {
@@ -77,8 +80,10 @@ def verdict(stats: Mapping[str, Any]) -> Verdict:
     share, error = ranks[judge]["at_chance"], ranks[judge]["standard_error"]
     level = 0 if share < CLEAN else 1 if share < NOISY else 2
     by = "By neighbours, about" if judge == "neighbours" else "About"
+    apart = other["at_chance"] - own["at_chance"] > APART
+    by_heart = apart or (own["own_is_nearest"] > BY_HEART and data["pairs"] >= FEW)
     noise = (
-        ("Hardly", "Some of them", "Yes, many")[level],
+        ("Hardly", "Some of them", "Yes, many")[level] + ", if new to the model" * by_heart,
         f"{by} {share:.0%} (± {2 * error:.0%}) of the captions fit their own picture no better "
         "than one drawn by lot. Wrong captions are at most that many: what the model does not know "
         "counts as well.",
@@ -90,15 +95,26 @@ def verdict(stats: Mapping[str, Any]) -> Verdict:
             "captions, which the towers know without each other."
             if own["at_chance"] > AT_CHANCE
             else f"The model's similarity says {own['at_chance']:.0%}, neighbours say "
-            f"{other['at_chance']:.0%}. Both can only be too high, so the lower one counts."
+            f"{other['at_chance']:.0%}. Both are too high rather than too low, so the lower one counts."
         )
     if data["pairs"] < FEW:
         remarks.append(f"Only {data['pairs']:,} pairs were looked at.")
+    if apart:
+        remarks.append(
+            f"The model's similarity finds {own['at_chance']:.0%} at chance, neighbours find "
+            f"{other['at_chance']:.0%}: either captions here are too varied to have neighbours, or the "
+            "model knows these very pairs by heart."
+        )
+    elif by_heart:
+        remarks.append(
+            f"{own['own_is_nearest']:.0%} of captions have their own picture first among "
+            f"{data['pairs']:,}: the model may know these very pairs by heart."
+        )
     remarks.append(
-        "A model that was trained on these very pairs has learned wrong ones too, and finds less noise "
-        "than there is: use one that has not seen them."
+        "A model that was trained on these very pairs finds much less noise than there is, or none: use "
+        "one that has not seen them."
     )
-    sureness = "fairly sure" if agree and data["pairs"] >= FEW else "not very sure"
+    sureness = "fairly sure" if agree and not by_heart and data["pairs"] >= FEW else "not very sure"
     otter = _otter(level, data["pairs_in_all"])
     remarks.append(
         "What is known of OTTER is from photos and two frozen pretrained towers, all losses tuned "

@@ -117,7 +117,8 @@ def header(path: str, columns: Sequence[str]) -> tuple[str, list[str]]:
         with contextlib.suppress(csv.Error):
             found[separator] = next(csv.reader([line], delimiter=separator, strict=True))
     if not found:
-        next(rows(path, ","))  # raises
+        next(rows(path, ","))  # raises, unless a later line closes the quote
+        raise ValueError(f"{path}:1: the header goes over several lines; {_QUOTES}")
     best = max(found, key=lambda s: (len(set(columns) & set(found[s])), len(found[s])))
     return best, found[best]
 
