@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-<<<<<<< HEAD
-from otter_openclip.data.options import positive
-from otter_openclip.flags import needs
-=======
-from otter_openclip.flags import positive
->>>>>>> main
+from otter_openclip.flags import needs, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
