@@ -5,6 +5,8 @@ import torch.nn.functional as F
 
 from otter_openclip import DistillationLoss, LabelSmoothingLoss, OtterLoss
 
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+
 SETTINGS = {
     "ls": lambda **kw: LabelSmoothingLoss(0.3, **kw),
     "ls-0": lambda **kw: LabelSmoothingLoss(0.0, **kw),

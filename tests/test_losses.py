@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import features
+from loss_cases import DEVICES, features
 from open_clip import ClipLoss
 
 from otter_openclip import DistillationLoss, LabelSmoothingLoss, OtterLoss
@@ -42,25 +42,30 @@ def make_loss(setting, impl):
 
 def relative(value, expected):
     expected = torch.as_tensor(expected, dtype=torch.float64)
-    return ((value.double() - expected).abs().max() / expected.abs().max()).item()
+    return ((value.double().cpu() - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("impl", ["plain", "auto"])
 @pytest.mark.parametrize("case", SETTINGS)
-def test_reference_values_and_gradients(case, impl):
+@pytest.mark.parametrize("device", DEVICES)
+def test_reference_values_and_gradients(case, impl, device):
     setting = SETTINGS[case]
     golden = {key.split("/")[1]: GOLDEN[key] for key in GOLDEN if key.startswith(f"{case}/")}
-    loss = make_loss(setting, impl)
-    images = torch.tensor(golden["image_features"]).float().requires_grad_()
-    texts = torch.tensor(golden["text_features"]).float().requires_grad_()
-    log_scale = torch.tensor(setting.get("T", 3.9), requires_grad=True)
+    loss = make_loss(setting, impl).to(device)
+
+    def given(name):
+        return torch.tensor(golden[name]).float().to(device)
+
+    images = given("image_features").requires_grad_()
+    texts = given("text_features").requires_grad_()
+    log_scale = torch.tensor(setting.get("T", 3.9), requires_grad=True, device=device)
     teacher = {}
     if setting["mode"] in ("kd", "otter"):
         with torch.no_grad():
             loss.distill_logit_scale.fill_(setting.get("T_s", 3.9))
         teacher = {
-            "dist_image_features": torch.tensor(golden["teacher_image_features"]).float(),
-            "dist_text_features": torch.tensor(golden["teacher_text_features"]).float(),
+            "dist_image_features": given("teacher_image_features"),
+            "dist_text_features": given("teacher_text_features"),
         }
         image_targets, text_targets = loss.targets(*teacher.values())
         assert relative(image_targets, golden["target_image"]) < 2e-5

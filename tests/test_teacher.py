@@ -1,5 +1,6 @@
 """The EMA teacher, alone and in the reference's recorded trajectories."""
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_cases import DEVICES
 from torch import nn
 
 from otter_openclip import DistillationLoss, EmaTeacher, OtterLoss
@@ -47,28 +49,39 @@ def golden_case(case):
         ("otter_decay0.9", OtterLoss, 0.9, 0.1),
     ],
 )
-def test_reference_trajectory(case, make_loss, decay, lr):
+@pytest.mark.parametrize("device", DEVICES)
+def test_reference_trajectory(case, make_loss, decay, lr, device):
+    check_trajectory(case, make_loss, decay, lr, device)
+
+
+def check_trajectory(
+    case, make_loss, decay, lr, device, dtype=torch.float64, autocast=nullcontext, rel=1e-6
+):
+    """Train as recorded: terms and scales to ``rel``, weights by entry, as wholes if it is big."""
     golden, part = golden_case(case)
-    student, loss = TwoTowers(part("init")).double(), make_loss().double()
+    student = TwoTowers(part("init")).to(device, dtype)
+    loss = make_loss().to(device, dtype)
     teacher = EmaTeacher(student, decay)
     parameters = [*student.parameters(), *loss.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
     for step, (images, texts) in enumerate(
         zip(torch.tensor(golden["images"]), torch.tensor(golden["texts"]), strict=True)
     ):
+        images, texts = (x.to(device, dtype) for x in (images, texts))
         if step:
             teacher.update(student)
-        with torch.no_grad():
-            targets = teacher.module(images.double(), texts.double())
-        terms = loss(
-            *student(images.double(), texts.double()),
-            student.logit_scale.exp().clamp(1, 100),  # as the reference
-            *targets,
-            output_dict=True,
-        )
+        with autocast():
+            with torch.no_grad():
+                targets = teacher.module(images, texts)
+            terms = loss(
+                *student(images, texts),
+                student.logit_scale.exp().clamp(1, 100),  # as the reference
+                *targets,
+                output_dict=True,
+            )
         for name, key in (("contrastive_loss", "contrastive"), ("distill_loss", "distillation")):
             # Summed directions before alpha = 1/2 there: a factor of 4.
-            assert 4 * terms[name].item() == pytest.approx(golden[key][step], rel=1e-6)
+            assert 4 * terms[name].item() == pytest.approx(golden[key][step], rel=rel)
         optimizer.zero_grad()
         (2 * sum(terms.values())).backward()
         optimizer.step()
@@ -76,11 +89,13 @@ def test_reference_trajectory(case, make_loss, decay, lr):
         for tower in ("image", "text"):
             for key, param in getattr(model, tower).named_parameters():
                 expected = torch.tensor(part(name)[f"{tower}_encoder.l.{key}"])
-                torch.testing.assert_close(
-                    param.detach().double(), expected.double(), rtol=1e-6, atol=1e-7
-                )
-    assert student.logit_scale.item() == pytest.approx(float(golden["final_T"]), rel=1e-6)
-    assert loss.distill_logit_scale.item() == pytest.approx(float(golden["final_T_s"]), rel=1e-6)
+                found = param.detach().double().cpu()
+                if rel < 1e-3:
+                    torch.testing.assert_close(found, expected.double(), rtol=rel, atol=rel / 10)
+                else:  # its training amplifies rounding
+                    assert (found - expected).norm() < 5 * rel * expected.norm()
+    assert student.logit_scale.item() == pytest.approx(float(golden["final_T"]), rel=rel)
+    assert loss.distill_logit_scale.item() == pytest.approx(float(golden["final_T_s"]), rel=rel)
 
 
 def test_decay_follows_the_number_of_updates():

@@ -1,0 +1,134 @@
+"""On a GPU: precision, Triton, read-backs, NCCL. OTTER_TEST_DEVICE=cpu tries these tests themselves.
+
+The tests against recorded values are parametrised by device where they are.
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from loss_cases import SETTINGS, assert_close, features, run
+from test_distributed import torchrun
+from test_teacher import check_trajectory
+from training_helpers import assert_same, flags, load, train
+
+from otter_openclip import DistillationLoss, EmaTeacher, OtterLoss
+from otter_openclip.fast import engine
+from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
+
+HERE = Path(__file__).parent
+DEVICE = os.environ.get("OTTER_TEST_DEVICE", "cuda")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device"
+)
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("impl", ["plain", "dense", "streaming"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_implementation_as_plain_in_float64(name, dtype, impl):
+    inputs = [x.to(dtype) for x in features(200, 32)]
+    expected = run(SETTINGS[name](impl="plain").double(), [x.double() for x in inputs])
+    loss = SETTINGS[name](impl=impl).to(DEVICE)
+    found = run_on_device(loss, inputs)
+    assert_close(found, expected, TOLERANCE[dtype])
+
+
+def run_on_device(loss, inputs):
+    with torch.device(DEVICE):
+        found = run(loss, [x.to(DEVICE) for x in inputs])
+    return {key: value.cpu() for key, value in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02), (torch.float16, 4e-3)]
+)
+@pytest.mark.parametrize(
+    ("case", "make_loss", "decay", "lr"),
+    [
+        ("otter", OtterLoss, 0.999, 0.05),
+        ("kd", partial(DistillationLoss, vv_coef=1.0, tt_coef=1.0), 0.999, 0.05),
+    ],
+)
+def test_recorded_trajectories_under_autocast(case, make_loss, decay, lr, dtype, bound):
+    """Weights in float32, towers under ``amp`` and ``amp_bf16``; loss and teacher stay exact."""
+    autocast = partial(torch.autocast, DEVICE, dtype, enabled=dtype != torch.float32)
+    check_trajectory(case, make_loss, decay, lr, DEVICE, torch.float32, autocast, bound)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="Triton needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_triton_is_chosen_under_amp(dtype, monkeypatch):
+    from otter_openclip.fast import triton_plans
+
+    made = []
+    stock = triton_plans.TritonPlans
+    monkeypatch.setattr(triton_plans, "TritonPlans", lambda *a: made.append(a) or stock(*a))
+    inputs = [
+        x.float().to(DEVICE) for x in features(300, 64)
+    ]  # as autocast's normalise leaves them
+    inputs[0].requires_grad_()
+    with torch.autocast(DEVICE, dtype):
+        sum(OtterLoss(impl="streaming").to(DEVICE)(*inputs[:2], 30.0, *inputs[2:])).backward()
+    assert len(made) == 1 and engine._triton(torch.device(DEVICE)) is triton_plans
+
+
+@pytest.mark.parametrize("impl", ["plain", "dense", "streaming"])
+@pytest.mark.parametrize("model", ["tiny-vit", "tiny-rn"])
+def test_a_step_waits_for_nothing(model, impl):
+    """Forward, loss, backward, optimizer, EMA: no read-back from the device."""
+    student = open_clip.create_model(model, output_dict=True, device=DEVICE)
+    loss, teacher = OtterLoss(impl=impl).to(DEVICE), EmaTeacher(student)
+    both = StudentWithTeacher(student, as_teacher(teacher.module)).train()
+    optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.1)
+    images = torch.randn(8, 3, 32, 32, device=DEVICE)
+    texts = torch.randint(1, 99, (8, 8), device=DEVICE)
+
+    def step():
+        optimizer.zero_grad()
+        sum(loss(**both(images, texts), output_dict=True).values()).backward()
+        optimizer.step()
+        teacher.update(student)
+
+    step()  # what is set up once may wait
+    if DEVICE == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp", "amp_bf16"])
+@pytest.mark.parametrize("extra", [[], ["--torchcompile"], ["--accum-freq", "2"]], ids=str)
+def test_training(pairs, tmp_path, precision, extra):
+    if DEVICE == "cpu" and (extra == ["--torchcompile"] or precision != "fp32"):
+        pytest.skip("for a GPU")
+    line = ["--loss", "otter", "--device", DEVICE, "--precision", precision, "--model", "tiny-vit"]
+    line += ["--workers", "0", *extra]
+    saved = load(train(pairs, tmp_path, *line) / "epoch_2.pt")
+    weights = [*saved["state_dict"].values(), *saved["state_dict_ema"].values()]
+    assert all(torch.isfinite(x).all() for x in weights)
+
+
+def test_resume_is_exact_through_nccl(pairs, tmp_path, model_configs):
+    """One process of DDP on one device, with deterministic kernels."""
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    extra = ["--loss", "otter", "--device", DEVICE, "--dist-backend", backend, "--workers", "0"]
+    extra += ["--local-loss", "--gather-with-grad", "--model", "tiny-vit", "--save-frequency", "1"]
+    env = {"TEST_MODEL_CONFIGS": str(model_configs), "DETERMINISTIC": "1"}
+    env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+
+    def launched(folder, *more):
+        line = flags(pairs, folder, *extra, *more)
+        torchrun(1, "--", str(HERE / "launch.py"), *line, env=env)
+        return folder / "run" / "checkpoints"
+
+    whole = launched(tmp_path / "whole")
+    again = launched(tmp_path / "again", "--resume", str(whole / "epoch_1.pt"))
+    assert_same(load(whole / "epoch_2.pt"), load(again / "epoch_2.pt"))
