@@ -17,9 +17,7 @@ PYTHONS = nox.project.python_versions(nox.project.load_toml("pyproject.toml"), m
 
 def run_tests(session: nox.Session, *args: str, **env: str) -> None:
     """Pytest with two processes of one thread."""
-    session.run(
-        "pytest", "-n", "2", *args, *session.posargs, env={"OMP_NUM_THREADS": "1", **env}
-    )
+    session.run("pytest", "-n", "2", *args, *session.posargs, env={"OMP_NUM_THREADS": "1", **env})
 
 
 @nox.session(python=PYTHONS)
