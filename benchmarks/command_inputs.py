@@ -179,7 +179,7 @@ def last_and_features(out: Path) -> dict[str, Any]:
     for path in (out / "cache").glob("*/*.safetensors"):
         keys, features = _load(path)
         for key, row in zip(keys.astype(DIGEST).tolist(), features, strict=True):
-            found[f"{path.parent.name}/{key.hex()}"] = row
+            found[f"{path.parent.name}/{key.hex()}"] = row.clone()  # not a view of the file
     return found
 
 
