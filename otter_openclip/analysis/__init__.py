@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "take what a training run with the same frozen towers kept there; the rest is encoded"
     add("--feature-cache", metavar="DIR", help=text)
-    text = "pairs to look at; default 4096, which takes one to a few minutes on a CPU"
+    text = "pairs to look at; default 4096, which takes minutes on a CPU"
     add("--samples", type=positive, default=4096, metavar="N", help=text)
     text = "within which pictures and captions are matched; default 512 1024 2048"
     sizes = [512, 1024, 2048]
