@@ -29,14 +29,13 @@ class Command(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes each flag once, with a value, and names what is nearest to a wrong word."""
+    """A parser that takes no empty value, and names what is nearest to a wrong word."""
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore
         """As argparse's, for ``args`` that are given."""
         self._given = args
         parsed = super().parse_args(args, namespace)
-        for flag in repeated(self, args):
-            self.error(f"argument {flag}: given more than once; {once(self, flag)}")
+        check_repeated(self, args, refuse_lists=True)
         for action in self._actions:
             if "" in as_list(getattr(parsed, action.dest, None)):
                 self.error(f"argument {name_of(action)}: expected a value, got ''")
@@ -77,18 +76,23 @@ def find_flags(parser: argparse.ArgumentParser, word: str) -> list[argparse.Acti
     return list(dict.fromkeys(near)) if name.startswith("--") and name != "--" else []
 
 
-def repeated(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """The flags that ``words``, which parse, have more than once: of a value the last alone counts."""
+def check_repeated(
+    parser: argparse.ArgumentParser, words: Sequence[str], *, refuse_lists: bool = False
+) -> None:
+    """Say that of a flag which ``words``, which parse, have more than once the last value counts.
+
+    Two recipes (``--config``) are an error, and so are with ``refuse_lists`` two lists of values.
+    """
     words = words[: words.index("--")] if "--" in words else words
     found = [find_flags(parser, word) for word in words]
     counts = Counter(actions[0] for actions in found if len(actions) == 1)
-    return [name_of(action) for action, count in counts.items() if count > 1]
-
-
-def once(parser: argparse.ArgumentParser, flag: str) -> str:
-    """What to do about a flag that is there more than once."""
-    several = parser._option_string_actions[flag].nargs in ("+", "*")
-    return "give all its values after one" if several else "drop all but one"
+    for action in (action for action, count in counts.items() if count > 1 and action.nargs != 0):
+        fault = f"argument {name_of(action)}: given more than once"
+        if name_of(action) == "--config":
+            parser.error(f"{fault}; recipes are not merged, drop all but one")
+        if refuse_lists and action.nargs in ("+", "*"):
+            parser.error(f"{fault}; give all its values after one")
+        print(f"{parser.prog}: warning: {fault}; the last counts", file=sys.stderr)
 
 
 def number(

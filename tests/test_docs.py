@@ -202,7 +202,7 @@ def test_flags_in_the_text_exist(page, known_flags):
         text = re.sub(r"^\|.*?[^\\]\|", "", text, flags=re.M)
     spans = re.findall(r"`([^`]+)`", text)
     used = {flag for span in spans for flag in re.findall(r"(?<!\S)--[\w-]+(?=$|[ =,])", span)}
-    assert not used - known_flags
+    assert used - known_flags == set()
 
 
 def test_messages_of_troubleshooting_are_the_codes():

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -388,7 +387,9 @@ def test_upstreams_checkout_of_clip_benchmark_1_6_2_says_1_6_1(tmp_path, run):
 def test_targets_without_packages(site, run, tmp_path, monkeypatch):
     monkeypatch.chdir(site)  # what an empty --target must not mean
     (tmp_path / "file").touch()
-    for target in ("", tmp_path / "sight-packages", tmp_path / "file", tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        run("open_clip", "--apply", "--target", "")
+    for target in (tmp_path / "sight-packages", tmp_path / "file", tmp_path):
         code, _, err = run("open_clip", "--apply", "--target", target)
         assert code == 2 and f"in 0 places of --target '{target}'" in err and "Fix: give" in err
 
@@ -643,25 +644,7 @@ def test_no_package_is_forgotten():
         path.parent.relative_to(ROOT).as_posix().replace("/", ".")
         for path in (ROOT / "otter_openclip").rglob("*.py")
     }
-    data = {"otter_openclip.model_configs", "otter_openclip.patches"}
+    mapped = {f"otter_openclip.{name}": name for name in ("configs", "patches")}
+    data = {"otter_openclip.model_configs", *mapped}
     assert set(settings["packages"]) == folders | data
-    assert settings["package-dir"] == {"otter_openclip.patches": "patches"}
-
-
-def test_the_wheel_has_the_patches(tmp_path):
-    setuptools = pytest.importorskip("setuptools")
-    if int(setuptools.__version__.split(".")[0]) < 77:
-        pytest.skip("setuptools before 77 cannot read pyproject.toml")
-    tree = tmp_path / "tree"
-    for name in ("otter_openclip", "patches"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree / name)
-    (tree / "patches/made_up-1.0.patch").write_text("")
-    code = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True)
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    patches = {path.name for path in (ROOT / "patches").iterdir()} | {"made_up-1.0.patch"}
-    assert {f"otter_openclip/patches/{name}" for name in patches} <= set(names)
-    assert "otter_openclip/model_configs/otter-tiny-trial.json" in names
-    assert not [name for name in names if name.startswith("patches/")]
+    assert settings["package-dir"] == mapped

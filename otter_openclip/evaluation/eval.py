@@ -53,7 +53,7 @@ from otter_openclip.evaluation.prompts import (
     check_prompts,
 )
 from otter_openclip.files import written_whole
-from otter_openclip.flags import as_list, name_nearest, name_of, number, once, repeated
+from otter_openclip.flags import as_list, check_repeated, name_nearest, name_of, number
 from otter_openclip.replacing import replaced
 from otter_openclip.terminating import on_sigterm
 from otter_openclip.untrusted import no_code_from_files
@@ -115,8 +115,7 @@ def _parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     run.add_arguments(command)
     for flag, kind in _TYPES.items():
         command._option_string_actions[flag].type = kind
-    for flag in repeated(command, sys.argv[1:]):
-        command.error(f"argument {flag}: given more than once; {once(command, flag)}")
+    check_repeated(command, sys.argv[1:])
     args = _stock_parse_args(parser)
     for action in command._actions:
         empty = "" in as_list(getattr(args, action.dest, None)) and action.default != ""

@@ -242,6 +242,8 @@ class TrainingPlugin:
         rhythm = {"accum_freq": args.accum_freq, "every": args.log_every_n_steps, "steps": steps}
         self._watch = LossWatch(self._loss, **rhythm)
         keep_keys(self._train, self._watch)
+        # The optimizer's hook makes a circle with this object: no loader's processes in it.
+        self._train = None
         if self.ema is not None:
             optimizer.register_step_post_hook(self._after_step)
         if self.scale is not None:

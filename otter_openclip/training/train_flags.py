@@ -15,7 +15,7 @@ import open_clip
 import torch
 from open_clip.factory import parse_model_name
 
-from otter_openclip.flags import as_list, name_nearest, number, once, repeated
+from otter_openclip.flags import as_list, check_repeated, name_nearest, number
 from otter_openclip.losses import (
     IMPLEMENTATIONS,
     INITIAL_LOG_SCALE,
@@ -216,10 +216,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     own = _add_flags(parser)
     precision = parser.get_default("precision")
     parser.set_defaults(precision=None, loss="clip")
-    twice = repeated(parser, argv)
-    for flag in twice:
-        if any(flag in action.option_strings for action in own):
-            _refuse_twice(parser, flag)
+    check_repeated(parser, argv)
     try:
         args = parser.parse_args(expand_config(parser, argv))
     except (
@@ -233,9 +230,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     _check_model(parser, args)
     if args.loss not in LOSSES:  # a patched open_clip_train also lists other packages' losses
         parser.error(f"--loss {args.loss} is not one of this plugin's: {', '.join(LOSSES)}")
-    if args.loss != "clip":
-        for flag in twice:
-            _refuse_twice(parser, flag)
     _check_reference_crop(parser, args)
     if args.zeroshot_data is not None:
         try:
@@ -250,10 +244,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     _check_ema(parser, args)
     _settle_precision(args, precision)
     return args
-
-
-def _refuse_twice(parser: argparse.ArgumentParser, flag: str) -> NoReturn:
-    parser.error(f"argument {flag}: given more than once; {once(parser, flag)}")
 
 
 def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
