@@ -187,8 +187,9 @@ def imported() -> dict[str, set[str]]:
             for name in {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names):
                 names.setdefault(name, set()).add(str(path.relative_to(ROOT / "otter_openclip")))
     del names["otter_openclip"]
-    distribution = metadata.packages_distributions()
-    return {normal(distribution[name][0]): where for name, where in names.items()}
+    installed = metadata.packages_distributions()
+    # What is not installed here (wandb, of an extra) has the name of its module.
+    return {normal(installed.get(name, [name])[0]): where for name, where in names.items()}
 
 
 def normal(requirement: str) -> str:
