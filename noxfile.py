@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nox
 
-nox.options.default_venv_backend = "venv"
+nox.options.default_venv_backend = "uv|venv"  # pip seeks the lowest versions for half an hour
 nox.options.sessions = ["tests"]
 PYTHONS = nox.project.python_versions(nox.project.load_toml("pyproject.toml"), max_version="3.13")
 
