@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gzip
 import http.server
 import io
 import json
@@ -244,11 +245,20 @@ def behind_one_another(folder):
         (behind_one_another, "s.tar: damaged or cut short (behind its end more follows"),
     ],
 )
-def test_tars_that_would_be_misread_are_errors(tmp_path, capsys, make, message):
+@pytest.mark.parametrize("packed", [False, True])
+def test_tars_that_would_be_misread_are_errors(tmp_path, capsys, make, message, packed):
     make(tmp_path)
+    if packed:
+        (tmp_path / "s.tar").write_bytes(gzip.compress((tmp_path / "s.tar").read_bytes()))
     rows = table(tmp_path / "t.tsv", [("0.bmp", "0"), ("1.jpg", "1")])
     assert csv(tmp_path, rows, tmp_path / "s.tar") == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_tar_of_no_bytes_in_a_tar(tmp_path):
+    source = write_tar(tmp_path / "s.tar", {"empty.tar": b"", "0.jpg": jpeg(0)})
+    assert csv(tmp_path, table(tmp_path / "t.tsv", [("0.jpg", "0")]), source) == 0
+    assert pairs_of(tmp_path / "out") == [("0", jpeg(0))]
 
 
 @pytest.mark.parametrize("name", ["S.TAR", "S.Zip", "S.TAR.GZ"])
@@ -303,8 +313,6 @@ def test_a_zip_written_to_a_pipe_is_checked_too(tmp_path):
 @pytest.mark.parametrize("separator", ["\t", ",", ";"])
 @pytest.mark.parametrize("form", ["plain", "quoted", "bom crlf", "gz"])
 def test_separator_quotes_and_line_ends_are_found_out(tmp_path, capsys, separator, form):
-    import gzip
-
     write_files(tmp_path, {f"{n}.jpg": jpeg(n) for n in range(2)})
     rows = [["n", "title", "filepath"], ["0", 'a 5" pipe', "0.jpg"], ["1", "second", "1.jpg"]]
     if form == "quoted":

@@ -220,7 +220,7 @@ def _tar_members(path: str, start: int = 0, *, linked: bool = True) -> Iterator[
             if not entry.name.lower().endswith(".tar"):
                 yield Member(entry.name, entry.offset_data, entry.size, _RAW)
                 continue
-            for member in _tar_members(path, entry.offset_data):
+            for member in _tar_members(path, entry.offset_data) if entry.size else ():
                 if member.place + member.size > entry.offset_data + entry.size:
                     raise tarfile.ReadError(f"{entry.name} inside it is cut short")
                 yield member

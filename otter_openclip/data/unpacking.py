@@ -33,8 +33,8 @@ def local(archive: str, folder: Path) -> str:
         if not (unpack or remote or table):
             return archive
         folder.mkdir(parents=True, exist_ok=True)
-        name = sources.digest(f"{archive} {sources.stamp(archive)}").hex()
-        target = folder / (name + os.path.splitext(archive)[1])
+        key = sources.digest(f"{archive} {sources.stamp(archive)}").hex()
+        target = folder / f"{key}-{os.path.basename(archive)}"  # the name is in errors
         if target.exists():
             return str(target)
         with written_whole(target) as out:

@@ -32,7 +32,7 @@ _COLUMNS = (
 _LAYOUTS = {23: _COLUMNS, 25: ["line", "photoid", "key", *_COLUMNS[1:]]}
 _NEEDED = ("photoid", "title", "description")
 _VIDEO = "1"
-_ID = re.compile("[1-9][0-9]{0,17}")
+_ID = re.compile("0|[1-9][0-9]{0,17}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
