@@ -18,7 +18,7 @@ from otter_openclip.data.lookup import Paths
 from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import absolute
 from otter_openclip.data.tables import at, lines
-from otter_openclip.evaluation.folders import COUNT_FILE, TYPE_FILE, Folder
+from otter_openclip.evaluation.folders import COUNT_FILE, TYPE_FILE
 from otter_openclip.evaluation.prompts import CLASSES_FILE, SIMPLE, TEMPLATES_FILE
 from otter_openclip.files import write_text
 
@@ -85,8 +85,6 @@ def build(
         write_text(folder / TEMPLATES_FILE, f"{SIMPLE}\n")
         write_text(folder / TYPE_FILE, "multilabel\n")
         write_text(folder / SPLIT / COUNT_FILE, f"{plan.report()['shards']}\n")
-        if faults := Folder(folder, SPLIT).faults:
-            raise ValueError(str(faults[0]))
 
     inputs, name = [args.classes, args.labels], f"{SPLIT}/{{}}.tar"
     Build(args, inputs, images, fill, finish, encode, name, "image").run()
