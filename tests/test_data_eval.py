@@ -175,6 +175,9 @@ def test_names_without_ids_do_not_go_with_the_official_labels(goi, capsys):
             "classes.csv:4: 3 fields, the header has 2",
         ),
         ("classes.csv", "Kakigōri", "Kakig\udcf6ri", "not UTF-8"),
+        ("classes.csv", "LabelName,", "LabelName, ", "classes.csv:2: a class id, but the header"),
+        ("classes.csv", "\n/m/01_xx", "\r/m/01_xx", "a carriage return inside a line"),
+        ("labels.csv", "ImageID", "imageid", "labels.csv:1: no blank or tab between image and"),
     ],
 )
 def test_open_images_errors_name_file_and_line(goi, capsys, file, old, new, message):
@@ -370,6 +373,8 @@ def test_imagenet_as_folder_or_tars(tencent, kind):
         ("val.txt", "\t5\t", "\tdesk\t", "val.txt:3: 'desk' is neither a class index nor"),
         ("val.txt", "\t5\t", "\t5:1.5\t", "val.txt:3: confidence 1.5 is not in [0, 1]"),
         ("val.txt", "n04162706_4.", "n04162706_17303.", "_17303.JPEG again, first in line 1"),
+        ("val.txt", "n02957008/n02957008_4482", "x/n04162706_4", "the key of line 2's image"),
+        ("dictionary.txt", "\n5", "\r5", "dictionary.txt:6: a carriage return inside a line"),
         ("dictionary.txt", "2\tdesk\n5", "2\tdesk\n7", "dictionary.txt:7: class 7 where 5 is due"),
         ("dictionary.txt", "-1\tmatter", "-1\t ", "dictionary.txt:3: empty class name"),
         ("dictionary.txt", "n00020827\t-1\t", "", "dictionary.txt:3: '1\\tmatter' is not index"),

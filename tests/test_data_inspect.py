@@ -115,6 +115,21 @@ def test_zero_shot_sets(tmp_path):
     assert remark.endswith("0.tar: 1 images with no positive label")
 
 
+@pytest.mark.parametrize("label", [b"9" * 11, b"9" * 5000, b"-1", b"one"])
+def test_class_numbers_without_a_class_list(tmp_path, label):
+    write_tar(tmp_path / "0.tar", {"a.jpg": jpeg(1), "a.cls": label})
+    code, figures = inspect(tmp_path)
+    (fault,) = figures["faults"]
+    assert code == 1 and fault["fault"] == f"its cls, {label[:20]!r}, is no class's number"
+
+
+def test_folders_and_shards_of_odd_names(tmp_path):
+    write_tar(tmp_path / "a[1]" / "0.TAR", {"a.jpg": jpeg(1), "a.txt": b"x"})
+    write_tar(tmp_path / "a1" / "0.tar", {})
+    code, figures = inspect(tmp_path, shards="a[1]")
+    assert (code, figures["shards"], figures["samples"]) == (0, 1, 1)
+
+
 def test_nothing_there_and_an_empty_shard(tmp_path, capsys):
     assert run("inspect", tmp_path) == 2
     assert "no .tar in it" in capsys.readouterr().err

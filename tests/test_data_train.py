@@ -208,6 +208,7 @@ def test_header_quotes_and_compression_of_cc3m(tmp_path):
             "only one column\n",
             "training.tsv:1: 1 columns, expected caption, URL",
         ),
+        ("Train_GCC-training.tsv", "a\rb\thttp://x\n", "training.tsv:1: a carriage return inside"),
         (
             "downloaded_training_report.tsv",
             "a\tb\n",
@@ -446,6 +447,20 @@ def test_metadata_with_header_or_as_json(flickr):
             "metadata.bz2",
             "photoid\ttitle\tdescription\nx\t\t\n",
             "metadata.bz2:2: 'x' is no photo id",
+        ),
+        *(
+            (
+                "metadata.bz2",
+                f"photoid\ttitle\tdescription\n{number}\t\t\n",
+                f"metadata.bz2:2: '{number}' is no photo id",
+            )
+            for number in ("9" * 20, "²", "017")
+        ),
+        ("subset.tsv", f"0\t{9**21}\tx\n1\t{9**21}\tx\n", "subset.tsv:1: expected line number"),
+        (
+            "metadata.bz2",
+            '{"photoid": 1, "title": "\\ud800", "description": ""}',
+            "metadata.bz2:1: no JSON object with photoid",
         ),
     ],
 )

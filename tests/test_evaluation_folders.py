@@ -110,6 +110,8 @@ SAMPLES = [
     ({"npy": npy(1, 0, 1)[:-1]}, "the npy cannot be read (unreadable labels"),
     ({"npy": npy("x", {}, 1, dtype=object)}, "the npy cannot be read (unreadable labels"),
     ({"npy": b"PK\x03\x04"}, "the npy cannot be read (unreadable labels"),
+    ({"npy": npy(b"1", b"0", b"1", dtype="V1")}, "label vector of |V1, where numbers are due"),
+    ({"npy": npy("1", "0", "1", dtype=str)}, "label vector of <U1, where numbers are due"),
     ({"jpg": None}, "no image (jpg, png, webp, jpeg) among its files"),
     ({"jpg": b""}, "unreadable image: empty file"),
     ({"jpg": b"no image"}, "unreadable image: not an image that Pillow can read"),
@@ -133,6 +135,11 @@ SHARDS = [
     (lambda tar: tar.replace(b"bad.npy", b"bed.npy"), "no header and no end at byte"),
     (lambda tar: b"", "cannot be read to its end: damaged or cut short (empty file)"),
     (lambda tar: gzip.compress(tar)[:999], "cannot be read to its end: damaged or cut short"),
+    (
+        lambda tar: tar + tar,
+        "(behind its end more follows, another tar perhaps, which is not read)",
+    ),
+    (lambda tar: gzip.compress(tar + tar), "(behind its end more follows"),
     (lambda tar: b"x" * 9999, "cannot be read to its end: damaged or cut short"),
     (lambda tar: tar[: 512 * (len(tar.rstrip(b"\0")) // 512 + 1)], "no header and no end at byte"),
 ]
@@ -192,6 +199,7 @@ def test_no_samples(folder, capsys):
         (b"3", "its cls, b'3', is none of the 3 classes"),
         (b"-1", "its cls, b'-1', is none of"),
         (b"1.0", "its cls, b'1.0', is none of"),
+        (b"9" * 5000, f"its cls, b'{'9' * 20}', is none of"),
         (None, "no cls with its label"),
         ("npy", "no cls with its label; as it has npy, write multilabel into dataset_type.txt"),
     ],

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     _, files = sources.expand(args.dataset, sources.TABLES, inside="**")
+    # Beside the data lies what datasets' map and filter made of them.
+    made = [f for f in files if os.path.basename(f).startswith("cache-")]
+    files = [f for f in files if f in args.dataset or f not in made]
     if not files:
         raise FileNotFoundError(f"--dataset {' '.join(args.dataset)}: no .parquet or .arrow there")
 
@@ -42,20 +45,24 @@ def main(args: argparse.Namespace) -> int:
                     fault = f"no column {key!r} but {', '.join(values)}"
                     raise ValueError(f"{path}: {fault}; --text-key")
                 file = row.file
-                if file is None and (name := values.get("image_path")):
-                    place = os.path.join(os.path.dirname(path), name)
+                if file is None and (place := values.get("image_path")):
+                    place = os.path.join(os.path.dirname(path), place)
                     file = [place] if os.path.isfile(place) else None
                 captions = values[key] if isinstance(values[key], list) else [values[key]]
-                for caption in captions:
-                    plan.add(f"{path} row {int(row.name)}", Found(file), caption or "")
+                name = f"{path} row {int(row.name)}"
+                for caption in captions or [None]:
+                    if not isinstance(caption, str | None):
+                        raise ValueError(f"{name}: no text in {key!r}, but {caption!r}; --text-key")
+                    plan.add(name, Found(file), caption or "")
 
     return pairs.build(args, files, None, fill, "row")
 
 
 def text_column(values: dict[str, Any], path: str) -> str:
-    """The only column whose value is text, or a list of texts; ValueError if there is not one."""
-    first = {name: v[0] if isinstance(v, list) and v else v for name, v in values.items()}
-    found = [name for name, v in first.items() if isinstance(v, str) and name != "image_path"]
+    """The only column whose value is text, texts, or missing; ValueError if there is not one."""
+    first = {name: (v or [None])[0] if isinstance(v, list) else v for name, v in values.items()}
+    text = [name for name, v in first.items() if isinstance(v, str | None)]
+    found = [name for name in text if name != "image_path"]
     if len(found) != 1:
         fault = f"{len(found)} columns of text among {', '.join(values)}; choose with --text-key"
         raise ValueError(f"{path}: {fault}")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from otter_openclip.data.contact_sheet import FORMATS, THUMBNAIL, draw
 from otter_openclip.data.pool import default_workers, ordered_map
-from otter_openclip.data.sources import COMPRESSED
+from otter_openclip.data.sources import COMPRESSED, named
 from otter_openclip.evaluation import shard_samples
 from otter_openclip.evaluation.faults import Fault, SampleError
 from otter_openclip.evaluation.folders import Folder, is_evaluation, size_faults
@@ -92,9 +92,10 @@ def find_shards(patterns: Iterable[str]) -> list[Path]:
     found: list[Path] = []
     for text in chain.from_iterable(map(braceexpand, patterns)):
         paths = []
-        for name in glob.glob(text):
+        for name in filter(os.path.exists, named(text)):
             inside = glob.iglob(f"{glob.escape(name)}/**", recursive=True)  # not hidden ones
-            paths += [p for p in inside if p.endswith(TARS)] if os.path.isdir(name) else [name]
+            tars = [path for path in inside if path.lower().endswith(TARS)]
+            paths += tars if os.path.isdir(name) else [name]
         if not paths:
             raise FileNotFoundError(f"{text}: no such tar, or no .tar in it")
         found += sorted(map(Path, paths), key=lambda p: (p.parent, len(p.name), p.name))

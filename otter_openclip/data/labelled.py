@@ -18,8 +18,8 @@ from otter_openclip.data.lookup import Paths
 from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import absolute
 from otter_openclip.data.tables import at, lines
-from otter_openclip.evaluation.folders import COUNT_FILE, TYPE_FILE, Folder
-from otter_openclip.evaluation.prompts import CLASSES_FILE, SIMPLE, TEMPLATES_FILE, name_faults
+from otter_openclip.evaluation.folders import COUNT_FILE, TYPE_FILE
+from otter_openclip.evaluation.prompts import CLASSES_FILE, SIMPLE, TEMPLATES_FILE
 from otter_openclip.files import write_text
 
 SPLIT = "test"
@@ -60,8 +60,11 @@ def build(
         paths: from an image's name to where it may be in a folder or archive.
     """
     images, (rows, without) = Paths(args.images, any_suffix=True), labels
-    for fault in name_faults(classes):
-        raise ValueError(f"--classes {args.classes}: {fault}")
+    keys: dict[str, int] = {}
+    for image, _, line in rows:
+        if (first := keys.setdefault(_key(image), line)) != line:
+            fault = f"{image} would have the key of line {first}'s image, {_key(image)}; rename one"
+            raise at(args.labels, line, fault)
 
     def encode(labels: Sequence[int]) -> tuple[str, bytes]:
         """Labels as the ``npy`` uint8 vector that clip_benchmark's multi-label sets hold."""
@@ -74,16 +77,14 @@ def build(
         if without:
             plan.skip("without a positive label", without)
         for image, positive, line in tqdm(rows, "Looking for images", unit="image"):
-            key, found = os.path.splitext(os.path.basename(image))[0], images.find(*paths(image))
-            plan.add(image, found, positive, key=key, where=f"line {line} of the labels")
+            found, where = images.find(*paths(image)), f"line {line} of the labels"
+            plan.add(image, found, positive, key=_key(image), where=where)
 
     def finish(folder: Path, plan: Plan) -> None:
         write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in classes))
         write_text(folder / TEMPLATES_FILE, f"{SIMPLE}\n")
         write_text(folder / TYPE_FILE, "multilabel\n")
         write_text(folder / SPLIT / COUNT_FILE, f"{plan.report()['shards']}\n")
-        if faults := Folder(folder, SPLIT).faults:
-            raise ValueError(str(faults[0]))
 
     inputs, name = [args.classes, args.labels], f"{SPLIT}/{{}}.tar"
     Build(args, inputs, images, fill, finish, encode, name, "image").run()
@@ -93,6 +94,10 @@ def build(
     where = f"--dataset wds/{os.path.basename(args.output)} --dataset_root {args.output}"
     print(f"clip_benchmark eval {where} --task zeroshot_classification ...")
     return 0
+
+
+def _key(image: str) -> str:
+    return os.path.splitext(os.path.basename(image))[0]
 
 
 def class_name(text: str, path: str, line: int) -> str:
@@ -116,6 +121,8 @@ def read_index_rows(
         if not line.strip():
             continue
         image, *entries = line.split()
+        if not entries and "," in image:
+            raise at(path, number, "no blank or tab between image and class indices, but commas")
         row = Row(image_name(image), [], number)
         if (first := rows.setdefault(row.image, row)) is not row:
             raise at(path, number, f"{row.image} again, first in line {first.line}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import glob
+import itertools
 import json
 import os
 import posixpath
 import sqlite3
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +54,13 @@ class Index:
             bar = tqdm(entries, f"Indexing {os.path.basename(source)}", unit="file", delay=1)
             self.db.executemany(f"INSERT INTO files VALUES (?, {row}, ?, ?, ?)", bar)
 
-    def select(self, low: bytes, high: bytes | None = None) -> list[Found]:
-        """The files of the key ``low``, or of keys from it to below ``high``, at most ``_LIMIT``."""
+    def select(self, low: bytes, high: bytes | None = None, limit: int = _LIMIT) -> list[Found]:
+        """The files of the key ``low``, or of keys from it to below ``high``; a limit of -1 is none."""
         if not self._sorted:
             self.db.execute("CREATE INDEX IF NOT EXISTS keys ON files (key)")
             self._sorted = True
         query = f"""SELECT key, path, place, size, how FROM files JOIN sources ON source = id
-            WHERE key >= ? AND key < ? ORDER BY key, source, place LIMIT {_LIMIT}"""
+            WHERE key >= ? AND key < ? ORDER BY key, source, place LIMIT {limit}"""
         rows = self.db.execute(query, (low, high or low + b"\0"))
         return [_found(*row) for row in rows]
 
@@ -68,6 +69,12 @@ def _found(key: bytes, source: str, *place: Any) -> Found:
     member = Member("/".join(reversed(os.fsdecode(key).split("/"))), *place)
     file = member.file(source)
     return Found(file, file[0] if len(file) == 1 else f"{source}:{member.name}")
+
+
+def _spellings(path: str) -> Iterator[str]:
+    """The path with \\ as on Windows, and accents as the world or macOS writes them."""
+    for spelled in (path, path.replace("\\", "/")):
+        yield from (unicodedata.normalize(form, spelled) for form in ("NFC", "NFD"))
 
 
 def _key(path: str) -> bytes:
@@ -107,15 +114,18 @@ class Paths:
 
     def find(self, *paths: str) -> Found:
         """The picture under the first of the relative or absolute ``paths`` that leads to one."""
-        for path in paths:
+        every = dict.fromkeys(itertools.chain(paths, *map(_spellings, paths)))
+        for path in every:
             folders = [""] if os.path.isabs(path) else self.folders
-            places = {os.path.normpath(os.path.join(folder, path)): None for folder in folders}
+            # ".." behind a link to a folder leads elsewhere.
+            plain = os.path.realpath if ".." in path else os.path.normpath
+            places = {plain(os.path.join(folder, path)): None for folder in folders}
             there = [Found([place], place) for place in places if os.path.isfile(place)]
             if there := there[: 1 if self.first else None] or self.index.select(_key(path)):
-                return _only(there, whole=True)
+                return _only(there, whole=path in paths)
         while self._unread:
             self._add(self._unread.pop(0))
-        near = next(filter(None, map(self._near, map(_key, paths))), None)
+        near = next(filter(None, map(self._near, map(_key, every))), None)
         return _only(near, whole=False) if near else Found(None)
 
     def _near(self, key: bytes) -> list[Found]:
@@ -124,7 +134,7 @@ class Paths:
             ends = (b"/".join(parts[:count]) for count in range(len(parts), 0, -1))
             return next(filter(None, (select(e) + select(e + b"/", e + b"0") for e in ends)), [])
         stem = os.path.splitext(parts[0])[0]
-        others = [*select(stem + b".", stem + b"/"), *select(stem + b"/", stem + b"0")]
+        others = [*select(stem + b".", stem + b"/", -1), *select(stem + b"/", stem + b"0")]
         # Not those of another stem, "a.small.jpg" for "a".
         named = tuple(sign + os.fsdecode(stem) for sign in "/:")
         split = ((found, *os.path.splitext(found.name)) for found in others)
@@ -138,6 +148,12 @@ def _only(found: list[Found], *, whole: bool) -> Found:
     return Found(None, " or ".join(each.name for each in found[:_SHOWN]), whole, AMBIGUOUS)
 
 
+def _of_statistics(path: str) -> bool:
+    """Whether it is what img2dataset writes beside a part's tar or folder, not images in a parquet."""
+    part, suffix = os.path.splitext(path)
+    return suffix.lower() in sources.TABLES and any(map(os.path.exists, (part, f"{part}.tar")))
+
+
 @dataclass
 class Downloaded:
     """Images that img2dataset has downloaded, in any of its output formats, by fields of their JSON."""
@@ -148,10 +164,7 @@ class Downloaded:
     def __post_init__(self) -> None:
         suffixes = (*sources.ARCHIVES, *sources.TABLES)
         self.folders, found = sources.expand(self.given, suffixes)
-        self.archives = [path for path in found if not path.endswith(sources.TABLES)]
-        # The parquet form holds nothing else; beside tars or folders parquet is statistics.
-        if not self.archives and not any(glob.glob(f"{glob.escape(f)}/*/") for f in self.folders):
-            self.archives = found
+        self.archives = [p for p in found if p in self.given or not _of_statistics(p)]
 
     def open(self, index: Index, unpacked: Path) -> None:
         """Index the images; OSError if one has no JSON with one of the fields."""
@@ -166,7 +179,8 @@ class Downloaded:
 
     def _entries(self, source: str) -> Iterator[tuple[bytes, Any, Any, Any]]:
         for name, metadata, file in sources.samples(source):
-            if file is None or (source in self.folders and "/" not in name):
+            beside = metadata is None and source in self.folders and "/" not in name
+            if file is None or beside:
                 continue  # not downloaded, or lies beside the parts
             where = f"{source}: {name}.json"
             if metadata is None:

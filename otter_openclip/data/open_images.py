@@ -60,6 +60,9 @@ def read_classes(path: str) -> tuple[dict[str, int] | None, list[str]]:
         listed = list(tables.lines(path))
         while not listed[-1][1].strip():
             listed.pop()
+        if found := next((number for number, line in listed if _MID.match(line)), None):
+            fault = f"a class id, but the header is not {','.join(_CLASS_COLUMNS)}"
+            raise at(path, found, f"{fault}; correct line 1")
         return None, [class_name(line, path, number) for number, line in listed]
     rows = tables.table(path, _CLASS_COLUMNS, separator) if headed else tables.rows(path, separator)
     mids: dict[str, int] = {}

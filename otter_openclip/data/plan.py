@@ -82,7 +82,7 @@ class Plan:
         exact = found.whole * (2 if self.record == "row" else 1)  # a path is the file, a URL is not
         known = "SELECT name, exact, state FROM samples WHERE claim = ? ORDER BY exact DESC, id"
         other, sure, state = self.db.execute(known, (claim,)).fetchone() or (name, 0, "")
-        if other != name and not exact == sure == 2:
+        if (other != name and not exact == sure == 2) or state == "no":
             reason = f"{CLAIMED} {self.record}" if exact or sure else AMBIGUOUS
             if state == "kept" and (exact > sure or reason == AMBIGUOUS):
                 kept = "SELECT id, name FROM samples WHERE claim = ? AND state = 'kept'"

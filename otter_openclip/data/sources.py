@@ -5,6 +5,7 @@ A *file* is a list: [path], or [archive, offset, size, how] for a part of a tar 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import itertools
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import unquote
 
 import braceexpand
 
@@ -29,7 +31,7 @@ ARCHIVES = (".tar", ".zip", *COMPRESSED)
 TABLES = (".parquet", ".arrow")  # with the images in them
 _RAW, _DEFLATED = -1, zipfile.ZIP_DEFLATED
 _LOCAL_HEADER = 30  # of a zip's member
-_CRC_LATER = 8  # flag: it stands behind the content
+_UTF8 = 1 << 11  # flag: the name's encoding
 
 
 class Member(NamedTuple):
@@ -71,20 +73,26 @@ def expand(
     folders, archives = [], []
     for text in (text for pattern in patterns for text in braceexpand.braceexpand(pattern)):
         remote = "://" in text
-        for path in map(absolute, [text] if remote else sorted(glob.glob(text)) or [text]):
-            if path.endswith(suffixes) and (remote or os.path.isfile(path)):
+        for path in map(absolute, [text] if remote else named(text)):
+            if path.lower().endswith(suffixes) and (remote or os.path.isfile(path)):
                 archives.append(path)
             elif remote or os.path.isdir(path):
                 folders.append(path)
                 found = [] if remote else glob.glob(f"{glob.escape(path)}/{inside}", recursive=True)
-                plain = (each for each in sorted(found) if not each.endswith(COMPRESSED))
-                archives += (each for each in plain if each.endswith(suffixes))
+                plain = tuple(suffix for suffix in suffixes if suffix not in COMPRESSED)
+                archives += (each for each in sorted(found) if each.lower().endswith(plain))
             elif not os.path.exists(path):
                 raise FileNotFoundError(f"{path}: no such folder or archive")
             else:
                 listed = ", ".join(suffixes)
                 raise ValueError(f"{path} is neither a folder nor an archive ({listed})")
-    return folders, list(dict.fromkeys(archives))
+    # A link to another of them holds nothing more.
+    return folders, list({os.path.realpath(path): path for path in archives}.values())
+
+
+def named(text: str) -> list[str]:
+    """The path ``text``, or those that it matches if there is no such path."""
+    return [text] if os.path.lexists(text) else sorted(glob.glob(text)) or [text]
 
 
 def read(file: Sequence[Any]) -> bytes:
@@ -111,8 +119,8 @@ def _unzipped(path: str, offset: int, size: int, how: int) -> bytes:
         content = zlib.decompress(content, -zlib.MAX_WBITS) if how == _DEFLATED else content
     except zlib.error as error:
         raise SampleError(f"damaged zip member: {error}") from error
-    (flags,), (crc,) = struct.unpack_from("<H", header, 6), struct.unpack_from("<I", header, 14)
-    if not flags & _CRC_LATER and zlib.crc32(content) != crc:
+    behind = _read_at(path, 8, offset + size).removeprefix(b"PK\x07\x08")
+    if zlib.crc32(content).to_bytes(4, "little") not in (header[14:18], behind[:4]):
         raise SampleError("damaged zip member: its CRC-32 is another")
     return content
 
@@ -131,7 +139,8 @@ def _opened(path: str) -> BinaryIO:
 
 def samples(source: str) -> Iterator[Sample]:
     """The images and JSON files of a folder or archive by their names without suffix, in order."""
-    for name, group in itertools.groupby(members(source), lambda m: os.path.splitext(m.name)[0]):
+    files = (m for m in members(source) if "/._" not in f"/{m.name}")  # macOS's, beside each
+    for name, group in itertools.groupby(files, lambda m: os.path.splitext(m.name)[0]):
         metadata = file = None
         for member in group:
             suffix = os.path.splitext(member.name)[1].lower()
@@ -146,19 +155,27 @@ def samples(source: str) -> Iterator[Sample]:
 def members(source: str) -> Iterator[Member]:
     """The files below a folder, of an uncompressed tar (and of tars inside it, as ImageNet's) or a zip.
 
-    OSError if an archive is damaged or compressed in a way that does not allow reading by offset.
+    OSError if an archive is damaged, ValueError if it does not allow reading by offset.
     """
     if "://" in source:
         system, folder = tables.remote(source)
         for path in system.find(folder):
-            yield Member(os.path.relpath(path, folder), system.unstrip_protocol(path))
+            name = os.path.relpath(path, folder)
+            name = unquote(name) if source.startswith("http") else name
+            yield Member(name, system.unstrip_protocol(path))
     elif os.path.isdir(source):
-        for folder, _, names in os.walk(source):
+        seen: set[str] = set()  # links may lead round in circles
+        for folder, inner, names in os.walk(source, onerror=_raise, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:
+                inner.clear()
+                continue
+            seen.add(real)
             for name in sorted(names, key=os.path.splitext):
                 yield Member(os.path.relpath(os.path.join(folder, name), source))
     else:
         with tables.whole(source):
-            yield from _zip_members(source) if source.endswith(".zip") else _tar_members(source)
+            zipped = source.lower().endswith(".zip")
+            yield from _zip_members(source) if zipped else _tar_members(source)
 
 
 def _zip_members(path: str) -> Iterator[Member]:
@@ -166,27 +183,51 @@ def _zip_members(path: str) -> Iterator[Member]:
         for entry in (entry for entry in archive.infolist() if not entry.is_dir()):
             how = entry.compress_type
             if how not in (zipfile.ZIP_STORED, _DEFLATED) or entry.flag_bits & 1:
-                fault = f"{entry.filename} is encrypted or compressed with method {how}"
-                raise OSError(f"{path}: {fault}; unpack the zip and give the folder")
-            name = entry.filename.replace("\\", "/")  # of Windows
+                raise _packed(path, f"{entry.filename} is encrypted or of compression method {how}")
+            name = entry.filename
+            if not entry.flag_bits & _UTF8:  # macOS writes UTF-8 all the same
+                with contextlib.suppress(UnicodeError):
+                    name = name.encode("cp437").decode()
+            name = name.replace("\\", "/")  # of Windows
             yield Member(name, entry.header_offset, entry.compress_size, how)
 
 
-def _tar_members(path: str, start: int = 0) -> Iterator[Member]:
+def _packed(path: str, fault: str) -> ValueError:
+    return ValueError(f"{path}: {fault}; unpack it and give the folder")
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _tar_members(path: str, start: int = 0, *, linked: bool = True) -> Iterator[Member]:
     if not os.path.getsize(path):  # a tar of no bytes holds no files
         return
+    links: dict[str, list[str]] = {}
     # tarfile takes the file's position as its start, so offsets are the outer file's throughout.
     with open(path, "rb") as file:
         file.seek(start)
         tar = tarfile.open(fileobj=file, mode="r:", tarinfo=shard_samples.Member)
-        for entry in (entry for entry in shard_samples.members(tar) if entry.isreg()):
-            if not entry.name.endswith(".tar"):
+        for entry in shard_samples.members(tar, last=not start):
+            if entry.islnk() or entry.issym():
+                beside = os.path.dirname(entry.name) if entry.issym() else ""
+                target = os.path.normpath(os.path.join(beside, entry.linkname))
+                links.setdefault(target, []).append(entry.name)
+            if not entry.isreg():
+                continue
+            if entry.issparse():
+                raise _packed(path, f"{entry.name} is a sparse file")
+            if not entry.name.lower().endswith(".tar"):
                 yield Member(entry.name, entry.offset_data, entry.size, _RAW)
                 continue
-            for member in _tar_members(path, entry.offset_data):
+            for member in _tar_members(path, entry.offset_data) if entry.size else ():
                 if member.place + member.size > entry.offset_data + entry.size:
                     raise tarfile.ReadError(f"{entry.name} inside it is cut short")
                 yield member
+    if links and linked:  # their files' places, which nothing has kept, are looked for again
+        for member in _tar_members(path, start, linked=False):
+            for name in links.get(os.path.normpath(member.name), ()):
+                yield member._replace(name=name)
 
 
 def absolute(path: str) -> str:

@@ -22,8 +22,8 @@ _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 # What readers raise for a file that is cut short or broken.
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 _DAMAGED += (tarfile.TarError, zipfile.BadZipFile)
-_BZ2 = "Invalid data stream"  # an OSError's text: bz2 has no type for it
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
+_RETURN = "a carriage return inside a line; lines end at \\n or \\r\\n"
 _QUOTES = 'a field that begins with " ends with one, and those inside are doubled: "say ""a"""'
 csv.field_size_limit(1 << 27)
 
@@ -39,8 +39,8 @@ def whole(path: str, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (*_DAMAGED, OSError, *errors) as error:
-        damage = isinstance(error, (*_DAMAGED, *errors)) or str(error) == _BZ2
-        if not damage:
+        untyped = type(error) is OSError and error.errno is None  # bz2's and pyarrow's
+        if not (untyped or isinstance(error, (*_DAMAGED, *errors))):
             raise
         raise OSError(f"{path}: damaged or cut short ({error}); get or write it again") from error
 
@@ -70,17 +70,21 @@ def lines(path: str, *, ends: bool = False) -> Iterator[tuple[int, str]]:
     """(number from 1, line) of UTF-8 text, compressed or not; only \\n and \\r\\n end lines.
 
     They are cut off, unless ``ends``, and so is a byte-order mark. ValueError names a line that is not
-    UTF-8, OSError a compressed file that is damaged.
+    UTF-8 or, unless ``ends``, has another \\r in it, OSError a compressed file that is damaged.
     """
     with open_bytes(path) as packed, whole(path):
         file, number = (opener(packed) or (lambda file: file))(packed), 0
         try:
             for number, raw in enumerate(file, 1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield number, line if ends else line.rstrip("\r\n")
+                line = line if ends else line.rstrip("\r\n")
+                if not ends and "\r" in line:
+                    raise at(path, number, _RETURN)
+                yield number, line
         except UnicodeDecodeError as error:
             fault = f"not UTF-8 text (byte {error.start + 1} is {error.object[error.start]:#x})"
-            raise at(path, number, f"{fault}; convert it: iconv -f latin1 -t utf-8") from error
+            fix = "if it is text at all, convert it: iconv -f latin1 (or utf-16) -t utf-8"
+            raise at(path, number, f"{fault}; {fix}") from error
 
 
 def rows(path: str, separator: str, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:
@@ -98,9 +102,7 @@ def rows(path: str, separator: str, *, quotes: bool = True) -> Iterator[tuple[in
                 yield start, row
             start = reader.line_num + 1
     except csv.Error as error:
-        fault = f"{error}; {_QUOTES}"
-        if "new-line" in str(error):
-            fault = "a carriage return inside a line; lines end at \\n or \\r\\n"
+        fault = _RETURN if "new-line" in str(error) else f"{error}; {_QUOTES}"
         raise at(path, start, fault) from error
 
 
@@ -146,6 +148,9 @@ def table(
         for number, row in everything:
             if len(row) != len(names):
                 raise at(path, number, f"{len(row)} fields, the header has {len(names)}")
+            breaks = [(text.count("\n"), text.count("\t")) for text in row if "\n" in text]
+            if separator == "\t" and any(n * (len(names) - 1) == tabs for n, tabs in breaks):
+                raise at(path, number, f"a quoted field goes over rows; {_QUOTES}")
             yield number, pick(row)[:-1]
 
     return body()

@@ -17,6 +17,7 @@ from otter_openclip.data import sources, tables
 from otter_openclip.files import written_whole
 
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"
+_ENDS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0")  # of parquet, arrow's files and streams
 
 
 def local(archive: str, folder: Path) -> str:
@@ -24,7 +25,7 @@ def local(archive: str, folder: Path) -> str:
 
     OSError if it is damaged or its compression is unknown; and as `write_tar`.
     """
-    remote, table = "://" in archive, archive.endswith(sources.TABLES)
+    remote, table = "://" in archive, archive.lower().endswith(sources.TABLES)
     with tables.open_bytes(archive) as file:
         unpack = tables.opener(file)
         if file.peek(4).startswith(_ZSTANDARD):  # type: ignore[attr-defined]
@@ -32,17 +33,19 @@ def local(archive: str, folder: Path) -> str:
         if not (unpack or remote or table):
             return archive
         folder.mkdir(parents=True, exist_ok=True)
-        name, suffix = os.path.basename(archive), ".zip" if archive.endswith(".zip") else ".tar"
-        target = folder / (sources.digest(f"{archive} {sources.stamp(archive)}").hex() + suffix)
+        key = sources.digest(f"{archive} {sources.stamp(archive)}").hex()
+        target = folder / f"{key}-{os.path.basename(archive)}"  # the name is in errors
         if target.exists():
             return str(target)
-        with tables.whole(archive), written_whole(target) as out:
+        with written_whole(target) as out:
             if table:
                 write_tar(file, out, archive)
-            else:
-                size = None if remote else os.path.getsize(archive)
-                with tqdm.wrapattr(file, "read", size, desc=f"Unpacking {name}") as packed:
-                    shutil.copyfileobj(unpack(packed) if unpack else packed, out, 1 << 20)
+                return str(target)
+            size = None if remote else os.path.getsize(archive)
+            title = f"Unpacking {os.path.basename(archive)}"
+            bar = tqdm.wrapattr(file, "read", size, desc=title)
+            with tables.whole(archive), bar as packed:
+                shutil.copyfileobj(unpack(packed) if unpack else packed, out, 1 << 20)
         return str(target)
 
 
@@ -50,7 +53,8 @@ def write_tar(table: IO[bytes], out: IO[bytes], name: str) -> None:
     """Write the rows of the parquet or arrow ``table`` called ``name`` as a tar of images and JSON.
 
     The images lie in a column of bytes (img2dataset) or of {bytes, path} (Hugging Face datasets).
-    ValueError if there is not one such column; OSError if the table is damaged, or pyarrow is missing.
+    ValueError if there is not one such column, or two of one name; OSError if the table is damaged, or
+    pyarrow is missing.
     """
     try:
         import pyarrow
@@ -65,16 +69,21 @@ def write_tar(table: IO[bytes], out: IO[bytes], name: str) -> None:
         return types.is_binary(kind) or types.is_large_binary(kind)
 
     with tables.whole(name, pyarrow.ArrowException):
-        if name.endswith(".parquet"):
+        if name.lower().endswith(".parquet"):
             reader = parquet.ParquetFile(table)
             schema, batches = reader.schema_arrow, reader.iter_batches(batch_size=64)
+        elif table.peek(6).startswith(b"ARROW1"):  # type: ignore[attr-defined]
+            reader = ipc.open_file(table)
+            schema, batches = reader.schema, map(reader.get_batch, range(reader.num_record_batches))
         else:
             batches = ipc.open_stream(table)
             schema = batches.schema
         images = [field.name for field in schema if is_image(field.type)]
+        listed = ", ".join(schema.names)
         if len(images) != 1:
-            listed = ", ".join(schema.names)
             raise ValueError(f"{name}: {len(images)} columns of images among {listed}")
+        if len(set(schema.names)) < len(schema):
+            raise ValueError(f"{name}: two columns of one name among {listed}; rename one")
         rows = (row for batch in batches for row in batch.to_pylist())
         with tarfile.open(fileobj=out, mode="w") as tar:
             bar = tqdm(rows, f"Unpacking {os.path.basename(name)}", unit="row")
@@ -84,6 +93,9 @@ def write_tar(table: IO[bytes], out: IO[bytes], name: str) -> None:
                     row["image_path"], image = image.get("path"), image.get("bytes")
                 parts = {"json": json.dumps(row, default=str).encode()}
                 add_sample(tar, f"{number:09d}", parts | ({"jpg": image} if image else {}))
+        table.seek(-8, os.SEEK_END)
+        if not table.read().endswith(_ENDS):  # pyarrow takes a stream that stops for one that ends
+            raise EOFError("its end is not there")
 
 
 def add_sample(tar: tarfile.TarFile, key: str, parts: Mapping[str, bytes]) -> None:

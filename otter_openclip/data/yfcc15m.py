@@ -32,6 +32,7 @@ _COLUMNS = (
 _LAYOUTS = {23: _COLUMNS, 25: ["line", "photoid", "key", *_COLUMNS[1:]]}
 _NEEDED = ("photoid", "title", "description")
 _VIDEO = "1"
+_ID = re.compile("0|[1-9][0-9]{0,17}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +86,7 @@ def read_subset(path: str) -> Iterator[tuple[int, str]]:
     number = 0
     for number, line in tqdm(lines(path), "Reading subset", unit="photo"):
         fields = line.split("\t")
-        if len(fields) == 3 and fields[0].isdigit() and fields[1].isdigit():
+        if len(fields) == 3 and fields[0].isdigit() and _ID.fullmatch(fields[1]):
             yield int(fields[1]), fields[2]
         elif number > 1 or any(field.isdigit() for field in fields):
             raise at(path, number, "expected line number, photo id and hash")
@@ -104,7 +105,7 @@ def read_metadata(path: str) -> Iterator[dict[str, str]]:
             try:
                 values = json.loads(line)
                 row = {name: "" if value is None else str(value) for name, value in values.items()}
-                row["photoid"], row["title"], row["description"]
+                "".join(row[name] for name in _NEEDED).encode()  # JSON can name what is no text
             except (ValueError, KeyError) as error:
                 fault = f"no JSON object with {', '.join(_NEEDED)} ({error})"
                 raise at(path, number, fault) from error
@@ -118,7 +119,7 @@ def read_metadata(path: str) -> Iterator[dict[str, str]]:
                 forms = f"{' or '.join(map(str, _LAYOUTS))}, or a header with {', '.join(_NEEDED)}"
                 raise at(path, number, f"{len(fields)} columns; YFCC100M's metadata have {forms}")
             row = dict(zip(columns, fields, strict=True))
-        if not row["photoid"].isdigit():
+        if not _ID.fullmatch(row["photoid"]):
             raise at(path, number, f"{row['photoid']!r} is no photo id")
         yield row
 

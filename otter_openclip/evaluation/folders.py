@@ -1,4 +1,4 @@
-"""What a clip_benchmark webdataset must hold: one check for whoever builds, inspects or evaluates one.
+"""What a clip_benchmark webdataset must hold: one check for whoever inspects or evaluates one.
 
 ``inspect`` names all that is wrong with a folder. Evaluation, alone and in training, refuses it for the
 first of these before anything is loaded. Imports no torch.

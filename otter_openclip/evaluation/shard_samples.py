@@ -58,17 +58,22 @@ def samples(
         raise OSError(f"cannot be read to its end: {fault}") from error
 
 
-def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def members(tar: tarfile.TarFile, *, last: bool = True) -> Iterator[tarfile.TarInfo]:
     """The members of a tar opened with ``tarinfo=Member``, none of them kept in memory.
 
     Raises:
-        tarfile.TarError: if it does not end as a tar does.
+        tarfile.TarError: if it does not end as a tar does, or, being the ``last`` of its file, goes on.
     """
     while (member := tar.next()) is not None:
         tar.members.clear()  # or it keeps all
         yield member
     if not getattr(tar, "ended", False):
         raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
+    while last and (rest := tar.fileobj.read(1 << 20)):
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError(
+                "behind its end more follows, another tar perhaps, which is not read"
+            )
 
 
 def _grouped(tar: tarfile.TarFile, strict: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -121,9 +126,9 @@ def labels(
         raise SampleError(f"no cls with its label{instead}")
     if suffix == "cls":
         content = files["cls"].strip()
-        if not content.isdigit() or (classes is not None and int(content) >= classes):
+        if not re.fullmatch(rb"\d{1,9}", content) or int(content) >= (classes or 1e9):
             of = f"none of the {classes} classes" if classes is not None else "no class's number"
-            raise SampleError(f"its cls, {content!r}, is {of}")
+            raise SampleError(f"its cls, {content[:20]!r}, is {of}")
         return np.array([int(content)], np.int32)
     try:
         vector = np.lib.format.read_array(io.BytesIO(files["npy"]), allow_pickle=False)
@@ -139,6 +144,8 @@ def labels(
             f"label vector of shape {vector.shape}, but {of}"
             + (", and must have one for each entry" if classes else "")
         )
+    if vector.dtype.kind not in "biuf":
+        raise SampleError(f"label vector of {vector.dtype}, where numbers are due")
     found = vector.nonzero()[0]
     if not (vector[found] == 1).all():
         raise SampleError(
@@ -156,7 +163,7 @@ def image_file(files: Mapping[str, bytes], order: Sequence[str] = IMAGES) -> byt
 
 
 @contextlib.contextmanager
-def _readable() -> Iterator[None]:
+def readable() -> Iterator[None]:
     """Pillow's exceptions, which are of nearly every type, as SampleError."""
     try:
         with warnings.catch_warnings():
@@ -175,7 +182,7 @@ def opened(content: bytes, *, whole: bool = False) -> Image.Image:
     """The image with its header read, or the ``whole``; SampleError if Pillow cannot read it."""
     if not content:
         raise SampleError("unreadable image: empty file")
-    with _readable():
+    with readable():
         image = Image.open(io.BytesIO(content))
         if whole:
             image.load()
@@ -190,7 +197,7 @@ def rgb(image: Image.Image) -> Image.Image:
     Raises:
         SampleError: if it cannot be decoded.
     """
-    with _readable():
+    with readable():
         image.load()
         return image.convert("RGB")
 
