@@ -363,3 +363,7 @@ class TrainingPlugin:
             "optimizer": optimizer.state_dict(),
         }
         return state if scaler is None else {**state, "scaler": scaler.state_dict()}
+
+    def let_go(self) -> None:
+        """Let go of the data, after the run and however it ended."""
+        self._train = self._zeroshot = None
