@@ -23,8 +23,8 @@ def written_whole(
 ) -> Iterator[IO[Any]]:
     """Open a file that takes the place of ``path`` once the block is done and its bytes are on disk.
 
-    If the block raises, ``path`` is as it was and the temporary file is gone. A device or pipe
-    (``/dev/stdout``) is written to directly.
+    If the block raises, ``path`` is as it was and the temporary file is gone; an OSError names ``path``.
+    A device or pipe (``/dev/stdout``) is written to directly.
 
     Args:
         path: in a folder that exists.
@@ -44,9 +44,11 @@ def written_whole(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # a full disk's names no file
+            error.filename = str(path)
         raise
     sync(path.parent)
 
