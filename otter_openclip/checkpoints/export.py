@@ -29,11 +29,10 @@ from otter_openclip.checkpoints.folder import (
     check_state,
     errors_only,
     load_weights,
-    read_file,
     write_folder,
 )
-from otter_openclip.checkpoints.layout import ENTRY, TEACHER, upgraded
-from otter_openclip.checkpoints.newest import newest_checkpoint
+from otter_openclip.checkpoints.layout import ENTRY, JUDGED, JUDGED_WEIGHTS, TEACHER, upgraded
+from otter_openclip.checkpoints.newest import newest_checkpoint, read_checkpoint
 from otter_openclip.checkpoints.publish import check_repository, push
 from otter_openclip.preprocessing import CROP_PCT
 from otter_openclip.untrusted import no_code_from_files
@@ -47,7 +46,7 @@ def export_checkpoint(
     out: str | Path,
     *,
     model: str | None = None,
-    weights: str = "student",
+    weights: str | None = None,
     overwrite: bool = False,
     license: str | None = None,
     results: Sequence[str | Path] = (),
@@ -64,7 +63,8 @@ def export_checkpoint(
         out: folder to write. It appears complete or not at all.
         model: open_clip model name; by default the one in the run's ``params.txt``.
         weights: "student", or "teacher" for the EMA: the teacher of ``--loss kd`` and ``otter``, or
-            what ``--loss clip --ema-decay D`` kept.
+            what ``--loss clip --ema-decay D`` kept. By default those that ``best.pt`` was chosen by,
+            and of other checkpoints the student.
         overwrite: replace ``out`` if it is an earlier export.
         license: the hub's identifier of the weights' licence, for the card; none is assumed.
         results: result files of ``otter-openclip eval`` or ``clip_benchmark eval``, for the card.
@@ -101,7 +101,9 @@ def export_checkpoint(
     check_out(out, overwrite, path, *map(Path, results))
     model, flags = _settings(path, model, flags)
     config = _model_config(model, flags)
-    state = _read_weights(path, weights)
+    contents = upgraded(read_checkpoint(path))
+    weights = _which_weights(contents, path, weights, report)
+    state = _weights_of(contents, path, weights)
     if "logit_bias" in state:  # --siglip
         config.setdefault("init_logit_bias", -10)
     report(f"Exporting the {weights} of {path} as {model}")
@@ -117,7 +119,6 @@ def export_checkpoint(
     tokenizer = open_clip.get_tokenizer(model, context_length=flags.get("force_context_length"))
 
     noted = {"crop_pct": CROP_PCT} if flags.get("reference_crop") else None
-    contents = upgraded(read_file(path))
     card = model_card(
         push_to_hub or out.resolve().name,
         f"local-dir:{out.name}" if push_to_hub is None else f"hf-hub:{push_to_hub}",
@@ -229,24 +230,38 @@ def _tag_flags(model: str | None, tag: str | None) -> dict[str, Any]:
     return {k: _plain(k, v) for k, v in tag_flags.items() if v is not None}
 
 
-def _read_weights(path: Path, weights: str) -> dict[str, Tensor]:
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    contents = read_file(path)
+def _which_weights(
+    contents: Mapping[str, Any], path: Path, given: str | None, report: Callable[[str], None]
+) -> str:
+    """The weights to take: those given, then those that a best.pt was chosen by."""
+    if given is not None and given not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {given!r}")
+    judged = contents.get(JUDGED)
+    judged = judged.get(JUDGED_WEIGHTS) if isinstance(judged, Mapping) else None
+    if judged not in WEIGHTS:
+        return given or WEIGHTS[0]
+    if given not in (None, judged):
+        logging.warning(
+            f"{path} is the best epoch of the {judged}, not of the {given}; --weights {judged} exports "
+            "what was evaluated"
+        )
+    if given is None:
+        report(f"{path} is the best epoch of the {judged}; --weights takes others")
+    return given or judged
+
+
+def _weights_of(contents: Mapping[str, Any], path: Path, weights: str) -> dict[str, Tensor]:
     if weights == "student":
-        state = contents.get("state_dict", contents)
-    else:
-        contents = upgraded(contents)
-        entry = contents.get(ENTRY, {})
-        if "teacher_state" not in entry:
-            loss = entry.get("settings", {}).get("loss", "clip")
-            raise ValueError(
-                f"{path} has no EMA teacher (its run used --loss {loss}, or a fixed teacher); --loss kd "
-                "and otter without --distill-model have one, and --loss clip with --ema-decay; use "
-                "--weights student"
-            )
-        state = contents[TEACHER]
-    return check_state(state, path, weights)
+        return check_state(contents.get("state_dict", contents), path, weights)
+    entry = contents.get(ENTRY, {})
+    if "teacher_state" not in entry:
+        loss = entry.get("settings", {}).get("loss", "clip")
+        raise ValueError(
+            f"{path} has no EMA teacher (its run used --loss {loss}, or a fixed teacher); --loss kd "
+            "and otter without --distill-model have one, and --loss clip with --ema-decay; use "
+            "--weights student"
+        )
+    return check_state(contents[TEACHER], path, weights)
 
 
 def _model_config(model: str, flags: Mapping[str, Any]) -> dict[str, Any]:

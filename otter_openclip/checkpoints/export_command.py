@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="epoch_N.pt, a file of bare weights, or a run's folder (its newest checkpoint)",
+        help="epoch_N.pt, best.pt, a file of bare weights, or a run's folder (its newest checkpoint)",
     )
     parser.add_argument("out", metavar="OUT", help="folder to write; new or empty")
     parser.add_argument(
@@ -55,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="model name the run was trained under; by default the one in its params.txt",
     )
-    parser.add_argument("--weights", choices=WEIGHTS, default="student", help="default: student")
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="default: student; of best.pt those that were evaluated, see --zeroshot-weights of train",
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT if it is an earlier export"
     )
