@@ -1,15 +1,17 @@
 """Thousands of steps of a tiny model: nothing grows, the teacher does not drift, all is logged.
 
-Once live and once on cached features. Memory, open files and threads of the training process are read
-at intervals. After each step the student goes into the closed form of the EMA teacher, the sum of all
-students under the weights of the decays min(d, (1 + n) / (10 + n)), in float64; in the end the teacher
-in the checkpoint is compared with it.
+Once live and once on cached features. Memory, open files, threads, child processes and live tensors of
+the training process are read at intervals. After each step the student goes into the closed form of the
+EMA teacher, the sum of all students under the weights of the decays min(d, (1 + n) / (10 + n)), in
+float64; in the end the teacher in the checkpoint is compared with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import math
+import multiprocessing
 import os
 import re
 import sys
@@ -19,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.utils import unwrap_model
@@ -38,8 +40,33 @@ STEPS_OF_EPOCH = 250
 _BATCH = 4
 _DECAY = 0.999
 _READINGS = 40
-_MORE_MEMORY = 8 * 2**20  # in the second half, bytes
+_COUNTS = ("files", "threads", "children", "tensors")
+_MORE_MEMORY = 8 * 2**20  # once settled, bytes
 _TOLERANCE = 1e-4  # of the teacher, relative to its norm: thousands of roundings of float32
+
+
+class Reading(NamedTuple):
+    """What the training process has after a step: bytes resident, and counts."""
+
+    step: int
+    memory: int
+    files: int
+    threads: int
+    children: int
+    tensors: int
+
+    @classmethod
+    def now(cls, step: int) -> Reading:
+        """Of this process."""
+        gc.collect()  # what waits for it is no growth
+        return cls(
+            step,
+            processes.memory(os.getpid(), "VmRSS"),
+            len(os.listdir("/proc/self/fd")),
+            max(threading.active_count(), len(os.listdir("/proc/self/task"))),
+            len(multiprocessing.active_children()),
+            sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()),
+        )
 
 
 @dataclass
@@ -48,13 +75,13 @@ class Watch:
 
     Attributes:
         every: steps between two readings.
-        readings: (step, bytes resident, open files, threads).
+        readings: one after each ``every`` steps.
         teacher: the closed form so far, by parameter.
         steps: optimizer steps so far.
     """
 
     every: int
-    readings: list[tuple[int, int, int, int]] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
     teacher: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
 
@@ -71,15 +98,25 @@ class Watch:
         for name, value in model.named_parameters():
             self.teacher[name].mul_(decay).add_(value.double(), alpha=1 - decay)
         if self.steps % self.every == 0:
-            files = len(os.listdir("/proc/self/fd"))
-            threads = max(threading.active_count(), len(os.listdir("/proc/self/task")))
-            memory = processes.memory(os.getpid(), "VmRSS")
-            self.readings.append((self.steps, memory, files, threads))
+            self.readings.append(Reading.now(self.steps))
 
 
-def run(inputs: Inputs, out: Path, kind: str, epochs: int, steps_of_epoch: int) -> dict[str, Any]:
-    """Train in this process; what was seen, with a list of ``faults``."""
-    watch = Watch(max(1, epochs * steps_of_epoch // _READINGS))
+def run(
+    inputs: Inputs,
+    out: Path,
+    kind: str,
+    epochs: int,
+    steps_of_epoch: int,
+    *,
+    readings: int = _READINGS,
+    settled: float = 0.5,
+) -> dict[str, Any]:
+    """Train in this process; what was seen, with a list of ``faults``.
+
+    Nothing may grow once ``settled`` of the steps are done.
+    """
+    steps = epochs * steps_of_epoch
+    watch = Watch(max(1, steps // readings))
     stock_wrap, stock_update = TrainingPlugin.wrap_model, TrainingPlugin.update_teacher
 
     def wrap_model(plugin: TrainingPlugin, args: argparse.Namespace, model: nn.Module) -> nn.Module:
@@ -106,7 +143,7 @@ def run(inputs: Inputs, out: Path, kind: str, epochs: int, steps_of_epoch: int) 
     entry = re.compile(r"Train Epoch: (\d+) \[ *(\d+)/")
     logged = [(int(epoch), int(seen)) for epoch, seen in entry.findall(log)]
     due = [(e, (n + 1) * _BATCH) for e in range(epochs) for n in range(steps_of_epoch)]
-    half = [r for r in watch.readings if r[0] >= epochs * steps_of_epoch // 2]
+    first, *_, last = [r for r in watch.readings if r.step >= settled * steps]
     saved = read_file(folder / "checkpoints" / f"epoch_{epochs}.pt")["state_dict_ema"]
     away = max(
         float((saved[name].double() - value).norm() / value.norm().clamp(min=1e-12))
@@ -116,19 +153,17 @@ def run(inputs: Inputs, out: Path, kind: str, epochs: int, steps_of_epoch: int) 
         "kind": kind,
         "steps": watch.steps,
         "seconds": seconds,
-        "MiB at half": half[0][1] / 2**20,
-        "MiB at end": half[-1][1] / 2**20,
-        "files": f"{half[0][2]} to {half[-1][2]}",
-        "threads": f"{half[0][3]} to {half[-1][3]}",
+        "MiB settled": first.memory / 2**20,
+        "MiB at end": last.memory / 2**20,
+        **{name: f"{getattr(first, name)} to {getattr(last, name)}" for name in _COUNTS},
         "teacher off by": away,
         "log lines": len(logged),
     }
     faults = {
         f"exit code {code}": code != 0,
         f"{watch.steps} steps of {len(due)}": watch.steps != len(due),
-        "memory grows": half[-1][1] - half[0][1] > _MORE_MEMORY,
-        "open files grow": half[-1][2] > half[0][2],
-        "threads grow": half[-1][3] > half[0][3],
+        "memory grows": last.memory - first.memory > _MORE_MEMORY,
+        **{f"{name} grow": getattr(last, name) > getattr(first, name) for name in _COUNTS},
         "the teacher is not the closed form": not away < _TOLERANCE,
         "lines of the log are missing": logged != due,
         "the log has what is not finite": not all(map(math.isfinite, _losses(log))),

@@ -7,6 +7,7 @@ must be what the undisturbed command wrote, and the same command must succeed on
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -40,8 +41,15 @@ def mounted(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
 
 
+def fill(path: Path) -> None:
+    """Leave no block of a disk free."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
 def try_case(case: Case, work: Path) -> list[dict[str, Any]]:
-    """Full disks of several sizes, and a read-only folder."""
+    """Disks of several sizes that become full, one that is, and a read-only folder."""
     out = work / case.name
     mounted(out, "size=512m")
     rows = []
@@ -55,6 +63,10 @@ def try_case(case: Case, work: Path) -> list[dict[str, Any]]:
             subprocess.run(["umount", str(out)], check=True)
             mounted(out, f"size={max(8192, int(share * used))}")
             rows.append(_row(case, f"{share:.0%} of the room", out, work, expected))
+        subprocess.run(["umount", str(out)], check=True)
+        mounted(out, "size=64k")
+        fill(out / "others")
+        rows.append(_row(case, "full", out, work, expected))
         subprocess.run(["umount", str(out)], check=True)
         mounted(out, "size=512m")
         subprocess.run(["mount", "-o", "remount,ro", str(out)], check=True)

@@ -17,15 +17,15 @@ COMMANDS = {
         own_parser=True,
     ),
     "export": Command(
-        "otter_openclip.checkpoints.export",
+        "otter_openclip.checkpoints.export_command",
         "turn a training checkpoint into a folder for open_clip.create_model",
     ),
     "convert": Command(
-        "otter_openclip.checkpoints.convert",
+        "otter_openclip.checkpoints.convert_command",
         "turn a checkpoint of facebookresearch/OTTER into such a folder",
     ),
     "towers": Command(
-        "otter_openclip.towers",
+        "otter_openclip.towers_command",
         "put two pretrained towers, timm's and Hugging Face's, together into such a folder",
     ),
     "data": Command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -12,6 +13,8 @@ import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # A file's path, its bytes as they are and as they shall be; None stands for no such file.
 Change = tuple[Path, bytes | None, bytes | None]
@@ -23,8 +26,8 @@ def written_whole(
 ) -> Iterator[IO[Any]]:
     """Open a file that takes the place of ``path`` once the block is done and its bytes are on disk.
 
-    If the block raises, ``path`` is as it was and the temporary file is gone. A device or pipe
-    (``/dev/stdout``) is written to directly.
+    If the block raises, ``path`` is as it was and the temporary file is gone; a full disk's error names
+    ``path``. A device or pipe (``/dev/stdout``) is written to directly.
 
     Args:
         path: in a folder that exists.
@@ -33,13 +36,13 @@ def written_whole(
     """
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     if os.path.exists(path) and not os.path.isfile(path):
-        with open(path, mode, **text) as file:
+        with _full_disk_named(path), open(path, mode, **text) as file:
             yield file
         return
     path = Path(os.path.realpath(path) if follow_links else path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary, mode, **text) as file:
+        with _full_disk_named(path), open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -49,6 +52,17 @@ def written_whole(
             temporary.unlink()
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def _full_disk_named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """The system's own error of a write says no name, unlike that of opening a file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def make_room(path: Path) -> None:

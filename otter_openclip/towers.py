@@ -1,17 +1,7 @@
-"""Put two pretrained towers, timm's for images and Hugging Face's for texts, together into one model.
-
-The folder is the one that ``export`` writes: stock ``open_clip.create_model("local-dir:OUT")``,
-open_clip's training with ``--model local-dir:OUT`` and clip_benchmark use it without this package. Each
-tower gets a head to the common embedding. A linear head between equal widths starts as the identity;
-others start as open_clip draws them.
-
-What stock open_clip cannot say: timm's ``crop_pct`` (it resizes to the image size and crops nothing),
-another image size of a ViT of timm, and a place for the text tower's ``config.json`` inside the folder.
-"""
+"""Put two pretrained towers together into one model; ``towers_command`` has the flags."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -27,13 +16,9 @@ from otter_openclip.checkpoints.folder import check_out, write_folder
 from otter_openclip.checkpoints.parts import build_model, check_timm_name, read_tokenizer
 from otter_openclip.checkpoints.pretrained import read_trunk, text_config, text_weights_for
 from otter_openclip.checks import check_choice, check_interval
-from otter_openclip.flags import number, positive
-from otter_openclip.terminating import on_sigterm
+from otter_openclip.towers_command import CONTEXT_LENGTH, HEADS, INTERPOLATIONS, POOLERS
 from otter_openclip.untrusted import no_code_from_files
 
-HEADS = ("linear", "mlp", "none")
-POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "own": "cls_pooler"}
-INTERPOLATIONS = ("bicubic", "bilinear", "random")
 _RESIZE_MODES = {
     "center": "shortest",
     "squash": "squash",
@@ -41,55 +26,6 @@ _RESIZE_MODES = {
 }  # of timm's crop_mode
 # Models whose positions begin behind that of the padding.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to ``parser``."""
-    add = parser.add_argument
-    add("out", metavar="OUT", help="folder to write; new or empty")
-    add(
-        "--image", required=True, metavar="NAME", help="timm's name, with or without a weights' tag"
-    )
-    add(
-        "--image-weights",
-        metavar="FILE",
-        help="state_dict in .pt, .pth or .safetensors; by default timm's own from the hub",
-    )
-    add("--text", required=True, metavar="NAME_OR_DIR", help="Hugging Face name, or such a folder")
-    add("--text-weights", metavar="FILE", help="by default those of NAME_OR_DIR")
-    add("--text-pooler", choices=POOLERS, default="mean", help="default: mean")
-    add("--embed-dim", type=positive, metavar="D", help="default: the text tower's width")
-    for tower in ("image", "text"):
-        add(f"--{tower}-head", choices=HEADS, default="linear", help="default: linear")
-    source = "default: the pretrained tower's"
-    add("--image-size", type=positive, metavar="PIXELS", help=source)
-    add("--image-mean", type=number(-math.inf), nargs=3, metavar=("R", "G", "B"), help=source)
-    add("--image-std", type=number(0, open_low=True), nargs=3, metavar=("R", "G", "B"), help=source)
-    add("--image-interpolation", choices=INTERPOLATIONS, help=source)
-    add(
-        "--context-length",
-        type=positive,
-        metavar="TOKENS",
-        help=f"default: {DEFAULT_CONTEXT_LENGTH}, or as many as the text tower takes",
-    )
-    add(
-        "--init-logit-scale",
-        type=number(0, math.log(100)),
-        default=3.9,
-        help="log of the scale; default: 3.9",
-    )
-    add("--seed", type=number(0, kind=int), default=0, help="of heads that are drawn; default: 0")
-    add("--overwrite", action="store_true", help="replace OUT if it is an earlier export")
-
-
-@on_sigterm()
-def main(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
-    given = {name: value for name, value in vars(args).items() if name not in ("command", "out")}
-    out = make_towers(args.out, report=print, **given)
-    print(f"Wrote {out}; re-loaded with open_clip, every tensor is the towers'.")
-    print(f"  otter-openclip train --model local-dir:{out} --lock-image --lock-text ...")
-    return 0
 
 
 @no_code_from_files()
@@ -232,7 +168,7 @@ def _context_length(given: int | None, text: str, config: PretrainedConfig) -> i
     if most and config.model_type in _OFFSET_POSITIONS:
         most -= config.pad_token_id + 1
     if given is None:
-        return min(DEFAULT_CONTEXT_LENGTH, most or DEFAULT_CONTEXT_LENGTH)
+        return min(CONTEXT_LENGTH, most or CONTEXT_LENGTH)
     if most and given > most:
         raise ValueError(f"context_length {given} is more than the {most} tokens that {text} takes")
     return given

@@ -1,6 +1,7 @@
 """Runs that end before their time, and what ``--resume latest`` makes of what they leave."""
 
 import contextlib
+import multiprocessing
 import os
 import re
 import resource
@@ -15,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from training_helpers import assert_same, load, train
 
 from otter_openclip.files import claim
+from otter_openclip.training.plugin import TrainingPlugin
 
 LINE = ["--loss", "otter", "--workers", "0", "--epochs", "3", "--train-num-samples", "24"]
 STEPS = 2  # of an epoch
@@ -164,3 +166,28 @@ def test_two_runs_of_one_name(pairs, tmp_path, whole):
         )
         other.kill()
     claim(lock).close()  # a killed process holds nothing
+
+
+@pytest.mark.parametrize("loss", ["otter", "clip"])
+@pytest.mark.parametrize("csv", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_loader_outlives_a_run(pairs, tmp_path, monkeypatch, loss, csv, fails):
+    """Not even one that an error's traceback, or the plugin, would keep alive."""
+    plugins, working = [], []
+    init = TrainingPlugin.__init__
+    monkeypatch.setattr(
+        TrainingPlugin, "__init__", lambda self, prog: (plugins.append(self), init(self, prog))[1]
+    )
+
+    def look():
+        working.extend(multiprocessing.active_children())
+        if fails:
+            raise ValueError("at a step")
+
+    line = ["--loss", loss, "--precision", "fp32", "--epochs", "1", "--batch-size", "4"]
+    ends = pytest.raises(ValueError, match="at a step") if fails else contextlib.nullcontext()
+    with at_step(1, look), ends as error:
+        train(pairs, tmp_path, *line, "--workers", "2", csv=csv)
+    assert len(working) == 2 and not set(working) & set(multiprocessing.active_children())
+    assert plugins[0]._train is None
+    del error

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -618,3 +619,16 @@ def test_class_features_are_the_plain_ones(model):
                 mean = network.encode_text(tokenizer(list(written)), normalize=True).mean(0)
             assert torch.allclose(feature, F.normalize(mean, dim=0), atol=1e-5)
         assert torch.equal(found[: len(NAMES)], found[len(NAMES) :])  # the tokens are equal
+
+
+def test_a_full_disk(ours, tmp_path, capsys):
+    """An error that names the results' file, and nothing of it is left."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        ours(code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    file = tmp_path / "out" / "ours.json"
+    assert f"File too large: '{file}'" in capsys.readouterr().err
+    assert list(file.parent.iterdir()) == []

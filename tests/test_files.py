@@ -17,6 +17,13 @@ def test_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"a\n" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_the_error_of_a_full_disk_names_the_file():
+    """Python names it when a file is opened, not when it is written."""
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        with written_whole("/dev/full") as file:
+            file.write(b"a")
+
+
 def test_a_link_is_followed_but_by_replace_together(tmp_path):
     (tmp_path / "target").write_text("old")
     link = tmp_path / "link"

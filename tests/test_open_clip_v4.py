@@ -559,7 +559,8 @@ def test_best_checkpoint_and_export(pairs, labelled, tmp_path):
     for epoch, score in enumerate(scores, 1):  # the student's, not the EMA's
         assert score == pytest.approx(plain_flat_hit(path / f"epoch_{epoch}.pt", labelled))
     epoch = scores.index(max(scores)) + 1
-    assert best.pop("zeroshot")["epoch"] == epoch
+    judged = best.pop("zeroshot")
+    assert (judged["epoch"], judged["weights"]) == (epoch, "student")
     assert_same(best, load(path / f"epoch_{epoch}.pt"))
     last = load(path / "epoch_2.pt")
     for weights, key in (("student", "state_dict"), ("teacher", "state_dict_ema")):
@@ -586,7 +587,14 @@ def test_best_checkpoint_and_export(pairs, labelled, tmp_path):
             ["--loss", "otter", "--torchcompile", "--torchcompile-strategy", "step"],
             "use task or model",
         ),
-        (["--loss", "otter", "--bucket-prefetch-pools", "2"], "drop it"),
+        (
+            ["--loss", "otter", "--bucket-prefetch-pools", "2"],
+            "--loss otter does not go with --bucket",
+        ),
+        (
+            ["--ema-decay", "0.9", "--bucket-prefetch-pools", "2"],
+            "--ema-decay does not go with --bu",
+        ),
         (["--loss", "otter", "--distill-model", "RN50"], "must be given together"),
         (["--zeroshot-data", "LABELLED", "--fsdp"], "drop it, or --fsdp"),
         (["--reference-crop", "--use-naflex"], "drop it or --use-naflex"),
@@ -609,3 +617,7 @@ def test_precision_on_a_cpu(tmp_path):
     assert precision("--loss", "otter") == "fp32"
     assert precision("--loss", "otter", "--precision", "amp_bf16") == "amp_bf16"
     assert precision() == "amp_bf16"  # 4.x's own default
+
+
+def test_clip_alone_takes_open_clips_prefetching():
+    assert parse_args("--bucket-prefetch-pools", "2").bucket_prefetch_pools == 2

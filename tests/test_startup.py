@@ -49,8 +49,11 @@ COMMAND = LOADED + "from otter_openclip import cli; sys.exit(cli.main())"
         ("patch open_clp", 2),
         ("patch open_clip --target nowhere", 2),
         ("patch open_clip", None),
-        ("demo --help", 0),
-        ("analyze --help", 0),
+        *((f"{name} --help", 0) for name in ("demo", "analyze", "export", "convert", "towers")),
+        ("export run out --wieghts teacher", 2),
+        ("export run out --weights techer", 2),
+        ("convert last.pth.tar out --owerwrite", 2),
+        ("towers out --image resnet18 --txt folder", 2),
     ],
 )
 def test_commands_that_need_no_torch_do_not_import_it(words, code):

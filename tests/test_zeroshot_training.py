@@ -13,6 +13,7 @@ from conftest import CLASSES
 from PIL import Image
 from training_helpers import assert_same, flags, load, train
 
+from otter_openclip import cli
 from otter_openclip.training.open_clip_v3 import main
 from otter_openclip.training.zeroshot import ZeroShotEvaluation
 
@@ -37,6 +38,14 @@ def plain_flat_hit(checkpoint, labelled, name="tiny-rn"):
     return float(np.mean(hits))
 
 
+@pytest.fixture(scope="module")
+def best_teacher(pairs, labelled, tmp_path_factory):
+    """The checkpoints folder of a run whose best.pt is its teacher's best epoch."""
+    extra = ["--loss", "otter", "--ema-decay", "0.7", "--lr", "0.02", "--zeroshot-data"]
+    extra += [str(labelled), "--zeroshot-frequency", "1", "--zeroshot-weights", "teacher"]
+    return train(pairs, tmp_path_factory.mktemp("best"), *extra)
+
+
 @pytest.mark.parametrize("loss", ["otter", "infonce", "clip"])
 def test_epochs_are_evaluated_and_the_best_is_kept(pairs, labelled, tmp_path, loss):
     extra = ["--loss", loss, "--epochs", "3", "--save-frequency", "1", "--lr", "0.02"]
@@ -51,7 +60,7 @@ def test_epochs_are_evaluated_and_the_best_is_kept(pairs, labelled, tmp_path, lo
         assert score == pytest.approx(plain_flat_hit(folder / f"epoch_{epoch}.pt", labelled))
     best = load(folder / "best.pt")
     first_best = scores.index(max(scores)) + 1
-    assert best.pop("zeroshot") == lines[first_best - 1]
+    assert best.pop("zeroshot") == {**lines[first_best - 1], "weights": "student"}
     assert_same(best, load(folder / f"epoch_{first_best}.pt"))
     if loss == "otter":
         without = train(pairs, tmp_path / "without", *extra)
@@ -157,3 +166,66 @@ def test_a_fault_after_an_epoch_costs_the_evaluation_only(
     only = ["--model", "tiny-rn", "--resume", str(folder / "epoch_1.pt"), "--loss", "otter"]
     with pytest.raises(SystemExit, match=r"error: --zeroshot-data: .*0\.tar"):
         main([*only, *extra[2:], "--logs", str(tmp_path), "--name", "eval"])
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "exported"),
+    [
+        ("best.pt", [], "teacher"),
+        ("best.pt", ["--weights", "student"], "student"),
+        ("best.pt", ["--weights", "teacher"], "teacher"),
+        ("epoch_2.pt", [], "student"),
+    ],
+)
+def test_best_is_exported_as_it_was_judged(
+    best_teacher, tmp_path, capsys, caplog, file, words, exported
+):
+    """Unless the user names other weights: then a warning says what was."""
+    path = best_teacher / file
+    contents = load(path)
+    assert ("zeroshot" in contents) == (file == "best.pt")
+    assert contents.get("zeroshot", {}).get("weights", "teacher") == "teacher"
+    assert cli.main(["export", str(path), str(tmp_path / "out"), *words]) == 0
+    said = capsys.readouterr().out
+    assert f"Exporting the {exported} of {path}" in said
+    chosen = file == "best.pt" and not words
+    assert (f"{path} is the best epoch of the teacher; --weights takes others" in said) == chosen
+    contradicted = f"{path} is the best epoch of the teacher, not of the student" in caplog.text
+    assert contradicted == (words[1:] == ["student"])
+    key = {"student": "state_dict", "teacher": "state_dict_ema"}[exported]
+    found = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").state_dict()
+    assert_same(dict(found), dict(contents[key]))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_damaged_best_is_named_with_the_fix(
+    pairs, labelled, best_teacher, tmp_path, capsys, caplog, damage
+):
+    """torch itself loads one with a flipped byte."""
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(best_teacher.parent, folder.parent)
+    bad, whole = folder / "best.pt", folder / "epoch_2.pt"
+    content = bytearray(bad.read_bytes())
+    content[len(content) // 2] ^= 1
+    bad.write_bytes(content if damage == "flip" else content[:-5000])
+    said = f"{bad} cannot be read as a checkpoint"
+    data = ["--dataset", "wds/x", "--dataset_root", str(labelled), "--task"]
+    data += ["zeroshot_classification", "--output", str(tmp_path / "x.json"), "--num_workers", "0"]
+    for line in (
+        ["eval", "--model", "tiny-rn", "--pretrained", str(bad), "--no_amp", *data],
+        ["export", str(bad), str(tmp_path / "out")],
+    ):
+        assert cli.main(line) == 2
+        found = capsys.readouterr().err
+        assert said in found and f"beside it {whole} (epoch 2) is whole" in found
+    assert not (tmp_path / "x.json").exists() and not (tmp_path / "out").exists()
+    extra = ["--loss", "otter", "--ema-decay", "0.7", "--zeroshot-data", str(labelled)]
+    with pytest.raises(SystemExit) as stop:
+        train(pairs, tmp_path, *extra, "--name", "other", "--resume", str(bad))
+    assert said in stop.value.code and f"{whole} (epoch 2) is whole: --resume that" in (
+        stop.value.code
+    )
+    # A run that goes on from another checkpoint looks for its best anew.
+    train(pairs, tmp_path, *extra, "--epochs", "3", "--resume", "latest")
+    assert f"The best epoch is sought anew: {said}" in caplog.text
+    assert load(bad)["epoch"] == 3 and load(bad)["zeroshot"]["weights"] == "student"

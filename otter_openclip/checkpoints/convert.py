@@ -1,17 +1,7 @@
-"""Turn a checkpoint of facebookresearch/OTTER into a folder that stock open_clip loads.
-
-The folder is the one that ``export`` writes: ``open_clip.create_model("local-dir:OUT")``,
-``open_clip.get_tokenizer("local-dir:OUT")`` and clip_benchmark use it without this package.
-
-What the format cannot say: the reference shrinks a picture's shorter side to 256 before it crops 224,
-open_clip's preprocessing shrinks it to 224 (``otter-openclip eval --reference_crop`` does as the
-reference); open_clip's tokenizer cleans white space and HTML entities first, the reference does not; and
-open_clip fetches the text tower's configuration by name when it loads the folder.
-"""
+"""Turn the reference's checkpoint into a folder for open_clip; ``convert_command`` has the flags."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import re
@@ -22,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from otter_openclip.checkpoints.convert_command import WEIGHTS
 from otter_openclip.checkpoints.folder import (
     check_out,
     check_state,
@@ -31,10 +22,8 @@ from otter_openclip.checkpoints.folder import (
 )
 from otter_openclip.checkpoints.parts import build_model, check_timm_name, read_tokenizer
 from otter_openclip.preprocessing import CROP_PCT
-from otter_openclip.terminating import on_sigterm
 from otter_openclip.untrusted import no_code_from_files
 
-WEIGHTS = ("student", "teacher")
 # models/model_factory.py of the reference
 TEXT_TOWERS = {
     "declutr-small": "johngiorgi/declutr-small",
@@ -57,44 +46,6 @@ _LAST_NORM = re.compile(r"text_encoder\.model\.encoder\.layer\.(\d+)\.output\.La
 _SCALES = ("contrastive_loss.loss.T", "contrastive_loss.T")
 # Buffers of transformers 4.3 that are now computed, and BERT's pooler, which the reference never calls.
 _UNUSED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to ``parser``."""
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="last.pth.tar or best.pth.tar of the reference"
-    )
-    parser.add_argument("out", metavar="OUT", help="folder to write; new or empty")
-    parser.add_argument("--weights", choices=WEIGHTS, default="student", help="default: student")
-    parser.add_argument(
-        "--text-model",
-        metavar="NAME_OR_DIR",
-        help="the text tower's Hugging Face name, or a folder with its config.json and tokenizer; by "
-        "default the name that belongs to the checkpoint's text_arch",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace OUT if it is an earlier export"
-    )
-
-
-@on_sigterm()
-def main(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
-    out = convert_checkpoint(
-        args.checkpoint,
-        args.out,
-        weights=args.weights,
-        text_model=args.text_model,
-        overwrite=args.overwrite,
-        report=print,
-    )
-    print(f"Wrote {out}; re-loaded with open_clip, every tensor is the converted one.")
-    print(f"  open_clip.create_model_and_transforms('local-dir:{out}')")
-    print(
-        "Stock preprocessing resizes to 224 where the reference resizes to 256 and crops 224; for its "
-        "figures, evaluate with --reference_crop."
-    )
-    return 0
 
 
 @no_code_from_files()

@@ -1,21 +1,11 @@
-"""Turn a training checkpoint into a folder that stock open_clip and clip_benchmark load.
-
-``open_clip.create_model("local-dir:OUT")``, ``open_clip.get_tokenizer("local-dir:OUT")`` and
-``clip_benchmark eval --model local-dir:OUT`` use the folder as it is, without this package.
-
-Two limits of stock open_clip: it reads the configuration of a text tower from Hugging Face (not its
-weights; the tokenizer's files are in the folder) by its ``hf_model_name``, see ``write_folder``; and a
-timm tower whose weights depend on the image size cannot be rebuilt at a forced size.
-"""
+"""Turn a training checkpoint into a folder for stock open_clip; ``export_command`` has the flags."""
 
 from __future__ import annotations
 
-import argparse
 import ast
 import copy
 import difflib
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,106 +22,22 @@ from otter_openclip.checkpoints.card import (
     read_results,
     read_settings,
 )
+from otter_openclip.checkpoints.export_command import MODEL_FLAGS, WEIGHTS, dest
 from otter_openclip.checkpoints.folder import (
     CONFIG_FILE,
     check_out,
     check_state,
     errors_only,
     load_weights,
-    read_file,
     write_folder,
 )
-from otter_openclip.checkpoints.layout import ENTRY, TEACHER, upgraded
-from otter_openclip.checkpoints.newest import newest_checkpoint
+from otter_openclip.checkpoints.layout import ENTRY, JUDGED, JUDGED_WEIGHTS, TEACHER, upgraded
+from otter_openclip.checkpoints.newest import newest_checkpoint, read_checkpoint
 from otter_openclip.checkpoints.publish import check_repository, push
-from otter_openclip.flags import number
 from otter_openclip.preprocessing import CROP_PCT
-from otter_openclip.terminating import on_sigterm
 from otter_openclip.untrusted import no_code_from_files
 
-WEIGHTS = ("student", "teacher")
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
-
-# open_clip_train's flags that change the model or its preprocessing; read back from params.txt.
-_MODEL_FLAGS: dict[str, dict[str, Any]] = {
-    "--force-image-size": {"type": number(1, kind=int), "nargs": "+"},
-    "--force-context-length": {"type": number(1, kind=int)},
-    "--force-quick-gelu": {"action": "store_true", "default": None},
-    "--force-custom-text": {"action": "store_true", "default": None},
-    "--image-mean": {"type": number(-math.inf), "nargs": "+"},
-    "--image-std": {"type": number(0, open_low=True), "nargs": "+"},
-    "--image-interpolation": {"choices": ["bicubic", "bilinear", "random"]},
-    "--image-resize-mode": {"choices": ["shortest", "longest", "squash"]},
-    "--reference-crop": {
-        "action": "store_true",
-        "default": None,
-        "help": "trained with it: noted in the config as crop_pct, which stock open_clip ignores",
-    },
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to ``parser``."""
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="epoch_N.pt, a file of bare weights, or a run's folder (its newest checkpoint)",
-    )
-    parser.add_argument("out", metavar="OUT", help="folder to write; new or empty")
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="model name the run was trained under; by default the one in its params.txt",
-    )
-    parser.add_argument("--weights", choices=WEIGHTS, default="student", help="default: student")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace OUT if it is an earlier export"
-    )
-    group = parser.add_argument_group("publishing", f"OUT has a model card, {CARD_FILE}")
-    group.add_argument(
-        "--license",
-        metavar="ID",
-        help="of the weights, for the card: apache-2.0, cc-by-nc-4.0, other, ...; none is assumed",
-    )
-    group.add_argument(
-        "--results",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="result files of otter-openclip eval or clip_benchmark eval of this model, for the card",
-    )
-    group.add_argument(
-        "--push-to-hub", metavar="OWNER/NAME", help="then push OUT there; needs --license"
-    )
-    group.add_argument("--private", action="store_true", help="a repository made for it is private")
-    group = parser.add_argument_group(
-        "model flags", "as in training; by default those in the run's params.txt"
-    )
-    for flag, keywords in _MODEL_FLAGS.items():
-        group.add_argument(flag, **keywords)
-
-
-@on_sigterm()
-def main(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
-    names = [_name(flag) for flag in _MODEL_FLAGS]
-    flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    out = export_checkpoint(
-        args.checkpoint,
-        args.out,
-        model=args.model,
-        weights=args.weights,
-        overwrite=args.overwrite,
-        license=args.license,
-        results=args.results,
-        push_to_hub=args.push_to_hub,
-        private=args.private,
-        report=print,
-        **flags,
-    )
-    print(f"Wrote {out}; re-loaded with open_clip, every tensor is the checkpoint's.")
-    print(f"  open_clip.create_model_and_transforms('local-dir:{out}')")
-    return 0
 
 
 @no_code_from_files()
@@ -140,7 +46,7 @@ def export_checkpoint(
     out: str | Path,
     *,
     model: str | None = None,
-    weights: str = "student",
+    weights: str | None = None,
     overwrite: bool = False,
     license: str | None = None,
     results: Sequence[str | Path] = (),
@@ -157,7 +63,8 @@ def export_checkpoint(
         out: folder to write. It appears complete or not at all.
         model: open_clip model name; by default the one in the run's ``params.txt``.
         weights: "student", or "teacher" for the EMA: the teacher of ``--loss kd`` and ``otter``, or
-            what ``--loss clip --ema-decay D`` kept.
+            what ``--loss clip --ema-decay D`` kept. By default those that ``best.pt`` was chosen by,
+            and of other checkpoints the student.
         overwrite: replace ``out`` if it is an earlier export.
         license: the hub's identifier of the weights' licence, for the card; none is assumed.
         results: result files of ``otter-openclip eval`` or ``clip_benchmark eval``, for the card.
@@ -194,7 +101,9 @@ def export_checkpoint(
     check_out(out, overwrite, path, *map(Path, results))
     model, flags = _settings(path, model, flags)
     config = _model_config(model, flags)
-    state = _read_weights(path, weights)
+    contents = upgraded(read_checkpoint(path))
+    weights = _which_weights(contents, path, weights, report)
+    state = _weights_of(contents, path, weights)
     if "logit_bias" in state:  # --siglip
         config.setdefault("init_logit_bias", -10)
     report(f"Exporting the {weights} of {path} as {model}")
@@ -210,7 +119,6 @@ def export_checkpoint(
     tokenizer = open_clip.get_tokenizer(model, context_length=flags.get("force_context_length"))
 
     noted = {"crop_pct": CROP_PCT} if flags.get("reference_crop") else None
-    contents = upgraded(read_file(path))
     card = model_card(
         push_to_hub or out.resolve().name,
         f"local-dir:{out.name}" if push_to_hub is None else f"hf-hub:{push_to_hub}",
@@ -229,10 +137,6 @@ def export_checkpoint(
     if push_to_hub is not None:
         report(push(out, push_to_hub, private=private))
     return out
-
-
-def _name(flag: str) -> str:
-    return flag.lstrip("-").replace("-", "_")
 
 
 def _spelled(flags: Mapping[str, Any]) -> str:
@@ -261,7 +165,7 @@ def _settings(
     path: Path, model: str | None, given: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     """Model name and flags: those given, then params.txt's, then of the run's --pretrained tag."""
-    unknown = given.keys() - {_name(flag) for flag in _MODEL_FLAGS}
+    unknown = given.keys() - {dest(flag) for flag in MODEL_FLAGS}
     if unknown:
         raise TypeError(f"export_checkpoint has no argument {', '.join(sorted(unknown))}")
     given = {k: _plain(k, v) for k, v in given.items() if v is not None and v is not False}
@@ -291,7 +195,7 @@ def _read_params(path: Path) -> dict[str, Any]:
     params: dict[str, Any] = {
         name: lines[name] for name in ("model", "pretrained") if name in lines
     }
-    for name in map(_name, _MODEL_FLAGS):
+    for name in map(dest, MODEL_FLAGS):
         text = lines.get(name, "None")
         try:
             value = ast.literal_eval(text)
@@ -326,24 +230,38 @@ def _tag_flags(model: str | None, tag: str | None) -> dict[str, Any]:
     return {k: _plain(k, v) for k, v in tag_flags.items() if v is not None}
 
 
-def _read_weights(path: Path, weights: str) -> dict[str, Tensor]:
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    contents = read_file(path)
+def _which_weights(
+    contents: Mapping[str, Any], path: Path, given: str | None, report: Callable[[str], None]
+) -> str:
+    """The weights to take: those given, then those that a best.pt was chosen by."""
+    if given is not None and given not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {given!r}")
+    judged = contents.get(JUDGED)
+    judged = judged.get(JUDGED_WEIGHTS) if isinstance(judged, Mapping) else None
+    if judged not in WEIGHTS:
+        return given or WEIGHTS[0]
+    if given not in (None, judged):
+        logging.warning(
+            f"{path} is the best epoch of the {judged}, not of the {given}; --weights {judged} exports "
+            "what was evaluated"
+        )
+    if given is None:
+        report(f"{path} is the best epoch of the {judged}; --weights takes others")
+    return given or judged
+
+
+def _weights_of(contents: Mapping[str, Any], path: Path, weights: str) -> dict[str, Tensor]:
     if weights == "student":
-        state = contents.get("state_dict", contents)
-    else:
-        contents = upgraded(contents)
-        entry = contents.get(ENTRY, {})
-        if "teacher_state" not in entry:
-            loss = entry.get("settings", {}).get("loss", "clip")
-            raise ValueError(
-                f"{path} has no EMA teacher (its run used --loss {loss}, or a fixed teacher); --loss kd "
-                "and otter without --distill-model have one, and --loss clip with --ema-decay; use "
-                "--weights student"
-            )
-        state = contents[TEACHER]
-    return check_state(state, path, weights)
+        return check_state(contents.get("state_dict", contents), path, weights)
+    entry = contents.get(ENTRY, {})
+    if "teacher_state" not in entry:
+        loss = entry.get("settings", {}).get("loss", "clip")
+        raise ValueError(
+            f"{path} has no EMA teacher (its run used --loss {loss}, or a fixed teacher); --loss kd "
+            "and otter without --distill-model have one, and --loss clip with --ema-decay; use "
+            "--weights student"
+        )
+    return check_state(contents[TEACHER], path, weights)
 
 
 def _model_config(model: str, flags: Mapping[str, Any]) -> dict[str, Any]:

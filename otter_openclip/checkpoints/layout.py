@@ -2,6 +2,7 @@
 
 ``state_dict_ema`` are the EMA teacher's weights, open_clip 4.x's own name; ``otter`` is the rest:
 settings, the second scale with its optimizer state, the teacher's counter. Stock open_clip ignores both.
+``best.pt`` also has ``zeroshot``: the metrics it was chosen by, and whose they are, student or teacher.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 TEACHER = "state_dict_ema"
 ENTRY = "otter"
+JUDGED = "zeroshot"
+JUDGED_WEIGHTS = "weights"
 
 
 def upgraded(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

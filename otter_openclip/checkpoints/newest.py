@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from otter_openclip.checkpoints.folder import read_file
 
@@ -33,6 +35,16 @@ def whole_before(path: Path) -> Path | None:
             read_file(other)
             return other
     return None
+
+
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """``read_file``, whose error also names the newest checkpoint beside ``path`` that is whole."""
+    try:
+        return read_file(path)
+    except ValueError as error:
+        whole = whole_before(path)
+        beside = f"; beside it {whole} (epoch {epoch_of(whole)}) is whole" if whole else ""
+        raise ValueError(f"{error}{beside}") from error
 
 
 def epoch_of(path: Path) -> float:

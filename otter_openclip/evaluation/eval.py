@@ -9,8 +9,8 @@
 ``cli.main_eval``                    ``--templates``; meets the other processes of ``--distributed``
 ``cli.run``                          slashes of a model's name stay out of the output's name; under
                                      ``--distributed`` every rank takes part in multi-label runs
-``cli.load_clip``                    before it, the data set is checked; the model's transform is kept
-                                     for multi-label runs
+``cli.load_clip``                    before it, the data set and a file of weights are checked; the
+                                     model's transform is kept for multi-label runs
 ``cli.build_dataset``                knows ``goi`` and ``imagenet10k``; says which text file is missing
 ``zeroshot_classification.evaluate`` multi-label webdatasets are evaluated by ``run.py``
 ``zeroshot_classification.float``    NumPy 2.4 and later refuse the one-element array it is given
@@ -35,6 +35,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
@@ -43,6 +44,7 @@ from clip_benchmark.datasets.builder import build_wds_dataset
 from clip_benchmark.metrics import zeroshot_classification as stock_classification
 from torch import nn
 
+from otter_openclip.checkpoints.newest import read_checkpoint
 from otter_openclip.evaluation import run
 from otter_openclip.evaluation.folders import check_webdataset
 from otter_openclip.evaluation.labelled_images import is_multilabel
@@ -168,6 +170,16 @@ def _float(value: Any) -> float:
     return builtins.float(value.item() if hasattr(value, "item") else value)
 
 
+def check_weights(pretrained: str) -> None:
+    """Raise ValueError if ``pretrained`` is a damaged file, which torch reads as if it were whole."""
+    path = Path(pretrained)
+    if path.is_file() and path.suffix not in (
+        ".npz",
+        ".npy",
+    ):  # big_vision's, which open_clip reads
+        read_checkpoint(path)
+
+
 class _Command:
     """One run of the command: what its replaced functions must know of each other."""
 
@@ -223,6 +235,7 @@ class _Command:
             task = cli.get_dataset_default_task(args.dataset.removeprefix("wds/"))
         own = args.custom_classname_file, args.custom_template_file
         self._check(args.dataset, self._root(args), args.split, task, *own)
+        check_weights(kwargs["pretrained"])
         model, self.transform, tokenizer = _stock_load_clip(**kwargs)
         if self.args.reference_crop:
             self.transform = run.reference_crop(model)

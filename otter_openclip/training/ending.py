@@ -1,4 +1,7 @@
-"""How a run ends before its time: by SIGTERM between two steps, or because a rank has died."""
+"""How a run ends: before its time by SIGTERM between two steps, or because a rank has died; and whole.
+
+While it runs ``DataLoader.__iter__`` is replaced, so that no loader's processes outlive it.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,17 @@ import os
 import signal
 import socket
 import time
+import weakref
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from otter_openclip.checkpoints.newest import newest_checkpoint
+from otter_openclip.replacing import replaced
 from otter_openclip.terminating import EXIT_CODE
 
 _DYING = 2.0  # seconds that a process's sockets may be closed before it is gone
@@ -109,6 +115,30 @@ class Steps:
             yield batch
             if self._ending.asked and count < self._loader.num_batches:
                 self._ending.lose_epoch()
+
+
+@contextlib.contextmanager
+def loaders_ended() -> Iterator[None]:
+    """While active loaders start processes as ever; in the end those are gone.
+
+    Otherwise they live for as long as anything has the loader: an error's traceback, for one.
+    """
+    begun: weakref.WeakSet[Any] = weakref.WeakSet()
+    stock = DataLoader.__iter__
+
+    def start(loader: DataLoader) -> Any:
+        iterator = stock(loader)
+        begun.add(iterator)
+        return iterator
+
+    try:
+        with replaced((DataLoader, "__iter__", start)):
+            yield
+    finally:
+        for iterator in list(begun):
+            if hasattr(iterator, "_shutdown_workers"):  # not one that has no processes
+                with contextlib.suppress(RuntimeError):  # one of them was killed
+                    iterator._shutdown_workers()
 
 
 def _gone(pid: int) -> bool:

@@ -193,6 +193,12 @@ def _check_unsupported(parser: ArgumentParser, args: Namespace) -> None:
     lower = args.model.lower()
     audio = "audio_cfg" in config or (args.dataset_type or "").endswith("-audio")
     generative = "genlip" in lower or "genlap" in lower
+    name = f"--loss {args.loss}" if args.loss != "clip" else "--ema-decay"
+    if args.bucket_prefetch_pools > 0 and (args.loss != "clip" or has_ema(args)):
+        parser.error(
+            f"{name} does not go with --bucket-prefetch-pools: its thread draws random numbers beside "
+            "the loader's, so that a resumed run would not go on as before; drop it"
+        )
     if args.loss == "clip":
         if args.zeroshot_data is not None and (args.fsdp or args.use_naflex or audio or generative):
             parser.error(
@@ -209,7 +215,6 @@ def _check_unsupported(parser: ArgumentParser, args: Namespace) -> None:
         if args.reference_crop and (args.use_naflex or audio or generative):
             parser.error("--reference-crop makes images of one size; drop it or --use-naflex")
         return
-    name = f"--loss {args.loss}"
     if generative:
         parser.error(
             f"{name} does not go with {args.model}: a generative model has no pairs of features to "
@@ -234,9 +239,4 @@ def _check_unsupported(parser: ArgumentParser, args: Namespace) -> None:
         parser.error(
             f"{name} does not go with --torchcompile-strategy step: the teacher and the second scale "
             "move in hooks of the optimizer's step, which it compiles; use task or model"
-        )
-    if args.bucket_prefetch_pools > 0:
-        parser.error(
-            f"{name} does not go with --bucket-prefetch-pools: its thread draws random numbers beside "
-            "the loader's, so that a resumed run would not go on as before; drop it"
         )

@@ -317,7 +317,7 @@ class TrainingPlugin:
             if self._best is None:
                 self._best = BestCheckpoint(args.checkpoint_path, resumed=args.resume is not None)
             make = lambda: self.complete(self.make_checkpoint(args, model, epoch))  # noqa: E731
-            self._best.offer(found, make)
+            self._best.offer(found, args.zeroshot_weights, make)
         return found
 
     def save_checkpoint(self, checkpoint_dict: Any, path: str | os.PathLike[str]) -> None:
@@ -363,3 +363,7 @@ class TrainingPlugin:
             "optimizer": optimizer.state_dict(),
         }
         return state if scaler is None else {**state, "scaler": scaler.state_dict()}
+
+    def let_go(self) -> None:
+        """Let go of the data, after the run and however it ended."""
+        self._train = self._zeroshot = None

@@ -59,11 +59,14 @@ def read(path: str) -> Mapping[str, Any]:
     try:
         return read_file(Path(path), mapped=False)
     except ValueError as error:
-        before = whole_before(Path(path))
-        fix = (
-            "there is no other checkpoint beside it"
-            if before is None
-            else f"the one before it, {before} (epoch {epoch_of(before)}), is whole: move the damaged "
-            "file away, and --resume latest takes that one"
-        )
+        whole = whole_before(Path(path))
+        if whole is None:
+            fix = "there is no other checkpoint beside it"
+        elif Path(path) == newest_checkpoint(whole.parent):
+            fix = (
+                f"the one before it, {whole} (epoch {epoch_of(whole)}), is whole: move the damaged file "
+                "away, and --resume latest takes that one"
+            )
+        else:
+            fix = f"{whole} (epoch {epoch_of(whole)}) is whole: --resume that"
         raise ValueError(f"--resume: {str(error).partition('; give a file')[0]}; {fix}") from error

@@ -16,6 +16,7 @@ from torch import nn
 
 from otter_openclip.replacing import replaced
 from otter_openclip.terminating import on_sigterm
+from otter_openclip.training.ending import loaders_ended
 from otter_openclip.training.plugin import ZEROSHOT_DATA, TrainingPlugin
 from otter_openclip.untrusted import no_code_from_files
 
@@ -37,8 +38,12 @@ def run_main(
     argv: Sequence[str], plugin: TrainingPlugin, replacements: Iterable[Replacement]
 ) -> int:
     """Run ``main`` with every (module, name, replacement) in place; returns the exit code."""
-    with on_sigterm(), no_code_from_files(), replaced(*replacements), plugin.ending.explained():
-        result = open_clip_main.main(list(argv))
+    try:
+        with on_sigterm(), no_code_from_files(), loaders_ended(), replaced(*replacements):
+            with plugin.ending.explained():
+                result = open_clip_main.main(list(argv))
+    finally:
+        plugin.let_go()
     return 1 if result == -1 else 0
 
 

@@ -18,6 +18,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from otter_openclip.checkpoints.folder import read_file, write_file
+from otter_openclip.checkpoints.layout import JUDGED, JUDGED_WEIGHTS
 from otter_openclip.evaluation.classifier import class_features
 from otter_openclip.evaluation.folders import check_webdataset
 from otter_openclip.evaluation.labelled_images import MultiLabelImages, encode_images
@@ -114,16 +115,18 @@ class BestCheckpoint:
         self.value = -1.0
         if resumed and self.path.is_file():
             try:
-                self.value = read_file(self.path)["zeroshot"][CRITERION]
+                self.value = read_file(self.path)[JUDGED][CRITERION]
             except (ValueError, KeyError) as error:
                 logging.warning(f"The best epoch is sought anew: {error}")
 
-    def offer(self, metrics: dict[str, float], make: Callable[[], dict[str, Any]]) -> None:
-        """Write ``make()`` and the metrics if F@1 is higher than ever."""
+    def offer(
+        self, metrics: dict[str, float], weights: str, make: Callable[[], dict[str, Any]]
+    ) -> None:
+        """Write ``make()``, the metrics and whose ``weights`` they are of if F@1 is higher than ever."""
         if metrics[CRITERION] <= self.value:
             return
         try:
-            write_file(self.path, {**make(), "zeroshot": dict(metrics)})
+            write_file(self.path, {**make(), JUDGED: {**metrics, JUDGED_WEIGHTS: weights}})
         except OSError as error:  # the epoch's own checkpoint is still to come
             logging.warning(f"{self.path} cannot be written and stays as it was: {error}")
             return
