@@ -43,6 +43,7 @@ from clip_benchmark.datasets.builder import build_wds_dataset
 from clip_benchmark.metrics import zeroshot_classification as stock_classification
 from torch import nn
 
+from otter_openclip.checkpoints.parts import check_moved
 from otter_openclip.evaluation import run
 from otter_openclip.evaluation.folders import check_webdataset
 from otter_openclip.evaluation.labelled_images import is_multilabel
@@ -223,6 +224,7 @@ class _Command:
             task = cli.get_dataset_default_task(args.dataset.removeprefix("wds/"))
         own = args.custom_classname_file, args.custom_template_file
         self._check(args.dataset, self._root(args), args.split, task, *own)
+        check_moved(args.model)
         model, self.transform, tokenizer = _stock_load_clip(**kwargs)
         if self.args.reference_crop:
             self.transform = run.reference_crop(model)
