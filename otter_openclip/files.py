@@ -71,10 +71,12 @@ def make_room(path: Path) -> None:
     Raises:
         OSError: if the file cannot be written there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError, NotADirectoryError):  # a file is in its way
+        path.parent.mkdir(parents=True, exist_ok=True)
     device = path.exists() and not path.is_file() and not path.is_dir()
-    if path.is_dir() or not (device or os.access(path.parent, os.W_OK)):
-        raise OSError(f"{path} is a folder, or in one that cannot be written to; name another file")
+    writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    if path.is_dir() or not (device or writable):
+        raise OSError(f"{path} is a folder, or not in one that can be written to; name another")
 
 
 def claim(path: Path) -> IO[Any]:

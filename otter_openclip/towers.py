@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from otter_openclip.checkpoints.folder import check_out, write_folder
-from otter_openclip.checkpoints.parts import build_model, check_timm_name, read_tokenizer
+from otter_openclip.checkpoints.parts import (
+    build_model,
+    check_longest,
+    check_timm_name,
+    longest_text,
+    read_tokenizer,
+)
 from otter_openclip.checkpoints.pretrained import read_trunk, text_config, text_weights_for
 from otter_openclip.checks import check_choice, check_interval
 from otter_openclip.towers_command import CONTEXT_LENGTH, HEADS, INTERPOLATIONS, POOLERS
@@ -24,8 +30,6 @@ _RESIZE_MODES = {
     "squash": "squash",
     "border": "longest",
 }  # of timm's crop_mode
-# Models whose positions begin behind that of the padding.
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta")
 
 
 @no_code_from_files()
@@ -146,6 +150,13 @@ def make_towers(
             f"the tokenizer of {text} pads with {tokenizer.tokenizer.pad_token_id}, but its config.json "
             f"says pad_token_id {hf_config.pad_token_id}, which open_clip masks; make them equal"
         )
+    first, cls = int(tokenizer(["a"])[0, 0]), tokenizer.tokenizer.cls_token_id
+    if text_pooler == "cls" and cls is not None and first != cls:
+        raise ValueError(
+            f"text_pooler cls takes the first token, which with the tokenizer of {text} is "
+            f"{tokenizer.tokenizer.convert_ids_to_tokens(first)!r}, not "
+            f"{tokenizer.tokenizer.cls_token!r} (is its padding_side left?); use mean"
+        )
     _fill(model, trunk, text, text_weights, text_pooler)
     if widths["image"] == ("linear", embed_dim):
         nn.init.eye_(model.visual.head.proj.weight)
@@ -164,13 +175,9 @@ def make_towers(
 
 
 def _context_length(given: int | None, text: str, config: PretrainedConfig) -> int:
-    most = getattr(config, "max_position_embeddings", None)
-    if most and config.model_type in _OFFSET_POSITIONS:
-        most -= config.pad_token_id + 1
     if given is None:
-        return min(CONTEXT_LENGTH, most or CONTEXT_LENGTH)
-    if most and given > most:
-        raise ValueError(f"context_length {given} is more than the {most} tokens that {text} takes")
+        return min(CONTEXT_LENGTH, longest_text(config) or CONTEXT_LENGTH)
+    check_longest("context_length", given, text, config)
     return given
 
 

@@ -318,6 +318,9 @@ def test_errors_come_before_any_work(weights, pairs, tmp_path, capsys, monkeypat
             "cannot be loaded: Directory .* not found",
         ),
         ([*data, "--model", "local-dir:x", *good], "brings its own weights"),
+        ([*data, "--model", "tiny-rn", *good], "cannot be loaded: .* Missing key.*visual.bn1"),
+        ([*data, "--model", tmp_path / "empty"], "no folder that export or towers wrote; .* OUT"),
+        ([*data, "--model", "tiny-vit", *good, "--device", "gpu"], "--device gpu cannot be used"),
         (["--train-data", "no.tar", "--model", "tiny-vit", *good], "no.tar: no such file"),
         (["--train-data", "no.csv", "--model", "tiny-vit", *good], "no.csv: no such file"),
         (
@@ -338,7 +341,7 @@ def test_errors_come_before_any_work(weights, pairs, tmp_path, capsys, monkeypat
         ),
         (
             [*data, "--model", "tiny-vit", *good, "--output", tmp_path / "file"],
-            "exists|Not a directory",
+            "file/report.html is a folder, or not in one that can be written to",
         ),
         (
             [*data, "--model", "tiny-vit", *good, "--feature-cache", tmp_path / "empty"],
@@ -349,6 +352,16 @@ def test_errors_come_before_any_work(weights, pairs, tmp_path, capsys, monkeypat
         out = [] if "--output" in words else ["--output", tmp_path / "out"]
         assert analyze(*words, *out) == 2
         assert re.search(message, capsys.readouterr().err), words
+
+
+@pytest.mark.parametrize("about", ["", "[]", '{"prefix": "visual.trunk"}', '{"prefix": 1,'])
+def test_a_caches_unreadable_note_is_named(hf_model, tmp_path, about, caplog):
+    torch.save(open_clip.create_model(hf_model).state_dict(), tmp_path / "start.pt")
+    (tmp_path / "cache" / "image-1").mkdir(parents=True)
+    (tmp_path / "cache" / "image-1" / "about.json").write_text(about)
+    with pytest.raises(ValueError, match="has no features of this model's frozen towers"):
+        Model(hf_model, str(tmp_path / "start.pt"), "cpu", str(tmp_path / "cache"))
+    assert f"{tmp_path}/cache/image-1/about.json cannot be read" in caplog.text
 
 
 def test_a_cache_of_training_gives_the_same_features(hf_model, pairs, tmp_path):

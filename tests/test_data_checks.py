@@ -164,6 +164,15 @@ def test_columns_and_separator_of_a_table(tmp_path, header, extra, message):
     assert message in run(tmp_path, table(tmp_path / "data", 0, header), *extra)
 
 
+@pytest.mark.parametrize("length", [2, 13])
+def test_texts_that_the_text_tower_cannot_take(pairs, tmp_path, hf_model, length):
+    """Of two tokens no word is left: all captions would be the same."""
+    message = {2: "2 leaves no room for words: .* take 3 or more", 13: "13 is more than the 12"}
+    words = ["--model", hf_model, "--force-context-length", str(length)]
+    with pytest.raises(SystemExit, match=f"--force-context-length {message[length]}"):
+        train(pairs, tmp_path, *words, "--loss", "infonce")
+
+
 def test_too_few_shards_and_none(tmp_path):
     data = shards(tmp_path / "data", good(*range(12)), good(*range(12, 24)))
     said = run(tmp_path, data, "--workers", "3")

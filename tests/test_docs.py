@@ -166,8 +166,8 @@ def test_python_of_the_pages_runs(page):
 
 
 # Of other programs, and of open_clip 4.x.
-OTHERS = """--logs-specs --output_format --url_col --resize_mode --resize_only_if_bigger --3way --from --spec --exclude
---fsdp --use-naflex --torchcompile-strategy --bucket-prefetch-pools --train-image --hours --ablate
+OTHERS = """--logs-specs --output_format --url_col --resize_mode --resize_only_if_bigger --3way --exclude
+--from --spec --fsdp --use-naflex --torchcompile-strategy --bucket-prefetch-pools --train-image --hours --ablate
 --kills --unshallow --no-SWITCH --global_ot""".split()
 
 

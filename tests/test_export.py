@@ -140,14 +140,15 @@ def test_a_damaged_write_is_noticed(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_parallel_prefixes_and_safetensors(run, tmp_path):
+def test_wrappers_prefixes_and_safetensors(run, tmp_path):
     from safetensors.torch import save_file
 
     state = load(run / "checkpoints" / "epoch_1.pt")["state_dict"]
     flags = {"model": "tiny-vit", "force_image_size": [24], "force_context_length": 7}
-    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "ddp.pt")
+    for name, prefix in (("ddp.pt", "module."), ("both.pt", "_orig_mod.module.")):
+        torch.save({"state_dict": {prefix + k: v for k, v in state.items()}}, tmp_path / name)
     save_file(state, tmp_path / "bare.safetensors")
-    for name in ("ddp.pt", "bare.safetensors"):
+    for name in ("ddp.pt", "both.pt", "bare.safetensors"):
         out = export_checkpoint(tmp_path / name, tmp_path / f"{name}-out", **flags)
         model = open_clip.create_model(f"local-dir:{out}")
         assert torch.equal(model.text_projection, state["text_projection"])
@@ -328,6 +329,34 @@ def test_an_export_is_a_model_to_train_from(made_run, tmp_path):
     assert list(model.visual.preprocess_cfg["mean"]) == [0.5] * 3
     state = load(run / "checkpoints" / "epoch_1.pt")["state_dict"]
     assert torch.equal(model.text_projection, state["text_projection"])
+
+
+def test_links_to_a_run_are_the_run(run, tmp_path):
+    """Its params.txt is found, and the model flags in it."""
+    (tmp_path / "latest").symlink_to(run / "checkpoints")
+    (tmp_path / "chosen.pt").symlink_to(run / "checkpoints" / "epoch_1.pt")
+    for link in ("latest", "latest/epoch_1.pt", "chosen.pt"):
+        out = export_checkpoint(tmp_path / link, tmp_path / f"{link}-out")
+        assert open_clip.create_model(f"local-dir:{out}").visual.image_size == (24, 24)
+
+
+def test_batch_norm_that_open_clip_froze(pairs, tmp_path, capsys):
+    """It saves no counters; where it drops an activation, nothing could give what was trained."""
+    words = ["--lock-image", "--lock-image-freeze-bn-stats", "--epochs", "1"]
+    checkpoints = train(pairs, tmp_path, *words)
+    state = load(checkpoints / "epoch_1.pt")["state_dict"]
+    assert "visual.bn1.num_batches_tracked" not in state
+    out = export_checkpoint(checkpoints, tmp_path / "out")
+    model = open_clip.create_model(f"local-dir:{out}")
+    assert torch.equal(model.visual.bn1.running_mean, state["visual.bn1.running_mean"])
+    vision = {**MODELS["tiny-timm"]["vision_cfg"], "timm_model_name": "test_efficientnet"}
+    (tmp_path / "tiny-act.json").write_text(
+        json.dumps(MODELS["tiny-timm"] | {"vision_cfg": vision})
+    )
+    open_clip.add_model_config(tmp_path / "tiny-act.json")
+    checkpoints = train(pairs, tmp_path, *words, "--model", "tiny-act", "--name", "act")
+    assert cli.main(["export", str(checkpoints), str(tmp_path / "act-out")]) == 2
+    assert "which drops the activation of visual.trunk.bn1" in capsys.readouterr().err
 
 
 def test_a_timm_tower_at_a_forced_size_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 import re
 import shutil
@@ -282,6 +283,66 @@ def test_samples_that_open_clip_drops(cached, pairs, tmp_path, model, caplog, lo
     assert cached("again", data=data)[1] == {"image": 0, "text": 0}
 
 
+def test_drawing_shards_in_which_no_image_can_be_read(cached, pairs, tmp_path):
+    """Else it would draw for ever."""
+    spoil = lambda key, suffix, content: content if suffix == "txt" else b"junk"  # noqa: E731
+    data = shards(pairs, tmp_path / "spoilt", change=spoil)
+    words = ["--dataset-resampled", "--train-num-samples", "48", "--workers", "0"]
+    with pytest.raises(SystemExit, match=r"no sample of .* has a readable image"):
+        cached("run", *words, data=data)
+
+
+@pytest.mark.parametrize("csv", [False, True], ids=["webdataset", "csv"])
+def test_a_table_and_shards_of_the_same_palette_images(cached, tmp_path, model, losses, csv):
+    """open_clip resizes the one's in their palette, the other's in RGB: each has its own features."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = ["filepath\ttitle"]
+    with tarfile.open(data / "00000.tar", "w") as tar:
+        for i in range(36):
+            noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
+            Image.fromarray(noise).convert("P").save(data / f"{i}.png")
+            rows.append(f"{data}/{i}.png\ta red {i}")
+            (data / f"{i}.txt").write_text(f"a red {i}")
+            for suffix in ("png", "txt"):
+                tar.add(data / f"{i}.{suffix}", f"{i}.{suffix}")
+    shutil.copy(data / "00000.tar", data / "00001.tar")
+    (data / "pairs.csv").write_text("\n".join(rows))
+    words = ["--train-num-samples", "72", "--epochs", "4"]
+    cached("other", *words, data=data, csv=not csv)
+    losses.clear()
+    assert cached("run", *words, data=data, csv=csv)[1] == {"image": 36, "text": 0}
+    train(
+        data,
+        tmp_path / "live",
+        "--loss",
+        "infonce",
+        "--model",
+        model,
+        *LOCKS["both"],
+        *words,
+        csv=csv,
+    )
+    same_losses(losses)
+
+
+def test_a_damaged_file_in_a_folder_that_can_only_be_read(tmp_path, monkeypatch):
+    store = FeatureStore(tmp_path)
+    for i in range(2):
+        store.add([digest(bytes([i]))], torch.zeros(1, 1, 2))
+    damaged = min(tmp_path.iterdir())
+    damaged.write_bytes(b"")
+    (tmp_path / "old.tmp").touch()
+    os.utime(tmp_path / "old.tmp", (0, 0))
+
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.unlink", refuse)
+    keys = np.array([digest(bytes([i])) for i in range(2)], "S16")
+    assert sorted(FeatureStore(tmp_path).find(keys)) == [-1, 0]
+
+
 def test_views_are_kept_and_follow_from_the_image(cached, tmp_path):
     extra = ["--feature-views", "3", "--aug-cfg", "scale=(0.3,1.0)"]
     found = []
@@ -407,6 +468,7 @@ HEAD = ["--model", "tiny-still", "--feature-cache", "cache"]
         (["--lock-image", "--torchscript"], "does not go with --torchscript"),
         (["--lock-image", "--dataset-type", "synthetic"], "of type webdataset or csv"),
         (["--lock-image", "--feature-cache", __file__], "is not a folder"),
+        (["--lock-image", "--feature-cache", f"{__file__}/cache"], f"{__file__} is not a folder"),
         (
             [
                 "--lock-image",

@@ -319,6 +319,8 @@ TOGETHER = {
     "--lr-scheduler const-cooldown": "needs --epochs-cooldown N",
     "--opt timm/adamw": "has no learning rate of its own; add --lr",
     "--opt timm/adamw --lr 1 --beta1 0.9": "--beta1 and --beta2 go together",
+    "--opt timm/lamb --lr 1": "--opt timm/lamb needs --eps",
+    "--opt timm/lars --lr 1": "--opt timm/lars needs --eps",  # fails in its first step
     "--trace": "a traced model cannot be trained; drop it",
     "--aug-cfg scale": "argument --aug-cfg: expected NAME=VALUE",
     "--aug-cfg scale=(0.9,": "argument --aug-cfg: expected NAME=VALUE",

@@ -262,8 +262,10 @@ def broken(parts, folder, change):
     elif change == "no weights":
         (folder / "model.safetensors").unlink()
     else:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | change))
+        own = {key: change.pop(key) for key in list(change) if key in ("pad_token", "padding_side")}
+        for name, changed in (("config.json", change), ("tokenizer_config.json", own)):
+            config = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps(config | changed))
     return folder
 
 
@@ -279,12 +281,16 @@ def broken(parts, folder, change):
         ({"intermediate_size": 8}, r"is \(16, 64\), the tower's \(8, 64\)"),
         ({"vocab_size": 9}, "has 14 tokens, the text tower 9"),
         ({"pad_token_id": 3}, "pads with 0, but its config.json says pad_token_id 3"),
+        ({"pad_token_id": None, "pad_token": None}, "tokenizer of .*text has no pad token"),
+        ({"hidden_size": "wide"}, "text cannot be read .*hidden_size"),
+        ({"padding_side": "left"}, r"cls takes the first token, which .*text is '\[PAD\]', not"),
     ],
 )
 def test_text_folders_that_cannot_be_used(parts, tmp_path, change, message):
-    text = broken(parts, tmp_path / "text", change)
+    text = broken(parts, tmp_path / "text", change.copy() if isinstance(change, dict) else change)
+    pooler = "cls" if "padding_side" in change else "mean"
     with pytest.raises((ValueError, OSError), match=message):
-        make(parts, tmp_path / "out", text=text)
+        make(parts, tmp_path / "out", text=text, text_pooler=pooler)
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
@@ -301,6 +307,10 @@ def test_text_folders_that_cannot_be_used(parts, tmp_path, change, message):
         ({"image_head": "none"}, "image tower has 96 and the embedding 64; use linear"),
         ({"text_head": "liner"}, "text_head must be one of linear, mlp, none, got 'liner'"),
         ({"text_pooler": "max"}, "text_pooler must be one of mean, cls, own"),
+        (
+            {"context_length": 2},
+            "2 leaves no room for words: .* puts 2 tokens of its own",
+        ),
         ({"context_length": 13}, "context_length 13 is more than the 12 tokens"),
         ({"image_std": [0.5, 0.0, 0.5]}, "image_std must be above 0"),
         ({"image_mean": [0.5]}, "image_mean takes three finite numbers"),
@@ -340,6 +350,29 @@ def test_what_out_may_be(parts, tmp_path, capsys):
     assert cli.main([*words, f"{parts}/text", "--overwrite"]) == 0
     assert cli.main([*words, str(out), "--overwrite"]) == 2  # its own text tower
     assert "which --overwrite would delete" in capsys.readouterr().err
+
+
+def test_a_folder_that_was_moved(parts, pairs, labelled, tmp_path, capsys):
+    """It names its text tower by an absolute path; every command says what to do."""
+    make(parts, tmp_path / "first").rename(tmp_path / "moved")
+    model = ["--model", f"local-dir:{tmp_path}/moved"]
+    torch.save({"logit_scale": torch.zeros(())}, tmp_path / "bare.pt")
+    data = ["--train-data", str(pairs / "pairs.csv")]
+    for words in (
+        ["train", *model, *data],
+        ["analyze", *model, *data, "--output", str(tmp_path / "analysis")],
+        ["export", str(tmp_path / "bare.pt"), str(tmp_path / "out"), *model],
+        ["eval", *model, "--dataset", "wds/x", "--dataset_root", str(labelled)],
+    ):
+        try:
+            status = cli.main(words)
+        except SystemExit as error:
+            status = error.code
+        said = capsys.readouterr().err
+        assert status == 2 and f"looks for its text tower in {tmp_path}/first, which" in said, words
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--model", str(tmp_path / "moved"), *data])
+    assert f"did you mean local-dir:{tmp_path}/moved?" in capsys.readouterr().err
 
 
 CODE = """

@@ -13,10 +13,11 @@ import pytest
 import torch
 from open_clip_train import main as open_clip_main
 from PIL import Image
+from torch import nn
 from training_helpers import assert_same, flags, load, tear, train
 
 from otter_openclip import OtterLoss
-from otter_openclip.training import open_clip_v3, plugin, target_images
+from otter_openclip.training import open_clip_v3, plugin, resuming, target_images
 
 
 @pytest.mark.parametrize(
@@ -188,6 +189,74 @@ def test_resuming_with_other_settings_warns(pairs, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(pairs, tmp_path, *extra)
     assert "alpha: 0.5 -> 0.3" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def begun(pairs, tmp_path_factory):
+    """The checkpoint of an epoch of tiny-rn with its image tower locked."""
+    words = ["--loss", "otter", "--lock-image", "--epochs", "1"]
+    return train(pairs, tmp_path_factory.mktemp("begun"), *words) / "epoch_1.pt"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            [],
+            r"its run trained \d+ of the model's tensors, this one would train \d+; .*--pretrained",
+        ),
+        (["--model", "tiny-vit"], "does not fit --model tiny-vit: visual.* is missing"),
+        (
+            ["--lock-image", "--opt", "timm/momentum", "--momentum", "0.9"],
+            "its optimizer was another than --opt timm/momentum .*--pretrained",
+        ),
+        (["--resume", "{folder}"], "is a folder; name a checkpoint in it, as .*epoch_1.pt"),
+        (["--resume", "{folder}/epoch_7.pt"], "epoch_7.pt is no file"),
+    ],
+)
+def test_what_cannot_be_resumed_is_said(pairs, tmp_path, begun, extra, message):
+    words = [word.format(folder=begun.parent) for word in extra]
+    if "--resume" not in extra:
+        words += ["--resume", str(begun)]
+    with pytest.raises(SystemExit, match=f"^otter-openclip train: error: --resume .*{message}"):
+        train(pairs, tmp_path, "--loss", "otter", *words)
+
+
+def test_an_optimizers_state_with_groups_of_the_same_size():
+    """Which torch takes, to fail in the first step."""
+    weight = nn.Parameter(torch.ones(2))
+    state = torch.optim.AdamW([weight]).state_dict()
+    args = Namespace(resume="a.pt", opt="timm/momentum")
+    with pytest.raises(ValueError, match=r"--resume a.pt: .* --opt timm/momentum .*no dampening"):
+        resuming.load_optimizer(args, torch.optim.SGD([weight]), state)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("bare", [False, True])
+def test_resuming_weights_that_were_saved_in_a_wrapper(pairs, tmp_path, begun, prefix, bare):
+    checkpoint = load(begun)
+    state = {prefix + key: value for key, value in checkpoint["state_dict"].items()}
+    torch.save(state if bare else checkpoint | {"state_dict": state}, tmp_path / "start.pt")
+    words = ["--loss", "otter", "--lock-image", "--lr", "0", "--resume", str(tmp_path / "start.pt")]
+    found = load(train(pairs, tmp_path, *words) / "epoch_2.pt")["state_dict"]
+    torch.testing.assert_close(
+        found["text_projection"], checkpoint["state_dict"]["text_projection"]
+    )
+
+
+@pytest.mark.parametrize("saved", ["", "module."])
+def test_weights_of_any_number_of_processes_are_resumed_by_several(saved):
+    model = nn.Linear(2, 1)
+    args = Namespace(resume="a.pt", model="m", distributed=True, train_data=None)
+    state = {saved + key: value for key, value in model.state_dict().items()}
+    found = resuming.fitted(args, {"epoch": 1, "state_dict": state}, model)
+    assert found["state_dict"].keys() == {"module.weight", "module.bias"}
+
+
+def test_a_run_that_is_done_says_so(pairs, tmp_path, begun, caplog):
+    words = ["--loss", "otter", "--lock-image", "--epochs", "1", "--resume", str(begun)]
+    train(pairs, tmp_path, *words)
+    assert "has seen 1 of --epochs 1: nothing is left to train" in caplog.text
 
 
 @pytest.mark.parametrize("loss", ["kd", "otter"])

@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--batch-sizes: a batch of 1 has nothing to match; take 2 or more")
     reader = Reader(args)
     make_room(output / "report.html")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = Model(args.model, args.pretrained, device, args.feature_cache)
+    model = Model(args.model, args.pretrained, _device(args.device), args.feature_cache)
     pairs = model.embed(reader, args.samples)
     data = {
         "train_data": args.train_data,
@@ -67,6 +66,17 @@ def run(args: argparse.Namespace) -> int:
     print(*notes, sep="\n", end="\n" * bool(notes))
     print(f"Open {output / 'report.html'}; beside it are matchings.png and stats.json.")
     return 0
+
+
+def _device(name: str | None) -> str:
+    """The device ``--device`` names, or that there is."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # no such kind, none there
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"--device {name} cannot be used: {reason[:200]}") from error
+    return name
 
 
 def report(output: Path, pairs: Embedded, stats: dict[str, Any], sizes: Sequence[int]) -> Verdict:

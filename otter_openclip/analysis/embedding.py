@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import open_clip
 import torch
+from open_clip.factory import LOCAL_DIR_PREFIX
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from otter_openclip.analysis.reading import Pair, thumbnail
+from otter_openclip.checkpoints.folder import CONFIG_FILE
+from otter_openclip.checkpoints.parts import check_moved
 from otter_openclip.features import prefix
 from otter_openclip.features.encoding import fingerprint
 from otter_openclip.features.store import DIGEST, FeatureStore, digest
@@ -45,8 +49,14 @@ class Model:
         Raises:
             ValueError: if there is no such model, it has no weights, or nothing of ``cache`` is its own.
         """
-        if Path(name, "open_clip_config.json").is_file():
-            name = f"local-dir:{name}"
+        if Path(name, CONFIG_FILE).is_file():
+            name = f"{LOCAL_DIR_PREFIX}{name}"
+        elif Path(name).exists() and not pretrained:
+            raise ValueError(
+                f"--model {name} is no folder that export or towers wrote; make one of a training run's "
+                f"checkpoint with otter-openclip export {name} OUT"
+            )
+        check_moved(name)
         if pretrained and ":" in name:
             raise ValueError(
                 f"--model {name} brings its own weights, --pretrained {pretrained} would be ignored; "
@@ -64,7 +74,7 @@ class Model:
             )
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # files, network, no such name or tag: of many types
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = " ".join(str(error).split()) or type(error).__name__
             given = f"--model {name}" + f" --pretrained {pretrained}" * bool(pretrained)
             raise ValueError(f"{given} cannot be loaded: {reason[:300]}") from error
         self.model.eval().requires_grad_(False)
@@ -82,8 +92,12 @@ class Model:
         found: dict[str, tuple[str, FeatureStore]] = {}
         for tower, kind in _KINDS.items():
             for about in cache.glob(f"{kind}-*/about.json"):
-                said = json.loads(about.read_text(encoding="utf-8"))
-                parts: dict[str, Any] = {key: said[key] for key in ("prefix", "precision")}
+                try:
+                    said = json.loads(about.read_text(encoding="utf-8"))
+                    parts: dict[str, Any] = {key: str(said[key]) for key in ("prefix", "precision")}
+                except (ValueError, KeyError, TypeError, OSError) as error:
+                    logging.warning(f"{about} cannot be read, its features are left out: {error!r}")
+                    continue
                 if kind == "image":
                     parts |= {"transform": self.transform, "views": 1}
                 owner = getattr(self.model, tower, None)

@@ -23,6 +23,7 @@ from otter_openclip.checkpoints.card import (
     read_settings,
 )
 from otter_openclip.checkpoints.export_command import MODEL_FLAGS, WEIGHTS, dest
+from otter_openclip.checkpoints.fitting import with_counters
 from otter_openclip.checkpoints.folder import (
     CONFIG_FILE,
     check_out,
@@ -33,6 +34,7 @@ from otter_openclip.checkpoints.folder import (
 )
 from otter_openclip.checkpoints.layout import ENTRY, JUDGED, JUDGED_WEIGHTS, TEACHER, upgraded
 from otter_openclip.checkpoints.newest import newest_checkpoint, read_checkpoint
+from otter_openclip.checkpoints.parts import check_moved
 from otter_openclip.checkpoints.publish import check_repository, push
 from otter_openclip.preprocessing import CROP_PCT
 from otter_openclip.untrusted import no_code_from_files
@@ -110,6 +112,7 @@ def export_checkpoint(
     report(f"Model flags: {_spelled(flags) or 'none'}")
 
     trained = _build(model, flags, config)
+    state = with_counters(state, trained)
     load_weights(
         trained,
         state,
@@ -207,11 +210,12 @@ def _read_params(path: Path) -> dict[str, Any]:
 
 
 def _params_lines(path: Path) -> dict[str, str]:
-    folder = path.absolute().parent
-    file = folder.parent / "params.txt"
-    if folder.name != "checkpoints" or not file.is_file():
-        return {}
-    return dict(line.split(": ", 1) for line in file.read_text().splitlines() if ": " in line)
+    for folder in (path.absolute().parent, path.resolve().parent):  # a link may lead to the run
+        file = folder.parent / "params.txt"
+        if folder.name == "checkpoints" and file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            return dict(line.split(": ", 1) for line in lines if ": " in line)
+    return {}
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -286,6 +290,7 @@ def _model_config(model: str, flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _base_config(model: str) -> dict[str, Any]:
+    check_moved(model)
     if parse_model_name(model)[0] is not None:
         try:
             config = open_clip.get_model_config(model)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-from torch import Tensor
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
 
 _COUNTER = "num_batches_tracked"  # older files have none; nothing but training reads it
 # What each kind of tensor is called everywhere: weight and bias of a norm have the same shape.
@@ -49,6 +50,29 @@ def numbered(given: State) -> dict[str, Tensor] | None:
     if len(set(order.values())) < len(given):
         return None
     return {key: given[key] for key in sorted(order, key=order.__getitem__)}
+
+
+def with_counters(given: State, model: nn.Module) -> dict[str, Tensor]:
+    """``given`` with the counters of ``model``'s batch norms, if just these are missing.
+
+    open_clip's --lock-image-freeze-bn-stats saves none.
+
+    Raises:
+        ValueError: if they are missing of batch norms whose activation that flag has dropped.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key.endswith(_COUNTER) and key not in given]
+    if {key for key in own if key not in given} > set(missing):
+        return dict(given)
+    acting = {name for name, module in model.named_modules() if isinstance(module, BatchNormAct2d)}
+    for key in missing:
+        if (name := key.removesuffix(f".{_COUNTER}")) in acting:
+            raise ValueError(
+                f"{key} is missing: open_clip's --lock-image-freeze-bn-stats was used with --loss clip, "
+                f"which drops the activation of {name}, so that no model that open_clip builds gives "
+                "what was trained. Train without that flag, or with --loss infonce or --feature-cache"
+            )
+    return {**given, **{key: own[key] for key in missing}}
 
 
 def misfit(given: State, own: State, needed: Collection[str], ordered: State | None = None) -> str:

@@ -35,6 +35,7 @@ from otter_openclip.files import sync, written_whole
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _UNFINISHED = ".unfinished"
+_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and its kind; of torch.compile
 _STALE = 3600  # seconds after which an unfinished folder is a killed command's
 PROBE_TEXTS = ["a photo of a cat.", "Two CAFÉS &amp; <b>3</b> dogs", "zxqj"]
 
@@ -202,17 +203,25 @@ def _check_sums(path: Path) -> None:
             raise ValueError(f"its part {damaged} is damaged, by its checksum")
 
 
+def without_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
+    """``state`` under the bare module's names, whatever wrapped it when it was saved."""
+    state = {str(key): value for key, value in state.items()}
+    while prefix := next(
+        (p for p in _WRAPPERS if state and all(k.startswith(p) for k in state)), ""
+    ):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
 def check_state(state: Any, path: Path, weights: str) -> dict[str, Tensor]:
-    """``state`` without DataParallel's prefixes; a ValueError unless it is tensors without NaN."""
+    """``state`` without wrappers' prefixes; a ValueError unless it is tensors without NaN."""
     if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no state_dict; give a checkpoint of a training run")
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             kind = "a sparse tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ValueError(f"{path} holds no state_dict: {key} is {kind}, not a plain tensor")
-    state = {str(key): value for key, value in state.items()}
-    if state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = without_wrappers(state)
     bad = [key for key, value in state.items() if value.isnan().any()]
     if bad:
         raise ValueError(
@@ -236,7 +245,17 @@ def errors_only() -> Iterator[None]:
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str, hint: str) -> None:
     """Load ``state``; a ValueError that names ``what`` does not fit, the first keys and ``hint``."""
-    own = model.state_dict()
+    if wrong := misfits(model.state_dict(), state):
+        raise ValueError(f"{what}: {wrong}. {hint}")
+    model.load_state_dict(state)
+    # What is too large for the model's dtype included; buffers may mask with -inf.
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{what}: {key} has infinite values, or too large ones. {hint}")
+
+
+def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """The first of what keeps ``state`` from being loaded where ``own`` is; "" if nothing does."""
     wrong = [f"{key} is missing" for key in own if key not in state]
     wrong += [f"{key} is not the model's" for key in state if key not in own]
     wrong += [
@@ -249,14 +268,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str, hint:
         for key in own
         if key in state and own[key].is_floating_point() != state[key].is_floating_point()
     ]
-    if wrong:
-        shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise ValueError(f"{what}: {shown}. {hint}")
-    model.load_state_dict(state)
-    # What is too large for the model's dtype included; buffers may mask with -inf.
-    for key, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(f"{what}: {key} has infinite values, or too large ones. {hint}")
+    return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
 def _verify(folder: Path, trained: nn.Module, state: Mapping[str, Tensor], tokenizer: Any) -> None:

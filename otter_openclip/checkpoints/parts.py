@@ -11,11 +11,15 @@ from typing import Any
 
 import open_clip
 import timm
+from open_clip.factory import LOCAL_DIR_PREFIX
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
+from transformers import PretrainedConfig
 
 from otter_openclip.checkpoints.folder import CONFIG_FILE, errors_only
 
+# Models whose positions begin behind that of the padding.
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta")
 # Any of these makes a folder one with a tokenizer in it.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"),
@@ -61,6 +65,24 @@ def build_model(
     return model.eval()
 
 
+def check_moved(name: str) -> None:
+    """Raise ValueError if the folder ``local-dir:...`` looks for its text tower where nothing is.
+
+    Folders that ``export``, ``convert`` and ``towers`` write name a place, if the tower is no hub's.
+    """
+    if not name.startswith(LOCAL_DIR_PREFIX):
+        return
+    try:
+        tower = Path(open_clip.get_model_config(name)["text_cfg"].get("hf_model_name") or "")
+    except Exception:  # whoever loads the folder says what is wrong with it
+        return
+    if tower.is_absolute() and not tower.is_dir():
+        raise ValueError(
+            f"{name} looks for its text tower in {tower}, which is not there; if the folder was moved, "
+            f"set hf_model_name and hf_tokenizer_name in its {CONFIG_FILE} to its present place"
+        )
+
+
 def unreadable(text_model: str, flag: str, error: Exception) -> ValueError:
     """An error for a text tower whose files cannot be read, with what to do."""
     reason = (str(error).strip().splitlines() or [""])[0]
@@ -68,6 +90,32 @@ def unreadable(text_model: str, flag: str, error: Exception) -> ValueError:
         f"the text tower {text_model} cannot be read ({reason}); pass {flag} with a folder that "
         "has its config.json and tokenizer, or allow access to the Hugging Face hub"
     )
+
+
+def longest_text(config: PretrainedConfig) -> int | None:
+    """Tokens that a text tower of Hugging Face takes; None for any number."""
+    most = getattr(config, "max_position_embeddings", None)
+    if most and config.model_type in _OFFSET_POSITIONS:
+        most -= (config.pad_token_id or 0) + 1
+    return most
+
+
+def check_longest(given_as: str, length: int, text_model: str, config: PretrainedConfig) -> None:
+    """Raise ValueError if that tower cannot take texts of ``length`` tokens."""
+    if (most := longest_text(config)) and length > most:
+        raise ValueError(
+            f"{given_as} {length} is more than the {most} tokens that {text_model} takes"
+        )
+
+
+def check_shortest(given_as: str, tokenizer: HFTokenizer, text_model: str) -> None:
+    """Raise ValueError if ``tokenizer`` has no room for words in its context."""
+    length, own = tokenizer.context_length, tokenizer.tokenizer.num_special_tokens_to_add()
+    if length <= own:
+        raise ValueError(
+            f"{given_as} {length} leaves no room for words: the tokenizer of {text_model} puts {own} "
+            f"tokens of its own around them; take {own + 1} or more"
+        )
 
 
 def read_tokenizer(
@@ -83,8 +131,14 @@ def read_tokenizer(
         return None
     try:
         tokenizer = HFTokenizer(text_model, context_length=context_length)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # files, network, formats
         raise unreadable(text_model, flag, error) from error
+    if tokenizer.tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {text_model} has no pad token, which open_clip needs; name one in its "
+            "tokenizer_config.json, and its number as pad_token_id in config.json"
+        )
+    check_shortest("context_length", tokenizer, text_model)
     size = len(tokenizer.tokenizer)
     if size > vocab_size:
         raise ValueError(

@@ -52,7 +52,7 @@ def text_config(text: str) -> tuple[str, PretrainedConfig, int]:
         text = str(Path(text).resolve())
     try:
         config = AutoConfig.from_pretrained(text)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # files, network, values of every wrong kind
         raise unreadable(text, "--text", error) from error
     if config.model_type not in arch_dict:
         raise ValueError(

@@ -45,6 +45,7 @@ from clip_benchmark.metrics import zeroshot_classification as stock_classificati
 from torch import nn
 
 from otter_openclip.checkpoints.newest import read_checkpoint
+from otter_openclip.checkpoints.parts import check_moved
 from otter_openclip.evaluation import run
 from otter_openclip.evaluation.folders import check_webdataset
 from otter_openclip.evaluation.labelled_images import is_multilabel
@@ -236,6 +237,7 @@ class _Command:
         own = args.custom_classname_file, args.custom_template_file
         self._check(args.dataset, self._root(args), args.split, task, *own)
         check_weights(kwargs["pretrained"])
+        check_moved(args.model)
         model, self.transform, tokenizer = _stock_load_clip(**kwargs)
         if self.args.reference_crop:
             self.transform = run.reference_crop(model)

@@ -88,6 +88,8 @@ def use_features(
         if not readable.all():
             logging.warning(f"{(~readable).sum()} samples have an unreadable image; left out")
             usable[usable] = readable
+        if not usable.any():  # drawing with replacement would look for one for ever
+            raise ValueError(f"no sample of {args.train_data} has a readable image")
         needed = args.batch_size * args.world_size
         if needed > usable.sum() and not args.dataset_resampled:
             raise ValueError(

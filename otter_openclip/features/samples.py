@@ -5,6 +5,7 @@ Both kinds are read by parts, a shard or some rows of the table, which processes
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -85,6 +86,15 @@ def _decoded(sample: dict[str, Any], without: tuple[str, ...] = ()) -> dict[str,
     return next(iter(decode("pilrgb", handler=log_and_continue)(iter([fields]))), {})
 
 
+def _mode(content: bytes) -> str:
+    """PIL's mode of an image; that of one which cannot be read is not asked for again."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.mode
+    except Exception:  # PIL's plugins raise nearly everything
+        return "RGB"
+
+
 class TableSamples:
     """Samples of a csv file's rows; images are files."""
 
@@ -102,12 +112,19 @@ class TableSamples:
             "put the image there"
         )
 
-    def _content(self, row: int) -> bytes:
+    def _key(self, row: int) -> bytes:
+        """The digest of the image's file; shards' own only where both loaders see the same image.
+
+        open_clip resizes a table's image in its own mode (a palette by nearest neighbours, for one),
+        a shard's in RGB.
+        """
         try:
             with open(str(self._images[row]), "rb") as file:
-                return file.read()
+                content = file.read()
         except OSError as error:
             raise self._error(row, error) from error
+        mode = _mode(content)
+        return digest(content) if mode == "RGB" else digest(content, mode.encode())
 
     def scan(self, part: int, images: bool) -> Scan:
         """What the rows from ``part`` on hold; digests of the images only if asked for.
@@ -116,7 +133,7 @@ class TableSamples:
             SampleError: if an image file cannot be read.
         """
         rows = self._rows(part)
-        keys = [digest(self._content(row)) if images else b"" for row in rows]
+        keys = [self._key(row) if images else b"" for row in rows]
         tokens = self._tokenizer([str(self._captions[row]) for row in rows]).numpy()
         return Scan(np.ones(len(rows), bool), np.array(keys, DIGEST), tokens.astype(np.int32))
 
@@ -129,7 +146,7 @@ class TableSamples:
             SampleError: if one cannot be read; open_clip would end the run with it, too.
         """
         for row in self._rows(part):
-            if wanted(key := digest(self._content(row))):
+            if wanted(key := self._key(row)):
                 try:
                     image = Image.open(str(self._images[row]))
                     image.load()

@@ -47,11 +47,14 @@ class FeatureStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open ``folder``, made if need be; files that are damaged are removed with a warning."""
+        """Open ``folder``, made if need be; files that are damaged are left out with a warning.
+
+        They are removed where that is allowed: the folder may be one that can only be read.
+        """
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob("*.tmp"):
-            with contextlib.suppress(FileNotFoundError):  # another run has just finished it
+            with contextlib.suppress(OSError):  # another run has just finished it, or owns it
                 if time.time() - file.stat().st_mtime > _STALE:
                     file.unlink()
         self._names: list[str] = []
@@ -75,7 +78,8 @@ class FeatureStore:
                 continue
             if not whole:
                 logging.warning(f"{file} is damaged; its features are made again")
-                file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    file.unlink()
                 continue
             self._names.append(file.name)
             self._files.append(features)

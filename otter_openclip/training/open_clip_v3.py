@@ -7,6 +7,7 @@ around the hooks of :class:`~otter_openclip.training.plugin.TrainingPlugin`:
 ``parse_args``              ``parse_args``
 ``create_model_and_...``    ``setup_model``
 ``pt_load``                 ``load_checkpoint``
+optimizers' own loading     ``load_optimizer``
 ``get_data``                ``setup_data``
 ``create_loss``             ``create_loss``
 ``train_one_epoch``         ``wrap_model`` and ``setup_optimizer`` once; ``start_epoch``; the stock loop
@@ -47,9 +48,13 @@ def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
     """
     check_open_clip_version(open_clip.__version__)
     plugin = TrainingPlugin(prog)
+    load = lambda optimizer, state: plugin.load_optimizer(optimizer, state)  # noqa: E731
+    replacements = [(torch.optim.Optimizer, "load_state_dict", load)]
     if hasattr(open_clip_main, "load_plugin"):  # the patched package asks for its plugin itself
-        return run_main(argv, plugin, [(open_clip_main, "load_plugin", lambda _: plugin)])
-    return run_main(argv, plugin, _Run(plugin).replacements())
+        replacements.append((open_clip_main, "load_plugin", lambda _: plugin))
+    else:
+        replacements += _Run(plugin).replacements()
+    return run_main(argv, plugin, replacements)
 
 
 def check_open_clip_version(version: str) -> None:

@@ -78,6 +78,9 @@ class _Plugin(TrainingPlugin):
         _check_unsupported(parser, args)
         return args
 
+    def fitted(self, loaded: Any) -> Any:
+        return loaded  # 4.x has other names, and its task and _check_groups look at them
+
     def make_task(self, args: Namespace, model: nn.Module) -> OtterTask:
         self._loss, self._student = create_loss(args), model
         self.task = OtterTask(model, loss=self._loss, teacher=self.fixed_teacher)

@@ -100,6 +100,8 @@ class TrainingPlugin:
             raise SystemExit(f"{self._prog}: error: {train_flags.logit_bias_message(args)}")
         if message := data_checks.fault(args):
             raise SystemExit(f"{self._prog}: error: {message}")
+        with self._faults_named():
+            data_checks.check_context(args, model)
         if not self.untouched:
             with self._faults_named():
                 self._claim = resuming.claim_folder(args)
@@ -123,11 +125,20 @@ class TrainingPlugin:
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load: the plugin's part of it waits for the optimizer."""
         with self._faults_named():
-            loaded = resuming.read(path)
+            loaded = self.fitted(resuming.read(path))
         if not self.untouched and "epoch" in loaded:  # weights alone can be evaluated
             loaded = upgraded(loaded)
             self._resumed = {key: loaded.get(key) for key in (ENTRY, TEACHER)}
         return loaded
+
+    def fitted(self, loaded: Any) -> Any:
+        """A checkpoint as ``main`` looks for it, or a fault that says why it cannot be resumed."""
+        return resuming.fitted(self._args, loaded, self._model)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """The optimizer's part of a checkpoint, which may be one of another kind."""
+        with self._faults_named():
+            resuming.load_optimizer(self._args, optimizer, state)
 
     def setup_data(
         self, args: Namespace, data: dict[str, Any], preprocess_val: Any

@@ -120,6 +120,19 @@ def fault(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str | No
     return _together(args)
 
 
+def _steps(args: argparse.Namespace, eps: float | None) -> bool:
+    """Whether timm's optimizer makes a step with that epsilon: each has its own place to fail."""
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    name = args.opt.lower().removeprefix("timm/")
+    try:
+        create = timm.optim.create_optimizer_v2
+        create([weight], name, lr=args.lr, weight_decay=args.wd, eps=eps).step()
+    except Exception:  # TypeError, mostly; others need a GPU, or a package
+        return False
+    return True
+
+
 def _together(args: argparse.Namespace) -> str | None:
     for name in ("mean", "std"):
         if len(getattr(args, f"image_{name}") or [0]) not in (1, 3):
@@ -141,6 +154,10 @@ def _together(args: argparse.Namespace) -> str | None:
             return f"--opt {args.opt} has no learning rate of its own; add --lr"
         if (args.beta1 is None) != (args.beta2 is None):
             return "--beta1 and --beta2 go together with an optimizer of timm; give both or none"
+        if args.eps is None and not _steps(args, None) and _steps(args, 1e-8):
+            return (
+                f"--opt {args.opt} needs --eps, which open_clip leaves open for it; add --eps 1e-8"
+            )
     if getattr(args, "trace", False) and args.train_data:
         return "--trace: a traced model cannot be trained; drop it"
     return None

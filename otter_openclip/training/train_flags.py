@@ -9,12 +9,15 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import open_clip
 import torch
-from open_clip.factory import parse_model_name
+from open_clip.factory import LOCAL_DIR_PREFIX, parse_model_name
 
+from otter_openclip.checkpoints.folder import CONFIG_FILE
+from otter_openclip.checkpoints.parts import check_moved
 from otter_openclip.flags import as_list, check_repeated, name_nearest, number
 from otter_openclip.losses import (
     IMPLEMENTATIONS,
@@ -279,10 +282,16 @@ def _check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(f"--model {args.model}: {error}")
     if schema is None and name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        if os.path.isfile(os.path.join(args.model, CONFIG_FILE)):
+            near = [f"{LOCAL_DIR_PREFIX}{args.model}"]
         hint = (
             f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() has the names"
         )
         parser.error(f"open_clip knows no --model {args.model}; {hint}")
+    try:
+        check_moved(args.model)
+    except ValueError as error:
+        parser.error(f"--model {error}")
 
 
 def _check_reference_crop(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -393,9 +402,11 @@ def _check_feature_cache(parser: argparse.ArgumentParser, args: argparse.Namespa
         parser.error(
             "--feature-cache works with open_clip 3.x only; without it training is the same"
         )
-    if os.path.exists(args.feature_cache) and not os.path.isdir(args.feature_cache):
+    cache = Path(args.feature_cache).absolute()
+    there = next(path for path in (cache, *cache.parents) if os.path.lexists(path))
+    if not there.is_dir():
         parser.error(
-            f"--feature-cache {args.feature_cache} is not a folder; name a new or an old one"
+            f"--feature-cache {args.feature_cache}: {there} is not a folder; name a new or an old one"
         )
     given = {"--siglip": args.siglip, "--torchscript": args.torchscript, "--trace": args.trace}
     given |= {"--horovod": args.horovod, "--distill-model": args.distill_model is not None}
