@@ -337,10 +337,16 @@ def test_torchcompile(pairs, tmp_path, monkeypatch, backend):
     assert compiled["state_dict_ema"].keys() == plain["state_dict"].keys()
 
 
+@pytest.fixture(scope="module")
+def teacher(pairs, tmp_path_factory):
+    """A trained model's file."""
+    folder = tmp_path_factory.mktemp("teacher")
+    return train(pairs, folder, "--loss", "infonce", "--epochs", "1") / "epoch_1.pt"
+
+
 @pytest.mark.parametrize("loss", ["kd", "otter"])
 @pytest.mark.parametrize("accum", [[], ["--accum-freq", "2"]], ids=["", "accum"])
-def test_fixed_teacher(pairs, tmp_path, loss, accum):
-    teacher = train(pairs, tmp_path / "t", "--loss", "infonce", "--epochs", "1") / "epoch_1.pt"
+def test_fixed_teacher(pairs, tmp_path, teacher, loss, accum):
     fixed = ["--distill-model", "tiny-rn", "--distill-pretrained", str(teacher)]
     path = train(pairs, tmp_path, "--loss", loss, *fixed, "--model", "tiny-vit", *accum)
     entry = load(path / "epoch_2.pt")["otter"]
