@@ -2,12 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test types docs demo clean
+.PHONY: test test-slow types docs demo clean
 
 test: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
 
 types: .venv/installed
 	$(BIN)/mypy

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import random
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,15 @@ def model_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_exit() -> Iterator[None]:
+    """open_clip_train sets every logger to INFO: torch's would tell at exit what was compiled."""
+    yield
+    for name in list(logging.root.manager.loggerDict):
+        if name.partition(".")[0] == "torch":
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

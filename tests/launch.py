@@ -1,4 +1,4 @@
-"""Start the training command with the test models registered: for torchrun, which needs a script."""
+"""Start the training command with the test models registered: a script for torchrun and forks."""
 
 import os
 import sys

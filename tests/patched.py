@@ -1,12 +1,10 @@
-"""Copies of installed packages in a folder, patched there, and commands that run from it."""
+"""Copies of installed packages in a folder, patched there."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -68,21 +66,3 @@ def our_entry_points() -> dict[str, dict[str, str]]:
     """Those of pyproject.toml: tests do not depend on how, and of what time, we are installed."""
     with open(ROOT / "pyproject.toml", "rb") as file:
         return tomllib.load(file)["project"]["entry-points"]
-
-
-def environment(*folders: Path) -> dict[str, str]:
-    """Environment with ``folders``, then the repository, first on the path."""
-    path = os.pathsep.join(map(str, [*folders, ROOT]))
-    return {
-        **os.environ,
-        "PYTHONPATH": path,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-
-
-def run(*command: str, path: tuple[Path, ...], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run ``python COMMAND`` with ``path`` first on its path."""
-    return subprocess.run(
-        [sys.executable, *command], env=environment(*path), cwd=cwd, capture_output=True, text=True
-    )

@@ -1,21 +1,24 @@
-"""Several processes: the same gradients as one process on the whole batch, and real torchrun runs."""
+"""Several processes: the same gradients as one process on the whole batch, and training runs."""
 
 import os
+import shutil
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from distributed_worker import COUNT, FLAGS, MAKE, WIDTH, impls, one_pair, one_rank
 from loss_cases import SETTINGS, features, run
+from patched import ROOT, copy_packages
 from torch.multiprocessing import start_processes
 from training_helpers import assert_same, flags, load, train
 
 from otter_openclip import OtterLoss, sinkhorn
 
-HERE = Path(__file__).parent
+LAUNCH = Path(__file__).parent / "launch.py"
 
 
 def torchrun(processes, *command, env=None, cwd=None):
@@ -156,8 +159,8 @@ def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
     extra += ["--aug-cfg", "scale=(1.0,1.0)", "--save-frequency", "1"]
     one = train(tmp_path, tmp_path / "one", *extra, "--batch-size", "24", csv=True)
     line = flags(tmp_path, tmp_path / "two", *extra, "--batch-size", "12", csv=True)
-    command = ["--", str(HERE / "launch.py"), *line, "--local-loss", "--gather-with-grad"]
-    torchrun(2, *command, env={"TEST_MODEL_CONFIGS": str(model_configs)})
+    command = [LAUNCH, *line, "--local-loss", "--gather-with-grad"]
+    forks.ranks(2, *command, env={"TEST_MODEL_CONFIGS": str(model_configs)})
     one = load(one / "epoch_1.pt")
     two = load(tmp_path / "two" / "run" / "checkpoints" / "epoch_1.pt")
     for key, value in one["state_dict"].items():
@@ -174,18 +177,23 @@ def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
 
 
 def test_torchrun_with_everything_on_resumes_exactly(pairs, labelled, tmp_path, model_configs):
+    """The README's form of torchrun: the plain ``-m`` is ambiguous with torchrun's own flags."""
+    # Nothing registers the tests' models there: they lie among open_clip's own.
+    packages = copy_packages("open_clip", tmp_path / "packages")
+    shutil.copytree(model_configs, packages / "open_clip" / "model_configs", dirs_exist_ok=True)
+    path = [packages, ROOT]
     extra = ["--loss", "otter", "--batch-size", "6", "--accum-freq", "2", "--grad-clip-norm", "1"]
     extra += ["--local-loss", "--gather-with-grad", "--model", "tiny-vit"]
     extra += ["--zeroshot-data", str(labelled), "--zeroshot-frequency", "1"]
-    env = {"TEST_MODEL_CONFIGS": str(model_configs)}
-    launch = str(HERE / "launch.py")
-    out = torchrun(2, "--", launch, *flags(pairs, tmp_path / "whole", *extra), env=env)
+    line = flags(pairs, tmp_path / "whole", *extra)
+    out = forks.ranks(2, "-m", "otter_openclip.train", *line, path=path)
     assert "Target_entropy" in out
     whole = tmp_path / "whole" / "run" / "checkpoints"
     assert len((whole / "results.jsonl").read_text().splitlines()) == 2  # rank 0 alone
     assert load(whole / "best.pt")["epoch"] in (1, 2)
-    resume = ["--resume", str(whole / "epoch_1.pt")]
-    torchrun(2, "--", launch, *flags(pairs, tmp_path / "again", *extra, *resume), env=env)
+    line = flags(pairs, tmp_path / "again", *extra, "--resume", str(whole / "epoch_1.pt"))
+    env = {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    torchrun(2, "-m", "--", "otter_openclip.train", *line, env=env)
     again = tmp_path / "again" / "run" / "checkpoints" / "epoch_2.pt"
     assert_same(load(whole / "epoch_2.pt"), load(again))
 
@@ -195,17 +203,9 @@ def test_ranks_fill_a_feature_cache_together(pairs, tmp_path, model_configs, cap
     extra = ["--loss", "otter", "--model", "tiny-timm", "--lock-image", "--batch-size", "6"]
     extra += ["--feature-cache", str(tmp_path / "cache"), "--epochs", "1"]
     line = flags(pairs, tmp_path / "two", *extra, "--local-loss", "--gather-with-grad")
-    out = torchrun(
-        2, "--", str(HERE / "launch.py"), *line, env={"TEST_MODEL_CONFIGS": str(model_configs)}
-    )
+    out = forks.ranks(2, LAUNCH, *line, env={"TEST_MODEL_CONFIGS": str(model_configs)})
     assert "0 are in" in out and "Target_entropy" in out
     assert len(list(tmp_path.glob("cache/image-*/*.safetensors"))) == 2
     caplog.set_level("INFO")
     train(pairs, tmp_path / "one", *extra)
     assert "of 70 image features 70 are in" in caplog.text
-
-
-def test_readme_form_of_torchrun(tmp_path):
-    """The module after ``-m --``: the plain form is ambiguous with torchrun's own flags."""
-    out = torchrun(1, "-m", "--", "otter_openclip.train", "--help")
-    assert "--sinkhorn-lambda" in out and "--train-data" in out

@@ -167,8 +167,8 @@ def test_python_of_the_pages_runs(page):
 
 # Of other programs, and of open_clip 4.x.
 OTHERS = """--logs-specs --output_format --url_col --resize_mode --resize_only_if_bigger --3way --exclude
---from --spec --fsdp --use-naflex --torchcompile-strategy --bucket-prefetch-pools --train-image --hours --ablate
---kills --unshallow --no-SWITCH --global_ot""".split()
+--from --spec --fsdp --use-naflex --torchcompile-strategy --bucket-prefetch-pools --train-image --hours
+--ablate --kills --unshallow --no-SWITCH --global_ot""".split()
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,12 @@ import argparse
 import csv
 import io
 import json
-import os
 import random
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import open_clip
 import pytest
@@ -213,20 +212,11 @@ def test_two_processes_give_the_same_numbers(ours, model, data, tmp_path):
     single_label(tmp_path / "a"), single_label(tmp_path / "b")
     words = line(model, tmp_path / "{dataset}", tmp_path / "{dataset}.json", "--distributed")
     words += ["--class_cache", "", "--num_workers", "1", "--dataset", "wds/a", "wds/made", "wds/b"]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", "2", "-m", "--", "otter_openclip.cli", *words),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    said = forks.ranks(2, "-m", "otter_openclip.cli", *words)
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("made", *"ab")}
     assert found["made"]["metrics"] == pytest.approx(ours()["metrics"], abs=1e-6)
     assert found["a"]["metrics"] == found["b"]["metrics"] == ours(data=tmp_path / "a")["metrics"]
-    assert [done.stdout.count(f"Dump results to: {tmp_path}/{n}.json") for n in found] == [1] * 3
+    assert [said.count(f"Dump results to: {tmp_path}/{n}.json") for n in found] == [1] * 3
 
 
 # Flags -------------------------------------------------------------------------------------------

@@ -2,12 +2,10 @@
 
 import io
 import json
-import os
 import random
-import subprocess
-import sys
 import tarfile
 
+import forks
 import numpy as np
 import open_clip
 import pytest
@@ -95,16 +93,12 @@ def test_stock_clip_benchmark_uses_the_folder_without_the_plugin(run, tmp_path):
     blocked = tmp_path / "blocked" / "otter_openclip"
     blocked.mkdir(parents=True)
     (blocked / "__init__.py").write_text("raise ImportError('blocked')\n")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "clip_benchmark.cli", "eval", "--model", f"local-dir:{out}"),
-            *("--pretrained", "", "--dataset", "wds/made", "--dataset_root", str(data)),
-            *("--task", "zeroshot_classification", "--output", str(tmp_path / "result.json")),
-            *("--num_workers", "0", "--no_amp"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(blocked.parent)},
-        capture_output=True,
-        text=True,
+    done = forks.run(
+        *("-m", "clip_benchmark.cli", "eval", "--model", f"local-dir:{out}"),
+        *("--pretrained", "", "--dataset", "wds/made", "--dataset_root", data),
+        *("--task", "zeroshot_classification", "--output", tmp_path / "result.json"),
+        *("--num_workers", "0", "--no_amp"),
+        path=[blocked.parent],
     )
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]

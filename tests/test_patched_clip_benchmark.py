@@ -9,11 +9,8 @@ import io
 import json
 import random
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
+import forks
 import pytest
 from conftest import COLOURS, SHAPES, picture
 from data_helpers import jpeg
@@ -21,7 +18,6 @@ from patched import (
     ROOT,
     copy_packages,
     declare,
-    environment,
     hashes,
     our_entry_points,
     patch,
@@ -46,47 +42,21 @@ def places(tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module")
-def forks():
-    """Send a request to the process of ``forks.py``."""
-    process = subprocess.Popen(
-        [sys.executable, Path(__file__).parent / "forks.py"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment() | {"HF_HUB_OFFLINE": "1"},
-    )
-
-    def send(request):
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
-
-    yield send
-    process.stdin.close()
-    assert process.wait() == 0
+COMMANDS = {
+    name: f"import sys; from {name}.cli import main; sys.argv[0] = {name!r}; sys.exit(main())"
+    for name in ("clip_benchmark", "otter_openclip")
+}
 
 
 @pytest.fixture
-def run(forks, places, tmp_path):
+def run(places, tmp_path):
     """Run a command in ``tmp_path``; returns stdout and stderr."""
 
-    def run(
-        *words, on=("patched", "ours"), code=0, module="clip_benchmark.cli", environments=({},)
-    ):
-        paths = [str(places.get(place, place)) for place in on]
-        name = module.partition(".")[0]
-        request = {
-            "module": module,
-            "argv": [name, *map(str, words)],
-            "path": paths,
-            "cwd": str(tmp_path),
-            "environments": environments,
-        }
-        replies = forks(request)
-        for found, _, stderr in replies:
-            assert found == code, stderr
-        return replies[0][1:] if len(replies) == 1 else replies
+    def run(*words, on=("patched", "ours"), code=0, command="clip_benchmark"):
+        path = [*(places.get(place, place) for place in on), ROOT]
+        done = forks.run("-c", COMMANDS[command], *words, path=path, cwd=tmp_path)
+        assert done.returncode == code, done.stderr
+        return done.stdout, done.stderr
 
     return run
 
@@ -241,7 +211,7 @@ def test_the_launchers_numbers(run, model, data, tmp_path, dataset, flags):
     for place in (("stock", "none"), ("patched", "ours")):  # the launcher, on both
         task = ("--task", "auto" if dataset == "goi" else "zeroshot_classification")
         again = line(model, data, *flags, *task, dataset=dataset, output="launcher.json")
-        run(*again, on=place, module="otter_openclip.cli")
+        run(*again, on=place, command="otter_openclip")
         launcher = result(tmp_path, "launcher.json")
         assert launcher.pop("task") == "zeroshot_classification"
         assert launcher == {k: v for k, v in patched.items() if k != "task"}
@@ -315,25 +285,25 @@ def test_only_multilabel_datasets(run, model, tmp_path):
     assert "wds/made is no multi-label webdataset" in said.splitlines()[-1]
 
 
-def test_all_processes_take_part(run, model, data, pairs, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environments = []
-    for rank in ("0", "1"):  # each in a folder of its own, so that it is seen who writes what
-        (tmp_path / rank).mkdir()
-        environments.append(common | {"RANK": rank, "LOCAL_RANK": rank, "TEST_FOLDER": rank})
+def test_all_processes_take_part(run, places, model, data, pairs, tmp_path):
+    folders = [tmp_path / rank for rank in ("0", "1")]  # so that it is seen who writes what
     shutil.copytree(data, tmp_path / "eval" / "goi")
     shutil.copytree(data, tmp_path / "eval" / "imagenet10k")
     shutil.copytree(pairs, tmp_path / "eval" / "mscoco_captions")
     root = tmp_path / "eval" / "{dataset}"
     words = line(model, root, "--distributed", "--class_cache", tmp_path / "cache", "--dataset")
     words += ["wds/mscoco_captions", "goi", "imagenet10k", "--output", "{dataset}.json"]
-    replies = run(*words, environments=environments)
-    said = [stdout for _, stdout, _ in replies]
+    path = [places["patched"], places["ours"], ROOT]
+    with forks.rank_environments(2) as ranks:
+        settings = [
+            {"path": path, "cwd": folder.mkdir() or folder, "env": env}
+            for folder, env in zip(folders, ranks, strict=True)
+        ]
+        done = forks.together(2 * [("-c", COMMANDS["clip_benchmark"], *words)], settings)
+    assert [rank.returncode for rank in done] == [0, 0], done[0].stderr + done[1].stderr
+    said = [rank.stdout for rank in done]
     assert ["Running 'zeroshot_multilabel'" in text for text in said] == [True, False]
-    first, second = ({path.name for path in (tmp_path / rank).iterdir()} for rank in ("0", "1"))
+    first, second = ({path.name for path in folder.iterdir()} for folder in folders)
     assert first | second == {"goi.json", "imagenet10k.json", "mscoco_captions.json"}
     assert {"goi.json", "imagenet10k.json"} <= first and not first & second
     (dealt,) = tmp_path.glob("[01]/mscoco_captions.json")

@@ -7,11 +7,11 @@ import shutil
 import textwrap
 from pathlib import Path
 
+import forks
 import open_clip
 import pytest
 import torch
-from patched import ROOT, copy_packages, declare, environment, hashes, our_entry_points, patch, run
-from test_distributed import torchrun
+from patched import ROOT, copy_packages, declare, hashes, our_entry_points, patch
 from training_helpers import assert_same, flags, load, train
 
 PATCH = ROOT / "patches" / "open_clip_torch-3.3.0.patch"
@@ -39,7 +39,7 @@ DRIVER = """
 def stock_main(lines, *, path, cwd):
     """Standard output and error of open_clip_train's main, called with each of ``lines``."""
     (cwd / "lines.json").write_text(json.dumps(lines))
-    done = run("-c", textwrap.dedent(DRIVER), "lines.json", path=path, cwd=cwd)
+    done = forks.run("-c", textwrap.dedent(DRIVER), "lines.json", path=[*path, ROOT], cwd=cwd)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout, done.stderr
 
@@ -152,12 +152,11 @@ def test_resume_and_zeroshot_data(stock_command, pairs, labelled, tmp_path):
 
 
 def test_two_processes_by_the_command_itself(patched, ours, pairs, tmp_path):
-    """``python -m open_clip_train.main`` under torchrun: DDP on the CPU, the launcher's results."""
+    """``python -m open_clip_train.main`` on two ranks: DDP on the CPU, the launcher's results."""
     extra = ["--loss", "otter", "--local-loss", "--gather-with-grad", "--batch-size", "6"]
-    env = environment(ours, patched)
     for name, module in (("theirs", "open_clip_train.main"), ("ours", "otter_openclip.train")):
         line = flags(pairs, tmp_path, *extra, "--name", name)
-        torchrun(2, "-m", "--", module, *line, env=env, cwd=tmp_path)
+        forks.ranks(2, "-m", module, *line, path=(ours, patched, ROOT), cwd=tmp_path)
     one, other = (load(tmp_path / n / "checkpoints" / "epoch_2.pt") for n in ("ours", "theirs"))
     assert next(iter(one["state_dict"])).startswith("module.")
     one["name"] = other["name"]
@@ -166,16 +165,16 @@ def test_two_processes_by_the_command_itself(patched, ours, pairs, tmp_path):
 
 def test_launcher_on_the_patched_package(patched, nothing, pairs, tmp_path):
     """It hands the plugin over itself, whatever the entry points say, and keeps its own name."""
-    path = (nothing, patched)
+    path = (nothing, patched, ROOT)
     line = flags(pairs, tmp_path, "--loss", "otter", "--name", "run")
-    done = run("-m", "otter_openclip.train", *line, path=path, cwd=tmp_path)
+    done = forks.run("-m", "otter_openclip.train", *line, path=path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     theirs = load(tmp_path / "run" / "checkpoints" / "epoch_2.pt")
     assert_same(
         theirs, load(train(pairs, tmp_path / "unpatched", "--loss", "otter") / "epoch_2.pt")
     )
     wrong = ["--loss", "otter", "--sinkhron-iter", "4"]
-    done = run("-m", "otter_openclip.train", *wrong, path=path, cwd=tmp_path)
+    done = forks.run("-m", "otter_openclip.train", *wrong, path=path, cwd=tmp_path)
     assert done.returncode == 2
     assert "python -m otter_openclip.train: error: unrecognized" in done.stderr
     assert "did you mean --sinkhorn-iter?" in done.stderr
@@ -231,7 +230,8 @@ def test_errors(patched, ours, tmp_path):
 
 
 def test_no_plugin_installed(patched, nothing, tmp_path):
-    done = run("-m", "open_clip_train.main", "--loss", "x", path=(nothing, patched), cwd=tmp_path)
+    path = (nothing, patched, ROOT)
+    done = forks.run("-m", "open_clip_train.main", "--loss", "x", path=path, cwd=tmp_path)
     assert done.returncode == 2 and "'x' in open_clip_train.losses; there are: none" in done.stderr
 
 

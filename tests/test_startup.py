@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import forks
 import pytest
-from patched import ROOT, environment
+from patched import ROOT
 
 from otter_openclip import cli, flags
 
@@ -14,9 +15,10 @@ HEAVY = ("matplotlib", "open_clip", "open_clip_train", "clip_benchmark", "torch"
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a fresh process, that has imported nothing."""
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env=environment(),
+        env=forks.ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -97,8 +99,8 @@ def test_the_package_imports_what_is_used():
     ],
 )
 def test_sinkhorn_is_the_function_whatever_is_imported_first(first):
-    done = python(
-        f"{first}\nimport otter_openclip\nprint(otter_openclip.sinkhorn.__class__.__name__)"
+    done = forks.run(
+        "-c", f"{first}\nimport otter_openclip\nprint(otter_openclip.sinkhorn.__class__.__name__)"
     )
     assert done.stdout == "function\n", done.stderr
 
@@ -116,13 +118,14 @@ def test_sinkhorn_is_the_function_whatever_is_imported_first(first):
     ],
 )
 def test_open_clip_knows_our_models(code):
-    done = python(
+    done = forks.run(
+        "-c",
         f"{code}\nimport sys, open_clip, inspect, otter_openclip.models\n"
         "assert 'otter-tiny-trial' in open_clip.list_models()\n"
         "paths = open_clip.factory._MODEL_CONFIG_PATHS\n"
         "assert paths.count(otter_openclip.models.FOLDER) == 1, paths\n"
         "assert not [f for f in sys.meta_path if 'otter' in type(f).__module__]\n"
-        "print(inspect.getsource(open_clip)[:4])"
+        "print(inspect.getsource(open_clip)[:4])",
     )
     assert done.returncode == 0 and done.stdout == "from\n", done.stderr
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import forks
 import open_clip
 import pytest
 import timm
@@ -22,7 +19,6 @@ from otter_openclip import cli
 from otter_openclip.checkpoints.export import export_checkpoint
 from otter_openclip.towers import make_towers
 
-ROOT = Path(__file__).parents[1]
 WIDTH = {"test_resnet": 96, "test_vit": 64, "test_efficientnet": 256}
 
 
@@ -375,21 +371,14 @@ def test_a_folder_that_was_moved(parts, pairs, labelled, tmp_path, capsys):
     assert f"did you mean local-dir:{tmp_path}/moved?" in capsys.readouterr().err
 
 
-CODE = """
-import socket, sys
+ONLINE = """
+import os, socket, sys
+from huggingface_hub import constants
+constants.HF_HUB_OFFLINE = False
+del os.environ["HF_HUB_OFFLINE"]
 def refuse(*args, **kwargs): raise AssertionError("network")
 socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
 """
-
-
-def python(code, *arguments, path, **environment):
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    return subprocess.run(
-        [sys.executable, "-c", CODE + code, *map(str, arguments)],
-        env=kept | {"PYTHONPATH": str(path)} | environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_local_files_need_no_network_and_the_folder_neither_parts_nor_this_package(parts, tmp_path):
@@ -398,7 +387,7 @@ def test_local_files_need_no_network_and_the_folder_neither_parts_nor_this_packa
     words = ["sh", *words.replace("parts/", f"{tmp_path}/parts/").split()]
     words[2] = str(tmp_path / "out")
     code = "from otter_openclip import cli; sys.exit(cli.main(sys.argv[2:]))"
-    done = python(code, *words, path=ROOT)
+    done = forks.run("-c", ONLINE + code, *words)
     assert done.returncode == 0, done.stderr
     assert "After a move, set hf_model_name" in done.stderr
     shutil.rmtree(tmp_path / "parts")
@@ -411,7 +400,7 @@ name = "local-dir:" + sys.argv[1]
 model = open_clip.create_model(name)
 print(tuple(model.encode_text(open_clip.get_tokenizer(name)(["a red circle"])).shape))
 """
-    done = python(code, tmp_path / "out", path=blocked.parent)
+    done = forks.run("-c", ONLINE + code, tmp_path / "out", path=[blocked.parent])
     assert done.stdout == "(1, 64)\n", done.stderr
     # Moved, it needs the one line that the warning names.
     moved = shutil.move(tmp_path / "out", tmp_path / "moved")

@@ -4,10 +4,11 @@ import copy
 import io
 import logging
 import re
-import subprocess
-import sys
 from argparse import Namespace
+from functools import partial
+from unittest import mock
 
+import forks
 import open_clip
 import pytest
 import torch
@@ -142,9 +143,7 @@ def test_remote_sync(pairs, tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["infonce", "ls", "kd", "otter"])
-def test_stock_open_clip_loads_and_resumes_the_checkpoint(
-    pairs, tmp_path, loss, model_configs, monkeypatch
-):
+def test_stock_open_clip_loads_and_resumes_the_checkpoint(pairs, tmp_path, loss, model_configs):
     path = train(pairs, tmp_path, "--loss", loss, "--epochs", "1") / "epoch_1.pt"
     blocked = tmp_path / "blocked"
     (blocked / "otter_openclip").mkdir(parents=True)
@@ -158,21 +157,10 @@ def test_stock_open_clip_loads_and_resumes_the_checkpoint(
         "assert 'otter_openclip' not in sys.modules\n"
     )
     line = flags(pairs, tmp_path / "stock", "--resume", str(path), "--precision", "fp32")
-    done = subprocess.run(
-        [sys.executable, "-c", script, *line],
-        env={**_environment(), "PYTHONPATH": str(blocked)},
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run("-c", script, *line, path=[blocked])
     assert done.returncode == 0, done.stderr
     stock = load(tmp_path / "stock" / "run" / "checkpoints" / "epoch_2.pt")
     assert stock["optimizer"].keys() == {"state", "param_groups"}
-
-
-def _environment():
-    import os
-
-    return dict(os.environ)
 
 
 def test_resuming_a_plain_checkpoint_warns(pairs, tmp_path, caplog):
@@ -401,11 +389,16 @@ def test_works_with(pairs, tmp_path, extra):
     assert checkpoint["state_dict"].keys() == checkpoint["state_dict_ema"].keys()
 
 
-def test_torchcompile(pairs, tmp_path):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_torchcompile(pairs, tmp_path, monkeypatch, backend):
+    """All that torch.compile does with our code; its own C++, which takes minutes, as a slow test."""
+    backends = mock.Mock(side_effect=partial(torch.compile, backend=backend))
+    monkeypatch.setattr(torch, "compile", backends)
     # Not Adam: it would blow up the rounding of gradients that are zero.
     sgd = ["--opt", "timm/momentum", "--momentum", "0.9", "--wd", "0"]
     extra = ["--torchcompile", *sgd, "--model", "tiny-vit", "--train-num-samples", "24"]
     path = train(pairs, tmp_path / "compiled", "--loss", "otter", *extra) / "epoch_2.pt"
+    assert backends.call_count == 2  # the student and the teacher
     plain = train(pairs, tmp_path / "plain", "--loss", "otter", *extra[1:]) / "epoch_2.pt"
     compiled, plain = load(path), load(plain)
     for key, value in plain["state_dict"].items():
@@ -413,10 +406,16 @@ def test_torchcompile(pairs, tmp_path):
     assert compiled["state_dict_ema"].keys() == plain["state_dict"].keys()
 
 
+@pytest.fixture(scope="module")
+def teacher(pairs, tmp_path_factory):
+    """A trained model's file."""
+    folder = tmp_path_factory.mktemp("teacher")
+    return train(pairs, folder, "--loss", "infonce", "--epochs", "1") / "epoch_1.pt"
+
+
 @pytest.mark.parametrize("loss", ["kd", "otter"])
 @pytest.mark.parametrize("accum", [[], ["--accum-freq", "2"]], ids=["", "accum"])
-def test_fixed_teacher(pairs, tmp_path, loss, accum):
-    teacher = train(pairs, tmp_path / "t", "--loss", "infonce", "--epochs", "1") / "epoch_1.pt"
+def test_fixed_teacher(pairs, tmp_path, teacher, loss, accum):
     fixed = ["--distill-model", "tiny-rn", "--distill-pretrained", str(teacher)]
     path = train(pairs, tmp_path, "--loss", loss, *fixed, "--model", "tiny-vit", *accum)
     entry = load(path / "epoch_2.pt")["otter"]
@@ -509,10 +508,9 @@ def test_params_file_names_the_settings(pairs, tmp_path):
 
 
 def test_module_command(pairs, tmp_path):
-    """``python -m otter_openclip.train`` in its own process, with a stock model name."""
+    """``python -m otter_openclip.train`` in its own process."""
     line = flags(pairs, tmp_path, "--loss", "ottr")
-    module = [sys.executable, "-m", "otter_openclip.train"]
-    done = subprocess.run([*module, *line], capture_output=True, text=True)
+    done = forks.run("-m", "otter_openclip.train", *line)
     assert done.returncode == 2
     assert "invalid choice: 'ottr'" in done.stderr and "otter" in done.stderr
     assert not (tmp_path / "run").exists()
