@@ -31,11 +31,11 @@ IMPORTED = ("torchvision", "timm", "webdataset", "pandas", "ftfy", "fsspec", "re
 IMPORTED += ("torch.utils.tensorboard", "transformers", "sklearn.metrics", "pycocoevalcap")
 LATE = ("AutoConfig", "AutoModel", "AutoTokenizer", "CLIPTokenizer", "PretrainedConfig")
 LEFT = ("open_clip", "open_clip_train", "clip_benchmark", "otter_openclip")
-# Whatever a test sets for itself. pyarrow's own allocator has a thread.
+# As it is before any test sets something for itself.
 ENVIRONMENT = {
     **os.environ,
-    "ARROW_DEFAULT_MEMORY_POOL": "system",
     "HF_HUB_OFFLINE": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # no thread of pyarrow's
     "OMP_NUM_THREADS": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
