@@ -265,6 +265,31 @@ def test_other_weights_transforms_tokens_and_precisions_have_their_own(cached, m
     assert cached("again")[1] == {"image": 0, "text": 0}
 
 
+@pytest.mark.parametrize(
+    ("tower", "setting"),
+    [
+        ("vision", {"head_width": 4}),
+        ("vision", {"pool_type": "avg"}),
+        ("text", {"heads": 4}),
+        ("text", {"pool_type": "first"}),
+        ("text", {"no_causal_mask": True}),
+    ],
+)
+def test_equal_weights_in_another_architecture_have_their_own(tower, setting):
+    """No weight and no name of a module shows these settings."""
+    config = open_clip.get_model_config("tiny-vit")
+    part = f"{tower}_cfg"
+    one = open_clip.CustomTextCLIP(**config)
+    same = open_clip.CustomTextCLIP(**config).eval()
+    same.set_grad_checkpointing()
+    other = open_clip.CustomTextCLIP(**config | {part: config[part] | setting})
+    for model in (same, other):
+        model.load_state_dict(one.state_dict())
+    name = {"vision": "visual", "text": "text"}[tower]
+    keys = [encoding.fingerprint(model, name, name) for model in (one, same, other)]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_samples_that_open_clip_drops(cached, pairs, tmp_path, model, caplog, losses):
     """Unreadable images, captions that are not UTF-8, missing halves: left out in the same places."""
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from otter_openclip.features import prefix
 from otter_openclip.features.samples import ShardSamples, TableSamples
 from otter_openclip.features.store import FeatureStore
+from otter_openclip.flags import as_list
 
 BF16_TOLERANCE = 1e-2
 ROUND = 30.0  # seconds of encoding after which what is done is on the disk
@@ -28,6 +29,8 @@ _BATCH = {"cpu": 64}
 _BATCH_ELSEWHERE = 256
 _TRIAL = 32  # inputs on which bfloat16 is compared with float32
 _NOT_OF_THE_TOWER = ("_name_or_path", "transformers_version")
+_NOT_OF_THE_OUTPUT = re.compile("^training$|checkpointing$")
+_PLAIN = (bool, int, float, str, type(None))
 
 # Keys; images (N * views, 3, H, W) or tokens (N, context); whether each could be read.
 Batch = tuple[list[bytes], Tensor, list[bool]]
@@ -50,15 +53,25 @@ def fingerprint(model: nn.Module, tower: str, name: str, *further: Any) -> str:
         getattr(owner, "pooler", None),
         timm,
         sorted(config.items()),
+        *_settings(module),
         *further,
     ):
         # Functions and objects without a representation of their own show where they are.
         found.update(re.sub(r" at 0x[0-9a-f]+", "", f"{part}\n").encode())
-    for key, value in module.state_dict().items():
+    for key, value in {**dict(module.named_buffers()), **module.state_dict()}.items():
         found.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
         found.update(memoryview(flat.numpy()))
     return found.hexdigest()
+
+
+def _settings(module: nn.Module) -> Iterator[str]:
+    """Plain attributes of all its parts: heads, pooling and the like show in no weight."""
+    for name, part in module.named_modules():
+        for key, value in sorted(vars(part).items()):
+            plain = all(isinstance(x, _PLAIN) for x in as_list(value))
+            if plain and not key.startswith("_") and not _NOT_OF_THE_OUTPUT.search(key):
+                yield f"{name} {key} {value!r}"
 
 
 def has_bfloat16(device: torch.device) -> bool:
