@@ -96,7 +96,7 @@ class _Plugin(TrainingPlugin):
                 self.ema = self.task.trainable_module_ema  # made anew for DDP
             elif has_ema(args):
                 # Not the task's own, which open_clip would evaluate and export in the model's place.
-                self._student = state.task.trainable_module
+                self._student, self._loss = state.task.trainable_module, state.task.loss
                 self.ema = EmaTeacher(self._student, args.ema_decay, eval_mode=True)
             foreign = self._resumed is not None and not self._resumed[ENTRY]
             if self.task is not None and self.ema is not None and foreign:
