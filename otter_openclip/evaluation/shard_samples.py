@@ -64,7 +64,8 @@ def members(tar: tarfile.TarFile, *, last: bool = True) -> Iterator[tarfile.TarI
     Raises:
         tarfile.TarError: if it does not end as a tar does, or, being the ``last`` of its file, goes on.
     """
-    while (member := tar.next()) is not None:
+    # Of a stream without members Python 3.10 cannot be asked again what opening it has seen.
+    while not getattr(tar, "ended", False) and (member := tar.next()) is not None:
         tar.members.clear()  # or it keeps all
         yield member
     if not getattr(tar, "ended", False):
