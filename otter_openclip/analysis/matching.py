@@ -92,7 +92,7 @@ def _target(loss: DistillationLoss, batch: tuple[Tensor, Tensor]) -> dict[str, f
 
 def _histogram(values: Tensor) -> list[int]:
     """Counts between ``EDGES``; what is smaller than all of them is in the first bin."""
-    return np.histogram(values.numpy().clip(EDGES[0], 1.0), EDGES)[0].tolist()
+    return np.histogram(values.double().numpy().clip(EDGES[0], 1.0), EDGES)[0].tolist()
 
 
 def _mean(rows: list[Any]) -> Any:

@@ -87,7 +87,9 @@ def write_folder(
             tokenizer.save_pretrained(temporary)
         tower = config["text_cfg"].get("hf_model_name")
         if tower:
-            model.text.config.save_pretrained(temporary)
+            tower_config = copy.deepcopy(model.text.config)
+            tower_config.name_or_path = ""  # transformers 4 saves it, a folder's path perhaps
+            tower_config.save_pretrained(temporary)
         local = bool(tower) and Path(tower).is_dir()
         _write_config(temporary, model, config, preprocess, temporary if local else None)
         _verify(temporary, model, state, tokenizer)

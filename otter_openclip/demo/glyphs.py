@@ -63,4 +63,4 @@ def _folder() -> Path:
 
 @functools.cache
 def _font(face: str) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(_folder() / f"{face}.ttf", size=SIZE * 3 // 4)
+    return ImageFont.truetype(str(_folder() / f"{face}.ttf"), size=SIZE * 3 // 4)
