@@ -128,7 +128,9 @@ def test_student_and_teacher_are_what_they_would_be_alone(hf_model, case):
     for (name, one), other in pairs:
         assert (one.grad is None) == (other.grad is None), name
         if one.grad is not None:
-            torch.testing.assert_close(one.grad, other.grad, msg=name)
+            # Without gradients oneDNN takes other kernels, on some processors.
+            size = float(other.grad.abs().max())
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5 * size)
     teacher.update(model)
     assert teacher.module.state_dict().keys() == model.state_dict().keys()
 
@@ -143,7 +145,8 @@ def test_a_whole_tower_is_a_prefix_too():
     install(model, find_prefixes(model))
     given = run(model, "visual", images), run(model, "text", texts)
     for found in (model(*given), model(images, texts), copy.deepcopy(model)(*given)):
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        for key, value in expected.items():  # oneDNN's kernels, as above
+            torch.testing.assert_close(found[key], value)
 
 
 @pytest.mark.parametrize(

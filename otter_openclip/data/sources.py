@@ -141,15 +141,19 @@ def samples(source: str) -> Iterator[Sample]:
     """The images and JSON files of a folder or archive by their names without suffix, in order."""
     files = (m for m in members(source) if "/._" not in f"/{m.name}")  # macOS's, beside each
     for name, group in itertools.groupby(files, lambda m: os.path.splitext(m.name)[0]):
-        metadata = file = None
+        found = [Sample(name)]
+        seen: set[str] = set()
         for member in group:
+            if member.name in seen:  # another sample begins, as in training
+                found.append(Sample(name))
+                seen.clear()
+            seen.add(member.name)
             suffix = os.path.splitext(member.name)[1].lower()
             if suffix == ".json":
-                metadata = read(member.file(source))
+                found[-1] = found[-1]._replace(metadata=read(member.file(source)))
             elif suffix and suffix in IMAGE_SUFFIXES:
-                file = member.file(source)
-        if metadata is not None or file is not None:
-            yield Sample(name, metadata, file)
+                found[-1] = found[-1]._replace(file=member.file(source))
+        yield from (sample for sample in found if sample.metadata is not None or sample.file)
 
 
 def members(source: str) -> Iterator[Member]:
