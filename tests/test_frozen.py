@@ -130,7 +130,7 @@ def test_student_and_teacher_are_what_they_would_be_alone(hf_model, case):
         if one.grad is not None:
             # Without gradients oneDNN takes other kernels, on some processors.
             size = float(other.grad.abs().max())
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5 * size)
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5 * (1 + size))
     teacher.update(model)
     assert teacher.module.state_dict().keys() == model.state_dict().keys()
 
