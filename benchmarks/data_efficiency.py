@@ -354,7 +354,7 @@ def glyph_source(folder: Path) -> Source:
         pairs, test = GLYPHS
         split = glyphs.split_glyphs(rng, train=pairs, test=test)
         glyphs.write_training_shards(split.train, building / "train", rng)
-        glyphs.write_test_set(split.unseen_characters, building / "eval", words=False)
+        glyphs.write_test_set(split.unseen_characters, building / "eval")
         building.rename(folder)
     return Source("glyphs", folder / "train", folder / "eval")
 

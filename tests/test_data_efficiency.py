@@ -239,3 +239,12 @@ def test_forgetting_averages_weights_and_reports_means():
     settings = {"loss": "otter", "lr": 0.001, "steps": 30, "share": 0.5}
     rows = [settings | {"first": {"test": m}, "second": {"test": 2 * m}} for m in (10.0, 20.0)]
     assert forgetting.report(rows).splitlines()[1].split()[-3:] == ["15.0", "30.0", "2"]
+
+
+def test_glyphs_are_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_efficiency, "GLYPHS", (24, 8))
+    made = data_efficiency.glyph_source(tmp_path / "glyphs")
+    assert len(made.samples) == 24 and made.name == "glyphs"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
+    assert data_efficiency.glyph_source(tmp_path / "glyphs").digest == made.digest
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
