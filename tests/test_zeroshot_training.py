@@ -14,6 +14,7 @@ from PIL import Image
 from training_helpers import assert_same, flags, load, train
 
 from otter_openclip import cli
+from otter_openclip.training import zeroshot
 from otter_openclip.training.open_clip_v3 import main
 from otter_openclip.training.zeroshot import ZeroShotEvaluation
 
@@ -65,6 +66,33 @@ def test_epochs_are_evaluated_and_the_best_is_kept(pairs, labelled, tmp_path, lo
     if loss == "otter":
         without = train(pairs, tmp_path / "without", *extra)
         assert_same(load(without / "epoch_3.pt"), load(folder / "epoch_3.pt"))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("weights", ["student", "teacher"])
+def test_a_frozen_tower_sees_the_evaluation_images_once(
+    pairs, labelled, tmp_path, monkeypatch, weights, cached
+):
+    extra = ["--loss", "otter", "--model", "tiny-timm", "--lock-image", "--epochs", "3"]
+    extra += ["--precision", "fp32", "--lr", "0.02", "--ema-decay", "0.7"]
+    extra += ["--zeroshot-data", str(labelled), "--zeroshot-frequency", "1"]
+    extra += ["--zeroshot-weights", weights]
+    extra += ["--feature-cache", str(tmp_path / "features")] if cached else []
+    seen, encode_images = [], zeroshot.encode_images
+
+    def record(*args, **given):
+        seen.append("encode" in given)
+        return encode_images(*args, **given)
+
+    monkeypatch.setattr(zeroshot, "encode_images", record)
+    found = results(train(pairs, tmp_path / "once", *extra))
+    assert seen == [True]
+    monkeypatch.setattr(zeroshot.prefix, "installed", lambda *_: False)
+    expected = results(train(pairs, tmp_path / "anew", *extra))
+    assert seen == [True, False, False, False]
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
+    assert len({line["zeroshot-mean_average_precision"] for line in found}) == 3
 
 
 def test_the_best_survives_a_resume(pairs, labelled, tmp_path):

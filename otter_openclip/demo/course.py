@@ -28,8 +28,8 @@ SPLIT = "test"
 class Towers:
     """A towers folder's model, locked as in training; heads of checkpoints are put on it.
 
-    It takes the places of a model in ``encode_images`` and of a tokenizer in ``class_features``, giving
-    what the frozen parts give. A text is encoded once.
+    It takes the place of a tokenizer in ``class_features``, giving what the frozen part gives. A text
+    is encoded once.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +45,7 @@ class Towers:
         self._known: dict[str, Tensor] = {}
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, F) of the frozen trunk for images; the length of a row plays no part in linear heads."""
+        """(B, F) of the frozen trunk for images."""
         return prefix.run(self.model, "visual", images)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -92,7 +92,9 @@ class TestSet:
     def encode(self, towers: Towers) -> None:
         """Run the frozen towers over the pictures and the class names."""
         self._images.transform = towers.transform
-        self._features, self._labels = encode_images(towers, self._images, device="cpu")
+        given = towers.model, self._images
+        encode = towers.encode_image
+        self._features, self._labels = encode_images(*given, device="cpu", encode=encode)
         class_features(towers.model, towers, self.prompts, device="cpu")
 
     def _scored(self, towers: Towers) -> tuple[Tensor, Tensor]:

@@ -152,6 +152,7 @@ def encode_images(
     images: MultiLabelImages,
     *,
     device: str | torch.device,
+    encode: Callable[[Tensor], Tensor] | None = None,
     autocast: Autocast = nullcontext,
     dtype: torch.dtype | None = None,
     batch_size: int = 64,
@@ -161,14 +162,16 @@ def encode_images(
     """(N, D) features as the model gives them, normalised, and each image's true classes.
 
     The model is an open_clip one in eval mode on ``device``; it runs inside the context that
-    ``autocast`` makes, on input of ``dtype``, if not float32. If the processes of torch.distributed's
-    default group work ``together``, each encodes its share and all but rank 0 return None.
+    ``autocast`` makes, on input of ``dtype``, if not float32. With ``encode`` the features are what that
+    gives for images instead. If the processes of torch.distributed's default group work ``together``,
+    each encodes its share and all but rank 0 return None.
 
     Raises:
         ImageError: naming shard and sample, if an image or a label vector cannot be used.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     images.batch_size, images.rank, images.world_size = batch_size, rank, world_size
+    encode = encode or (lambda pixels: F.normalize(model.encode_image(pixels), dim=-1))
     # A generator of its own: the loader must not draw from the random numbers of a training run.
     loader = DataLoader(images, batch_size=None, num_workers=workers, generator=torch.Generator())
     parts, labels, places, failure = [], [], [], None
@@ -179,8 +182,7 @@ def encode_images(
                 break
             pixels, batch_labels, batch_places = batch
             with autocast():
-                encoded = model.encode_image(pixels.to(device=device, dtype=dtype))
-                parts.append(F.normalize(encoded, dim=-1).cpu())
+                parts.append(encode(pixels.to(device=device, dtype=dtype)).cpu())
             labels += batch_labels
             places += batch_places
             bar.update(len(batch_labels))

@@ -115,6 +115,11 @@ def install(model: nn.Module, prefixes: dict[str, str]) -> None:
         module.__class__ = type(type(module).__name__, (_PassedBy, part, type(module)), {})
 
 
+def installed(model: nn.Module, tower: str) -> bool:
+    """Whether the tower takes its prefix's output."""
+    return isinstance(getattr(model, tower, None), _PassedBy)
+
+
 @torch.no_grad()
 def run(model: nn.Module, tower: str, given: Tensor) -> Tensor:
     """(B, F) output of the tower's prefix for images or tokens; the prefix should be in eval mode."""

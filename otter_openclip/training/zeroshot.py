@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from clip_benchmark.datasets.builder import build_wds_dataset
 from open_clip import get_input_dtype
 from open_clip_train.distributed import world_info_from_env
@@ -24,6 +26,7 @@ from otter_openclip.evaluation.folders import check_webdataset
 from otter_openclip.evaluation.labelled_images import MultiLabelImages, encode_images
 from otter_openclip.evaluation.metrics import KS, multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts
+from otter_openclip.features import prefix
 
 BEST = "best.pt"
 CRITERION = "zeroshot-flat_hit@1"
@@ -58,6 +61,7 @@ class ZeroShotEvaluation:
         self.dataset = build_wds_dataset("zeroshot", transform, "test", folder)
         self.prompts = class_prompts(self.dataset)
         self._images().check()
+        self._frozen: Any = None  # what a frozen prefix gives for the images, and their labels
 
     def _images(self) -> MultiLabelImages:
         return MultiLabelImages(self.dataset, self.transform, len(self.dataset.classes))
@@ -74,9 +78,8 @@ class ZeroShotEvaluation:
             classes = class_features(
                 student, tokenizer, self.prompts, device=device, autocast=autocast
             )
-            features, labels = encode_images(
+            features, labels = self._encoded(
                 student,
-                self._images(),
                 device=device,
                 autocast=autocast,
                 dtype=get_input_dtype(args.precision),
@@ -85,6 +88,21 @@ class ZeroShotEvaluation:
             )
             found = multilabel_metrics(features.float().to(device), classes.float(), labels, KS)
         return {**{f"zeroshot-{name}": value for name, value in found.items()}, "epoch": epoch}
+
+    def _encoded(self, model: nn.Module, **how: Any) -> tuple[torch.Tensor, Any]:
+        """As ``encode_images``; images go through a frozen prefix once in a run."""
+        if not prefix.installed(model, "visual"):
+            return encode_images(model, self._images(), **how)
+        if self._frozen is None:
+            encode = functools.partial(prefix.run, model, "visual")
+            self._frozen = encode_images(model, self._images(), encode=encode, **how)
+        kept, labels = self._frozen
+        with how["autocast"]():
+            parts = [
+                F.normalize(model.encode_image(part.to(how["device"])), dim=-1).cpu()
+                for part in kept.split(how["batch_size"])
+            ]
+        return torch.cat(parts), labels
 
 
 @contextlib.contextmanager
