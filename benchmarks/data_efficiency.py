@@ -136,7 +136,8 @@ class Study:
             add(f"{name}: as tuned on {first}", count, self.transfer, name)
         for name in self.place.sources:
             seeds, most = cells // len(TUNED_NOISE), max(self.sizes(name))
-            count = seeds * (losses + self._row_count(most, MOST_PAIRS))
+            longer = losses + 2 * (LARGE_BATCHES[-1] <= most)
+            count = seeds * (longer + self._row_count(most, MOST_PAIRS))
             add(f"{name}: {most:,} pairs", count, self.most_pairs, name)
         for name in self.place.sources:
             title = f"{name}: tuned at {max(self.sizes(name)):,} pairs"
@@ -297,10 +298,14 @@ class Study:
             self._ablate(rows)
 
     def most_pairs(self, name: str) -> None:
-        """The same at the most pairs, without noise, and all losses for longer."""
+        """The same at the most pairs, without noise, and all losses and the largest batch for longer."""
         for seed in range(min(ABLATION_SEEDS, self.args.seeds)):
             rows = self._rows(name, seed, TUNED_NOISE[0], max(self.sizes(name)), MOST_PAIRS)
-            for title in [TITLES[loss] for loss in LOSSES]:
+            largest = f", batch {LARGE_BATCHES[-1]}"
+            longer = [
+                title for title in rows if title in TITLES.values() or title.endswith(largest)
+            ]
+            for title in longer:
                 steps = LONGER * rows[title].steps
                 rows[f"{title}, {LONGER} times the steps"] = rows[title]._replace(steps=steps)
             self._ablate(rows)
