@@ -108,11 +108,16 @@ def running(monkeypatch: pytest.MonkeyPatch, cache: str) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
-    getattr(huggingface_hub, "close_session", lambda: None)()  # made while offline
+    _forget_session()  # made while offline
     try:
         yield hub
     finally:
         hub.shutdown()
         hub.server_close()
         thread.join()
-        getattr(huggingface_hub, "close_session", lambda: None)()
+        _forget_session()
+
+
+def _forget_session() -> None:
+    """Called ``reset_sessions`` before huggingface_hub 1.0."""
+    (getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions)()

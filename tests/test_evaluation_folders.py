@@ -121,7 +121,7 @@ SAMPLES = [
     ({"jpg": None, "webp": WHOLE["webp"][:-9]}, "unreadable image: "),
     (
         {"jpg": None, "png": picture("I;16", np.uint16, RAMP)},
-        "image (mode I;16), which loaders cut off at 0 and 255: 62% of it is white then, 12% black",
+        "), which loaders cut off at 0 and 255: 62% of it is white then, 12% black",
     ),
     (
         {"jpg": None, "png": picture("F", np.float32, np.linspace(0, 1, 8), "TIFF")},

@@ -9,7 +9,9 @@ import pytest
 
 
 def test_under_the_interpreter():
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if triton.__version__.startswith("3.0."):
+        pytest.skip("Triton 3.0's interpreter refuses arange of constants")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "interpreted_kernels.py"],
         cwd=Path(__file__).parent,

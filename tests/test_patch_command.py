@@ -541,7 +541,8 @@ def test_a_failure_takes_everything_back(name, refusing, action, links, site, ru
         except KeyboardInterrupt:
             code, err = None, ""
     if code == 0:  # nothing to unlink in this direction
-        assert name == "unlink" and action == "--revert"
+        own = sys.version_info < (3, 11)  # pathlib then has an unlink of its own
+        assert name == "unlink" and (action == "--revert" or own)
         return
     assert code is None or ("cannot write: " in err and "No file was changed. Fix: make" in err)
     new = snapshot(site)
