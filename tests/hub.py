@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +16,6 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub import constants
 
 COMMIT = "0" * 40
 
@@ -102,11 +103,20 @@ def running(monkeypatch: pytest.MonkeyPatch, cache: str) -> Iterator[Hub]:
     hub = Hub()
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     template = "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
+    values = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + template,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": cache,
+    }
+    # Before huggingface_hub 0.25 its modules had copies of their own.
+    modules = [
+        module for name, module in sys.modules.items() if name.startswith("huggingface_hub.")
+    ]
+    for module, (name, value) in itertools.product(modules, values.items()):
+        if name in vars(module):
+            monkeypatch.setattr(module, name, value)
     monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
     _forget_session()  # made while offline
     try:
