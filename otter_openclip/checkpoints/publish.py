@@ -56,18 +56,18 @@ def push(out: Path, repository: str, *, private: bool) -> str:
                 )
     try:
         api = HfApi()
-        api.create_repo(repository, private=private, exist_ok=True)
+        url = api.create_repo(repository, private=private, exist_ok=True)
         kept = api.file_exists(repository, CARD_FILE)
         if kept:
             del contents[CARD_FILE]
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        done = api.create_commit(repository, operations, commit_message="Add model")
+        api.create_commit(repository, operations, commit_message="Add model")
     except Exception as error:  # network, credentials, names
         raise RuntimeError(
             f"{out} is complete, but could not be pushed to {repository}: {error}; see `hf auth login`"
         ) from error
     note = f"; it has a {CARD_FILE} already, which stays: the new one is in {out}" if kept else ""
-    return f"Pushed to {done.repo_url}{note}"
+    return f"Pushed to {url}{note}"
 
 
 def _portable(text: str, repository: str) -> str:
