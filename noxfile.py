@@ -17,16 +17,8 @@ PYTHONS = nox.project.python_versions(nox.project.load_toml("pyproject.toml"), m
 
 def run_tests(session: nox.Session, *args: str, **env: str) -> None:
     """Pytest with two processes of one thread."""
-    session.run(
-        "python",
-        "-m",
-        "pytest",
-        "-n",
-        "2",
-        *args,
-        *session.posargs,
-        env={"OMP_NUM_THREADS": "1", **env},
-    )
+    words = ("python", "-m", "pytest", "-n", "2", *args, *session.posargs)
+    session.run(*words, env={"OMP_NUM_THREADS": "1", **env})
 
 
 @nox.session(python=PYTHONS)
