@@ -274,7 +274,7 @@ def broken(parts, folder, change):
         ({"model_type": "distilbert"}, "kinds roberta, .*but .* is a distilbert"),
         ({"num_hidden_layers": 3}, "encoder.layer.2.* is missing"),
         ({"num_hidden_layers": 1}, "encoder.layer.1.* is not the tower's"),
-        ({"intermediate_size": 8}, r"is \(16, 64\), the tower's \(8, 64\)"),
+        ({"intermediate_size": 8}, r"is \(16, 64\), the tower's \(8, 64\)|dense.bias is missing"),
         ({"vocab_size": 9}, "has 14 tokens, the text tower 9"),
         ({"pad_token_id": 3}, "pads with 0, but its config.json says pad_token_id 3"),
         ({"pad_token_id": None, "pad_token": None}, "tokenizer of .*text has no pad token"),

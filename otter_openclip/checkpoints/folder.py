@@ -84,6 +84,8 @@ def write_folder(
         except SafetensorError as error:
             raise OSError(f"{out} cannot be written, and nothing is there: {error}") from error
         if isinstance(tokenizer, HFTokenizer):
+            # Transformers 4.5x would write templates of several names to files that are called so.
+            tokenizer.tokenizer.chat_template = None
             tokenizer.save_pretrained(temporary)
         tower = config["text_cfg"].get("hf_model_name")
         if tower:

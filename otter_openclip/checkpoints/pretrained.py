@@ -111,8 +111,11 @@ def _pretrained_text(text: str, config: PretrainedConfig, pooler: str) -> dict[s
     state = dict(read.state_dict())
     for key in found["missing_keys"]:
         state.pop(key, None)
-    for key, shape, *_ in found["mismatched_keys"]:
-        state[key] = torch.empty(shape)
+    for entry in found["mismatched_keys"]:
+        if isinstance(entry, str):  # transformers 4.5x does not say the shape
+            state.pop(entry)
+        else:
+            state[entry[0]] = torch.empty(entry[1])
     parts = {name for name, _ in read.named_children()}
     more = [key for key in found["unexpected_keys"] if key.split(".")[0] in parts]
     return state | {key: torch.empty(0) for key in more}
