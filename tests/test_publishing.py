@@ -59,7 +59,7 @@ def test_a_pushed_model_loads_from_the_hub_and_names_nothing_of_this_machine(
     for name, content in files.items():
         assert str(tmp_path.parent).encode() not in content, name
         assert b"/home/me" not in content, name
-    if transformers.__version__ < "5":
+    if int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip(
             "what was pushed is right; transformers 4 stays offline, as it was at its import"
         )
