@@ -6,7 +6,6 @@ Each environment holds a whole torch, some 6 GB. Arguments after ``--`` are pyte
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import nox
 
@@ -42,15 +41,3 @@ def open_clip_3_2(session: nox.Session) -> None:
     """The oldest open_clip, on otherwise new versions; of transformers it knows only 4."""
     session.install("-e", ".[dev]", "pip", "open_clip_torch==3.2.0", "transformers<5")
     run_tests(session)
-
-
-@nox.session(python=PYTHONS[1])
-def open_clip_4(session: nox.Session) -> None:
-    """The seam with open_clip 4.x: ``nox -s open_clip_4 -- CHECKOUT`` of its main branch."""
-    if not session.posargs or not Path(session.posargs[0], "src", "open_clip").is_dir():
-        session.error("name a checkout of open_clip's main branch: nox -s open_clip_4 -- CHECKOUT")
-    checkout = Path(session.posargs.pop(0)).resolve()
-    session.install("-e", ".[dev]")
-    files = ("open_clip_v4", "frozen", "first_version")
-    tests = (f"tests/test_{name}.py" for name in files)
-    run_tests(session, *tests, PYTHONPATH=str(checkout / "src"))

@@ -17,8 +17,8 @@ from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from otter_openclip import cli
-from otter_openclip.checkpoints.folder import read_file
-from otter_openclip.features.store import DIGEST, _load
+from otter_openclip.checkpoints.contents import read_file
+from otter_openclip.frozen.store import DIGEST, _load
 
 MODEL = "killed"
 SHARDS = 2

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from benchmarks import common, efficiency_report
 from benchmarks.efficiency_runs import IMAGES, Run, Source, Workplace, files_digest
-from otter_openclip.demo import dataset as glyphs
+from otter_openclip.compare import dataset as glyphs
 
 LOSSES = ("infonce", "ls", "kd", "otter")
 TITLES = efficiency_report.NAMES

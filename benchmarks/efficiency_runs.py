@@ -35,9 +35,8 @@ from tqdm import tqdm
 
 import otter_openclip
 from otter_openclip import train
-from otter_openclip.demo.dataset import write_tar
+from otter_openclip.compare.dataset import write_tar
 from otter_openclip.evaluation import multilabel_metrics
-from otter_openclip.evaluation.folders import check_webdataset
 from otter_openclip.evaluation.labelled_images import (
     ImageError,
     MultiLabelImages,
@@ -45,9 +44,10 @@ from otter_openclip.evaluation.labelled_images import (
     is_multilabel,
 )
 from otter_openclip.evaluation.prompts import class_prompts
-from otter_openclip.features.prefix import find_prefixes, install
-from otter_openclip.features.prefix import run as run_prefix
+from otter_openclip.evaluation.validator import check_webdataset
 from otter_openclip.files import write_json, written_whole
+from otter_openclip.frozen.prefix import find_prefixes, install
+from otter_openclip.frozen.prefix import run as run_prefix
 
 SHARDS = 4
 IMAGES = ("jpg", "png", "jpeg", "webp")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from benchmarks import common
-from otter_openclip.towers import make_towers
+from otter_openclip.model_folders.towers import make_towers
 
 LOCKS = {
     "image": ["--lock-image"],

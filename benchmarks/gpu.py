@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from benchmarks import common, kernels, loss, step
 from otter_openclip import EmaTeacher, OtterLoss
-from otter_openclip.precision import float32_math
-from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
+from otter_openclip.numerics import float32_math
+from otter_openclip.training.student_with_teacher import StudentWithTeacher, as_teacher
 
 Rows = list[dict[str, Any]]
 DTYPES = (torch.float32, torch.bfloat16)

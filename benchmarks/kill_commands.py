@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from benchmarks import command_inputs
 from otter_openclip import cli
-from otter_openclip.features import encoding
+from otter_openclip.frozen import encoding
 from otter_openclip.terminating import EXIT_CODE
 
 # When: at a share of the undisturbed command's time, or as soon as a file that matches is there.

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks import common, processes
 from benchmarks.command_inputs import VIT, Inputs
 from otter_openclip import cli
-from otter_openclip.checkpoints.folder import read_file
+from otter_openclip.checkpoints.contents import read_file
 from otter_openclip.files import write_json
 from otter_openclip.replacing import replaced
 from otter_openclip.training.plugin import TrainingPlugin

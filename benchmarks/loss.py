@@ -135,7 +135,7 @@ def plan_alone(
     while error(geomloss.solve(cost, reg=epsilon, max_iter=updates).plan) > ours and updates < 80:
         updates *= 2
     calls = {
-        "otter_openclip.sinkhorn": lambda: sinkhorn(cost, epsilon, iterations),
+        "otter_openclip.transport": lambda: sinkhorn(cost, epsilon, iterations),
         "POT, torch": lambda: ot.sinkhorn(mass, mass, cost, epsilon, **settings),
         "POT, numpy": lambda: ot.sinkhorn(numpy_mass, numpy_mass, array, epsilon, **settings),
         f"geomloss, {updates} updates": lambda: (

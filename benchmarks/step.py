@@ -2,7 +2,7 @@
 
 Both are what the training command runs for a batch that is already on the device: forward under its
 autocast, loss, backward, optimizer and, for OTTER, the EMA teacher. The floor is 4/3: a step of CLIP is
-about three forwards, and the teacher adds one. Under open_clip 4.x the steps are those of its tasks.
+about three forwards, and the teacher adds one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from open_clip_train.precision import get_autocast
 
 from benchmarks import common
 from otter_openclip import EmaTeacher, OtterLoss
-from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
+from otter_openclip.training.student_with_teacher import StudentWithTeacher, as_teacher
 
 
 class Step:
@@ -85,37 +85,11 @@ class Step:
         }
 
 
-class TaskStep(Step):
-    """The same by a task of open_clip 4.x."""
-
-    def build(self, loss: str, device: str) -> list[torch.nn.Parameter]:
-        """Make the task; returns all parameters."""
-        from open_clip.task import CLIPTask
-
-        from otter_openclip.training.task import OtterTask
-
-        self.task = CLIPTask(self.student)
-        self.teacher = None
-        if loss == "otter":
-            self.task = OtterTask(self.student, loss=OtterLoss().to(device)).setup_ema()
-            self.teacher = self.task.trainable_module_ema
-        self.loss = self.task.loss
-        self.task.train()
-        return [*self.student.parameters(), *self.loss.parameters()]
-
-    def forward(self) -> torch.Tensor:
-        """Loss of the batch."""
-        with self.autocast():
-            losses, _ = self.task({"image": self.images, "text": self.texts})
-        return losses["loss"]
-
-
 def compare(
     name: str, batch: int, rounds: int, device: str, precision: str
 ) -> list[dict[str, Any]]:
     """Rows for the two steps and for OTTER's additions."""
-    step = TaskStep if hasattr(open_clip, "create_task") else Step
-    steps = {loss: step(loss, name, batch, device, precision) for loss in ("clip", "otter")}
+    steps = {loss: Step(loss, name, batch, device, precision) for loss in ("clip", "otter")}
     seconds = common.paired(dict(steps), rounds, device, f"{name}, steps")
     parts = common.paired(steps["otter"].parts(), rounds, device, f"{name}, parts")
     clip = statistics.median(seconds["clip"])

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from otter_openclip import models
+from otter_openclip import model_configs
 
 if TYPE_CHECKING:
     from otter_openclip.losses import DistillationLoss, LabelSmoothingLoss, OtterLoss
-    from otter_openclip.sinkhorn import sinkhorn
     from otter_openclip.teacher import EmaTeacher
+    from otter_openclip.transport import sinkhorn
 
 __version__ = "0.1.0"
 __all__ = ["DistillationLoss", "EmaTeacher", "LabelSmoothingLoss", "OtterLoss", "sinkhorn"]
@@ -23,19 +21,8 @@ _MODULES = {
     "EmaTeacher": "teacher",
     "LabelSmoothingLoss": "losses",
     "OtterLoss": "losses",
-    "sinkhorn": "sinkhorn",
+    "sinkhorn": "transport",
 }
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        # ``sinkhorn`` is the function; importing the module of that name would put itself in its place.
-        if name in _MODULES and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
@@ -50,4 +37,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-models.register()
+model_configs.register()

@@ -1,31 +1,195 @@
-"""The ``otter-openclip`` command."""
+"""The ``otter-openclip`` command: a table of what there is, and errors that name what is nearest."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import importlib.util
+import math
+import re
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
-from otter_openclip.flags import Command, run_command
+_UNKNOWN = "unrecognized arguments: "
+MAX_COUNT = 2**31 - 1  # of whole numbers: what seeds and counts fit everywhere
+
+
+class Command(NamedTuple):
+    """A command's module, imported only when the command is used.
+
+    It has ``add_arguments(parser)`` and ``main(args)``; or, where another package parses its flags or it
+    has commands of its own (``own_parser``), ``main(argv)``. Both give the exit code.
+    """
+
+    module: str
+    help: str
+    own_parser: bool = False
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no empty value, and names what is nearest to a wrong word."""
+
+    def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore
+        """As argparse's, for ``args`` that are given."""
+        self._given = args
+        parsed = super().parse_args(args, namespace)
+        check_repeated(self, args, refuse_lists=True)
+        for action in self._actions:
+            if "" in as_list(getattr(parsed, action.dest, None)):
+                self.error(f"argument {name_of(action)}: expected a value, got ''")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and ``message``, and exit with 2."""
+        known = self._option_string_actions
+        if message.startswith("the following arguments are required"):
+            # One of them may be there, misspelt.
+            wrong = [w for w in self._given if w.startswith("--") and not find_flags(self, w)]
+            message += f"; {name_nearest(_UNKNOWN + ' '.join(wrong), known)}" if wrong else ""
+        super().error(name_nearest(message, known))
+
+
+def needs(module: str, extra: str) -> None:
+    """Raise RuntimeError, with the package's extra to install, if ``module`` is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise RuntimeError(f"{module} is not installed; pip install 'otter-openclip[{extra}]'")
+
+
+def name_of(action: argparse.Action) -> str:
+    """An argument as messages name it."""
+    return action.option_strings[-1] if action.option_strings else str(action.metavar)
+
+
+def as_list(value: Any) -> list[Any]:
+    """The values of an argument that may take several."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def find_flags(parser: argparse.ArgumentParser, word: str) -> list[argparse.Action]:
+    """The flags that a word of a command line can stand for, whole, with ``=value`` or abbreviated."""
+    name, known = word.split("=")[0], parser._option_string_actions
+    if name in known:
+        return [known[name]]
+    near = (action for flag, action in known.items() if flag.startswith(name))
+    return list(dict.fromkeys(near)) if name.startswith("--") and name != "--" else []
+
+
+def check_repeated(
+    parser: argparse.ArgumentParser, words: Sequence[str], *, refuse_lists: bool = False
+) -> None:
+    """Say that of a flag which ``words``, which parse, have more than once the last value counts.
+
+    Two recipes (``--config``) are an error, and so are with ``refuse_lists`` two lists of values.
+    """
+    words = words[: words.index("--")] if "--" in words else words
+    found = [find_flags(parser, word) for word in words]
+    counts = Counter(actions[0] for actions in found if len(actions) == 1)
+    for action in (action for action, count in counts.items() if count > 1 and action.nargs != 0):
+        fault = f"argument {name_of(action)}: given more than once"
+        if name_of(action) == "--config":
+            parser.error(f"{fault}; recipes are not merged, drop all but one")
+        if refuse_lists and action.nargs in ("+", "*"):
+            parser.error(f"{fault}; give all its values after one")
+        print(f"{parser.prog}: warning: {fault}; the last counts", file=sys.stderr)
+
+
+def number(
+    low: float, high: float = math.inf, kind: type = float, *, open_low: bool = False
+) -> Callable[[str], float]:
+    """A type for argparse: finite numbers of ``kind`` from ``low``, or above it, to ``high``."""
+    if kind is int:
+        high = min(high, MAX_COUNT)
+    bound = f"{'above' if open_low else 'at least'} {low:g}"
+    if high != math.inf and high != MAX_COUNT:
+        bound += f" and at most {high:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {noun}, got {text!r}") from None
+        inside = value > low if open_low else value >= low
+        if not (inside and value <= high and value != math.inf):
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+    return parse
+
+
+positive = number(1, kind=int)
+
+
+def run_command(
+    prog: str, description: str | None, commands: Mapping[str, Command], argv: Sequence[str]
+) -> int:
+    """Run the one of ``commands`` that ``argv`` begins with; returns its exit code.
+
+    User errors that it raises are printed and give 2.
+
+    Raises:
+        SystemExit: for help, and for words that do not parse.
+    """
+    parser = Parser(prog=prog, description=description)
+    names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in commands.items():
+        names.add_parser(name, help=command.help, add_help=False)
+    name = parser.parse_args(argv[:1]).command
+    module = importlib.import_module(commands[name].module)
+    if commands[name].own_parser:
+        return module.main(argv[1:])
+    parser = Parser(prog=f"{prog} {name}", description=module.__doc__)
+    parser.set_defaults(command=name)
+    module.add_arguments(parser)
+    args = parser.parse_args(argv[1:])
+    try:
+        return module.main(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{prog} {name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def name_nearest(message: str, known: Iterable[str]) -> str:
+    """argparse's error ``message``, with what the user may have meant.
+
+    That is the nearest of the ``known`` flags to each unrecognised one, and the nearest choice to an
+    invalid one.
+    """
+    known = list(known)
+    unknown = re.match(rf"(?:the following.*; )?{_UNKNOWN}(.*)", message)
+    for word in unknown[1].split() if unknown else []:
+        near = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.7)
+        if word.startswith("--") and near:
+            message += f" (did you mean {near[0]}?)"
+    invalid = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+    if invalid:
+        choices = [choice.strip(" '") for choice in invalid[2].split(",")]
+        near = difflib.get_close_matches(invalid[1], choices, n=1)
+        message += f" (did you mean {near[0]}?)" if near else ""
+    return message
+
 
 COMMANDS = {
     "train": Command(
         "otter_openclip.train", "open_clip's training command with --loss otter", own_parser=True
     ),
     "eval": Command(
-        "otter_openclip.evaluation.eval",
+        "otter_openclip.evaluation.evaluator",
         "clip_benchmark's eval with F@K, for any number of classes",
         own_parser=True,
     ),
     "export": Command(
-        "otter_openclip.checkpoints.export_command",
+        "otter_openclip.model_folders.export_command",
         "turn a training checkpoint into a folder for open_clip.create_model",
     ),
     "convert": Command(
-        "otter_openclip.checkpoints.convert_command",
+        "otter_openclip.model_folders.convert_command",
         "turn a checkpoint of facebookresearch/OTTER into such a folder",
     ),
     "towers": Command(
-        "otter_openclip.towers_command",
+        "otter_openclip.model_folders.towers_command",
         "put two pretrained towers, timm's and Hugging Face's, together into such a folder",
     ),
     "data": Command(
@@ -42,7 +206,7 @@ COMMANDS = {
         "patch open_clip or clip_benchmark to know --loss otter, and back",
     ),
     "demo": Command(
-        "otter_openclip.demo", "the course of InfoNCE and OTTER on two pretrained towers"
+        "otter_openclip.compare", "the course of InfoNCE and OTTER on two pretrained towers"
     ),
 }
 

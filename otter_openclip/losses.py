@@ -22,9 +22,15 @@ from open_clip.loss import gather_features
 from torch import Tensor, nn
 
 from otter_openclip import fast
-from otter_openclip.checks import check_choice, check_count, check_features, check_interval
-from otter_openclip.precision import at_least_float32, float32_math
-from otter_openclip.sinkhorn import log_sinkhorn
+from otter_openclip.numerics import (
+    at_least_float32,
+    check_choice,
+    check_count,
+    check_features,
+    check_interval,
+    float32_math,
+)
+from otter_openclip.transport import log_sinkhorn
 
 INITIAL_LOG_SCALE = 3.9
 MAX_LOG_SCALE = math.log(100.0)

@@ -8,7 +8,7 @@ import torch
 from timm.utils import ModelEmaV3, unwrap_model
 from torch import nn
 
-from otter_openclip.checks import check_interval
+from otter_openclip.numerics import check_interval
 
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -16,8 +16,8 @@ import torch.distributed.run
 import training_helpers
 
 from otter_openclip import cli
+from otter_openclip.cli import Command
 from otter_openclip.evaluation import eval as evaluation
-from otter_openclip.flags import Command
 from otter_openclip.training import train_flags
 
 if sys.version_info >= (3, 11):

@@ -6,12 +6,12 @@ from argparse import Namespace
 import open_clip
 import pytest
 import torch
+from otter_openclip.training.seam import Run
 from training_helpers import parse_args as parse
 
 from otter_openclip.training import open_clip_v3, train_flags
 from otter_openclip.training.objectives import create_loss
 from otter_openclip.training.plugin import TrainingPlugin
-from otter_openclip.training.seam import Run
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertTokenizerFast, R
 
 from otter_openclip import cli
 from otter_openclip.checkpoints import convert
-from otter_openclip.checkpoints.convert import convert_checkpoint
+from otter_openclip.model_folders.convert import convert_checkpoint
 
 WIDTH = 16  # of the text tower
 ARGS = {"image_arch": "test_resnet", "text_arch": "declutr-sci-base", "max_token_length": 7}

@@ -16,8 +16,8 @@ from test_towers import image_tower, text_folder
 
 from benchmarks import data_efficiency, efficiency_report, efficiency_runs, forgetting
 from benchmarks.efficiency_runs import Run, draw, halves, last_logged
-from otter_openclip.demo.dataset import write_tar
-from otter_openclip.towers import make_towers
+from otter_openclip.compare.dataset import write_tar
+from otter_openclip.model_folders.towers import make_towers
 
 RUN = Run("photos", 36, 0.4, 0, "otter", 1e-2, 3, 2.0, 0.2, 12)
 

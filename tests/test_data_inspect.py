@@ -10,7 +10,7 @@ from data_helpers import encoded, jpeg, run, write_tar
 from PIL import Image
 
 from otter_openclip.data.inspect import Look
-from otter_openclip.evaluation import shard_samples
+from otter_openclip.shards import read as shard_samples
 
 
 def npy(*values):

@@ -16,8 +16,8 @@ import webdataset
 from conftest import CLASSES
 
 from otter_openclip import cli
-from otter_openclip.demo import dataset, glyphs, packaged, pipeline
-from otter_openclip.demo.report import strongest_block
+from otter_openclip.compare import dataset, glyphs, packaged, pipeline
+from otter_openclip.compare.report import strongest_block
 
 
 def test_the_sixteen_faces():

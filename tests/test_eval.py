@@ -23,9 +23,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from otter_openclip import cli
-from otter_openclip.checkpoints.export import export_checkpoint
 from otter_openclip.data import inspect
 from otter_openclip.evaluation import classifier, multilabel_metrics, prompts, run
+from otter_openclip.model_folders.export import export_checkpoint
 from otter_openclip.preprocessing import evaluation_transform
 
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"

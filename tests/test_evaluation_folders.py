@@ -11,7 +11,7 @@ from PIL import Image
 
 from otter_openclip import cli
 from otter_openclip.evaluation import folders, prompts
-from otter_openclip.training.open_clip_v3 import main as train
+from otter_openclip.training.launcher import main as train
 
 NAMES = ["ball", "bat, big", "Kakigōri"]
 CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"

@@ -15,7 +15,7 @@ from training_helpers import load, train
 
 from otter_openclip import cli
 from otter_openclip.checkpoints import export, folder
-from otter_openclip.checkpoints.export import export_checkpoint
+from otter_openclip.model_folders.export import export_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from open_clip_train.train import AverageMeter
 from PIL import Image
 from training_helpers import assert_same, load, train
 
-from otter_openclip.features import encoding, filling, prefix
-from otter_openclip.features.cached import _Gather
-from otter_openclip.features.store import FeatureStore, digest
+from otter_openclip.frozen import encoding, filling, prefix
+from otter_openclip.frozen.cached import _Gather
+from otter_openclip.frozen.store import FeatureStore, digest
 
 LOCK_TEXT = ["--lock-text", "--lock-text-freeze-layer-norm"]
 LOCKS = {

@@ -11,9 +11,9 @@ from timm.layers import BatchNormAct2d
 from training_helpers import assert_same, load, train
 
 from otter_openclip import EmaTeacher
-from otter_openclip.checkpoints.export import export_checkpoint
-from otter_openclip.features.prefix import find_prefixes, install, left_out, run
-from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
+from otter_openclip.frozen.prefix import find_prefixes, install, left_out, run
+from otter_openclip.model_folders.export import export_checkpoint
+from otter_openclip.training.student_with_teacher import StudentWithTeacher, as_teacher
 
 FREEZE = ["--lock-image", "--lock-image-freeze-bn-stats"]
 LOCK_TEXT = ["--lock-text", "--lock-text-freeze-layer-norm"]

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from otter_openclip.checkpoints.export import export_checkpoint
-from otter_openclip.checkpoints.layout import TEACHER
+from otter_openclip.checkpoints.contents import TEACHER
+from otter_openclip.model_folders.export import export_checkpoint
 
 TINY = {"context_length": 8, "vocab_size": 49408, "width": 2, "heads": 1, "layers": 1}
 CONFIG = {

@@ -1,4 +1,4 @@
-"""On a GPU: precision, Triton, read-backs, NCCL. OTTER_TEST_DEVICE=cpu tries these tests themselves.
+"""On a GPU: precision, read-backs, NCCL. OTTER_TEST_DEVICE=cpu tries these tests themselves.
 
 The tests against recorded values are parametrised by device where they are.
 """
@@ -16,8 +16,7 @@ from test_teacher import check_trajectory
 from training_helpers import assert_same, flags, load, train
 
 from otter_openclip import DistillationLoss, EmaTeacher, OtterLoss
-from otter_openclip.fast import engine
-from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
+from otter_openclip.training.student_with_teacher import StudentWithTeacher, as_teacher
 
 HERE = Path(__file__).parent
 DEVICE = os.environ.get("OTTER_TEST_DEVICE", "cuda")
@@ -57,23 +56,6 @@ def test_recorded_trajectories_under_autocast(case, make_loss, decay, lr, dtype,
     """Weights in float32, towers under ``amp`` and ``amp_bf16``; loss and teacher stay exact."""
     autocast = partial(torch.autocast, DEVICE, dtype, enabled=dtype != torch.float32)
     check_trajectory(case, make_loss, decay, lr, DEVICE, torch.float32, autocast, bound)
-
-
-@pytest.mark.skipif(DEVICE != "cuda", reason="Triton needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_triton_is_chosen_under_amp(dtype, monkeypatch):
-    from otter_openclip.fast import triton_plans
-
-    made = []
-    stock = triton_plans.TritonPlans
-    monkeypatch.setattr(triton_plans, "TritonPlans", lambda *a: made.append(a) or stock(*a))
-    inputs = [
-        x.float().to(DEVICE) for x in features(300, 64)
-    ]  # as autocast's normalise leaves them
-    inputs[0].requires_grad_()
-    with torch.autocast(DEVICE, dtype):
-        sum(OtterLoss(impl="streaming").to(DEVICE)(*inputs[:2], 30.0, *inputs[2:])).backward()
-    assert len(made) == 1 and engine._triton(torch.device(DEVICE)) is triton_plans
 
 
 @pytest.mark.parametrize("impl", ["plain", "dense", "streaming"])

@@ -14,8 +14,8 @@ from training_helpers import load, train
 from training_helpers import parse_args as parse
 from transformers import AutoConfig, BertConfig, RobertaConfig
 
-from otter_openclip.checkpoints.convert import TEXT_TOWERS
-from otter_openclip.checkpoints.export import export_checkpoint
+from otter_openclip.model_folders.convert import TEXT_TOWERS
+from otter_openclip.model_folders.export import export_checkpoint
 from otter_openclip.preprocessing import (
     evaluation_transform,
     reference_transforms,

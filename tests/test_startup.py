@@ -100,7 +100,7 @@ def test_the_package_imports_what_is_used():
 )
 def test_sinkhorn_is_the_function_whatever_is_imported_first(first):
     done = forks.run(
-        "-c", f"{first}\nimport otter_openclip\nprint(otter_openclip.sinkhorn.__class__.__name__)"
+        "-c", f"{first}\nimport otter_openclip\nprint(otter_openclip.transport.__class__.__name__)"
     )
     assert done.stdout == "function\n", done.stderr
 
@@ -120,10 +120,10 @@ def test_sinkhorn_is_the_function_whatever_is_imported_first(first):
 def test_open_clip_knows_our_models(code):
     done = forks.run(
         "-c",
-        f"{code}\nimport sys, open_clip, inspect, otter_openclip.models\n"
+        f"{code}\nimport sys, open_clip, inspect, otter_openclip.model_configs\n"
         "assert 'otter-tiny-trial' in open_clip.list_models()\n"
         "paths = open_clip.factory._MODEL_CONFIG_PATHS\n"
-        "assert paths.count(otter_openclip.models.FOLDER) == 1, paths\n"
+        "assert paths.count(otter_openclip.model_configs.FOLDER) == 1, paths\n"
         "assert not [f for f in sys.meta_path if 'otter' in type(f).__module__]\n"
         "print(inspect.getsource(open_clip)[:4])",
     )

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.scaling import gathered_cost, without_features
 from otter_openclip import DistillationLoss, EmaTeacher, LabelSmoothingLoss, OtterLoss
-from otter_openclip.training.wrapper import StudentWithTeacher
+from otter_openclip.training.student_with_teacher import StudentWithTeacher
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from training_helpers import load, train
 from transformers import AutoModel, BertConfig, BertModel, BertTokenizerFast
 
 from otter_openclip import cli
-from otter_openclip.checkpoints.export import export_checkpoint
-from otter_openclip.towers import make_towers
+from otter_openclip.model_folders.export import export_checkpoint
+from otter_openclip.model_folders.towers import make_towers
 
 WIDTH = {"test_resnet": 96, "test_vit": 64, "test_efficientnet": 256}
 

@@ -15,7 +15,7 @@ from training_helpers import assert_same, flags, load, train
 
 from otter_openclip import cli
 from otter_openclip.training import zeroshot
-from otter_openclip.training.open_clip_v3 import main
+from otter_openclip.training.launcher import main
 from otter_openclip.training.zeroshot import ZeroShotEvaluation
 
 

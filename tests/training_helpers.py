@@ -25,8 +25,9 @@ COMMON = {
 
 def parse_args(*argv: str, prog: str | None = None) -> Any:
     """The command's parsed arguments, as its ``main`` gets them."""
-    from otter_openclip.training.plugin import TrainingPlugin
     from otter_openclip.training.seam import Run
+
+    from otter_openclip.training.plugin import TrainingPlugin
 
     return Run(TrainingPlugin(prog)).parse_args(list(argv))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from otter_openclip.flags import needs, positive
+from otter_openclip.cli import needs, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from otter_openclip.analysis.reading import Pair, thumbnail
-from otter_openclip.checkpoints.folder import CONFIG_FILE
-from otter_openclip.checkpoints.parts import check_moved
-from otter_openclip.features import prefix
-from otter_openclip.features.encoding import fingerprint
-from otter_openclip.features.store import DIGEST, FeatureStore, digest
+from otter_openclip.frozen import prefix
+from otter_openclip.frozen.encoding import fingerprint
+from otter_openclip.frozen.store import DIGEST, FeatureStore, digest
+from otter_openclip.model_folders.folder import CONFIG_FILE
+from otter_openclip.model_folders.parts import check_moved
 
 _BATCH = 64
 _KINDS = {"visual": "image", "text": "text"}  # of a feature cache's folders

@@ -19,10 +19,10 @@ from open_clip_train.data import expand_urls, get_dataset_size
 from PIL import Image
 from webdataset.gopen import gopen
 
-from otter_openclip.evaluation import shard_samples
-from otter_openclip.evaluation.faults import SampleError
-from otter_openclip.features.store import digest
-from otter_openclip.training.data_checks import TABLES, fault
+from otter_openclip.frozen.store import digest
+from otter_openclip.shards import read as shard_samples
+from otter_openclip.shards.faults import SampleError
+from otter_openclip.training.watch import TABLES, fault
 
 THUMBNAIL = 160  # pixels along the longer side
 _ROWS = 10_000  # of a table at once

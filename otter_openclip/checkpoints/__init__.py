@@ -1,1 +1,1 @@
-"""Checkpoints in, folders for stock open_clip out."""
+"""A run's checkpoints: the ``.pt`` files in its folder."""

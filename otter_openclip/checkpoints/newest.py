@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from otter_openclip.checkpoints.folder import read_file
+from otter_openclip.checkpoints.contents import read_file
 
 LATEST = "epoch_latest.pt"
 

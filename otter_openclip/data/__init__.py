@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from otter_openclip.flags import Command, run_command
+from otter_openclip.cli import Command, run_command
 
 _HELP = {
     "open-images": "Google Open Images' test split, for zero-shot evaluation",

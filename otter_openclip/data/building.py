@@ -30,8 +30,8 @@ from otter_openclip.data.lookup import AMBIGUOUS, MISSING, Downloaded, Paths
 from otter_openclip.data.plan import DROPPED_FILE, Plan, Sample
 from otter_openclip.data.pool import ordered_map
 from otter_openclip.data.unpacking import add_sample
-from otter_openclip.evaluation.faults import SampleError
 from otter_openclip.files import write_json, written_whole
+from otter_openclip.shards.faults import SampleError
 
 STATE_FOLDER, REPORT_FILE, UNDECODABLE = ".otter-build", "report.json", "undecodable"
 ENOUGH_SHARDS = 8

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from otter_openclip.evaluation.folders import Folder
+from otter_openclip.evaluation.validator import Folder
 from otter_openclip.files import written_whole
 
 THUMBNAIL = 160

@@ -24,14 +24,14 @@ import numpy as np
 from braceexpand import braceexpand
 from tqdm import tqdm
 
+from otter_openclip.cli import positive
 from otter_openclip.data.contact_sheet import FORMATS, THUMBNAIL, draw
 from otter_openclip.data.pool import default_workers, ordered_map
 from otter_openclip.data.sources import COMPRESSED, named
-from otter_openclip.evaluation import shard_samples
-from otter_openclip.evaluation.faults import Fault, SampleError
-from otter_openclip.evaluation.folders import Folder, is_evaluation, size_faults
+from otter_openclip.evaluation.validator import Folder, is_evaluation, size_faults
 from otter_openclip.files import make_room, write_json
-from otter_openclip.flags import positive
+from otter_openclip.shards import read as shard_samples
+from otter_openclip.shards.faults import Fault, SampleError
 
 SHOWN = 10
 TARS = (".tar", *COMPRESSED)

@@ -18,8 +18,8 @@ from otter_openclip.data.lookup import Paths
 from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import absolute
 from otter_openclip.data.tables import at, lines
-from otter_openclip.evaluation.folders import COUNT_FILE, TYPE_FILE
 from otter_openclip.evaluation.prompts import CLASSES_FILE, SIMPLE, TEMPLATES_FILE
+from otter_openclip.evaluation.validator import COUNT_FILE, TYPE_FILE
 from otter_openclip.files import write_text
 
 SPLIT = "test"

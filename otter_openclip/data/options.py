@@ -6,9 +6,9 @@ import argparse
 import re
 from collections.abc import Callable
 
+from otter_openclip.cli import positive
 from otter_openclip.data.pool import default_workers
 from otter_openclip.data.sources import absolute
-from otter_openclip.flags import positive
 
 
 def max_missing(text: str) -> Callable[[int], int]:

@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from otter_openclip.cli import number
 from otter_openclip.data.building import Build
 from otter_openclip.data.lookup import Downloaded, Paths
 from otter_openclip.data.options import add_output
 from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import absolute
 from otter_openclip.files import write_json
-from otter_openclip.flags import number
 
 
 def add_image_options(parser: argparse.ArgumentParser, images: str, *, required: bool) -> None:

@@ -23,8 +23,8 @@ import braceexpand
 
 from otter_openclip.data import tables
 from otter_openclip.data.decoding import IMAGE_SUFFIXES
-from otter_openclip.evaluation import shard_samples
-from otter_openclip.evaluation.faults import SampleError
+from otter_openclip.shards import read as shard_samples
+from otter_openclip.shards.faults import SampleError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ARCHIVES = (".tar", ".zip", *COMPRESSED)

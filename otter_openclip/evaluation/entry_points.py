@@ -16,8 +16,8 @@ from clip_benchmark.datasets.builder import build_wds_dataset
 from torch import nn
 
 from otter_openclip.evaluation import run
-from otter_openclip.evaluation.folders import check_webdataset
 from otter_openclip.evaluation.labelled_images import is_multilabel
+from otter_openclip.evaluation.validator import check_webdataset
 
 
 class NamedDataset:

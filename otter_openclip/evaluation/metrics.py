@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from otter_openclip.precision import at_least_float32
+from otter_openclip.numerics import at_least_float32
 
 KS = (1, 2, 5, 10)
 CHUNK_SIZE = 2**25

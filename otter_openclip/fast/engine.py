@@ -15,8 +15,6 @@ for upstream gradients a and b of the two terms, and never stored: each tile of 
 from __future__ import annotations
 
 import math
-import os
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from otter_openclip.fast import tiles
 from otter_openclip.fast.plans import LOG_ZERO, MAX_LOG_BOUND, LogPlans, ScalingPlans
 from otter_openclip.fast.ranks import GatherRows, all_reduce_logsumexp, gather_rows
-from otter_openclip.precision import at_least_float32, float32_math, half_precision, sum_dtype
+from otter_openclip.numerics import at_least_float32, float32_math, sum_dtype
 
 Pair = tuple[Tensor, Tensor]
 _UNIT_NORM = 1.01  # up to bfloat16's rounding
@@ -52,14 +50,14 @@ def terms(
         scales: scalars s and s_d.
         teacher: (B, D') features, likewise.
     """
-    (images, texts), half = student, half_precision(teacher)
+    images, texts = student
     statistics: dict[str, Tensor] = {}
     with float32_math(images.device.type):
         rows = at_least_float32(images)
         s, s_d = (torch.as_tensor(scale).reshape(()) for scale in scales)  # some models have (1,)
         sharded = loss.sharded
         columns = GatherRows.apply(texts, loss.world_size) if sharded else at_least_float32(texts)
-        found = _Terms.apply(rows, columns, s, s_d, loss, teacher, half, statistics)
+        found = _Terms.apply(rows, columns, s, s_d, loss, teacher, statistics)
     return (*found, statistics)
 
 
@@ -68,7 +66,7 @@ class _Terms(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, columns: Tensor, s: Tensor, s_d: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
-        loss, teacher, half, statistics = rest
+        loss, teacher, statistics = rest
         count, total = len(rows), len(columns)
         world_size = loss.world_size if loss.sharded else 1
         offset = loss.rank * count if loss.sharded else 0
@@ -76,7 +74,7 @@ class _Terms(torch.autograd.Function):
         cosines = tiles.RowTiles(
             lambda part, out: torch.mm(rows[part], columns.T, out=out), (count, total), rows, keep
         )
-        plans = _solved_plans(loss, teacher, offset, keep, half)
+        plans = _solved_plans(loss, teacher, offset, keep)
 
         row_norms, column_norms = rows.new_empty(2, count), rows.new_full((2, total), -math.inf)
         own_cosines = rows.new_empty(count)
@@ -108,7 +106,7 @@ class _Terms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         with float32_math(upstream[0].device.type):
-            return (*_gradients(ctx, upstream), None, None, None, None)
+            return (*_gradients(ctx, upstream), None, None, None)
 
 
 def _gradients(ctx: Any, upstream: tuple[Tensor, ...]) -> list[Tensor | None]:
@@ -146,21 +144,11 @@ def _gradients(ctx: Any, upstream: tuple[Tensor, ...]) -> list[Tensor | None]:
     return [row_gradient, column_gradient, *dtyped]
 
 
-def _solved_plans(
-    loss: Any, teacher: Pair, offset: int, keep: bool, half: torch.dtype | None
-) -> ScalingPlans:
-    """The plans of both directions, over the kernel of this rank's (image, text) features.
-
-    What is not kept comes, with ``half``, from that precision's products in Triton, where it works.
-    """
+def _solved_plans(loss: Any, teacher: Pair, offset: int, keep: bool) -> ScalingPlans:
+    """The plans of both directions, over the kernel of this rank's (image, text) features."""
     world_size = loss.world_size if loss.sharded else 1
-    given = [*teacher, *(gather_rows(x, world_size) for x in teacher)]
-    triton = None
-    if half is not None and not keep and loss.iterations > 0:
-        triton = _triton(given[0].device)
-    if triton is not None:
-        given = [x.to(half).contiguous() for x in given]
-    images, texts, all_images, all_texts = map(at_least_float32, given)
+    gathered = (gather_rows(x, world_size) for x in teacher)
+    images, texts, all_images, all_texts = map(at_least_float32, (*teacher, *gathered))
     coefs = tuple(loss.teacher_scale * c for c in (loss.vv_coef, loss.tt_coef, 1.0))
     count, total = len(images), len(all_images)
     # Largest |S / lambda|. Measuring norms would stall a GPU's queue: there they are taken to be 1.
@@ -168,7 +156,7 @@ def _solved_plans(
     if images.device.type == "cpu":
         v, t = (float(x.norm(dim=1).max()) for x in (all_images, all_texts))
     bound = coefs[0] * v * v + coefs[1] * t * t + coefs[2] * v * t
-    scaling = bound <= MAX_LOG_BOUND and triton is None
+    scaling = bound <= MAX_LOG_BOUND
     removed = loss.remove_diagonal and total > 1
 
     def write(part: slice, out: Tensor) -> None:
@@ -183,24 +171,9 @@ def _solved_plans(
             _own_pairs(out, part, offset).fill_(0.0 if scaling else LOG_ZERO)
 
     kernel = tiles.RowTiles(write, (count, total), images, keep)
-    if triton is not None:
-        diagonal = offset if removed else None
-        plans = triton.TritonPlans(kernel, world_size, given, coefs, bound, diagonal)
-    else:
-        plans = (ScalingPlans if scaling else LogPlans)(kernel, world_size)
+    plans = (ScalingPlans if scaling else LogPlans)(kernel, world_size)
     plans.solve(loss.iterations)
     return plans
-
-
-def _triton(device: torch.device) -> ModuleType | None:
-    """The Triton kernels, on a GPU where they work."""
-    if not (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
-        return None
-    try:
-        from otter_openclip.fast import triton_plans
-    except ImportError:  # no Triton
-        return None
-    return triton_plans if triton_plans.works(device) else None
 
 
 def _own_pairs(block: Tensor, part: slice, offset: int) -> Tensor:

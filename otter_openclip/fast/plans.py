@@ -24,8 +24,8 @@ from torch import Tensor
 
 from otter_openclip.fast.ranks import all_reduce_logsumexp
 from otter_openclip.fast.tiles import RowTiles
-from otter_openclip.precision import sum_dtype
-from otter_openclip.sinkhorn import LOG_EMPTY
+from otter_openclip.numerics import sum_dtype
+from otter_openclip.transport import LOG_EMPTY
 
 # |log K| up to here: scalings then stay within exp(60) * N^2, inside float32's range.
 MAX_LOG_BOUND = 30.0

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from otter_openclip.precision import at_least_float32
+from otter_openclip.numerics import at_least_float32
 
 
 def all_reduce_logsumexp(log_sums: Tensor, world_size: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import open_clip
 from torch import Tensor, nn
 
-from otter_openclip.training.wrapper import as_teacher
+from otter_openclip.training.student_with_teacher import as_teacher
 
 # Letter case, accents, punctuation, numbers, other scripts; the last is cut off by any context.
 _PROBES = (

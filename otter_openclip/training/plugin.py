@@ -21,27 +21,18 @@ from open_clip_train.data import DataInfo
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from otter_openclip.checkpoints.folder import write_file
-from otter_openclip.checkpoints.layout import ENTRY, TEACHER, upgraded
+from otter_openclip.checkpoints.contents import ENTRY, TEACHER, write_file
 from otter_openclip.checkpoints.newest import LATEST, epoch_of, newest_checkpoint
-from otter_openclip.features.prefix import find_prefixes, install, left_out, no_prefix_message
+from otter_openclip.frozen.prefix import find_prefixes, install, left_out, no_prefix_message
 from otter_openclip.preprocessing import reference_transforms
 from otter_openclip.teacher import EmaTeacher
-from otter_openclip.training import (
-    checkpoint,
-    data_checks,
-    fixed_teacher,
-    frozen,
-    repeatable,
-    resuming,
-    train_flags,
-)
+from otter_openclip.training import batch_norm, fixed_teacher, flags, order, resume, scale, watch
 from otter_openclip.training.ending import Ending, Steps, goes_on_from
 from otter_openclip.training.finite import LossWatch, check_model, check_optimizer, keep_keys
 from otter_openclip.training.guidance import advice
 from otter_openclip.training.objectives import create_loss, log_statistics
+from otter_openclip.training.student_with_teacher import StudentWithTeacher, as_teacher
 from otter_openclip.training.target_images import TargetImages, wanted
-from otter_openclip.training.wrapper import StudentWithTeacher, as_teacher
 from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due, evaluated
 
 # Entry of the data dict that stands for --zeroshot-data.
@@ -88,7 +79,7 @@ class TrainingPlugin:
     def parse_args(self, parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
         """Arguments: ``parser``, open_clip_train's, also gets the plugin's flags."""
         parser.prog = self._prog = self._prog or parser.prog
-        self._args = train_flags.parse(parser, argv)
+        self._args = flags.parse(parser, argv)
         self._latest = self._args.resume == "latest"
         return self._args
 
@@ -96,20 +87,20 @@ class TrainingPlugin:
         self, args: Namespace, model: nn.Module, preprocess_train: Any, preprocess_val: Any
     ) -> tuple[nn.Module, Any, Any]:
         """Model: the fixed teacher of ``--distill-model`` beside it; ``--reference-crop``."""
-        if args.loss in train_flags.PAIR_LOSSES and getattr(model, "logit_bias", None) is not None:
-            raise SystemExit(f"{self._prog}: error: {train_flags.logit_bias_message(args)}")
-        if message := data_checks.fault(args):
+        if args.loss in flags.PAIR_LOSSES and getattr(model, "logit_bias", None) is not None:
+            raise SystemExit(f"{self._prog}: error: {flags.logit_bias_message(args)}")
+        if message := watch.fault(args):
             raise SystemExit(f"{self._prog}: error: {message}")
         with self._faults_named():
-            data_checks.check_context(args, model)
+            watch.check_context(args, model)
         if not self.untouched:
             with self._faults_named():
-                self._claim = resuming.claim_folder(args)
+                self._claim = resume.claim_folder(args)
             if self._latest:
-                args.resume = resuming.latest(args)
+                args.resume = resume.latest(args)
         frozen_towers = args.feature_cache is not None or not self.stock
         if args.lock_image and args.lock_image_freeze_bn_stats and frozen_towers:
-            frozen.leave_batch_norm(model)
+            batch_norm.leave_batch_norm(model)
         if args.teacher_model is not None:
             with self._faults_named():
                 self.fixed_teacher = fixed_teacher.create(args, model)
@@ -125,35 +116,34 @@ class TrainingPlugin:
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load: the plugin's part of it waits for the optimizer."""
         with self._faults_named():
-            loaded = self.fitted(resuming.read(path))
+            loaded = self.fitted(resume.read(path))
         if not self.untouched and "epoch" in loaded:  # weights alone can be evaluated
-            loaded = upgraded(loaded)
             self._resumed = {key: loaded.get(key) for key in (ENTRY, TEACHER)}
         return loaded
 
     def fitted(self, loaded: Any) -> Any:
         """A checkpoint as ``main`` looks for it, or a fault that says why it cannot be resumed."""
-        return resuming.fitted(self._args, loaded, self._model)
+        return resume.fitted(self._args, loaded, self._model)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """The optimizer's part of a checkpoint, which may be one of another kind."""
         with self._faults_named():
-            resuming.load_optimizer(self._args, optimizer, state)
+            resume.load_optimizer(self._args, optimizer, state)
 
     def setup_data(
         self, args: Namespace, data: dict[str, Any], preprocess_val: Any
     ) -> dict[str, Any]:
         """Data: every epoch's order follows from (seed, epoch, rank, worker); ``--zeroshot-data``."""
         if not self.untouched:
-            repeatable.make_repeatable(data, seed=args.seed, rank=args.rank)
+            order.make_repeatable(data, seed=args.seed, rank=args.rank)
         if "train" in data:
             with self._faults_named():
-                data_checks.check_loader(args, data["train"])
+                watch.check_loader(args, data["train"])
         if args.feature_cache is not None:
             self._use_features(args, data["train"], preprocess_val)
         if "train" in data:
-            data_checks.watch(args, data["train"])
-            if not self.untouched and (cut := data_checks.cut_off(args)):
+            watch.watch(args, data["train"])
+            if not self.untouched and (cut := watch.cut_off(args)):
                 shards = f"{', '.join(cut[:5])}{' ...' * (len(cut) > 5)}"
                 logging.warning(f"{len(cut)} shards of --train-data end too early: {shards}")
         self._train = data.get("train")
@@ -174,7 +164,7 @@ class TrainingPlugin:
             raise SystemExit(f"{self._prog}: error: {error}") from error
 
     def _use_features(self, args: Namespace, train: DataInfo, preprocess_val: Any) -> None:
-        from otter_openclip.features.cached import use_features  # not for open_clip 4.x
+        from otter_openclip.frozen.cached import use_features  # not for open_clip 4.x
 
         self._prefixes = prefixes = find_prefixes(self._model)
         for tower, flag in (("visual", "lock_image"), ("text", "lock_text")):
@@ -198,14 +188,14 @@ class TrainingPlugin:
         """Model wrapper: what the loop trains has the teacher's features in its output."""
         self._student = model
         if self.stock:
-            if train_flags.has_ema(args):
+            if flags.has_ema(args):
                 self.ema = self._make_ema(args, model, self._prefixes or {}, eval_mode=True)
             return model
         prefixes = self._prefixes  # installed for --feature-cache
         if prefixes is None:
             prefixes = find_prefixes(unwrap_model(model))
             install(unwrap_model(model), prefixes)
-        if args.loss in train_flags.TEACHER_LOSSES and self.fixed_teacher is None:
+        if args.loss in flags.TEACHER_LOSSES and self.fixed_teacher is None:
             eval_mode = args.teacher_mode == "eval"
             self.ema = self._make_ema(args, model, prefixes, eval_mode=eval_mode)
         teacher = self.fixed_teacher if self.ema is None else self.ema.module
@@ -235,7 +225,7 @@ class TrainingPlugin:
     def frozen_modules(self, args: Namespace, model: nn.Module) -> list[str]:
         """Names of the modules that stay in eval mode."""
         wanted = args.lock_image and args.lock_image_freeze_bn_stats
-        return frozen.locked_batch_norms(model) if wanted else []
+        return batch_norm.locked_batch_norms(model) if wanted else []
 
     @property
     def scale(self) -> nn.Parameter | None:
@@ -258,10 +248,10 @@ class TrainingPlugin:
         if self.ema is not None:
             optimizer.register_step_post_hook(self._after_step)
         if self.scale is not None:
-            checkpoint.add_scale(optimizer, self.scale, args)
+            scale.add_scale(optimizer, self.scale, args)
         if self._resumed is not None:
             entry, teacher = (self._resumed[key] for key in (ENTRY, TEACHER))
-            checkpoint.restore(entry, teacher, args, optimizer, self.scale, self.ema)
+            scale.restore(entry, teacher, args, optimizer, self.scale, self.ema)
             self._resumed = None
         if self.ema is not None:
             mode = "eval" if self.ema.eval_mode else "train"
@@ -297,7 +287,7 @@ class TrainingPlugin:
             self._advised = True  # an epoch of this process is done
             if text := advice(found, args):
                 logging.warning(text)
-        repeatable.seed_process(args.seed, args.rank, epoch)
+        order.seed_process(args.seed, args.rank, epoch)
 
     def _keep_epoch(self, args: Namespace, done: int) -> None:
         """End after ``done`` whole epochs, with a checkpoint if ``--save-frequency`` wanted none."""
@@ -349,7 +339,7 @@ class TrainingPlugin:
         if self.untouched or self.training is None or "optimizer" not in checkpoint_dict:
             return checkpoint_dict
         self.check_finite()
-        entry = checkpoint.make_entry(self._args, self.training[0], self.scale, self.ema)
+        entry = scale.make_entry(self._args, self.training[0], self.scale, self.ema)
         teacher = {} if self.ema is None else {TEACHER: self.ema.module.state_dict()}
         return {**checkpoint_dict, **teacher, ENTRY: entry}
 

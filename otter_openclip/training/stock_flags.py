@@ -15,7 +15,7 @@ import timm.optim
 import torch
 from open_clip.transform import AugmentationCfg
 
-from otter_openclip.flags import as_list, number
+from otter_openclip.cli import as_list, number
 
 _count, _positive = number(0, kind=int), number(1, kind=int)
 _share, _above = number(0, 1), number(0, open_low=True)

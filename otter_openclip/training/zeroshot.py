@@ -19,14 +19,13 @@ from open_clip_train.precision import get_autocast
 from timm.utils import unwrap_model
 from torch import nn
 
-from otter_openclip.checkpoints.folder import read_file, write_file
-from otter_openclip.checkpoints.layout import JUDGED, JUDGED_WEIGHTS
+from otter_openclip.checkpoints.contents import JUDGED, JUDGED_WEIGHTS, read_file, write_file
 from otter_openclip.evaluation.classifier import class_features
-from otter_openclip.evaluation.folders import check_webdataset
 from otter_openclip.evaluation.labelled_images import MultiLabelImages, encode_images
 from otter_openclip.evaluation.metrics import KS, multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts
-from otter_openclip.features import prefix
+from otter_openclip.evaluation.validator import check_webdataset
+from otter_openclip.frozen import prefix
 
 BEST = "best.pt"
 CRITERION = "zeroshot-flat_hit@1"

@@ -1,0 +1,290 @@
+"""The folder that ``export``, ``convert`` and ``towers`` write, checked as stock open_clip sees it.
+
+It holds open_clip's config, the weights in safetensors and the tokenizer's files. It appears complete or
+not at all, and only after stock open_clip has loaded it and given back the same tensors, preprocessing,
+tokens and features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import glob
+import json
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import LOCAL_DIR_PREFIX
+from open_clip.push_to_hf_hub import save_config_for_hf
+from open_clip.tokenizer import HFTokenizer
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from otter_openclip.checkpoints.contents import misfits, without_wrappers
+from otter_openclip.files import sync
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+_UNFINISHED = ".unfinished"
+_STALE = 3600  # seconds after which an unfinished folder is a killed command's
+PROBE_TEXTS = ["a photo of a cat.", "Two CAFÉS &amp; <b>3</b> dogs", "zxqj"]
+
+
+def write_folder(
+    out: Path,
+    model: nn.Module,
+    config: dict[str, Any],
+    state: Mapping[str, Tensor],
+    tokenizer: Any | None,
+    preprocess: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Write ``out``, or nothing.
+
+    A Hugging Face text tower's ``config.json`` is written, too. Stock open_clip looks for it under
+    ``hf_model_name`` and nowhere else, and takes no path relative to the folder: a tower from the hub
+    keeps its name; one from a folder of this machine gets the absolute path of ``out``, which must be
+    edited after a move (a warning says so).
+
+    Args:
+        out: the folder; checked with :func:`check_out` before.
+        model: open_clip model with the weights of ``state``, in eval mode.
+        config: its open_clip configuration, the JSON's ``model_cfg``.
+        state: the weights to write, in their own dtype.
+        tokenizer: open_clip tokenizer, or None to write the folder without one.
+        preprocess: entries added to the JSON's ``preprocess_cfg``; stock open_clip ignores those it
+            does not know.
+        files: texts to write beside them, by name.
+
+    Raises:
+        ValueError: if stock open_clip cannot rebuild the model.
+        RuntimeError: if what it loads from the folder is not ``state`` and ``model``.
+    """
+    target = out.resolve()  # of a link to a folder, the folder is replaced
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(target)
+    try:
+        temporary.mkdir()
+        for name, text in (files or {}).items():
+            (temporary / name).write_text(text)
+        # In the checkpoint's dtype; cloned, because safetensors refuses tensors that share memory.
+        tensors = {key: state[key].contiguous().clone() for key in model.state_dict()}
+        try:
+            save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{out} cannot be written, and nothing is there: {error}") from error
+        if isinstance(tokenizer, HFTokenizer):
+            # Transformers 4.5x would write templates of several names to files that are called so.
+            tokenizer.tokenizer.chat_template = None
+            tokenizer.save_pretrained(temporary)
+        tower = config["text_cfg"].get("hf_model_name")
+        if tower:
+            tower_config = copy.deepcopy(model.text.config)
+            tower_config.name_or_path = ""  # transformers 4 saves it, a folder's path perhaps
+            tower_config.save_pretrained(temporary)
+        local = bool(tower) and Path(tower).is_dir()
+        _write_config(temporary, model, config, preprocess, temporary if local else None)
+        _verify(temporary, model, state, tokenizer)
+        if local:
+            _write_config(temporary, model, config, preprocess, target)
+        for path in temporary.rglob("*"):
+            sync(path)
+        sync(temporary)
+        _move(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync(target.parent)
+    for path in target.parent.glob(f".{glob.escape(target.name)}-*{_UNFINISHED}"):
+        if time.time() - path.stat().st_mtime > _STALE:
+            shutil.rmtree(path, ignore_errors=True)
+    if local:
+        logging.warning(
+            f"{out} must stay where it is: open_clip finds the text tower's config.json by an absolute "
+            f"path only. After a move, set hf_model_name in its {CONFIG_FILE} to the new place"
+        )
+
+
+def _beside(target: Path) -> Path:
+    """A name for what is not yet, or no longer, ``target``; known before the folder is there."""
+    return target.with_name(f".{target.name}-{secrets.token_hex(4)}{_UNFINISHED}")
+
+
+def _write_config(
+    folder: Path,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    preprocess: Mapping[str, Any] | None,
+    tower: Path | None,
+) -> None:
+    """Write the JSON, with the text tower's ``config.json`` in the folder ``tower`` unless None."""
+    config = copy.deepcopy(dict(config))
+    if tower is not None:
+        config["text_cfg"] |= {"hf_model_name": str(tower), "hf_tokenizer_name": str(tower)}
+    save_config_for_hf(model, folder / CONFIG_FILE, config)
+    if preprocess:
+        written = json.loads((folder / CONFIG_FILE).read_text())
+        written["preprocess_cfg"].update(preprocess)
+        (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2))
+
+
+def check_out(out: Path, overwrite: bool, *inputs: Path) -> None:
+    """Refuse an ``out`` whose replacement would lose ``inputs`` or anything but an earlier export."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        if (parent := next(p for p in out.absolute().parents if p.exists())).is_dir():
+            return
+        raise FileExistsError(f"{parent} is a file, so {out} cannot be made; choose another folder")
+    if not overwrite:
+        raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
+    if not (out / CONFIG_FILE).is_file():
+        raise FileExistsError(
+            f"{out} is not an exported model (no {CONFIG_FILE} in it), and --overwrite replaces nothing "
+            "else; choose another folder"
+        )
+    for path in inputs:
+        if path.resolve().is_relative_to(out.resolve()):
+            raise FileExistsError(
+                f"{path} lies in {out}, which --overwrite would delete; choose another folder"
+            )
+
+
+def check_state(state: Any, path: Path, weights: str) -> dict[str, Tensor]:
+    """``state`` without wrappers' prefixes; a ValueError unless it is tensors without NaN."""
+    if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no state_dict; give a checkpoint of a training run")
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            kind = "a sparse tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"{path} holds no state_dict: {key} is {kind}, not a plain tensor")
+    state = without_wrappers(state)
+    bad = [key for key, value in state.items() if value.isnan().any()]
+    if bad:
+        raise ValueError(
+            f"{path} has NaN in {len(bad)} tensors of the {weights}, first {bad[0]}: its run diverged; "
+            "export an earlier epoch"
+        )
+    return dict(state)
+
+
+@contextlib.contextmanager
+def errors_only() -> Iterator[None]:
+    """Silence open_clip's "initialized randomly": the weights are loaded right after."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str, hint: str) -> None:
+    """Load ``state``; a ValueError that names ``what`` does not fit, the first keys and ``hint``."""
+    if wrong := misfits(model.state_dict(), state):
+        raise ValueError(f"{what}: {wrong}. {hint}")
+    model.load_state_dict(state)
+    # What is too large for the model's dtype included; buffers may mask with -inf.
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{what}: {key} has infinite values, or too large ones. {hint}")
+
+
+def _verify(folder: Path, trained: nn.Module, state: Mapping[str, Tensor], tokenizer: Any) -> None:
+    """Load the folder as a user would; compare tensors, preprocessing, tokens and features."""
+    name = f"{LOCAL_DIR_PREFIX}{folder}"
+    loaded = _load_stock(name)
+    tensors = loaded.state_dict()
+    bad = sorted(
+        key
+        for key in state.keys() | tensors.keys()
+        if key not in state
+        or key not in tensors
+        or not torch.equal(state[key].to(tensors[key].dtype), tensors[key])
+    )
+    if bad:
+        raise RuntimeError(
+            f"what open_clip loads from the written folder differs from the checkpoint in {len(bad)} "
+            f"tensors, first {bad[0]}; nothing was exported"
+        )
+    if tokenizer is None:
+        tokens = again = torch.arange(1, 9).remainder(trained.vocab_size)[None]
+    else:
+        tokens, again = _tokens(tokenizer), _tokens(open_clip.get_tokenizer(name))
+    same = {
+        "preprocessing": _preprocessing(trained) == _preprocessing(loaded),
+        "the tokenizer": torch.equal(tokens, again),
+        # Equal weights do not make equal models: the activation, for one, has none.
+        "the features": all(
+            torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+            for one, other in zip(
+                _features(trained, tokens), _features(loaded, tokens), strict=True
+            )
+        ),
+    }
+    for what, equal in same.items():
+        if not equal:
+            raise RuntimeError(
+                f"what open_clip loads from the written folder differs from training in {what}; "
+                "nothing was exported"
+            )
+
+
+def _load_stock(name: str) -> nn.Module:
+    try:
+        with errors_only():
+            return open_clip.create_model(name).eval()
+    except Exception as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        if "size mismatch for visual.trunk" not in reason:
+            raise RuntimeError(
+                f"open_clip cannot load the written folder, nothing was exported: {reason}"
+            ) from error
+        raise ValueError(
+            "stock open_clip builds this timm tower at its own image size only, so no folder can hold "
+            f"it as trained with --force-image-size ({reason}); nothing was exported"
+        ) from error
+
+
+def _preprocessing(model: nn.Module) -> dict[str, Any]:
+    config = model.visual.preprocess_cfg
+    return {k: list(v) if isinstance(v, list | tuple) else v for k, v in config.items()}
+
+
+def _tokens(tokenizer: Any) -> Tensor:
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.reduction_fn = None  # shortens texts at random
+    return tokenizer(PROBE_TEXTS)
+
+
+@torch.no_grad()
+def _features(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    size = model.visual.preprocess_cfg["size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    image = torch.linspace(-1, 1, 3 * height * width).reshape(1, 3, height, width)
+    return model.encode_image(image), model.encode_text(tokens)
+
+
+def _move(temporary: Path, out: Path) -> None:
+    """Rename to ``out``; an earlier export is deleted last, and put back if the rename fails."""
+    if not out.exists():
+        temporary.rename(out)
+        return
+    aside = _beside(out)
+    try:
+        aside.mkdir()
+        out.rename(aside / "out")
+        temporary.rename(out)
+    except BaseException:
+        if not out.exists():
+            (aside / "out").rename(out)
+        raise
+    finally:
+        if out.exists():
+            shutil.rmtree(aside, ignore_errors=True)

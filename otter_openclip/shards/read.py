@@ -1,0 +1,247 @@
+"""Samples of webdataset shards as stock loaders read them, and what is wrong with one.
+
+Imports neither torch nor webdataset, which imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import tarfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO
+
+import numpy as np
+from PIL import Image
+
+from otter_openclip.shards.faults import SampleError
+
+IMAGES = ("webp", "png", "jpg", "jpeg")  # the first that a sample has, for clip_benchmark
+TRAINING_IMAGES = ("jpg", "png", "jpeg", "webp")  # for open_clip
+_KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's
+_ORIENTATION = 0x0112  # EXIF's tag
+_SKIPPED = re.compile(r"__[^/]*__($|/)")  # likewise
+
+
+class Member(tarfile.TarInfo):
+    """tarfile takes a header cut short or garbled for the end; this one notes the true end."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Member:
+        """As tarfile has it."""
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            tar.ended = True
+            raise
+
+
+def samples(
+    path: str | os.PathLike[str], *, strict: bool = False, file: IO[bytes] | None = None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, suffix -> content) of each group of consecutive files with one key.
+
+    The tar may be compressed, and is read from ``file`` if that is given. A suffix that comes again
+    begins another sample, as in training, or is an error if ``strict``, as for clip_benchmark.
+
+    Raises:
+        OSError: a fault's text, if the tar cannot be read to its end.
+    """
+    try:
+        with tarfile.open(path, "r|*", file, tarinfo=Member) as tar:
+            yield from _grouped(tar, strict)
+    except (tarfile.TarError, EOFError) as error:
+        fault = f"damaged or cut short ({error}); copy or build the shard again"
+        raise OSError(f"cannot be read to its end: {fault}") from error
+
+
+def members(tar: tarfile.TarFile, *, last: bool = True) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar opened with ``tarinfo=Member``, none of them kept in memory.
+
+    Raises:
+        tarfile.TarError: if it does not end as a tar does, or, being the ``last`` of its file, goes on.
+    """
+    # Of a stream without members Python 3.10 cannot be asked again what opening it has seen.
+    while not getattr(tar, "ended", False) and (member := tar.next()) is not None:
+        tar.members.clear()  # or it keeps all
+        yield member
+    if not getattr(tar, "ended", False):
+        raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
+    while last and (rest := tar.fileobj.read(1 << 20)):
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError(
+                "behind its end more follows, another tar perhaps, which is not read"
+            )
+
+
+def _grouped(tar: tarfile.TarFile, strict: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
+    current: str | None = None
+    files: dict[str, bytes] = {}
+    for member in members(tar):
+        match = _KEY_AND_SUFFIX.match(member.name)
+        if match is None or not member.isreg() or _SKIPPED.match(member.name):
+            continue
+        key, suffix = match[1], match[2].lower()
+        if strict and key == current and suffix in files:
+            fault = f"{member.name} comes twice in a row, where clip_benchmark stops"
+            raise OSError(f"cannot be read to its end: {fault}; give each sample its own name")
+        if key != current or suffix in files:
+            if current is not None:
+                yield current, files
+            current, files = key, {}
+        files[suffix] = tar.extractfile(member).read()
+    if current is not None:
+        yield current, files
+
+
+def caption(files: Mapping[str, bytes]) -> str:
+    """The text of a sample; SampleError if there is none."""
+    if "txt" not in files:
+        raise SampleError("no txt with its caption")
+    try:
+        text = files["txt"].decode()
+    except UnicodeDecodeError:
+        raise SampleError("caption is not UTF-8") from None
+    if not text.strip():
+        raise SampleError("empty caption")
+    return text
+
+
+def labels(
+    files: Mapping[str, bytes], suffix: str, classes: int | None, names_file: str = "classnames.txt"
+) -> np.ndarray:
+    """The true classes, from an ``npy`` of zeros and ones or a ``cls`` with one class's number.
+
+    ``classes`` is the number of class names, if it is known, in ``names_file``.
+
+    Raises:
+        SampleError: if evaluation cannot use them.
+    """
+    if suffix not in files:
+        if suffix == "npy":
+            raise SampleError("no npy with its label vector")
+        instead = "; as it has npy, write multilabel into dataset_type.txt" * ("npy" in files)
+        raise SampleError(f"no cls with its label{instead}")
+    if suffix == "cls":
+        content = files["cls"].strip()
+        if not re.fullmatch(rb"\d{1,9}", content) or int(content) >= (classes or 1e9):
+            of = f"none of the {classes} classes" if classes is not None else "no class's number"
+            raise SampleError(f"its cls, {content[:20]!r}, is {of}")
+        return np.array([int(content)], np.int32)
+    try:
+        vector = np.lib.format.read_array(io.BytesIO(files["npy"]), allow_pickle=False)
+    except Exception as error:  # NumPy raises many types on damaged bytes
+        raise SampleError(f"the npy cannot be read (unreadable labels: {error})") from error
+    if vector.ndim != 1 or classes not in (None, len(vector)):
+        of = (
+            f"there are {classes} class names; {names_file} has {classes}"
+            if classes
+            else "1-D is due"
+        )
+        raise SampleError(
+            f"label vector of shape {vector.shape}, but {of}"
+            + (", and must have one for each entry" if classes else "")
+        )
+    if vector.dtype.kind not in "biuf":
+        raise SampleError(f"label vector of {vector.dtype}, where numbers are due")
+    found = vector.nonzero()[0]
+    if not (vector[found] == 1).all():
+        raise SampleError(
+            f"label vector with values other than 0 and 1, e.g. {vector[found][vector[found] != 1][0]}"
+        )
+    return found.astype(np.int32)
+
+
+def image_file(files: Mapping[str, bytes], order: Sequence[str] = IMAGES) -> bytes:
+    """The content of the image that a loader takes; SampleError if there is none."""
+    for suffix in order:
+        if suffix in files:
+            return files[suffix]
+    raise SampleError("no image (jpg, png, webp, jpeg) among its files")
+
+
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """Pillow's exceptions, which are of nearly every type, as SampleError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on EXIF, palettes and sizes, of no consequence here
+            yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        if text.startswith("cannot identify image file"):
+            text = "not an image that Pillow can read"
+        raise SampleError(f"unreadable image: {text}") from error
+
+
+def opened(content: bytes, *, whole: bool = False) -> Image.Image:
+    """The image with its header read, or the ``whole``; SampleError if Pillow cannot read it."""
+    if not content:
+        raise SampleError("unreadable image: empty file")
+    with readable():
+        image = Image.open(io.BytesIO(content))
+        if whole:
+            image.load()
+        return image
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """An opened image as webdataset's ``pil`` handler decodes it for training and evaluation.
+
+    No EXIF orientation is applied, and what has more than 8 bits is cut off, see ``check_range``.
+
+    Raises:
+        SampleError: if it cannot be decoded.
+    """
+    with readable():
+        image.load()
+        return image.convert("RGB")
+
+
+def check_range(image: Image.Image) -> None:
+    """Raise SampleError if loaders would cut off what the image holds beyond 0 to 255."""
+    if not image.mode.startswith(("I", "F")):
+        return
+    pixels = np.asarray(rgb(image))[..., 0]
+    raise SampleError(
+        f"16-bit or float image (mode {image.mode}), which loaders cut off at 0 and 255: "
+        f"{(pixels == 255).mean():.0%} of it is white then, {(pixels == 0).mean():.0%} black; scale it "
+        "to 8 bits"
+    )
+
+
+def check_image(content: bytes, *, may_be_cut: bool = False) -> None:
+    """``opened`` and ``check_range``, and whether all of the file is there; decodes it only in doubt.
+
+    Raises:
+        SampleError: saying what is wrong.
+    """
+    image = opened(content)
+    check_range(image)
+    if may_be_cut:
+        return
+    if image.format == "PNG":
+        try:
+            image.verify()  # the checksums
+            whole = True
+        except Exception:  # of many types; what counts is whether it can be decoded
+            whole = False
+    elif image.format in ("JPEG", "MPO"):
+        whole = content.endswith(b"\xff\xd9")
+    else:
+        whole = image.format == "WEBP"  # of which Pillow opens none that is cut
+    if not whole:
+        rgb(opened(content))
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, which loaders ignore; 1 is upright."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow raises many types on damaged EXIF
+        return 1
