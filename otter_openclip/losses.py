@@ -1,6 +1,6 @@
 """The paper's objectives, written plainly: label smoothing, knowledge distillation and OTTER.
 
-This file, with ``sinkhorn`` and ``teacher``, is the method: ``impl="plain"`` runs what is written here,
+This file, with ``transport`` and ``teacher``, is the method: ``impl="plain"`` runs what is written here,
 and what ``fast`` computes for less is tested against it. InfoNCE is ``open_clip.ClipLoss`` itself.
 
 Notation: B pairs on each of R ranks, N = R * B, width D; v, t are the student's unit-norm image and text
@@ -22,6 +22,7 @@ from open_clip.loss import gather_features
 from torch import Tensor, nn
 
 from otter_openclip import fast
+from otter_openclip.fast.ranks import MeanGradient
 from otter_openclip.numerics import (
     at_least_float32,
     check_choice,
@@ -124,7 +125,8 @@ class DistillationLoss(_PairLoss):
     as in the released code, it is at scale 100 the pair itself, and the loss InfoNCE's.
 
     Attributes:
-        distill_logit_scale: log of ``s_d``, learned, starts at 3.9; None with ``share_logit_scale``.
+        distill_logit_scale: log of ``s_d``, learned, starts at 3.9; None with ``share_logit_scale``. Its
+            gradient is the mean over the ranks.
         target_statistics: of the last call, means over this rank's image rows: ``target_entropy``
             (nats), ``target_top_share`` (mass on a row's largest entry) and, with a transport plan,
             ``marginal_error`` (relative error of its row sums).
@@ -165,8 +167,9 @@ class DistillationLoss(_PairLoss):
         self.teacher_scale = check_interval("teacher_scale", teacher_scale, 0.0, MAX_COEF)
         self.vv_coef = check_interval("vv_coef", vv_coef, 0.0, MAX_COEF)
         self.tt_coef = check_interval("tt_coef", tt_coef, 0.0, MAX_COEF)
-        own = None if share_logit_scale else nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
-        self.distill_logit_scale = own
+        self.distill_logit_scale = None
+        if not share_logit_scale:
+            self.distill_logit_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
         self.target_statistics: dict[str, Tensor] = {}
 
     def forward(
@@ -174,27 +177,32 @@ class DistillationLoss(_PairLoss):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor,
-        dist_image_features: Tensor,
-        dist_text_features: Tensor,
+        dist_image_features: Tensor | None = None,
+        dist_text_features: Tensor | None = None,
         dist_logit_scale: Tensor | None = None,
         output_dict: bool = False,
     ) -> dict[str, Tensor] | Pair:
         """Return the two weighted terms. Their sum is the loss; its mean over ranks the batch's.
 
+        Without the teacher's features the student is its own teacher: what it gives, without a gradient.
+
         Args:
             image_features: (B, D) unit-norm student features.
             text_features: (B, D) unit-norm student features.
             logit_scale: scalar s, already exponentiated.
-            dist_image_features: (B, D') teacher features; no gradient goes there.
-            dist_text_features: (B, D') likewise.
+            dist_image_features: (B, D') teacher features, to which no gradient goes, or None.
+            dist_text_features: (B, D') teacher features, or None with ``dist_image_features``.
             dist_logit_scale: ignored; open_clip's loop passes the teacher's.
             output_dict: return ``{"contrastive_loss": ..., "distill_loss": ...}`` instead of a tuple.
 
         Raises: ValueError if the features' shapes do not fit each other.
         """
         student = (image_features, text_features)
-        teacher = (dist_image_features.detach(), dist_text_features.detach())
+        if dist_image_features is None and dist_text_features is None:
+            dist_image_features, dist_text_features = student
+        teacher = (dist_image_features, dist_text_features)
         check_features(*student, *teacher)
+        teacher = (dist_image_features.detach(), dist_text_features.detach())
         distill_scale = self.distill_scale(logit_scale)
         if self.impl == "plain" or not fast.covers(self):
             with float32_math(image_features.device.type):
@@ -260,7 +268,10 @@ class DistillationLoss(_PairLoss):
             ValueError: if it is the model's own, ``logit_scale``, and that is not given.
         """
         if self.distill_logit_scale is not None:
-            return self.distill_logit_scale.clamp(0.0, MAX_LOG_SCALE).exp()
+            log_scale = self.distill_logit_scale
+            if self.world_size > 1:  # it is no parameter of the model that DDP wraps
+                log_scale = MeanGradient.apply(log_scale, self.world_size)
+            return log_scale.clamp(0.0, MAX_LOG_SCALE).exp()
         if logit_scale is None:
             raise ValueError(
                 "with share_logit_scale=True s_d is the model's scale; give logit_scale"
@@ -286,7 +297,7 @@ class OtterLoss(DistillationLoss):
         remove_diagonal: bool = True,
         *,
         ot_scope: str = "global",
-        **rest: Any,
+        **common: Any,
     ) -> None:
         """Set up the loss.
 
@@ -299,13 +310,13 @@ class OtterLoss(DistillationLoss):
             remove_diagonal: no target mass on the pair itself: the contrastive term carries it.
             ot_scope: with "local" (and ``local_loss``) each rank transports its own rows to all columns
                 by itself, as the reference does without ``--global_ot``.
-            **rest: share_logit_scale, impl and ClipLoss's, see ``DistillationLoss``.
+            **common: share_logit_scale, impl and ClipLoss's, see ``DistillationLoss``.
 
         Raises:
             ValueError: naming the argument that is out of range.
         """
         self.epsilon = check_interval("epsilon", epsilon, MIN_LAMBDA, math.inf)
-        super().__init__(alpha, 1 / epsilon, vv_coef, tt_coef, **rest)
+        super().__init__(alpha, 1 / epsilon, vv_coef, tt_coef, **common)
         self.iterations = check_count("iterations", iterations)
         self.remove_diagonal = remove_diagonal
         self.ot_scope = check_choice("ot_scope", ot_scope, OT_SCOPES)

@@ -53,14 +53,18 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def check_features(images: Tensor, texts: Tensor, *teacher: Tensor) -> None:
+def check_features(images: Tensor, texts: Tensor, *teacher: Tensor | None) -> None:
     """Raise ValueError unless student and teacher have a row for each of the same B pairs."""
     if images.ndim != 2 or images.shape != texts.shape:
         raise ValueError(
             "image_features and text_features must both be (B, D), got "
             f"{tuple(images.shape)} and {tuple(texts.shape)}"
         )
-    shapes = [tuple(x.shape) for x in teacher]
+    shapes = [None if x is None else tuple(x.shape) for x in teacher]
+    if shapes and None in shapes:
+        raise ValueError(
+            "dist_image_features and dist_text_features go together: give both or none"
+        )
     if shapes and (shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != len(images)):
         raise ValueError(
             f"dist_image_features and dist_text_features must both be ({len(images)}, D'), one row for "

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3, unwrap_model
-from torch import nn
+from torch import Tensor, nn
 
 from otter_openclip.numerics import check_interval
 
@@ -14,7 +14,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class EmaTeacher(ModelEmaV3):
-    """timm's moving average of a model, with the reference's decay and run as its teacher.
+    """timm's moving average of a model, with the reference's decay, run as the model's teacher.
 
     Update n has the decay ``min(decay, (1 + n) / (10 + n))``. The reference updates at the start of each
     training forward, so the update before the first forward is n = 1 and changes nothing; ``update`` is
@@ -29,7 +29,10 @@ class EmaTeacher(ModelEmaV3):
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999, *, eval_mode: bool = False) -> None:
-        """Copy ``model``, seen through wrappers; raises ValueError if ``decay`` is outside [0, 1]."""
+        """Copy ``model``, made with ``output_dict=True`` and seen through wrappers.
+
+        Raises: ValueError if ``decay`` is outside [0, 1].
+        """
         check_interval("decay", decay, 0.0, 1.0)
         warmup: dict[str, Any] = {"use_warmup": True, "warmup_gamma": 9.0, "warmup_power": 1.0}
         super().__init__(unwrap_model(model), decay=decay, exclude_buffers=True, **warmup)
@@ -37,11 +40,21 @@ class EmaTeacher(ModelEmaV3):
         self.module.requires_grad_(False).train(not eval_mode)
         if hasattr(self.module, "set_grad_checkpointing"):
             self.module.set_grad_checkpointing(False)  # nothing to recompute without gradients
-        own = dict(self.module.named_parameters())
-        self._shapes = {name: param.shape for name, param in own.items()}
-        self._half = {name: param for name, param in own.items() if param.dtype in _HALF}
+        parameters = dict(self.module.named_parameters())
+        self._shapes = {name: param.shape for name, param in parameters.items()}
+        self._half = {name: param for name, param in parameters.items() if param.dtype in _HALF}
         self._masters = {name: param.float() for name, param in self._half.items()}
-        self._averages = list((own | self._masters).values())
+        self._averages = list((parameters | self._masters).values())
+
+    def train(self, mode: bool = True) -> EmaTeacher:
+        """Follow the student into train mode, unless the teacher runs in eval mode."""
+        return super().train(mode and not self.eval_mode)
+
+    @torch.no_grad()
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """The teacher's (B, D) features of a batch, under the names that the losses take."""
+        output = self.module(image, text)
+        return {f"dist_{name}": output[name] for name in ("image_features", "text_features")}
 
     def update(self, model: nn.Module, step: int | None = None) -> None:
         """Move towards ``model``: one fused call for all parameters.
@@ -58,19 +71,19 @@ class EmaTeacher(ModelEmaV3):
 
     def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
         """Average the parameters; in eval mode also copy the buffers."""
-        given = {n: param for n, param in model.named_parameters() if n in self._shapes}
-        if self._shapes != (shapes := {name: param.shape for name, param in given.items()}):
+        student = {n: param for n, param in model.named_parameters() if n in self._shapes}
+        if self._shapes != (shapes := {name: param.shape for name, param in student.items()}):
             wrong = sorted(dict(self._shapes.items() ^ shapes.items()))
             raise ValueError(
                 f"the model does not fit the teacher: {len(wrong)} parameters differ, first {wrong[0]!r}"
             )
-        source = [param.float() if param.dtype in _HALF else param for param in given.values()]
+        source = [param.float() if param.dtype in _HALF else param for param in student.values()]
         torch._foreach_lerp_(self._averages, source, 1.0 - decay)
         if self._half:
             torch._foreach_copy_(list(self._half.values()), list(self._masters.values()))
         if self.eval_mode:
-            for own, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-                own.copy_(buffer)
+            for buffer, students in zip(self.module.buffers(), model.buffers(), strict=True):
+                buffer.copy_(students)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What an exact continuation needs beside ``module.state_dict()``; part of ``state_dict()``."""

@@ -1,4 +1,4 @@
-"""What the sharded loss sends: sums of logarithms over ranks, and features."""
+"""What the losses send: sums of logarithms over ranks, features, and the gradient of s_d."""
 
 from __future__ import annotations
 
@@ -53,3 +53,20 @@ class GatherRows(torch.autograd.Function):
         dist.all_to_all_single(parts, gradient.contiguous())
         total = parts.view(ctx.world_size, -1, *gradient.shape[1:]).sum(dim=0)
         return total.to(ctx.dtype), None
+
+
+class MeanGradient(torch.autograd.Function):
+    """A parameter that every rank holds; its gradient is the mean over the ranks, as DDP's are."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, world_size: int) -> Tensor:
+        """Return ``parameter`` itself."""
+        ctx.world_size = world_size
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """One all-reduce of a number."""
+        gradient = gradient / ctx.world_size
+        dist.all_reduce(gradient)
+        return gradient, None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,13 +19,21 @@ TILE_ENTRIES, TILE_ROWS = {"cpu": 2**20, "cuda": 2**26}, 128
 PRODUCT_ROWS = 512
 # `auto` keeps matrices that together take at most this share of the device's memory.
 KEPT_SHARE = 1 / 8
+# Where Linux says how much memory a container may take: control groups, version 2 and 1.
+CONTAINER_LIMITS = [
+    Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory/memory.limit_in_bytes")
+]
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of memory of a GPU, of the machine for other devices."""
+    """Bytes of memory of a GPU; else of the machine, or of the container if that is less."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in CONTAINER_LIMITS:
+        if file.exists() and (limit := file.read_text().strip()).isdecimal():
+            return min(machine, int(limit))
+    return machine
 
 
 def keeps_matrices(impl: str, entries: int, like: Tensor) -> bool:
