@@ -151,6 +151,17 @@ def run_command(
         return 2
 
 
+def nearest(word: str, choices: Iterable[str], count: int = 1, cutoff: float = 0.5) -> list[str]:
+    """The ``choices`` that ``word`` may have been meant to be, the likeliest first."""
+    return difflib.get_close_matches(word, list(choices), n=count, cutoff=cutoff)
+
+
+def did_you_mean(word: str, choices: Iterable[str], cutoff: float = 0.5) -> str:
+    """The end of a message about ``word``: a question, or a full stop if nothing is near."""
+    near = nearest(word, choices, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else "."
+
+
 def name_nearest(message: str, known: Iterable[str]) -> str:
     """argparse's error ``message``, with what the user may have meant.
 

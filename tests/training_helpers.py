@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from open_clip_train import params
 
+from otter_openclip.replacing import replaced
 from otter_openclip.train import main
+from otter_openclip.training.launcher import Run
+from otter_openclip.training.plugin import Plugin
 
 COMMON = {
     "--model": "tiny-rn",
@@ -25,11 +29,8 @@ COMMON = {
 
 def parse_args(*argv: str, prog: str | None = None) -> Any:
     """The command's parsed arguments, as its ``main`` gets them."""
-    from otter_openclip.training.seam import Run
-
-    from otter_openclip.training.plugin import TrainingPlugin
-
-    return Run(TrainingPlugin(prog)).parse_args(list(argv))
+    with replaced(*Run(Plugin(prog)).replacements()):
+        return params.parse_args(list(argv))
 
 
 def flags(pairs: Path, logs: Path, *extra: str, csv: bool = False) -> list[str]:

@@ -1,1 +1,1 @@
-"""What frozen towers give: computed once a batch, for student and teacher alike."""
+"""What frozen towers give: computed once a sample, kept in a file for each shard, read in training."""

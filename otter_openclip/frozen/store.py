@@ -1,134 +1,98 @@
-"""A folder of features, found by the digest of what they are of.
+"""Features of a shard's samples in a file of their own, which is found without opening the shard.
 
-Any number of processes may write to it at once: each adds files of its own, whole or not at all. A file
-carries its own digest in its name, so a damaged one is noticed, and its features are made again.
+A folder holds what one frozen tower, or the tokenizer, gives: one ``.npy`` for each shard, with a row
+for each of its samples in their order. A row that begins with NaN (tokens: -1) stands for a sample that
+cannot be used. A shard's file is known by its name, size and time of change: one that was written again
+has features of its own. Any number of processes may read, and write, at once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import logging
-import secrets
-import time
-from collections.abc import Iterable
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import safetensors.torch
-import torch
-from torch import Tensor
 
 from otter_openclip.files import written_whole
 
-DIGEST = "S16"  # numpy's dtype of keys
-_SUFFIX = ".safetensors"
-_STALE = 3600  # seconds after which an unfinished file is a killed run's
+BLOCK = 512  # rows that are read at once
+CLOSE = 1e-3  # float16's relative distance from float32 that is near enough, of a row of features
+CLOSE_COSINES = 1e-4  # and that of cosines between rows, which are what the losses see
+_COMPARED = 256  # rows whose cosines are compared
 
 
-def digest(*parts: bytes) -> bytes:
-    """16 bytes that stand for ``parts``."""
-    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
-
-
-def _digest_of(file: Path) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as content:
-        while chunk := content.read(1 << 22):
-            found.update(chunk)
-    return found.hexdigest()
-
-
-class FeatureStore:
-    """Features (views, width) of any number of things, memory-mapped.
-
-    An entry of NaN says that there are none: the thing cannot be read.
-    """
+class FeatureFiles:
+    """The files of one tower, or of the tokenizer, in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Open ``folder``, made if need be; files that are damaged are left out with a warning.
-
-        They are removed where that is allowed: the folder may be one that can only be read.
-        """
-        self.folder = folder
+        """Raise OSError if ``folder`` is not there and cannot be made."""
         folder.mkdir(parents=True, exist_ok=True)
-        for file in folder.glob("*.tmp"):
-            with contextlib.suppress(OSError):  # another run has just finished it, or owns it
-                if time.time() - file.stat().st_mtime > _STALE:
-                    file.unlink()
-        self._names: list[str] = []
-        self._files: list[Tensor] = []
-        self._starts = np.zeros(1, np.int64)
-        self._keys = np.zeros(0, DIGEST)
-        self._rows = np.zeros(0, np.int64)
-        self.refresh()
+        self.folder = folder
 
-    def refresh(self) -> None:
-        """Take in the files that were added since."""
-        keys = [self._keys]
-        rows = [self._rows]
-        for file in sorted(self.folder.glob(f"*{_SUFFIX}")):
-            if file.name in self._names:
-                continue
-            try:
-                whole = _digest_of(file) == file.name.split(".")[0]
-                names, features = _load(file) if whole else (None, None)
-            except FileNotFoundError:  # another run found it damaged
-                continue
-            if not whole:
-                logging.warning(f"{file} is damaged; its features are made again")
-                with contextlib.suppress(OSError):
-                    file.unlink()
-                continue
-            self._names.append(file.name)
-            self._files.append(features)
-            keys.append(names)
-            rows.append(self._starts[-1] + np.arange(len(names)))
-            self._starts = np.append(self._starts, self._starts[-1] + len(names))
-        self._keys, first = np.unique(np.concatenate(keys), return_index=True)
-        self._rows = np.concatenate(rows)[first]
+    def path(self, shard: str) -> Path:
+        """The file that belongs to the tar ``shard``; OSError if there is no such tar."""
+        status = os.stat(shard)
+        return self.folder / f"{Path(shard).stem}-{status.st_size}-{status.st_mtime_ns}.npy"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": None}
+    def missing(self, shards: Sequence[str]) -> list[str]:
+        """Those of ``shards`` that have no file yet; one folder is listed, and no file opened."""
+        names = set(os.listdir(self.folder))
+        return [shard for shard in shards if self.path(shard).name not in names]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._files = [_load(self.folder / name)[1] for name in self._names]
+    def write(self, shard: str, rows: np.ndarray) -> None:
+        """Keep the (samples, views, width) ``rows`` of a shard, whole or not at all."""
+        with written_whole(self.path(shard)) as file:
+            np.save(file, rows)
 
-    def find(self, keys: np.ndarray) -> np.ndarray:
-        """Row of each of the digests ``keys`` (N,), -1 for those that are not there; int64."""
-        if not len(self._keys):
-            return np.full(len(keys), -1, np.int64)
-        at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        return np.where(self._keys[at] == keys, self._rows[at], -1)
+    def read(self, shard: str) -> np.ndarray:
+        """The rows of a shard, (samples, views, width), memory-mapped.
 
-    def take(self, rows: np.ndarray, views: np.ndarray | int = 0) -> Tensor:
-        """(N, width) features of ``rows`` (N,), of the given view of each."""
-        at = np.searchsorted(self._starts, rows, side="right") - 1
-        views = np.broadcast_to(views, rows.shape)
-        out = self._files[0].new_empty(len(rows), self._files[0].shape[2])
-        for index in np.unique(at):
-            here = at == index
-            where = torch.from_numpy(rows[here] - self._starts[index])
-            out[torch.from_numpy(here)] = self._files[index][where, torch.from_numpy(views[here])]
-        return out
+        Raises: ValueError if the file is damaged.
+        """
+        path = self.path(shard)
+        try:
+            return np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); remove it to have it made again"
+            ) from error
 
-    def readable(self, rows: np.ndarray) -> np.ndarray:
-        """Whether each of ``rows`` (N,) has features; bool."""
-        return ~self.take(rows)[:, 0].isnan().numpy() if len(rows) else np.zeros(0, bool)
-
-    def add(self, keys: Iterable[bytes], features: Tensor) -> None:
-        """Write ``features`` (N, views, width) of the digests ``keys``, whole or not at all."""
-        names = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16)
-        content = safetensors.torch.save({"keys": names, "features": features.contiguous()})
-        name = f"{digest(content).hex()}.{secrets.token_hex(4)}{_SUFFIX}"
-        with written_whole(self.folder / name) as file:
-            file.write(content)
+    def rows(self, shard: str) -> Iterator[np.ndarray | None]:
+        """The (width,) row of each sample in turn, a view of it drawn at random; None if it has none."""
+        features = self.read(shard)
+        for begin in range(0, len(features), BLOCK):
+            block = np.array(features[begin : begin + BLOCK])
+            views = np.random.randint(block.shape[1], size=len(block)) if block.shape[1] > 1 else 0
+            chosen = block[np.arange(len(block)), views]
+            for row, good in zip(chosen, usable(block), strict=True):
+                yield row.copy() if good else None
 
 
-def _load(file: Path) -> tuple[np.ndarray, Tensor]:
-    """Keys (N,) and features (N, views, width), the latter still on the disk."""
-    found = safetensors.torch.load_file(file)
-    keys = found["keys"].numpy().reshape(-1).view(DIGEST)
-    return keys, found["features"]
+def usable(rows: np.ndarray) -> np.ndarray:
+    """Whether each of the (samples, views, width) ``rows`` can be used, (samples,) bool."""
+    if not rows.size:
+        return np.zeros(len(rows), bool)
+    first = rows[:, 0, 0]
+    return first >= 0 if first.dtype.kind == "i" else ~np.isnan(first)
+
+
+def unusable(count: int, like: np.ndarray) -> np.ndarray:
+    """(count, views, width) rows that say of their samples that they cannot be used."""
+    return np.full((count, *like.shape[1:]), -1 if like.dtype.kind == "i" else np.nan, like.dtype)
+
+
+def in_half(rows: np.ndarray) -> tuple[np.ndarray, str]:
+    """Features in float16 where that is near enough, else as they are; and what was found, in words."""
+    half = rows.astype(np.float16)
+    exact, rounded = (each[usable(rows), 0].astype(np.float32) for each in (rows, half))
+    if not len(exact):
+        return half, "float16"
+    norms = np.linalg.norm(exact, axis=1).clip(1e-30)
+    distance = float((np.linalg.norm(rounded - exact, axis=1) / norms).max())
+    units = [each[:_COMPARED] / norms[:_COMPARED, None] for each in (exact, rounded)]
+    cosines = float(np.abs(units[0] @ units[0].T - units[1] @ units[1].T).max())
+    said = f"off by {distance:.0e}, cosines by {cosines:.0e}"
+    if distance <= CLOSE and cosines <= CLOSE_COSINES:
+        return half, f"float16: {said}"
+    return rows, f"float32: in float16 they would be {said}"

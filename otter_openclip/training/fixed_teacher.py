@@ -5,95 +5,99 @@ open_clip gives both models the student's images and tokens, whatever the teache
 
 from __future__ import annotations
 
-import logging
 from argparse import Namespace
-from collections.abc import Callable
 from typing import Any
 
 import open_clip
+import torch
+from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
-from otter_openclip.training.student_with_teacher import as_teacher
+from otter_openclip.training.student_with_teacher import Features, Teacher, as_teacher
 
-# Letter case, accents, punctuation, numbers, other scripts; the last is cut off by any context.
-_PROBES = (
-    "a photo of two dogs, running",
-    "A Photo of TWO dogs",
-    "café déjà-vu: it's 12.5 % off!",
-    "猫の写真 и кошка 🐈",
-    "   spaces\tand\nlines  ",
-    "",
-    "word " * 500,
-)
-_IMAGE = (
-    ("size", "image size", "--force-image-size"),
-    ("mean", "image mean", "--image-mean"),
-    ("std", "image std", "--image-std"),
-)
+_IMAGE = {"size": "--force-image-size", "mean": "--image-mean", "std": "--image-std"}
 
 
-def create(args: Namespace, student: nn.Module) -> nn.Module:
-    """The model of ``--distill-model``.
+class FixedTeacher(Teacher):
+    """A released model whose features are the targets throughout."""
 
-    Raises:
-        ValueError: if its image size, mean, std, context length or tokenizer are not the student's.
-    """
-    teacher, _, _ = open_clip.create_model_and_transforms(
-        args.teacher_model,
-        args.teacher_pretrained,
-        device=args.device,
-        precision=args.precision,
-        output_dict=True,
-        cache_dir=args.cache_dir,
-    )
-    if message := _misfit(args, student, teacher):
-        raise ValueError(
-            f"--distill-model {args.teacher_model} would be given the student's input, but {message}"
+    shares_prefixes = False
+
+    def __init__(self, args: Namespace, student: nn.Module) -> None:
+        """Make the model of ``--distill-model``.
+
+        Raises:
+            ValueError: if its image size, mean, std, context length or kind of tokenizer are not the
+                student's.
+        """
+        model, _, _ = open_clip.create_model_and_transforms(
+            args.teacher_model,
+            args.teacher_pretrained,
+            device=args.device,
+            precision=args.precision,
+            output_dict=True,
+            cache_dir=args.cache_dir,
         )
-    return as_teacher(teacher)
+        if misfit := _image_misfit(student, model) or _token_misfit(args):
+            raise ValueError(
+                f"--distill-model {args.teacher_model} would be given the student's input, but {misfit}"
+            )
+        self.module = _InEvalMode(as_teacher(model))
+        self._name = f"{args.teacher_model} ({args.teacher_pretrained})"
+
+    def __str__(self) -> str:
+        return f"Fixed teacher: {self._name}"
+
+    @torch.no_grad()
+    def features(self, images: Tensor, texts: Tensor) -> Features:
+        """The model's features, (B, D') each."""
+        output = self.module.model(images, texts)
+        return {f"dist_{name}": output[name] for name in ("image_features", "text_features")}
 
 
-def _misfit(args: Namespace, student: nn.Module, teacher: nn.Module) -> str | None:
-    for key, name, flag in _IMAGE:
-        theirs, ours = (_pair(model.visual.preprocess_cfg[key]) for model in (teacher, student))
+class _InEvalMode(nn.Module):
+    """Keeps a model in eval mode, whatever the module around it is set to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.eval()
+
+    def train(self, mode: bool = True) -> _InEvalMode:
+        """Stay in eval mode."""
+        return super().train(False)
+
+
+def _image_misfit(student: nn.Module, teacher: nn.Module) -> str | None:
+    for key, flag in _IMAGE.items():
+        theirs, ours = (
+            tuple(to_2tuple(model.visual.preprocess_cfg[key])) for model in (teacher, student)
+        )
         if theirs != ours:
-            return f"its {name} is {theirs}, the student's {ours}; pass {flag}, or another teacher"
-    try:
-        theirs = open_clip.get_tokenizer(args.teacher_model, cache_dir=args.cache_dir)
-    except OSError as error:  # offline, a tokenizer that is not in the hub's cache
-        logging.warning(
-            f"--distill-model {args.teacher_model}: its tokenizer cannot be loaded, so it is not known "
-            f"whether it is the student's: {error}"
-        )
-        return None
-    ours = open_clip.get_tokenizer(
-        args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
-    )
-    return _token_misfit(theirs, ours)
-
-
-def _token_misfit(theirs: Callable[..., Tensor], ours: Callable[..., Tensor]) -> str | None:
-    for probe in _PROBES:
-        mine, yours = ours([probe])[0].tolist(), theirs([probe])[0].tolist()
-        if len(mine) != len(yours):
-            return (
-                f"its context length is {len(yours)}, the student's {len(mine)}; pass "
-                "--force-context-length, or another teacher"
-            )
-        if mine != yours:
-            shown = probe if len(probe) < 40 else f"{probe[:40]}..."
-            return (
-                f"its tokenizer makes {_without_padding(yours)} of {shown!r}, the student's "
-                f"{_without_padding(mine)}; choose a teacher with the student's tokenizer"
-            )
+            return f"its image {key} is {theirs}, the student's {ours}; pass {flag}, or another teacher"
     return None
 
 
-def _without_padding(tokens: list[int], most: int = 12) -> str:
-    while len(tokens) > 1 and tokens[-1] == tokens[-2]:
-        tokens = tokens[:-1]
-    return f"{tokens[:most]}{'...' if len(tokens) > most else ''}"
+def _token_misfit(args: Namespace) -> str | None:
+    theirs = open_clip.get_tokenizer(args.teacher_model, cache_dir=args.cache_dir)
+    ours = open_clip.get_tokenizer(
+        args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
+    )
+    lengths = theirs.context_length, ours.context_length
+    if lengths[0] != lengths[1]:
+        return (
+            f"its context length is {lengths[0]}, the student's {lengths[1]}; pass "
+            "--force-context-length, or another teacher"
+        )
+    kinds = _kind(theirs), _kind(ours)
+    if kinds[0] != kinds[1]:
+        return (
+            f"its tokenizer is {kinds[0]}, the student's {kinds[1]}; choose a teacher with the "
+            "student's tokenizer"
+        )
+    return None
 
 
-def _pair(value: Any) -> tuple[float, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value, value)
+def _kind(tokenizer: Any) -> str:
+    """A tokenizer's class and number of words; of Hugging Face's, those of the wrapped one."""
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    return f"{type(inner).__name__} of {getattr(inner, 'vocab_size', '?')} words"

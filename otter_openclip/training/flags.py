@@ -1,21 +1,22 @@
-"""The plugin's command-line flags, added to open_clip_train's own parser."""
+"""The plugin's command-line flags, added to open_clip_train's own parser.
+
+open_clip's own flags are left to open_clip, but for mixes with ours that would damage a run in silence.
+"""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import math
-import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import open_clip
 import torch
-from open_clip.factory import LOCAL_DIR_PREFIX, parse_model_name
+from open_clip.factory import parse_model_name
 
+from otter_openclip import __version__
 from otter_openclip.cli import as_list, check_repeated, name_nearest, number
 from otter_openclip.losses import (
     IMPLEMENTATIONS,
@@ -25,18 +26,15 @@ from otter_openclip.losses import (
     MIN_LAMBDA,
     OT_SCOPES,
 )
-from otter_openclip.model_folders.folder import CONFIG_FILE
-from otter_openclip.model_folders.parts import check_moved
-from otter_openclip.training import stock_flags
 from otter_openclip.training.recipes import add_config_flag, expand_config
-from otter_openclip.training.zeroshot import check_folder
 
 LOSSES = ("clip", "infonce", "ls", "kd", "otter")
+TRAINED_LOSSES = LOSSES[1:]
 TEACHER_LOSSES = ("kd", "otter")
 PAIR_LOSSES = ("ls", *TEACHER_LOSSES)
 TEACHER_MODES = ("train", "eval")
 ZEROSHOT_WEIGHTS = ("student", "teacher")
-FEATURE_PRECISIONS = ("fp32", "bf16")
+TABLES = (".csv", ".tsv")
 
 
 # flag -> (losses it applies to, default or {loss: default}, argparse keywords)
@@ -56,8 +54,8 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
         dict.fromkeys(TEACHER_LOSSES, 0.999),
         {
             "type": number(0, 1),
-            "help": "upper bound of the EMA teacher's decay; with --loss clip keep an EMA of the model, "
-            "which nothing learns from, and repeat the data order as the other losses do",
+            "help": "upper bound of the EMA teacher's decay; 0 takes the student itself as the teacher; "
+            "with --loss clip an EMA that nothing learns from",
         },
     ),
     "--sinkhorn-lambda": (
@@ -131,6 +129,15 @@ _FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
             "help": "log of the distillation term's own scale at the start of training",
         },
     ),
+    "--feature-dropout": (
+        TRAINED_LOSSES,
+        0.0,
+        {
+            "type": number(0, 0.99),
+            "metavar": "P",
+            "help": "share of what frozen towers give that the student does not see; the teacher does",
+        },
+    ),
     "--teacher-mode": (
         TEACHER_LOSSES,
         "train",
@@ -157,7 +164,8 @@ def _dest(flag: str) -> str:
     return flag.lstrip("-").replace("-", "_")
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=f"otter-openclip {__version__}")
     group = parser.add_argument_group("OTTER", "flags of the plugin (otter-openclip)")
     if "--loss" not in parser._option_string_actions:  # a patched open_clip_train has it
         group.add_argument(
@@ -174,9 +182,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     )
     group.add_argument(
         "--zeroshot-data",
+        nargs="+",
         metavar="DIR",
-        help="multi-label clip_benchmark webdataset whose F@K is evaluated every --zeroshot-frequency "
-        "epochs; the best by F@1 is kept as best.pt; any --loss",
+        help="clip_benchmark webdatasets, with one label or several a picture, whose F@K is evaluated "
+        "every --zeroshot-frequency epochs; the best by F@1 of the first is kept as best.pt; any --loss",
     )
     group.add_argument(
         "--zeroshot-weights",
@@ -187,7 +196,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         "--feature-cache",
         metavar="DIR",
         help="compute what locked towers (--lock-image, --lock-text) give once a sample, keep it in "
-        "DIR, and train on that; any --loss",
+        "DIR in a file for each shard, and train on that; any --loss",
     )
     group.add_argument(
         "--feature-views",
@@ -196,17 +205,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         help="augmented views of each image to keep in --feature-cache; by default one without "
         "augmentation",
     )
-    group.add_argument(
-        "--feature-precision",
-        choices=FEATURE_PRECISIONS,
-        help="bf16: features for --feature-cache are computed in bfloat16 if the device has it and they "
-        "stay within 1%%; default fp32, which is --precision",
-    )
     for flag, (losses, default, keywords) in _FLAGS.items():
         keywords = dict(keywords)
         keywords["help"] += f"; default {_shown(default)} (--loss {', '.join(losses)})"
         group.add_argument(flag, default=None, **keywords)
-    return [*group._group_actions, parser._option_string_actions["--loss"]]
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -216,35 +218,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     """
     argv = sys.argv[1:] if argv is None else argv
     parser.error = functools.partial(_error, parser)
-    own = _add_flags(parser)
+    _add_flags(parser)
     precision = parser.get_default("precision")
     parser.set_defaults(precision=None, loss="clip")
     check_repeated(parser, argv)
-    try:
-        args = parser.parse_args(expand_config(parser, argv))
-    except (
-        ValueError,
-        SyntaxError,
-    ) as error:  # of the one type that open_clip_train has of its own
-        parser.error(f"argument --aug-cfg: expected NAME=VALUE, as scale=(0.9,1.0) ({error})")
-    for action in own:
-        if "" in as_list(getattr(args, action.dest)):
-            parser.error(f"argument {action.option_strings[-1]}: expected a value, got ''")
-    _check_model(parser, args)
-    if args.loss not in LOSSES:  # a patched open_clip_train also lists other packages' losses
-        parser.error(f"--loss {args.loss} is not one of this plugin's: {', '.join(LOSSES)}")
-    _check_reference_crop(parser, args)
-    if args.zeroshot_data is not None:
-        try:
-            check_folder(args.zeroshot_data)
-        except ValueError as error:
-            parser.error(str(error))
-    _check_unsupported(parser, args)
-    if args.loss != "clip" and (fault := stock_flags.fault(parser, args)):
+    args = parser.parse_args(expand_config(parser, argv))
+    for fault in _faults(args):
         parser.error(fault)
-    _check_feature_cache(parser, args)
     _settle_flags(parser, args)
-    _check_ema(parser, args)
+    for fault in _ema_faults(args):
+        parser.error(fault)
     _settle_precision(args, precision)
     return args
 
@@ -255,7 +238,7 @@ def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     parser.exit(2, f"{parser.prog}: error: {message}\nSee {parser.prog} --help for all flags.\n")
 
 
-def model_config(args: argparse.Namespace) -> dict[str, Any]:
+def _model_config(args: argparse.Namespace) -> dict[str, Any]:
     """The JSON of ``--model``, whatever its schema; {} if it cannot be read here."""
     try:
         schema = parse_model_name(args.model)[0]
@@ -265,197 +248,152 @@ def model_config(args: argparse.Namespace) -> dict[str, Any]:
     return config or {}
 
 
-def logit_bias_message(args: argparse.Namespace) -> str:
-    """Why a model with a logit bias is refused."""
-    return (
-        f"--loss {args.loss} does not go with {args.model}: it has a logit bias, which belongs to "
-        "SigLIP's sigmoid loss; use a CLIP model, or --loss clip --siglip"
-    )
-
-
-def _check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Name the nearest to a model that open_clip does not know."""
-    name, known = args.model.replace("/", "-"), open_clip.list_models()
-    try:
-        schema = parse_model_name(args.model)[0]
-    except ValueError as error:
-        parser.error(f"--model {args.model}: {error}")
-    if schema is None and name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        if os.path.isfile(os.path.join(args.model, CONFIG_FILE)):
-            near = [f"{LOCAL_DIR_PREFIX}{args.model}"]
-        hint = (
-            f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() has the names"
-        )
-        parser.error(f"open_clip knows no --model {args.model}; {hint}")
-    try:
-        check_moved(args.model)
-    except ValueError as error:
-        parser.error(f"--model {error}")
-
-
-def _check_reference_crop(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if not args.reference_crop:
-        return
-    if args.aug_cfg:
-        parser.error("--reference-crop has no augmentation but its crop; drop it or --aug-cfg")
-    if args.image_resize_mode not in (None, "shortest"):
-        parser.error(
-            f"--reference-crop resizes the shorter side; drop it or --image-resize-mode "
+def _faults(args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with ``args`` as they are given; the first is said."""
+    if args.loss not in LOSSES:  # a patched open_clip_train also lists other packages' losses
+        yield f"--loss {args.loss} is not one of this plugin's: {', '.join(LOSSES)}"
+    for name in ("zeroshot_data", "feature_cache"):
+        if "" in as_list(getattr(args, name)):
+            yield f"argument --{name.replace('_', '-')}: expected a value, got ''"
+    if args.reference_crop and args.aug_cfg:
+        yield "--reference-crop has no augmentation but its crop; drop it or --aug-cfg"
+    if args.reference_crop and args.image_resize_mode not in (None, "shortest"):
+        yield (
+            "--reference-crop resizes the shorter side; drop it or --image-resize-mode "
             f"{args.image_resize_mode}"
         )
-    if args.image_interpolation == "random":
-        parser.error("--reference-crop takes --image-interpolation bicubic or bilinear, not random")
+    if args.reference_crop and args.image_interpolation == "random":
+        yield "--reference-crop takes --image-interpolation bicubic or bilinear, not random"
+    if args.loss != "clip":
+        yield from _mixed_faults(args)
+    if args.feature_cache is not None:
+        yield from _cache_faults(args)
+    elif args.feature_views is not None:
+        yield "--feature-views belongs to --feature-cache DIR; give that too, or drop it"
+    if args.feature_dropout and not (args.lock_image or args.lock_text):
+        yield (
+            "--feature-dropout is on what frozen towers give, but none is: add --lock-image, "
+            "--lock-text or both"
+        )
 
 
-def _check_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.loss == "clip":
-        return
-    name = f"--loss {args.loss}"
+def _mixed_faults(args: argparse.Namespace) -> Iterator[str]:
+    """What of open_clip's flags our losses cannot do."""
+    loss = f"--loss {args.loss}"
+    teacher = args.loss in TEACHER_LOSSES
     if args.siglip:
-        parser.error(
-            f"{name} does not go with --siglip: its targets are for the softmax loss, not the "
-            "sigmoid one; drop --siglip, or use --loss clip --siglip"
+        yield (
+            f"{loss} does not go with --siglip: its targets are for the softmax loss, not the sigmoid "
+            "one; drop --siglip, or use --loss clip --siglip"
         )
-    config = model_config(args)
-    if "coca" in args.model.lower() or "multimodal_cfg" in config:
-        parser.error(
-            f"{name} does not go with the CoCa model {args.model}: its captioning loss is not part "
-            "of the method; use a CLIP model, or --loss clip"
+    if "multimodal_cfg" in _model_config(args):
+        yield (
+            f"{loss} does not go with the CoCa model {args.model}: its captioning loss is not part of "
+            "the method; use a CLIP model, or --loss clip"
         )
-    if "init_logit_bias" in config and args.loss in PAIR_LOSSES:
-        parser.error(logit_bias_message(args))
-    built_in = "text_cfg" in config and "hf_model_name" not in config["text_cfg"]
-    if args.lock_text and not args.lock_text_freeze_layer_norm and built_in:
-        parser.error(
-            "--lock-text needs --lock-text-freeze-layer-norm too: open_clip cannot leave the layer "
-            f"norms of {args.model}'s text tower unlocked; add it"
-        )
-    if "lookahead" in args.opt.lower() and args.loss in TEACHER_LOSSES:
-        parser.error(
-            f"{name} does not go with --opt {args.opt}: teacher and second scale hang on torch's "
+    if "lookahead" in args.opt.lower() and teacher:
+        yield (
+            f"{loss} does not go with --opt {args.opt}: teacher and second scale hang on torch's "
             "optimizer hooks, which timm's Lookahead has not; use the optimizer without it"
         )
-    # open_clip 4.x has neither of these two.
-    if getattr(args, "horovod", False):
-        parser.error(
-            f"{name} does not go with --horovod: the transport plan is sharded with "
-            "torch.distributed; launch with torchrun instead"
+    if args.horovod:
+        yield (
+            f"{loss} does not go with --horovod: the transport plan is sharded with torch.distributed; "
+            "launch with torchrun instead"
         )
-    if getattr(args, "torchscript", False) and args.loss in TEACHER_LOSSES:
-        parser.error(
-            f"{name} does not go with --torchscript: a scripted model cannot be copied into a "
-            "teacher; use --torchcompile instead"
+    if args.torchscript and teacher:
+        yield (
+            f"{loss} does not go with --torchscript: a scripted model cannot be copied into a teacher; "
+            "use --torchcompile instead"
         )
-    has_distill = (args.distill_model is not None, args.distill_pretrained is not None)
-    if any(has_distill) and args.loss not in TEACHER_LOSSES:
-        parser.error(
-            f"{name} has no teacher, so --distill-model and --distill-pretrained have no meaning; "
-            "use --loss kd or --loss otter"
+    distill = args.distill_model is not None, args.distill_pretrained is not None
+    if any(distill) and not teacher:
+        yield (
+            f"{loss} has no teacher, so --distill-model and --distill-pretrained have no meaning; use "
+            "--loss kd or --loss otter"
         )
-    if any(has_distill) and not all(has_distill):
-        parser.error("--distill-model and --distill-pretrained must be given together")
-    if all(has_distill) and (args.ema_decay is not None or args.teacher_mode is not None):
-        parser.error(
+    if any(distill) and not all(distill):
+        yield "--distill-model and --distill-pretrained must be given together"
+    if all(distill) and (args.ema_decay is not None or args.teacher_mode is not None):
+        yield (
             "--ema-decay and --teacher-mode are for the EMA teacher, but --distill-model asks for a "
             "fixed one; drop one or the other"
         )
     if args.share_logit_scale and args.init_distill_logit_scale is not None:
-        parser.error(
+        yield (
             "--share-logit-scale has no second scale to start at --init-distill-logit-scale; drop one"
         )
 
 
-def has_ema(args: argparse.Namespace) -> bool:
-    """Whether a run with these settled flags keeps an EMA of its model."""
-    return args.ema_decay is not None and args.teacher_model is None
-
-
-def _check_ema(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.loss == "clip" and has_ema(args):
-        given = {f"--opt {args.opt}": "lookahead" in args.opt.lower()}
-        given |= {f"--{name}": getattr(args, name, False) for name in ("horovod", "torchscript")}
-        for flag in (flag for flag, value in given.items() if value):
-            parser.error(
-                f"--ema-decay does not go with {flag}: the EMA copies the model, and hangs on torch's "
-                "optimizer hooks; drop one of them"
-            )
-    if args.zeroshot_weights is None:
-        args.zeroshot_weights = ZEROSHOT_WEIGHTS[0]
-        return
-    if args.zeroshot_data is None:
-        parser.error("--zeroshot-weights belongs to --zeroshot-data DIR; give that too, or drop it")
-    if args.zeroshot_weights == "teacher" and not (has_ema(args) and args.train_data):
-        parser.error(
-            f"--zeroshot-weights teacher: this run (--loss {args.loss}) keeps no EMA; train with --loss "
-            "kd or otter without --distill-model, or with --loss clip --ema-decay D"
-        )
-
-
-def _check_feature_cache(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.feature_cache is None:
-        for flag in ("--feature-views", "--feature-precision"):
-            if getattr(args, _dest(flag)) is not None:
-                parser.error(f"{flag} belongs to --feature-cache DIR; give that too, or drop it")
-        return
-    if open_clip.__version__ >= "4":
-        parser.error(
-            "--feature-cache works with open_clip 3.x only; without it training is the same"
-        )
-    cache = Path(args.feature_cache).absolute()
-    there = next(path for path in (cache, *cache.parents) if os.path.lexists(path))
-    if not there.is_dir():
-        parser.error(
-            f"--feature-cache {args.feature_cache}: {there} is not a folder; name a new or an old one"
-        )
-    given = {"--siglip": args.siglip, "--torchscript": args.torchscript, "--trace": args.trace}
-    given |= {"--horovod": args.horovod, "--distill-model": args.distill_model is not None}
-    given |= {"--use-bnb-linear": args.use_bnb_linear is not None}
-    for flag in (flag for flag, value in given.items() if value):
-        parser.error(f"--feature-cache does not go with {flag}; drop one of them")
-    config = model_config(args)
-    if "coca" in args.model.lower() or "multimodal_cfg" in config:
-        parser.error(f"--feature-cache does not go with the CoCa model {args.model}; drop it")
+def _cache_faults(args: argparse.Namespace) -> Iterator[str]:
+    for flag in ("siglip", "torchscript", "trace", "horovod", "distill_model", "use_bnb_linear"):
+        if getattr(args, flag):
+            name = flag.replace("_", "-")
+            yield f"--feature-cache does not go with --{name}; drop one of them"
+    if "multimodal_cfg" in _model_config(args):
+        yield f"--feature-cache does not go with the CoCa model {args.model}; drop it"
     if not (args.lock_image or args.lock_text):
-        parser.error(
-            "--feature-cache keeps what locked towers give, but none is: add --lock-image, "
-            "--lock-text or both"
+        yield (
+            "--feature-cache keeps what locked towers give, but none is: add --lock-image, --lock-text "
+            "or both"
         )
-    for flag, name in (("unlocked_groups", "image"), ("unlocked_layers", "text")):
-        count = getattr(args, f"lock_{name}_{flag}")
-        if getattr(args, f"lock_{name}") and count:
-            parser.error(
-                f"--feature-cache: --lock-{name}-{flag.replace('_', '-')} {count} trains the end of the "
-                "trunk, so what is frozen is no whole trunk or tower; lock all of it, or drop the cache"
-            )
-    if not (args.train_data and args.dataset_type in ("webdataset", "csv", "auto")):
-        parser.error("--feature-cache takes --train-data of type webdataset or csv")
-    args.feature_views = args.feature_views or 1
-    args.feature_precision = args.feature_precision or FEATURE_PRECISIONS[0]
-    if args.aug_cfg and args.lock_image and args.feature_views == 1:
-        parser.error(
+    table = args.dataset_type == "csv" or (
+        args.dataset_type == "auto" and str(args.train_data).endswith(TABLES)
+    )
+    if table or not (args.train_data and args.dataset_type in ("webdataset", "auto")):
+        yield (
+            "--feature-cache takes --train-data in webdataset shards; otter-openclip data csv makes "
+            "them of a table"
+        )
+    if args.aug_cfg and args.lock_image and (args.feature_views or 1) == 1:
+        yield (
             "--aug-cfg: with --feature-cache a locked image tower sees its images without augmentation; "
             "add --feature-views K to keep K augmented views, or drop it"
         )
-    if args.feature_views > 1 and not args.lock_image:
-        parser.error("--feature-views keeps views of images, which needs --lock-image")
+    if (args.feature_views or 1) > 1 and not args.lock_image:
+        yield "--feature-views keeps views of images, which needs --lock-image"
 
 
 def _settle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for flag, (losses, default, _) in _FLAGS.items():
-        given = getattr(args, _dest(flag))
-        if given is None or given is False:
+        value = getattr(args, _dest(flag))
+        if value is None or value is False:
             per_loss = isinstance(default, dict)
             setattr(args, _dest(flag), default.get(args.loss) if per_loss else default)
         elif args.loss not in losses:
             wanted = " or ".join(f"--loss {loss}" for loss in losses)
             parser.error(f"{flag} has no meaning with --loss {args.loss}; it needs {wanted}")
+    args.feature_views = args.feature_views or 1
     # The fixed teacher is created by the plugin, so that it also works with --accum-freq; open_clip
     # itself must not see it.
     args.teacher_model = args.teacher_pretrained = None
     if args.loss != "clip":
         args.teacher_model, args.distill_model = args.distill_model, None
         args.teacher_pretrained, args.distill_pretrained = args.distill_pretrained, None
+
+
+def has_ema(args: argparse.Namespace) -> bool:
+    """Whether a run with these settled flags keeps an EMA of its model."""
+    return bool(args.ema_decay) and args.teacher_model is None
+
+
+def _ema_faults(args: argparse.Namespace) -> Iterator[str]:
+    if args.loss == "clip" and has_ema(args):
+        for flag in ("horovod", "torchscript"):
+            if getattr(args, flag):
+                yield f"--ema-decay does not go with --{flag}: the EMA copies the model; drop one"
+        if "lookahead" in args.opt.lower():
+            yield f"--ema-decay does not go with --opt {args.opt}: it lacks torch's hooks; drop one"
+    if args.zeroshot_weights is None:
+        args.zeroshot_weights = ZEROSHOT_WEIGHTS[0]
+        return
+    if args.zeroshot_data is None:
+        yield "--zeroshot-weights belongs to --zeroshot-data DIR; give that too, or drop it"
+    if args.zeroshot_weights == "teacher" and not (has_ema(args) and args.train_data):
+        yield (
+            f"--zeroshot-weights teacher: this run (--loss {args.loss}) keeps no EMA; train with --loss "
+            "kd or otter without --distill-model, or with --loss clip, and --ema-decay above 0"
+        )
 
 
 def _settle_precision(args: argparse.Namespace, default: str) -> None:

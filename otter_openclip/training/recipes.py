@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from otter_openclip.cli import did_you_mean
 
 # The package's own recipes, known by name: inside it once installed, beside it in a checkout.
 _INSTALLED = Path(__file__).parents[1] / "configs"
@@ -36,69 +37,64 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     if not known.config:
         return list(argv)
-    path = _find(parser, known.config)
+    path = _path(parser, known.config)
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
         parser.error(f"--config {path} must hold lines 'flag: value', got {type(recipe).__name__}")
-    actions = {}
-    for action in parser._actions:
-        for name in action.option_strings:
-            if name.startswith("--") and action.dest not in ("help", "config"):
-                actions[name[2:]] = action
-    # argparse cannot take a switch back, so --no-SWITCH leaves the recipe's out.
-    off = {
-        word
-        for word in argv
-        if word.startswith("--no-") and word[2:] not in actions
-        if word[5:] in actions and actions[word[5:]].nargs == 0
+    actions = {
+        name[2:]: action
+        for action in parser._actions
+        for name in action.option_strings
+        if name.startswith("--") and action.dest not in ("help", "config", "version")
     }
+    # argparse cannot take a switch back, so --no-SWITCH leaves the recipe's out.
+    off = {word for word in argv if word.startswith("--no-") and word[2:] not in actions}
+    off = {word for word in off if word[5:] in actions and actions[word[5:]].nargs == 0}
     words: list[str] = []
     for key, value in recipe.items():
         name = str(key).replace("_", "-")
         if name not in actions:
-            near = difflib.get_close_matches(name, actions, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            parser.error(f"--config {path}: unknown key {key!r}{hint}")
+            parser.error(f"--config {path}: unknown key {key!r}{did_you_mean(name, actions)}")
         if f"--no-{name}" not in off:
-            words += _words(parser, path, name, actions[name], value)
+            try:
+                words += _words(name, actions[name], value)
+            except ValueError as error:
+                parser.error(f"--config {path}: {name} {error}")
     return [*words, *(word for word in argv if word not in off)]
 
 
-def _find(parser: argparse.ArgumentParser, given: str) -> Path:
-    """The file ``given``, or the package's recipe of that name."""
-    path = Path(given)
+def _path(parser: argparse.ArgumentParser, recipe: str) -> Path:
+    """The file ``recipe``, or the package's recipe of that name."""
+    path = Path(recipe)
     recipes = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
     if path.exists() or (path.stem not in recipes and len(path.parts) > 1):
         return path
-    if given in recipes:
-        return recipes[given]
-    near = difflib.get_close_matches(path.stem, recipes, n=1, cutoff=0.5)
+    if recipe in recipes:
+        return recipes[recipe]
     parser.error(
-        f"--config {given} is neither a file nor a recipe of this package"
-        + (f"; did you mean {near[0]}?" if near else ".")
-        + f" The recipes: {', '.join(recipes)}"
+        f"--config {recipe} is neither a file nor a recipe of this package"
+        f"{did_you_mean(path.stem, recipes)} The recipes: {', '.join(recipes)}"
     )
 
 
-def _words(
-    parser: argparse.ArgumentParser, path: Path, name: str, action: argparse.Action, value: Any
-) -> list[str]:
+def _words(name: str, action: argparse.Action, value: Any) -> list[str]:
+    """The words of a command line for one line of a recipe; ValueError if there are none."""
     if action.nargs == 0:
         if not isinstance(value, bool):
-            parser.error(f"--config {path}: {name} is a switch: true or false, got {value!r}")
+            raise ValueError(f"is a switch: true or false, got {value!r}")
         return [f"--{name}"] if value else []
     if value is None:
         return []
-    values = value if isinstance(value, list) else [value]
     if isinstance(value, dict):  # --aug-cfg scale=(0.9,1.0)
-        values = [f"{k}={v}" for k, v in value.items()]
-    elif any(isinstance(v, dict | list | bool) or v is None for v in values):
-        parser.error(f"--config {path}: {name} cannot be {value!r}")
+        value = [f"{k}={v}" for k, v in value.items()]
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(v, dict | list | bool) or v is None for v in values):
+        raise ValueError(f"cannot be {value!r}")
     if action.nargs is None:
-        if len(values) != 1 or isinstance(value, dict):
-            parser.error(f"--config {path}: {name} takes one value, got {value!r}")
+        if len(values) != 1:
+            raise ValueError(f"takes one value, got {value!r}")
         return [f"--{name}={values[0]}"]
     return [f"--{name}", *map(str, values)]

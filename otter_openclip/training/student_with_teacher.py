@@ -1,19 +1,112 @@
-"""The module that open_clip's loop trains: the student, with the teacher's features in its output."""
+"""The module that open_clip's loop trains: the student, with its teacher's features in the output."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from otter_openclip.frozen.prefix import is_output, run
+from otter_openclip.checkpoints.contents import TEACHER
+from otter_openclip.frozen import prefix
+from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training.batch_norm import keep_in_eval_mode
 
 Features = dict[str, Tensor]
+_INPUTS = {"visual": 0, "text": 1}  # where a tower's input stands among the model's
+_STATE = "teacher_state"
+
+
+class Teacher:
+    """Where a batch's targets come from. This one is the student itself: the loss takes its features.
+
+    Attributes:
+        module: the model that runs beside the student; None if none does.
+        shares_prefixes: whether it takes what the student's frozen prefixes give.
+    """
+
+    module: nn.Module | None = None
+    shares_prefixes = True
+
+    def __init__(self, student: nn.Module | None = None) -> None:
+        """With a ``student`` its features are computed once more, from inputs without dropout."""
+        self._student = student
+
+    def __str__(self) -> str:
+        return "Teacher: the student itself"
+
+    @torch.no_grad()
+    def features(self, images: Tensor, texts: Tensor) -> Features:
+        """``dist_image_features`` and ``dist_text_features``, (B, D); {} for the student's own."""
+        if self._student is None:
+            return {}
+        output = unwrap_model(self._student)(images, texts)
+        return {f"dist_{name}": output[name] for name in ("image_features", "text_features")}
+
+    def update(self, student: nn.Module) -> None:
+        """Follow the student after a step of the optimizer."""
+
+    def weights(self) -> dict[str, Any]:
+        """What a checkpoint has of it beside open_clip's own keys."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What the plugin's part of a checkpoint has of it."""
+        return {}
+
+    def restore(self, weights: Mapping[str, Tensor] | None, entry: Mapping[str, Any]) -> None:
+        """Take up its weights and state from a checkpoint."""
+
+
+class MovingAverage(Teacher):
+    """The EMA of the student, which shares its frozen prefixes."""
+
+    def __init__(
+        self, args: Namespace, model: nn.Module, prefixes: Mapping[str, str], *, eval_mode: bool
+    ) -> None:
+        with prefix.left_out(unwrap_model(model), prefixes.values()) as copies:
+            self.module = self.ema = EmaTeacher(model, args.ema_decay, eval_mode=eval_mode)
+            copies.append(as_teacher(self.ema.module))
+
+    def __str__(self) -> str:
+        mode = "eval" if self.ema.eval_mode else "train"
+        return f"EMA teacher: decay {self.ema.decay}, {mode} mode, {self.ema.num_updates} updates so far"
+
+    def features(self, images: Tensor, texts: Tensor) -> Features:
+        """The moving average's features, (B, D) each."""
+        return self.ema(images, texts)
+
+    def update(self, student: nn.Module) -> None:
+        """Move the average."""
+        self.ema.update(student)
+
+    def weights(self) -> dict[str, Any]:
+        """Its weights, by open_clip 4.x's own name for an EMA's."""
+        return {TEACHER: self.ema.module.state_dict()}
+
+    def state(self) -> dict[str, Any]:
+        """Its counter and what half precision loses."""
+        return {_STATE: self.ema.get_extra_state()}
+
+    def restore(self, weights: Mapping[str, Tensor] | None, entry: Mapping[str, Any]) -> None:
+        """Take both up, if the checkpoint is of a run that had a moving average."""
+        if weights is not None and _STATE in entry:
+            self.ema.module.load_state_dict(weights)
+            self.ema.set_extra_state(entry[_STATE])
+
+
+def as_teacher(model: nn.Module) -> nn.Module:
+    """``model`` with parameters that ask for gradients, which it is never given.
+
+    It runs under no_grad; but torch multiplies a (batch, length, width) input by a weight in one product
+    only if the weight asks for a gradient.
+    """
+    return model.requires_grad_(True)
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -31,23 +124,13 @@ class ScaleGradient(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-def as_teacher(model: nn.Module) -> nn.Module:
-    """``model`` with parameters that ask for gradients, which it is never given.
-
-    It runs under no_grad; but torch multiplies a (batch, length, width) input by a weight in one product
-    only if the weight asks for a gradient.
-    """
-    return model.requires_grad_(True)
-
-
 class StudentWithTeacher(nn.Module):
     """A student whose output dict also holds ``dist_image_features`` and ``dist_text_features``.
 
     With gradient accumulation open_clip's loop runs every micro-batch twice: without gradients to
     collect the features of the whole batch, then with gradients, one micro-batch at a time. The
     teacher, and what is frozen, run in the first pass only; the second hands out what they gave again
-    in the same order.
-    In the second pass the whole batch's loss is differentiated once for each micro-batch, so what
+    in the same order. There the whole batch's loss is differentiated once for each micro-batch, so what
     does not belong to one micro-batch, ``logit_scale``, gets its gradient ``accum_freq`` times too
     large; it is divided here.
     """
@@ -55,39 +138,32 @@ class StudentWithTeacher(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teacher: Teacher | None = None,
         *,
-        teacher_forward: Callable[..., Features] | None = None,
-        train_teacher: bool = True,
         accum_freq: int = 1,
         distill_logit_scale: nn.Parameter | None = None,
         frozen: Sequence[str] = (),
         prefixes: Mapping[str, str] | None = None,
-        shares_prefixes: bool = False,
+        feature_dropout: float = 0.0,
     ) -> None:
         """Put the two side by side.
 
         Args:
             student: the model as open_clip's ``main`` made it, in DDP and compiled or not.
-            teacher: a bare open_clip model; None for losses without one.
-            teacher_forward: what to call instead of ``teacher``, e.g. its compiled form.
-            train_teacher: follow the student into train mode; otherwise stay in eval mode.
+            teacher: None for losses without one.
             accum_freq: micro-batches for each optimizer step.
             distill_logit_scale: registered here so that gradient clipping sees it.
-            frozen: names of the student's modules that are never in train mode, nor are the teacher's.
-            prefixes: ``features.prefix.find_prefixes`` of the student, installed.
-            shares_prefixes: whether they are the teacher's too.
+            frozen: names of the student's modules that are never in train mode, nor are its average's.
+            prefixes: ``frozen.prefix.find_prefixes`` of the student, installed.
+            feature_dropout: share of what the prefixes give that the student does not see in training.
         """
         super().__init__()
-        self.student = student
-        self.teacher = teacher
-        self._teacher_forward = teacher if teacher_forward is None else teacher_forward
-        self._train_teacher = train_teacher
-        self._accum_freq = accum_freq
-        self._waiting: deque[tuple[tuple[Tensor, Tensor], Features]] = deque()
+        self.student, self.teacher = student, teacher
+        self.teacher_module = None if teacher is None else teacher.module
         self.distill_logit_scale = distill_logit_scale
-        self._frozen = frozen
-        self._prefixes, self._shares_prefixes = prefixes or {}, shares_prefixes
+        self._accum_freq, self._feature_dropout = accum_freq, feature_dropout
+        self._frozen, self._prefixes = frozen, prefixes or {}
+        self._waiting: deque[tuple[list[Tensor], Features]] = deque()
 
     @property
     def module(self) -> nn.Module:
@@ -95,13 +171,11 @@ class StudentWithTeacher(nn.Module):
         return unwrap_model(self.student)
 
     def train(self, mode: bool = True) -> StudentWithTeacher:
-        """Set the student's mode, and the teacher's if it follows."""
+        """Set the student's mode, and that of a moving average that follows it."""
         super().train(mode)
-        if self.teacher is not None:
-            self.teacher.train(mode and self._train_teacher)
         keep_in_eval_mode(self.student, self._frozen)
-        if self.teacher is not None and self._train_teacher:  # a copy of the student
-            keep_in_eval_mode(self.teacher, self._frozen)
+        if isinstance(self.teacher, MovingAverage):
+            keep_in_eval_mode(self.teacher.ema.module, self._frozen)
         return self
 
     def start_epoch(self) -> None:
@@ -111,30 +185,38 @@ class StudentWithTeacher(nn.Module):
     def forward(self, images: Tensor, texts: Tensor) -> Features:
         """Student's output dict plus the teacher's two (B, D') features."""
         if self._accum_freq > 1 and torch.is_grad_enabled():
-            given, features = self._waiting.popleft()
-            output = dict(self.student(*given))
+            inputs, features = self._waiting.popleft()
+            output = dict(self.student(*inputs))
             output["logit_scale"] = ScaleGradient.apply(
                 output["logit_scale"], 1.0 / self._accum_freq
             )
             return output | features
-        given = self._passed_by(images, texts)
-        output = dict(self.student(*given))
-        features = self._teach(*(given if self._shares_prefixes else (images, texts)))
+        inputs = self._after_prefixes([images, texts])
+        dropped = self._dropped(inputs)
+        output = dict(self.student(*dropped))
+        features = {}
+        if self.teacher is not None:
+            shared = self.teacher.shares_prefixes
+            features = self.teacher.features(*(inputs if shared else (images, texts)))
         if self._accum_freq > 1:
-            self._waiting.append((given, features))
+            self._waiting.append((dropped, features))
         return output | features
 
-    def _passed_by(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+    def _after_prefixes(self, inputs: list[Tensor]) -> list[Tensor]:
         """What frozen prefixes give, in place of what they are given."""
-        given = {"visual": images, "text": texts}
+        inputs = list(inputs)
         for tower in self._prefixes:
-            if not is_output(given[tower]):  # it comes from --feature-cache
-                given[tower] = run(self.module, tower, given[tower])
-        return given["visual"], given["text"]
+            place = _INPUTS[tower]
+            if not prefix.is_output(inputs[place]):  # it comes from --feature-cache
+                inputs[place] = prefix.run(self.module, tower, inputs[place])
+        return inputs
 
-    @torch.no_grad()
-    def _teach(self, images: Tensor, texts: Tensor) -> Features:
-        if self._teacher_forward is None:
-            return {}
-        output = self._teacher_forward(images, texts)
-        return {f"dist_{name}": output[name] for name in ("image_features", "text_features")}
+    def _dropped(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The same with dropout, in train mode, on what the prefixes give."""
+        if not self._feature_dropout:
+            return inputs
+        inputs = list(inputs)
+        for tower in self._prefixes:
+            place = _INPUTS[tower]
+            inputs[place] = F.dropout(inputs[place], self._feature_dropout, self.training)
+        return inputs

@@ -1,114 +1,116 @@
-"""Training data that cannot make a step: refused before work begins, or at once, instead of never.
-
-open_clip's webdataset loader looks for a batch for ever if the data hold none, and hardly says what it
-passes over. What would end in a ZeroDivisionError or in an untrained model is looked at too.
-"""
+"""What ends a run that would go on for nothing: data without a batch, a loss or weights with a NaN."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import os
 import tarfile
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
-import open_clip
-from open_clip.hf_model import HFTextEncoder
-from open_clip_train.data import (
-    DataInfo,
-    ResampledShards2,
-    expand_urls,
-    filter_no_caption_or_no_image,
-    tarfile_to_samples_nothrow,
-)
-from open_clip_train.distributed import world_info_from_env
-from torch import nn
+import torch
+from open_clip_train.data import DataInfo, ResampledShards2, expand_urls
+from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
-from otter_openclip.data.tables import header, rows
-from otter_openclip.model_folders.parts import check_longest, check_shortest
-
-_IMAGES = {"jpg", "png", "jpeg", "webp"}
-TABLES = (".csv", ".tsv")
-_ROUNDS = 20  # of drawing from the shards without a usable sample
+_ROUNDS = 20  # of drawing as many shards as there are without a batch
 _NAMED = 5
 _MAGIC = 257  # where a tar says that it is one
+_FIX = (
+    "nothing was saved of this epoch. Fix: a lower --lr, a longer --warmup or --grad-clip-norm; with "
+    "--precision amp or fp16 another precision; then --resume latest goes on from the last checkpoint"
+)
 
 
 class NoBatchError(RuntimeError):
-    """The data of a process hold no batch."""
+    """The data of a process hold no batch, for which webdataset would look for ever."""
 
 
-def fault(args: Namespace) -> str | None:
-    """What is wrong with ``--train-data`` as far as it shows without reading samples, or None."""
-    if args.dataset_type == "synthetic" or (args.train_data is None and args.loss == "clip"):
-        return None
-    if not args.train_data:
-        others = (getattr(args, name, None) for name in ("val_data", "imagenet_val", "imagenet_v2"))
-        given = any(others) or args.zeroshot_data
-        return None if given else "there are no data to train on; give --train-data"
-    auto = args.dataset_type == "auto"
-    if args.dataset_type == "csv" or (auto and args.train_data.endswith(TABLES)):
-        return _table_fault(args)
-    urls = expand_urls(args.train_data)[0]
-    gone = [url for url in urls if "://" not in url and ":" not in url and not os.path.exists(url)]
-    if len(gone) == len(urls):
-        return f"--train-data {args.train_data}: no such file, first {gone[0]}"
-    _, _, world = world_info_from_env()
-    needed = max(1, args.workers) * world
-    if len(urls) < needed and not args.dataset_resampled:
-        processes = f" of each of {world} processes" if world > 1 else ""
-        most = len(urls) // world
-        fix = f"pass --workers {most}, or " if most else ""
-        return (
-            f"--train-data has {len(urls)} shards for the {max(1, args.workers)} --workers{processes}, "
-            f"and each needs its own; {fix}build {needed}: otter-openclip data ... --shards {needed}"
-        )
-    return None
-
-
-def check_context(args: Namespace, model: nn.Module) -> None:
-    """Raise ValueError if a text tower of Hugging Face cannot take --force-context-length."""
-    text = getattr(model, "text", None)
-    if args.force_context_length is None or not isinstance(text, HFTextEncoder):
-        return
-    given = "--force-context-length"
-    check_longest(given, args.force_context_length, args.model, text.config)
-    tokenizer = open_clip.get_tokenizer(
-        args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
-    )
-    check_shortest(given, tokenizer, args.model)
-
-
-def _table_fault(args: Namespace) -> str | None:
-    path, columns = args.train_data, {args.csv_img_key, args.csv_caption_key}
-    if len(args.csv_separator) != 1:
-        return None  # a pattern, for pandas
+@contextlib.contextmanager
+def reason_given() -> Iterator[None]:
+    """NoBatchError, of this process or a loader's, ends the command with its one line."""
     try:
-        if columns <= set(next(rows(path, args.csv_separator), (0, []))[1]):
-            return None
-        separator, names = header(path, sorted(columns))
-    except FileNotFoundError:
-        return f"--train-data {path}: no such file"
-    except (ValueError, OSError) as error:
-        return f"--train-data {error}"
-    if columns <= set(names):
-        return (
-            f"--train-data {path} has its fields separated by {separator!r}; pass --csv-separator"
+        yield
+    except NoBatchError as error:
+        # A loader's process puts its traceback around the message.
+        reason = str(error).rpartition(f"{NoBatchError.__name__}: ")[2].strip()
+        raise SystemExit(f"error: {reason}") from error
+
+
+def check_loader(args: Namespace, train: DataInfo) -> None:
+    """Raise ValueError if an epoch makes no step, of which open_clip would say nothing."""
+    batches = train.dataloader.num_batches
+    if not batches:
+        raise ValueError(
+            f"--train-data has {train.dataloader.num_samples} samples, less than a batch on each of "
+            f"{args.world_size} processes; lower --batch-size {args.batch_size}"
         )
-    missing, listed = sorted(columns - set(names)), ", ".join(map(repr, names))
-    flags = "--csv-img-key, --csv-caption-key and --csv-separator"
-    return f"--train-data {path} has no column {missing[0]!r} but {listed}; see {flags}"
+    if batches < args.accum_freq:
+        raise ValueError(
+            f"--accum-freq {args.accum_freq} is more than the {batches} batches of an epoch, so no step "
+            "would be made; lower it or --batch-size"
+        )
 
 
-def cut_off(args: Namespace) -> list[str]:
+def watch_passes(args: Namespace, train: DataInfo) -> None:
+    """Let open_clip's webdataset pipeline end with NoBatchError if a pass over its shards has none."""
+    if train.shared_epoch is None:
+        return
+    stages = train.dataloader.pipeline[0].dataset.pipeline
+    drawn = len(stages[0].urls) if isinstance(stages[0], ResampledShards2) else None
+    watched = _Pass(args.batch_size, drawn)
+    # The last stage before the shards are opened, and the batches behind all others.
+    opening = max(i for i, stage in enumerate(stages) if _gives_shards(stage))
+    stages.insert(opening + 1, watched.shards)
+    stages.append(watched.batches)
+
+
+def _gives_shards(stage: Any) -> bool:
+    name = getattr(stage, "__name__", type(stage).__name__)
+    return name in ("SimpleShardList", "ResampledShards2", "detshuffle2", "split_by_worker")
+
+
+class _Pass:
+    """Two stages around one process's pass over its shards."""
+
+    def __init__(self, batch_size: int, drawn: int | None) -> None:
+        """``drawn`` is the number of shards that are drawn from without end, or None."""
+        self.batch_size, self.drawn = batch_size, drawn
+        self.opened: list[str] = []
+        self.made = 0
+
+    def shards(self, source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Before the shards are opened."""
+        self.opened, self.made = [], 0
+        for shard in source:
+            if self.drawn and not self.made and len(self.opened) > _ROUNDS * self.drawn:
+                self._give_up()
+            if not self.made:
+                self.opened.append(shard["url"])
+            yield shard
+
+    def batches(self, source: Iterator[Any]) -> Iterator[Any]:
+        """After batches are made."""
+        for batch in source:
+            self.made += 1
+            yield batch
+        if not self.made:
+            self._give_up()
+
+    def _give_up(self) -> NoReturn:
+        info = get_worker_info()
+        process = f" in loader process {info.id} of {info.num_workers}" if info else ""
+        shards = sorted(set(self.opened))
+        raise NoBatchError(
+            f"--train-data gives no batch of {self.batch_size}{process} from {len(shards)} shards "
+            f"({', '.join(shards[:_NAMED]) or 'none'}); otter-openclip data inspect says what is in "
+            "them, a lower --batch-size or --workers needs less"
+        )
+
+
+def shards_cut_off(args: Namespace) -> list[str]:
     """Local shards of ``--train-data`` whose end is missing, of which loaders say nothing."""
-    if not args.train_data or args.dataset_type not in ("webdataset", "auto"):
-        return []
     urls = expand_urls(args.train_data)[0]
     return [url for url in urls if url.endswith(".tar") and os.path.isfile(url) and _is_cut(url)]
 
@@ -124,154 +126,81 @@ def _is_cut(path: str) -> bool:
         return file.read(len(b"ustar")) == b"ustar" and not (whole_blocks and ends)
 
 
-def check_loader(args: Namespace, train: DataInfo) -> None:
-    """Raise ValueError if an epoch makes no step; with ``--loss clip`` only if that would crash."""
-    batches = train.dataloader.num_batches
-    if not batches and args.loss != "clip":
-        raise ValueError(
-            f"--train-data has {train.dataloader.num_samples} samples, less than a batch on each of "
-            f"{args.world_size} processes; lower --batch-size {args.batch_size}"
-        )
-    if 0 < batches < args.accum_freq:
-        raise ValueError(
-            f"--accum-freq {args.accum_freq} is more than the {batches} batches of an epoch, so no step "
-            "would be made; lower it or --batch-size"
-        )
+class LossWatch:
+    """Looks at the terms of every loss, which stay on their device until a step that is logged.
 
-
-def watch(args: Namespace, train: DataInfo) -> None:
-    """Let the webdataset pipeline end with NoBatchError when it has none, and log what it passes over.
-
-    Of ``--loss clip`` nothing is logged.
+    There open_clip waits for the device too; one more transfer tells of all of them.
     """
-    if train.shared_epoch is None:
-        return
-    stages = train.dataloader.pipeline[0].dataset.pipeline
-    if tarfile_to_samples_nothrow not in stages:
-        return  # of --feature-cache, which has looked at everything
-    source = stages[0]
-    drawn = len(source.urls) if isinstance(source, ResampledShards2) else None
-    seen = _Pass(args.batch_size, drawn, _sizes(args), log=args.loss != "clip")
-    start = stages.index(tarfile_to_samples_nothrow)
-    # shuffle, select, decode, rename, map, to_tuple, batched
-    for place, stage in ((8, seen.batches), (4, seen.decoded), (3, seen.selected), (1, seen.read)):
-        stages.insert(start + place, stage)
-    stages.insert(start, seen.shards)
 
+    def __init__(self) -> None:
+        self._epoch = 0
+        self._unseen: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
 
-def _sizes(args: Namespace) -> dict[str, int]:
-    """Samples of each shard, as far as sizes.json beside it knows them."""
-    urls, sizes = expand_urls(args.train_data)[0], {}
-    for folder in {os.path.dirname(url) for url in urls}:
-        with contextlib.suppress(OSError, ValueError), open(f"{folder}/sizes.json") as file:
-            sizes |= {os.path.join(folder, name): int(n) for name, n in json.load(file).items()}
-    return sizes
+    def start_epoch(self, epoch: int) -> None:
+        """Forget what the last epoch left."""
+        self._epoch = epoch
+        self._unseen.clear()
 
+    @torch.no_grad()
+    def take(self, step: int, terms: Mapping[str, Tensor], features: Mapping[str, Any]) -> None:
+        """The terms of a loss, and the features it was given."""
+        rows = {
+            name: value.sum(dim=1, dtype=torch.float32).isfinite()
+            for name, value in features.items()
+            if isinstance(value, Tensor) and value.ndim == 2
+        }
+        self._unseen.append((step, {k: v.detach() for k, v in terms.items()}, rows))
 
-@contextlib.contextmanager
-def reason_given() -> Iterator[None]:
-    """NoBatchError, of this process or a loader's, ends the command with its one line."""
-    try:
-        yield
-    except NoBatchError as error:
-        # A loader's process puts its traceback around the message.
-        reason = str(error).rpartition(f"{NoBatchError.__name__}: ")[2].strip()
-        raise SystemExit(f"error: {reason}") from error
+    def check(self) -> None:
+        """End the run, naming the first bad step, if a loss since the last look is not finite."""
+        unseen, self._unseen = self._unseen, []
+        values = [value.float() for _, terms, _ in unseen for value in terms.values()]
+        if values and not torch.stack(values).isfinite().all():
+            _stop(self._message(unseen))
 
-
-class _Pass:
-    """Stages that count what goes through them in a pass of one process over its shards."""
-
-    def __init__(
-        self, batch_size: int, drawn: int | None, sizes: dict[str, int], *, log: bool
-    ) -> None:
-        """``drawn`` is the number of shards that are drawn from without end, or None."""
-        self.batch_size, self.drawn, self.sizes, self.log = batch_size, drawn, sizes, log
-        self._begin()
-
-    def _begin(self) -> None:
-        self.opened: Counter[str] = Counter()
-        self.gave: Counter[str] = Counter()
-        self.without: Counter[str] = Counter()
-        self.last = ""
-        self.usable = self.chosen = self.good = self.made = 0
-
-    def shards(self, source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Before the shards are opened."""
-        self._begin()
-        for shard in source:
-            turns = self.opened.total() / self.drawn if self.drawn else 0
-            if turns > _ROUNDS and not self.good and not (self.usable and not self.chosen):
-                raise NoBatchError(self._no_batch())
-            self.last = shard["url"]
-            self.opened[self.last] += 1
-            yield shard
-        self.last = ""
-
-    def read(self, source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """After the samples are read."""
-        for sample in source:
-            self.gave[sample["__url__"]] += 1
-            if filter_no_caption_or_no_image(sample):
-                self.usable += 1
-            else:
-                kinds = {name for name in sample if not name.startswith("__")}
-                lacking = [] if "txt" in kinds else ["no .txt"]
-                lacking += [] if kinds & _IMAGES else ["no image"]
-                held = ", ".join(sorted(f".{kind}" for kind in kinds)[:_NAMED]) or "nothing"
-                self.without[f"{' and '.join(lacking)} among {held}"] += 1
-            yield sample
-
-    def selected(self, source: Iterator[Any]) -> Iterator[Any]:
-        """After samples without caption or image are out."""
-        for sample in source:
-            self.chosen += 1
-            yield sample
-
-    def decoded(self, source: Iterator[Any]) -> Iterator[Any]:
-        """After unreadable images are out."""
-        for sample in source:
-            self.good += 1
-            yield sample
-
-    def batches(self, source: Iterator[Any]) -> Iterator[Any]:
-        """After batches are made. A pass is also left when the epoch has its batches."""
-        try:
-            for batch in source:
-                self.made += 1
-                yield batch
-            if not self.made:
-                raise NoBatchError(self._no_batch())
-        finally:
-            if self.log and self.made and (reasons := self._reasons()):
-                logging.warning(f"Samples passed over{_of_worker()}: {reasons}")
-
-    def _reasons(self) -> str:
-        listed = [f"{count} with {reason}" for reason, count in self.without.most_common(_NAMED)]
-        if unreadable := self.chosen - self.good:
-            listed.append(f"{unreadable} with an unreadable image or caption")
-        read = sorted(set(self.opened) - {self.last})  # of the last one nothing is known yet
-        if empty := [url for url in read if not self.gave[url]]:
-            listed.append(
-                f"all of {len(empty)} shards that gave none ({', '.join(empty[:_NAMED])})"
-            )
-        for url in [url for url in read if 0 < self.gave[url] < self._due(url)][:_NAMED]:
-            listed.append(f"{self._due(url) - self.gave[url]} of {url}, which ends too early")
-        return "; ".join(listed)
-
-    def _due(self, url: str) -> int:
-        return self.opened[url] * self.sizes.get(url, 0)
-
-    def _no_batch(self) -> str:
-        shards = ", ".join(sorted(self.opened)[:_NAMED]) or "no shard"
-        reasons = self._reasons()
-        return (
-            f"--train-data gives no batch of {self.batch_size}{_of_worker()}: {self.good} usable "
-            f"samples in {len(self.opened)} shards ({shards})"
-            + (f"; passed over: {reasons}" if reasons else "; lower --batch-size or --workers")
+    def _message(self, unseen: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]]) -> str:
+        step, terms, rows = next(
+            each for each in unseen if not all(value.isfinite() for value in each[1].values())
         )
+        bad = ", ".join(f"{k} is {v.item()}" for k, v in terms.items() if not v.isfinite())
+        text = f"the loss of step {step} of epoch {self._epoch} (both counted from 0): {bad}"
+        wrong = {name: int((~good).sum()) for name, good in rows.items()}
+        counts = [f"{n} of {len(rows[name])} {name}" for name, n in wrong.items() if n]
+        return f"{text}; not finite are {', '.join(counts)}" if counts else text
 
 
-def _of_worker() -> str:
-    info = get_worker_info()
-    return "" if info is None else f" in loader process {info.id} of {info.num_workers}"
+def check_model(what: str, model: nn.Module) -> None:
+    """End the run, naming the first of ``model``'s tensors in which there is a NaN or an infinity."""
+    _check_tensors(what, {**dict(model.named_parameters()), **dict(model.named_buffers())})
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """End the run if there is a NaN or an infinity in what ``optimizer`` remembers."""
+    _check_tensors(
+        "optimizer's state",
+        {
+            f"{name} of parameter {i}": value
+            for i, state in enumerate(optimizer.state.values())
+            for name, value in state.items()
+            if isinstance(value, Tensor)
+        },
+    )
+
+
+def _check_tensors(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """Tensors by name; -inf is allowed but in parameters: it masks attention."""
+    good = {
+        name: (x.isfinite() if isinstance(x, nn.Parameter) else x < torch.inf).all()
+        for name, x in tensors.items()
+        if x.is_floating_point()
+    }
+    by_device: dict[torch.device, list[Tensor]] = {}  # torch keeps step counts on the CPU
+    for fine in good.values():
+        by_device.setdefault(fine.device, []).append(fine)
+    if not all(torch.stack(fine).all() for fine in by_device.values()):
+        name = next(name for name, fine in good.items() if not fine)
+        _stop(f"{name} of the {what} is not finite after the epoch")
+
+
+def _stop(reason: str) -> NoReturn:
+    raise SystemExit(f"error: {reason}; {_FIX}")

@@ -57,7 +57,9 @@ class ZeroShotEvaluation:
             ValueError: naming an image, a class name or a label vector that cannot be used.
         """
         self.transform = transform
-        self.dataset = build_wds_dataset("zeroshot", transform, "test", folder)
+        self.dataset = build_wds_dataset(
+            "zeroshot", transform, "test", folder[0] if isinstance(folder, list) else folder
+        )
         self.prompts = class_prompts(self.dataset)
         self._images().check()
         self._frozen: Any = None  # what a frozen prefix gives for the images, and their labels

@@ -1,0 +1,348 @@
+"""What frozen towers give for the samples of shards, made shard by shard and kept in ``store``'s files.
+
+Ranks share out the shards, loader processes those of a rank. A shard's file is written when all of it is
+encoded, so a run that was killed goes on with the next shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import random
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from otter_openclip.frozen import prefix
+from otter_openclip.frozen.store import FeatureFiles, in_half, unusable
+from otter_openclip.shards import read
+
+ROUND = 30.0  # seconds of encoding after which the ranks hear of each other
+_BATCH = {"cpu": 64}
+_BATCH_ELSEWHERE = 256
+_PLAIN = (bool, int, float, str, type(None))
+# Settings that change nothing of what a tower gives.
+_NO_MATTER = re.compile(
+    "^_|^(name_or_path|training|transformers_version|dtype|torch_dtype)$|checkpointing$"
+)
+
+
+def fingerprint(settings: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:
+    """A digest of plain settings and of tensors; lists and tuples of equal values are the same."""
+    digest = hashlib.blake2b(digest_size=12)
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for key, value in (tensors or {}).items():
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(memoryview(flat.numpy()))
+    return digest.hexdigest()
+
+
+def tower_fingerprint(model: nn.Module, tower: str, name: str, settings: Mapping[str, Any]) -> str:
+    """A digest of the prefix ``name`` of ``tower``, its weights and build, and of ``settings``."""
+    owner, module = getattr(model, tower), model.get_submodule(name)
+    config = owner.config.to_dict() if hasattr(owner, "config") else {}  # Hugging Face's
+    architecture = {
+        "name": name,
+        "module": str(module),
+        "pooler": str(getattr(owner, "pooler", None)),
+        "timm": (getattr(module, "pretrained_cfg", None) or {}).get("architecture"),
+        "config": {k: v for k, v in config.items() if not _NO_MATTER.search(k)},
+        # Heads, pooling and the like show in no weight.
+        "attributes": {part: _attributes(child) for part, child in module.named_modules()},
+    }
+    tensors = {**dict(module.named_buffers()), **module.state_dict()}
+    return fingerprint({**architecture, **settings}, tensors)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    def is_plain(value: Any) -> bool:
+        values = value if isinstance(value, list | tuple) else [value]
+        return all(isinstance(each, _PLAIN) for each in values)
+
+    named = vars(module).items()
+    return {k: v for k, v in named if is_plain(v) and not _NO_MATTER.search(k)}
+
+
+def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
+    """What tokens depend on, as far as it shows: vocabulary, context, and how some texts are read."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    vocabulary = inner.get_vocab() if hasattr(inner, "get_vocab") else {}
+    texts = ["a photo of two dogs, running", "A Photo: CAFÉ déjà-vu  12.5 %", ""]
+    return {
+        "tokenizer": type(inner or tokenizer).__name__,
+        "vocabulary": fingerprint(vocabulary),
+        "tokens": tokenizer(texts).tolist(),
+    }
+
+
+class ImageInputs:
+    """Reads images: (views, 3, H, W) of a sample's files, None if it has none that can be read."""
+
+    def __init__(self, transform: Callable[[Any], Tensor], views: int = 1) -> None:
+        """``transform`` gives (3, H, W); several views are random, by numbers of each image's own."""
+        self.transform, self.views = transform, views
+
+    def __call__(self, files: Mapping[str, bytes], seed: int) -> Tensor | None:
+        """``seed`` is where the random numbers of several views begin."""
+        try:
+            image = read.rgb(read.opened(read.image_file(files, read.TRAINING_IMAGES)))
+        except read.SampleError as error:
+            logging.warning(f"An image is left out: {error}")
+            return None
+        if self.views == 1:
+            return self.transform(image)[None]
+        with _seeded(seed):
+            return torch.stack([self.transform(image) for _ in range(self.views)])
+
+
+class TokenInputs:
+    """Reads captions: (1, context) tokens of a sample's files, None without UTF-8 text."""
+
+    def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, files: Mapping[str, bytes], seed: int) -> Tensor | None:
+        """``seed`` is not needed."""
+        try:
+            return self.tokenizer([files["txt"].decode()])
+        except (KeyError, UnicodeDecodeError):
+            return None
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The random numbers of a block begin at ``seed``; those of the process go on after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
+
+
+class Column:
+    """One value a sample that is kept: an input as it is read, or what a frozen tower makes of it."""
+
+    def __init__(
+        self,
+        kind: str,
+        folder: Path,
+        key: str,
+        inputs: ImageInputs | TokenInputs,
+        encode: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Keep it in ``folder``, in a folder named by ``kind`` and ``key``, a fingerprint."""
+        self.kind, self.inputs, self.encode = kind, inputs, encode
+        self.files = FeatureFiles(folder / f"{kind}-{key}")
+
+    def rows(self, inputs: Tensor) -> np.ndarray:
+        """(samples, views, width) of the inputs (samples, views, ...); ValueError if not finite."""
+        if self.encode is None:
+            return inputs.numpy().astype(np.int32)
+        features = self.encode(inputs.flatten(0, 1))
+        if features.ndim != 2 or not features.isfinite().all():
+            fault = "is not finite" if features.ndim == 2 else "is no vector a sample"
+            raise ValueError(
+                f"what the {self.kind} tower gives {fault}; check its weights, or use --precision fp32"
+            )
+        return features.float().view(*inputs.shape[:2], -1).numpy()
+
+
+class TowerEncoder:
+    """Runs the frozen prefix of one tower, in eval mode and without gradients."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tower: str,
+        name: str,
+        device: torch.device,
+        autocast: Callable[[], contextlib.AbstractContextManager],
+        dtype: torch.dtype | None,
+    ) -> None:
+        """``autocast`` and the images' ``dtype`` as open_clip's loop has them for ``--precision``."""
+        self.model, self.tower, self.name = model, tower, name
+        self.device, self.autocast, self.dtype = device, autocast, dtype
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """(N, width) features, on the CPU, of images (N, 3, H, W) or tokens (N, context)."""
+        module = self.model.get_submodule(self.name)
+        was_training = module.training
+        module.eval()
+        try:
+            dtype = self.dtype if inputs.is_floating_point() else None
+            with self.autocast():
+                inputs = inputs.to(device=self.device, dtype=dtype)
+                return prefix.run(self.model, self.tower, inputs).cpu()
+        finally:
+            module.train(was_training)
+
+
+class _Batches(IterableDataset):
+    """Inputs of the samples of some shards: (shard, kind -> (inputs, which samples), size, last)."""
+
+    def __init__(
+        self, shards: Sequence[str], columns: Mapping[str, list[Column]], size: int
+    ) -> None:
+        """``columns`` are those that each of the ``shards`` lacks."""
+        self.shards, self.columns, self.size = shards, columns, size
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any], int, bool]]:
+        info = get_worker_info()
+        for shard in self.shards if info is None else self.shards[info.id :: info.num_workers]:
+            batch: list[dict[str, Tensor | None]] = []
+            for number, files in enumerate(_samples(shard)):
+                if len(batch) == self.size:
+                    yield shard, *_stacked(batch), False
+                    batch = []
+                seed = zlib.crc32(f"{Path(shard).name} {number}".encode())
+                batch.append({c.kind: c.inputs(files, seed) for c in self.columns[shard]})
+            yield shard, *_stacked(batch), True
+
+
+def _samples(shard: str) -> Iterator[dict[str, bytes]]:
+    """A shard's samples up to where it is damaged, as open_clip's loader reads them."""
+    try:
+        for _, files in read.samples(shard):
+            yield files
+    except OSError as error:
+        logging.warning(f"{shard} {error}")
+
+
+def _stacked(batch: list[dict[str, Tensor | None]]) -> tuple[dict[str, Any], int]:
+    stacked = {}
+    for kind in batch[0] if batch else ():
+        good = [sample[kind] is not None for sample in batch]
+        inputs = [sample[kind] for sample in batch if sample[kind] is not None]
+        stacked[kind] = torch.stack(inputs) if inputs else None, good
+    return stacked, len(batch)
+
+
+def fill(
+    columns: Sequence[Column],
+    shards: Sequence[str],
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> None:
+    """Make what ``columns`` lack of ``shards``; all ranks call it. With nothing to do none is opened.
+
+    Raises:
+        ValueError: if a shard is no local file, two cannot be told apart, or features are not finite.
+        OSError: if the folder cannot be written; what is done stays.
+    """
+    _check_local(columns[0].files, shards)
+    lacking = {shard: [] for shard in shards}
+    for column in columns:
+        for shard in column.files.missing(shards):
+            lacking[shard].append(column)
+    wanted = [shard for shard in shards if lacking[shard]]
+    kinds = " and ".join(column.kind for column in columns)
+    logging.info(f"Features ({kinds}): {len(wanted)} of {len(shards)} shards to encode")
+    if wanted:
+        work = _encode(wanted[rank::world_size], lacking, device, workers, show=rank == 0)
+        _together(work, device, world_size)
+        if left := [shard for column in columns for shard in column.files.missing(wanted)]:
+            raise ValueError(
+                f"{columns[0].files.folder.parent} has no features of {left[0]} although all were "
+                "encoded: the shards changed meanwhile, or the ranks do not share the folder"
+            )
+
+
+def _check_local(files: FeatureFiles, shards: Sequence[str]) -> None:
+    names: dict[str, str] = {}
+    for shard in shards:
+        try:
+            name = files.path(shard).name
+        except OSError as error:
+            raise ValueError(
+                f"features are kept of local shards, not of {shard}: {error}"
+            ) from error
+        if (other := names.setdefault(name, shard)) != shard:
+            raise ValueError(
+                f"{shard} and {other} have one name, size and time, by which features are found; "
+                "touch one of them"
+            )
+
+
+def _encode(
+    shards: Sequence[str],
+    lacking: Mapping[str, list[Column]],
+    device: torch.device,
+    workers: int,
+    *,
+    show: bool,
+) -> Iterator[None]:
+    """Encode ``shards``, some :data:`ROUND` seconds' worth between two yields."""
+    size = _BATCH.get(device.type, _BATCH_ELSEWHERE)
+    batches = _Batches(shards, lacking, size)
+    # A generator of its own: the loader must not draw from the training's random numbers.
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=min(workers, len(shards)),
+        generator=torch.Generator(),
+    )
+    parts: dict[tuple[str, str], list[Any]] = {}
+    said: dict[str, str] = {}
+    began = time.monotonic()
+    with tqdm(desc="Encoding", unit="sample", disable=not show) as bar:
+        for shard, stacked, count, last in loader:
+            for column in lacking[shard]:
+                part = parts.setdefault((shard, column.kind), [])
+                if count:
+                    inputs, good = stacked[column.kind]
+                    part.append((None if inputs is None else column.rows(inputs), np.array(good)))
+                if last:
+                    rows = _joined(parts.pop((shard, column.kind)))
+                    if column.encode is not None:
+                        rows, said[column.kind] = in_half(rows)
+                    column.files.write(shard, rows)
+            bar.update(count)
+            if time.monotonic() - began > ROUND:
+                yield
+                began = time.monotonic()
+    for kind, text in said.items():
+        logging.info(f"Features of the {kind} tower are kept in {text}")
+
+
+def _joined(parts: list[tuple[np.ndarray | None, np.ndarray]]) -> np.ndarray:
+    """The rows of all samples, those that have none being marked as unusable."""
+    made = [rows for rows, _ in parts if rows is not None]
+    if not made:
+        return np.full((sum(len(good) for _, good in parts), 1, 1), np.nan, np.float32)
+    joined = []
+    for rows, good in parts:
+        every = unusable(len(good), made[0])
+        if rows is not None:
+            every[good] = rows
+        joined.append(every)
+    return np.concatenate(joined)
+
+
+def _together(work: Iterator[None], device: torch.device, world_size: int) -> None:
+    """Ranks meet after every round, so that no collective waits for longer than that takes."""
+    done = object()
+    unfinished = True
+    while unfinished:
+        unfinished = next(work, done) is not done
+        if world_size > 1:
+            count = torch.tensor(int(unfinished), device=device)
+            dist.all_reduce(count)
+            unfinished = bool(count.item())

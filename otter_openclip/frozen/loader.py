@@ -1,0 +1,193 @@
+"""``--feature-cache``: open_clip's training loader gives kept features in place of images and tokens.
+
+Shards, their order and that of their samples are open_clip's; a sample is a row of a file.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import webdataset as wds
+from open_clip.utils import to_2tuple
+from open_clip_train.data import DataInfo, expand_urls, tarfile_to_samples_nothrow
+from open_clip_train.precision import get_autocast
+from torch import Tensor, nn
+
+from otter_openclip.frozen.encode import (
+    Column,
+    ImageInputs,
+    TokenInputs,
+    TowerEncoder,
+    fill,
+    fingerprint,
+    tokenizer_settings,
+    tower_fingerprint,
+)
+
+
+def image_column(
+    model: nn.Module,
+    name: str,
+    folder: Path,
+    transform: Callable[[Any], Tensor],
+    *,
+    device: torch.device,
+    precision: str = "fp32",
+    reference_crop: bool = False,
+    views: int = 1,
+    augmentation: Mapping[str, Any] | None = None,
+) -> Column:
+    """What the prefix ``name`` of the image tower gives for images under ``transform``.
+
+    ``transform`` is that of the model's preprocessing, of ``reference_crop`` or, with several views, of
+    ``augmentation``; precision as of open_clip's ``--precision``.
+    """
+    config = model.visual.preprocess_cfg
+    settings = {
+        "preprocessing": config | {"size": to_2tuple(config["size"])},
+        "reference_crop": reference_crop,
+        "views": [views, augmentation] if views > 1 else 1,
+        "precision": precision,
+    }
+    key = tower_fingerprint(model, "visual", name, settings)
+    encoder = _encoder(model, "visual", name, device, precision)
+    return Column("image", folder, key, ImageInputs(transform, views), encoder)
+
+
+def text_column(
+    model: nn.Module,
+    name: str | None,
+    folder: Path,
+    tokenizer: Callable[..., Tensor],
+    *,
+    device: torch.device,
+    precision: str = "fp32",
+) -> Column:
+    """What the prefix ``name`` of the text tower gives for captions; their tokens if it is None."""
+    settings = tokenizer_settings(tokenizer)
+    if name is None:
+        return Column("tokens", folder, fingerprint(settings), TokenInputs(tokenizer))
+    key = tower_fingerprint(model, "text", name, settings | {"precision": precision})
+    encoder = _encoder(model, "text", name, device, precision)
+    return Column("text", folder, key, TokenInputs(tokenizer), encoder)
+
+
+def _encoder(
+    model: nn.Module, tower: str, name: str, device: torch.device, precision: str
+) -> TowerEncoder:
+    autocast = get_autocast(precision, device_type=device.type)
+    return TowerEncoder(model, tower, name, device, autocast, open_clip.get_input_dtype(precision))
+
+
+def use_features(
+    args: Namespace,
+    train: DataInfo,
+    model: nn.Module,
+    prefixes: Mapping[str, str],
+    transform: Callable[..., Tensor],
+) -> None:
+    """Let open_clip's webdataset loader ``train`` give features; those that are not kept yet are made.
+
+    Args:
+        args: open_clip_train's, with ``feature_cache``, ``feature_views`` and ``reference_crop``.
+        train: changed in place.
+        model: the bare model, before training.
+        prefixes: ``find_prefixes`` of it.
+        transform: of images; random if there are several views.
+
+    Raises:
+        ValueError: if the shards or the features cannot be used.
+        OSError: if the folder cannot be written.
+    """
+    folder, device = Path(args.feature_cache), torch.device(args.device)
+    context = {"cache_dir": args.cache_dir, "context_length": args.force_context_length}
+    tokenizer = open_clip.get_tokenizer(args.model, **context)
+    common = {"device": device, "precision": args.precision}
+    columns = [text_column(model, prefixes.get("text"), folder, tokenizer, **common)]
+    if "visual" in prefixes:
+        image = image_column(
+            model,
+            prefixes["visual"],
+            folder,
+            transform,
+            reference_crop=args.reference_crop,
+            views=args.feature_views,
+            augmentation=args.aug_cfg,
+            **common,
+        )
+        columns.insert(0, image)
+    urls, _ = expand_urls(args.train_data, args.train_data_upsampling_factors)
+    ranks = {"rank": args.rank, "world_size": args.world_size, "workers": args.workers}
+    fill(columns, list(dict.fromkeys(urls)), device=device, **ranks)
+    dtype = open_clip.get_input_dtype(args.precision) or torch.float32
+    stages = train.dataloader.pipeline[0].dataset.pipeline
+    start = stages.index(tarfile_to_samples_nothrow)
+    if "visual" not in prefixes:
+        _add_text_features(stages, start, columns[0], dtype)
+        return
+    shuffle = stages[start + 1]
+    batched = wds.batched(args.batch_size, collation_fn=_Collate(dtype), partial=False)
+    stages[start:] = [_ReadRows(columns), shuffle, _drop_unusable, batched]
+
+
+class _ReadRows:
+    """In place of reading tars: a row of each column for each sample, None for an unusable one."""
+
+    def __init__(self, columns: list[Column]) -> None:
+        self.columns = columns
+
+    def __call__(self, shards: Iterator[dict[str, Any]]) -> Iterator[tuple[np.ndarray, ...] | None]:
+        for shard in shards:
+            for rows in zip(*(c.files.rows(shard["url"]) for c in self.columns), strict=True):
+                yield None if any(row is None for row in rows) else rows
+
+
+def _drop_unusable(samples: Iterator[Any]) -> Iterator[Any]:
+    """After the shuffle, whose order is then that of live training, which drops them there, too."""
+    return (sample for sample in samples if sample is not None)
+
+
+class _Collate:
+    """Batches of features in the run's dtype, and of tokens."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, samples: list[tuple[np.ndarray, ...]]) -> list[Tensor]:
+        columns = (torch.from_numpy(np.stack(rows)) for rows in zip(*samples, strict=True))
+        return [x.to(self.dtype) if x.is_floating_point() else x.long() for x in columns]
+
+
+def _add_text_features(stages: list[Any], start: int, column: Column, dtype: torch.dtype) -> None:
+    """With the text tower alone frozen images are read as ever, and captions become their features."""
+    mapping = next(stage for stage in stages if callable(getattr(stage, "kw", {}).get("text")))
+    mapping.kw["text"] = str  # no tokens are needed
+    stages.insert(stages.index(mapping) + 1, _put_in_place)
+    stages.insert(start + 1, _AddRows(column, dtype))
+
+
+class _AddRows:
+    """Gives each sample of a shard, in their order, its row under a key of its own."""
+
+    def __init__(self, column: Column, dtype: torch.dtype) -> None:
+        self.column, self.dtype = column, dtype
+
+    def __call__(self, samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        url, rows = "", iter(())
+        for sample in samples:
+            if sample["__url__"] != url:
+                url = sample["__url__"]
+                rows = self.column.files.rows(url)
+            row = next(rows)
+            features = None if row is None else torch.from_numpy(row).to(self.dtype)
+            yield sample | {"__features__": features}
+
+
+def _put_in_place(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return (sample | {"text": sample["__features__"]} for sample in samples)

@@ -1,0 +1,530 @@
+"""``--feature-cache``: training on kept features is training on the data, and nothing stale is used."""
+
+import json
+import logging
+import os
+import shutil
+import tarfile
+from collections import Counter
+from io import BytesIO
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip_train.train import AverageMeter
+from training_helpers import assert_same, load, train
+
+from otter_openclip.frozen import encode, prefix
+from otter_openclip.frozen.loader import image_column
+from otter_openclip.frozen.store import FeatureFiles, in_half, usable
+from otter_openclip.model_folders.export import export_checkpoint
+
+LOCK_TEXT = ["--lock-text", "--lock-text-freeze-layer-norm"]
+LOCKS = {
+    "image": ["--lock-image"],
+    "text": LOCK_TEXT,
+    "both": ["--lock-image", *LOCK_TEXT],
+}
+
+
+@pytest.fixture(scope="module")
+def model(hf_model, tmp_path_factory):
+    """The tiny towers without dropout, in a folder."""
+    folder = tmp_path_factory.mktemp("still")
+    config = open_clip.get_model_config(hf_model)
+    config["vision_cfg"]["timm_drop"] = 0.0
+    tower = folder / "tower"
+    shutil.copytree(config["text_cfg"]["hf_model_name"], tower)
+    bert = json.loads((tower / "config.json").read_text())
+    bert |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (tower / "config.json").write_text(json.dumps(bert))
+    config["text_cfg"] |= {"hf_model_name": str(tower), "hf_tokenizer_name": str(tower)}
+    (folder / "tiny-still.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    return "tiny-still"
+
+
+@pytest.fixture(autouse=True)
+def losses(monkeypatch):
+    """Every step's losses of the runs so far, in all their digits."""
+    seen = []
+    stock = AverageMeter.update
+
+    def record(self, value, count=1):
+        stock(self, value, count)
+        if count > 1:  # of a batch
+            seen.append(value)
+
+    monkeypatch.setattr(AverageMeter, "update", record)
+    return seen
+
+
+def same_losses(losses, tolerance=1e-5):
+    """Those of two runs, one after the other."""
+    half = len(losses) // 2
+    assert half > 10 and len(losses) == 2 * half
+    assert losses[:half] == pytest.approx(losses[half:], abs=tolerance, rel=tolerance)
+
+
+@pytest.fixture
+def cached(pairs, tmp_path, model):
+    """Train on kept features of both towers; returns the folder and how many files were made."""
+
+    def run(name, *extra, data=pairs, loss="infonce"):
+        before = set((tmp_path / "cache").glob("*/*.npy"))
+        words = ["--loss", loss, "--model", model, *LOCKS["both"]]
+        cache = ["--feature-cache", str(tmp_path / "cache")]
+        train(data, tmp_path / name, *words, *cache, *extra)
+        made = set((tmp_path / "cache").glob("*/*.npy")) - before
+        return tmp_path / name, Counter(path.parent.name.split("-")[0] for path in made)
+
+    return run
+
+
+ALL, NONE = {"image": 2, "text": 2}, {}
+
+
+@pytest.mark.parametrize(
+    ("loss", "lock"),
+    [("infonce", "both"), ("otter", "both"), ("otter", "image"), ("kd", "text"), ("otter", "text")],
+)
+def test_same_as_live(pairs, tmp_path, model, losses, loss, lock):
+    extra = ["--loss", loss, "--model", model, *LOCKS[lock], "--workers", "2"]
+    live = train(pairs, tmp_path / "live", *extra)
+    cached = train(pairs, tmp_path / "cached", *extra, "--feature-cache", str(tmp_path / "cache"))
+    same_losses(losses)
+    one, other = (load(path / "epoch_2.pt") for path in (live, cached))
+    assert one.keys() == other.keys()
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+
+
+def test_a_whole_tower_of_open_clip(pairs, tmp_path, losses):
+    extra = ["--loss", "otter", "--model", "tiny-rn", "--lock-image"]
+    train(pairs, tmp_path / "live", *extra)
+    train(pairs, tmp_path / "cached", *extra, "--feature-cache", str(tmp_path / "cache"))
+    same_losses(losses)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param([], id="otter"),
+        pytest.param(["--accum-freq", "2", "--batch-size", "6"], id="accum"),
+        pytest.param(["--precision", "amp_bf16"], id="amp"),
+        pytest.param(["--feature-views", "3", "--aug-cfg", "scale=(0.3,1.0)"], id="views"),
+        pytest.param(["--feature-dropout", "0.5", "--ema-decay", "0"], id="dropout"),
+        pytest.param(
+            ["--feature-dropout", "0.5", "--accum-freq", "2", "--batch-size", "6"],
+            id="dropout-accum",
+        ),
+    ],
+)
+def test_resume_is_exact(cached, extra):
+    whole, made = cached("whole", *extra, loss="otter")
+    assert made == ALL
+    start = str(whole / "run" / "checkpoints" / "epoch_1.pt")
+    again, made = cached("again", *extra, "--resume", start, loss="otter")
+    assert made == NONE
+    end = "run/checkpoints/epoch_2.pt"
+    assert_same(load(whole / end), load(again / end))
+
+
+def test_loss_clip_and_what_stock_open_clip_loads(cached, model, tmp_path):
+    """A whole model: the frozen towers as they were, the rest trained, nothing of ours in it."""
+    torch.manual_seed(1)
+    start = open_clip.create_model(model)
+    start.train()(torch.randn(64, 3, 32, 32))  # statistics other than the initial ones
+    torch.save(start.state_dict(), tmp_path / "start.pt")
+    extra = ["--pretrained", str(tmp_path / "start.pt"), "--lock-image-freeze-bn-stats"]
+    folder, _ = cached("clip", *extra, loss="clip")
+    checkpoint = load(folder / "run" / "checkpoints" / "epoch_2.pt")
+    before, after = start.state_dict(), checkpoint["state_dict"]
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"logit_scale", "text.proj.weight", "visual.head.proj.weight"}
+    start.load_state_dict(after)
+    assert "otter" not in checkpoint
+
+
+def test_live_frozen_towers_see_no_augmentation(pairs, tmp_path, model, monkeypatch):
+    """As kept ones do, unless it is asked for."""
+    seen = []
+    stock = open_clip.transform.image_transform_v2
+
+    def record(*args, is_train, **kwargs):
+        made = stock(*args, is_train=is_train, **kwargs)
+        return lambda image: seen.append(is_train) or made(image)
+
+    monkeypatch.setattr("open_clip.factory.image_transform_v2", record)
+    words = ["--loss", "infonce", "--model", model, "--epochs", "1", "--workers", "0"]
+    for name, extra, random in (
+        ("free", [], True),
+        ("frozen", ["--lock-image"], False),
+        ("asked", ["--lock-image", "--aug-cfg", "scale=(0.9,1.0)"], True),
+        ("part", ["--lock-image", "--lock-image-unlocked-groups", "1"], True),
+    ):
+        seen.clear()
+        train(pairs, tmp_path / name, *words, *extra)
+        assert set(seen) == {random}, name
+
+
+def shards(pairs, out, *, change=lambda shard, key, suffix, content: content):
+    """A changed copy of the shards: of all contents but those for which ``change`` gives None."""
+    out.mkdir()
+    shutil.copy(pairs / "sizes.json", out)
+    for path in sorted(pairs.glob("*.tar")):
+        with tarfile.open(path) as source, tarfile.open(out / path.name, "w") as target:
+            for member in source.getmembers():
+                key, _, suffix = member.name.partition(".")
+                content = source.extractfile(member).read()
+                content = change(path.name, key, suffix, content)
+                if content is not None:
+                    member.size = len(content)
+                    target.addfile(member, BytesIO(content))
+    return out
+
+
+def test_a_complete_cache_is_all_that_a_start_needs(cached, pairs, tmp_path, losses, monkeypatch):
+    """Behind unchanged size and time the shards may hold anything; no file is read before its turn."""
+    data = shards(pairs, tmp_path / "data")
+    cached("first", data=data)
+    for shard in data.glob("*.tar"):
+        status = shard.stat()
+        shard.write_bytes(b"?" * status.st_size)
+        os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    read, stock = [], FeatureFiles.read
+    monkeypatch.setattr(
+        FeatureFiles, "read", lambda s, shard: read.append(shard) or stock(s, shard)
+    )
+    monkeypatch.setattr(encode, "DataLoader", None)
+    words = ["--train-num-samples", "12", "--epochs", "1", "--workers", "0", "--batch-size", "12"]
+    assert cached("part", *words, data=data)[1] == NONE
+    assert {os.path.dirname(shard) for shard in read} == {str(data)}
+    monkeypatch.undo()
+    losses[:] = losses[:24]
+    monkeypatch.setattr(AverageMeter, "update", _recorder(losses))
+    assert cached("second", data=data)[1] == NONE
+    same_losses(losses, 0)
+
+
+def _recorder(losses):
+    stock = AverageMeter.update
+
+    def record(self, value, count=1):
+        stock(self, value, count)
+        if count > 1:
+            losses.append(value)
+
+    return record
+
+
+def test_features_are_mapped_and_not_in_memory(tmp_path):
+    files = FeatureFiles(tmp_path)
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(b"x")
+    files.write(str(shard), np.zeros((5, 1, 3), np.float16))
+    assert isinstance(files.read(str(shard)), np.memmap)
+
+
+def test_a_killed_run_goes_on_with_the_next_shard(cached, tmp_path, monkeypatch, losses):
+    cached("whole")
+    shutil.rmtree(tmp_path / "cache")
+    stock, calls = FeatureFiles.write, []
+
+    def die(self, shard, rows):
+        calls.append(shard)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        stock(self, shard, rows)
+
+    monkeypatch.setattr(FeatureFiles, "write", die)
+    with pytest.raises(KeyboardInterrupt):
+        cached("killed", "--workers", "0")
+    assert calls == sorted(calls)  # the first shard's files, then the second's
+    monkeypatch.setattr(FeatureFiles, "write", stock)
+    assert cached("again")[1] == {"image": 1, "text": 1}
+    same_losses(losses)
+
+
+def test_what_changed_is_not_taken_from_the_cache(cached, pairs, tmp_path, model, losses):
+    """Of a shard that was written again all is made again, and of no other."""
+
+    def swap(shard, key, suffix, content):
+        swapped = suffix == "txt" and key.endswith("3") and shard == "00001.tar"
+        return b"a line a circle" if swapped else content
+
+    data = shards(pairs, tmp_path / "data")
+    cached("first", data=data)
+    changed = shards(pairs, tmp_path / "changed", change=swap)
+    os.replace(changed / "00001.tar", data / "00001.tar")
+    losses.clear()
+    assert cached("again", data=data)[1] == {"image": 1, "text": 1}
+    train(data, tmp_path / "live", "--loss", "infonce", "--model", model, *LOCKS["both"])
+    same_losses(losses)
+
+
+def test_other_weights_transforms_tokens_and_precisions_have_their_own(cached, model, tmp_path):
+    cached("first")
+    torch.manual_seed(3)
+    other = open_clip.create_model(model)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    image, text = {"image": 2}, {"text": 2}
+    for name, extra, made in (
+        ("weights", ["--pretrained", str(tmp_path / "other.pt")], image),  # BERT is pretrained
+        ("transform", ["--image-interpolation", "bilinear"], image),
+        ("crop", ["--reference-crop"], image),
+        ("context", ["--force-context-length", "4"], text),
+        ("amp", ["--precision", "amp_bf16"], ALL),
+        ("views", ["--feature-views", "2"], image),
+        ("run", ["--lr", "1", "--workers", "2", "--batch-size", "9", "--epochs", "1"], NONE),
+    ):
+        found = cached(name, *extra)[1]
+        assert found == made or (name == "weights" and found == ALL), name
+    assert cached("again")[1] == NONE
+
+
+def column(model, folder, **settings):
+    visual = model.visual
+    device = torch.device("cpu")
+    return image_column(model, "visual", folder, visual.preprocess_cfg, device=device, **settings)
+
+
+def test_how_a_setting_was_written_down_is_no_other_setting(tmp_path):
+    """A mean is a tuple in open_clip's defaults and a list in a folder's JSON."""
+    model = open_clip.create_model("tiny-vit")
+    config = model.visual.preprocess_cfg
+    keys = [column(model, tmp_path).files.folder]
+    config |= {"mean": list(config["mean"]), "std": list(config["std"]), "size": [32, 32]}
+    keys.append(column(model, tmp_path).files.folder)
+    config["mean"][0] += 0.01
+    assert keys[0] == keys[1] != column(model, tmp_path).files.folder
+
+
+def test_an_exported_model_finds_its_features(cached, model, tmp_path):
+    folder, _ = cached("run", "--epochs", "1")
+    out = export_checkpoint(folder / "run", tmp_path / "out")
+    assert cached("exported", "--model", f"local-dir:{out}")[1] == NONE
+
+
+@pytest.mark.parametrize(
+    ("tower", "setting"),
+    [
+        ("vision", {"head_width": 4}),
+        ("vision", {"pool_type": "avg"}),
+        ("text", {"heads": 4}),
+        ("text", {"pool_type": "first"}),
+        ("text", {"no_causal_mask": True}),
+    ],
+)
+def test_equal_weights_in_another_architecture_have_their_own(tower, setting):
+    """No weight and no name of a module shows these settings."""
+    config = open_clip.get_model_config("tiny-vit")
+    part = f"{tower}_cfg"
+    one = open_clip.CustomTextCLIP(**config)
+    same = open_clip.CustomTextCLIP(**config).eval()
+    same.set_grad_checkpointing()
+    other = open_clip.CustomTextCLIP(**config | {part: config[part] | setting})
+    for model in (same, other):
+        model.load_state_dict(one.state_dict())
+    name = {"vision": "visual", "text": "text"}[tower]
+    keys = [encode.tower_fingerprint(model, name, name, {}) for model in (one, same, other)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize("lock", ["both", "text"])
+def test_samples_that_open_clip_drops(pairs, tmp_path, model, losses, lock):
+    """Unreadable images, captions that are not UTF-8, missing halves: left out in the same places."""
+
+    def spoil(shard, key, suffix, content):
+        number = int(key[-2:])
+        if suffix == "png":
+            return {3: content[:40], 11: b"", 12: None}.get(number, content)
+        return {5: b"\xff\xfe", 6: None}.get(number, content)
+
+    data = shards(pairs, tmp_path / "spoilt", change=spoil)
+    words = ["--loss", "infonce", "--model", model, *LOCKS[lock]]
+    train(data, tmp_path / "live", *words)
+    train(data, tmp_path / "cached", *words, "--feature-cache", str(tmp_path / "cache"))
+    same_losses(losses)
+
+
+def test_drawing_shards_in_which_no_image_can_be_read(cached, pairs, tmp_path):
+    """Else it would draw for ever."""
+    data = shards(
+        pairs,
+        tmp_path / "spoilt",
+        change=lambda _, __, kind, old: old if kind == "txt" else b"junk",
+    )
+    words = ["--dataset-resampled", "--train-num-samples", "48", "--workers", "0"]
+    with pytest.raises(SystemExit, match=r"gives no batch of 12 .*data inspect"):
+        cached("run", *words, data=data)
+
+
+def test_a_loader_process_without_a_batch_is_told_in_one_line(cached):
+    with pytest.raises(SystemExit, match=r"^error: --train-data gives no batch of 40 in loader"):
+        cached("few", "--workers", "2", "--batch-size", "40")
+
+
+def test_views_follow_from_the_sample(cached, tmp_path):
+    extra = ["--feature-views", "3", "--aug-cfg", "scale=(0.3,1.0)", "--epochs", "1"]
+    views = []
+    for name, workers in (("one", "0"), ("other", "2")):
+        cached(name, *extra, "--workers", workers)
+        views.append([np.load(path) for path in sorted(tmp_path.glob("cache/image-*/*.npy"))])
+        shutil.rmtree(tmp_path / "cache")
+    for one, other in zip(*views, strict=True):
+        np.testing.assert_allclose(one, other)
+        assert not np.allclose(one[:, 0], one[:, 1], atol=1e-3)
+
+
+def test_training_draws_a_view_each_time(tmp_path):
+    files, shard = FeatureFiles(tmp_path), tmp_path / "a.tar"
+    shard.write_bytes(b"x")
+    files.write(str(shard), np.arange(12.0, dtype=np.float32).reshape(4, 3, 1))
+    drawn = [[float(row[0]) for row in files.rows(str(shard))] for _ in range(40)]
+    for sample, values in enumerate(zip(*drawn, strict=True)):
+        assert set(values) == {3.0 * sample, 3.0 * sample + 1, 3.0 * sample + 2}
+
+
+def test_float16_where_it_is_near_enough():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(300, 1, 768)).astype(np.float32)
+    rows[7] = np.nan  # of a sample that cannot be used
+    half, said = in_half(rows)
+    assert half.dtype == np.float16 and said.startswith("float16: off by")
+    assert usable(half).tolist() == usable(rows).tolist() == [i != 7 for i in range(300)]
+    for wide in (rows * 1e6, rows * 1e-7, rows[:, :, :8]):  # beyond its range, below it, too few
+        same, said = in_half(wide)
+        assert same is wide and said.startswith("float32: in float16")
+
+
+def test_a_full_disk_keeps_what_is_done(cached, monkeypatch, tmp_path):
+    stock, calls = FeatureFiles.write, []
+
+    def write(self, shard, rows):
+        calls.append(shard)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        stock(self, shard, rows)
+
+    monkeypatch.setattr(FeatureFiles, "write", write)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        cached("full", "--workers", "0")
+    monkeypatch.setattr(FeatureFiles, "write", stock)
+    assert cached("again")[1] == {"image": 1, "text": 1}
+
+
+def test_shards_that_cannot_be_told_apart_are_refused(cached, pairs, tmp_path):
+    """Of one name, size and time: one would be given the other's features."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for path in [*pairs.glob("*.tar"), pairs / "sizes.json"]:
+            shutil.copy2(path, tmp_path / name)
+    words = ["--train-data", f"{tmp_path}/{{a,b}}/00000.tar", "--train-num-samples", "72"]
+    with pytest.raises(SystemExit, match=r"b/00000.tar and .*a/00000.tar have one name, size and"):
+        cached("run", *words)
+
+
+HEAD = ["--model", "tiny-still", "--feature-cache", "cache"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "none is: add --lock-image, --lock-text or both"),
+        (["--lock-image", "--aug-cfg", "scale=(0.5,1.0)"], "add --feature-views K"),
+        ([*LOCK_TEXT, "--feature-views", "2"], "needs --lock-image"),
+        (["--lock-image", "--feature-views", "0"], "must be at least 1"),
+        (["--lock-image", "--torchscript"], "does not go with --torchscript"),
+        (["--lock-image", "--dataset-type", "synthetic"], "otter-openclip data csv makes them"),
+        (["--lock-image", "--train-data", "t.csv"], "otter-openclip data csv makes them"),
+        (["--lock-image", "--loss", "clip", "--siglip"], "does not go with --siglip"),
+        (["--feature-cahce", "x"], "did you mean --feature-cache"),
+        (["--feature-dropout", "1.5"], "at most 0.99, got 1.5"),
+    ],
+)
+def test_refused_before_anything_is_made(pairs, tmp_path, model, words, message, capsys):
+    with pytest.raises(SystemExit):
+        train(pairs, tmp_path / "logs", *HEAD, "--loss", "otter", *words)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lock-image", "--feature-views", "2"], "--feature-views belongs to --feature-cache"),
+        (["--feature-dropout", "0.5"], "--feature-dropout is on what frozen towers give"),
+    ],
+)
+def test_flags_that_need_another(pairs, tmp_path, words, message, capsys):
+    with pytest.raises(SystemExit):
+        train(pairs, tmp_path, "--loss", "otter", *words)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("tiny-rn", LOCK_TEXT, "add --force-custom-text"),
+        ("tiny-still", ["--lock-text"], "embeddings.LayerNorm.weight is trained"),
+        (
+            "tiny-still",
+            ["--lock-image", "--lock-image-unlocked-groups", "2"],
+            "is trained; lock all",
+        ),
+        ("tiny-still", ["--lock-image"], "the image tower pools in its head"),
+    ],
+)
+def test_towers_without_a_prefix(pairs, tmp_path, model, name, words, message, monkeypatch):
+    """Known once the model is there: before the data are read."""
+    if "pools" in message:
+        monkeypatch.setattr(prefix, "_pools_a_map", lambda module: hasattr(module, "trunk"))
+    extra = ["--model", name, "--feature-cache", str(tmp_path / "cache"), *words]
+    with pytest.raises(SystemExit, match=message):
+        train(pairs, tmp_path / "logs", *extra)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_tower_that_gives_nan_is_no_unreadable_image(pairs, tmp_path, monkeypatch):
+    """Which are kept as NaN: its samples would be left out in silence."""
+    stock = encode.TowerEncoder.__call__
+
+    def overflow(self, inputs):
+        features = stock(self, inputs)
+        features[5] = torch.inf
+        return features
+
+    monkeypatch.setattr(encode.TowerEncoder, "__call__", overflow)
+    words = ["--model", "tiny-vit", "--lock-image", "--feature-cache", str(tmp_path / "cache")]
+    with pytest.raises(SystemExit, match="the image tower gives is not finite; check its weights"):
+        train(pairs, tmp_path, "--loss", "otter", *words)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY no more"])
+def test_a_damaged_file_is_named(cached, tmp_path, damage):
+    cached("first")
+    (file, *_) = tmp_path.glob("cache/text-*/*.npy")
+    file.write_bytes(damage)
+    with pytest.raises(Exception, match=f"{file} is damaged .*; remove it"):
+        cached("again", "--workers", "0")
+
+
+def test_columns_of_a_shard_with_nothing_usable(tmp_path):
+    """Its rows say so, whatever the tower's width."""
+    parts = [(None, np.array([False, False])), (None, np.array([False]))]
+    assert not usable(encode._joined(parts)).any() and len(encode._joined(parts)) == 3
+    rows = np.ones((1, 1, 4), np.float32)
+    joined = encode._joined([*parts, (rows, np.array([False, True]))])
+    assert usable(joined).tolist() == [False] * 4 + [True]
+    tokens = SimpleNamespace(numpy=lambda: np.ones((1, 1, 4), np.int64))
+    ids = encode.Column("tokens", tmp_path, "k", None).rows(tokens)
+    assert usable(encode._joined([(ids, np.array([True, False]))])).tolist() == [True, False]
+
+
+def test_log_says_what_is_made(cached, caplog):
+    with caplog.at_level(logging.INFO):
+        cached("first")
+    assert "Features (image and text): 2 of 2 shards to encode" in caplog.text
+    assert "Features of the image tower are kept in float" in caplog.text
