@@ -55,11 +55,7 @@ def test_context_length(pairs, tmp_path, saved):
 
 def test_tokenizer(pairs, tmp_path, saved, hf_model):
     message = refused(pairs, tmp_path / "l", *saved(hf_model))
-    assert "its tokenizer makes [" in message and "'a photo of two dogs, running'" in message
+    assert (
+        "its tokenizer is " in message and "the student's SimpleTokenizer of 49408 words" in message
+    )
     assert "choose a teacher with the student's tokenizer" in message
-
-
-def test_a_tokenizer_that_differs_in_case_only(pairs, tmp_path, saved):
-    keeps = MODELS["tiny-rn"]["text_cfg"] | {"tokenizer_kwargs": {"clean": "whitespace"}}
-    message = refused(pairs, tmp_path / "l", *saved("teacher-cased", text_cfg=keeps))
-    assert "of 'A Photo of TWO dogs'" in message

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from argparse import Namespace
 
 import open_clip
 import pytest
@@ -10,10 +11,9 @@ from conftest import MODELS
 from timm.layers import BatchNormAct2d
 from training_helpers import assert_same, load, train
 
-from otter_openclip import EmaTeacher
-from otter_openclip.frozen.prefix import find_prefixes, install, left_out, run
+from otter_openclip.frozen.prefix import find_prefixes, install, run
 from otter_openclip.model_folders.export import export_checkpoint
-from otter_openclip.training.student_with_teacher import StudentWithTeacher, as_teacher
+from otter_openclip.training.student_with_teacher import MovingAverage, StudentWithTeacher, Teacher
 
 FREEZE = ["--lock-image", "--lock-image-freeze-bn-stats"]
 LOCK_TEXT = ["--lock-text", "--lock-text-freeze-layer-norm"]
@@ -75,9 +75,7 @@ def test_a_frozen_tower_runs_once_and_in_eval_mode(pairs, tmp_path, monkeypatch,
     norms = [
         m for m in open_clip.create_model("tiny-effnet").modules() if type(m) is BatchNormAct2d
     ]
-    # Under 4.x's loop the teacher runs the same modules again.
-    times = 2 if loss == "otter" and open_clip.__version__ >= "4" else 1
-    assert len(seen) == times * 6 * len(norms) and not any(seen)
+    assert len(seen) == 6 * len(norms) and not any(seen)
 
 
 LOCKS = {
@@ -101,9 +99,8 @@ def test_student_and_teacher_are_what_they_would_be_alone(hf_model, case):
         alone.get_submodule(name).eval()
     assert find_prefixes(model) == expected
     install(model, expected)
-    with left_out(model, expected.values()) as copies:
-        teacher = EmaTeacher(model)
-        copies.append(as_teacher(teacher.module))
+    average = MovingAverage(Namespace(ema_decay=0.999), model, expected, eval_mode=False)
+    teacher = average.ema
     for name in expected.values():
         assert teacher.module.get_submodule(name) is model.get_submodule(name)
     own = {id(p) for p in teacher.module.parameters()} - {id(p) for p in model.parameters()}
@@ -111,9 +108,7 @@ def test_student_and_teacher_are_what_they_would_be_alone(hf_model, case):
     assert len(own) == len(trained if expected else list(model.parameters()))
 
     frozen = list(expected.values())
-    both = StudentWithTeacher(
-        model, teacher.module, frozen=frozen, prefixes=expected, shares_prefixes=True
-    ).train()
+    both = StudentWithTeacher(model, average, frozen=frozen, prefixes=expected).train()
     images, texts = torch.randn(6, 3, 32, 32), torch.randint(1, 14, (6, 8))
     found, output = [], []
     for results, call in ((found, both), (output, alone)):
@@ -173,3 +168,51 @@ def test_resume_is_exact_with_frozen_towers(pairs, tmp_path, hf_model, extra):
         if key.startswith("visual.trunk."):
             assert torch.equal(student[key], teacher[key])
     assert any(not torch.equal(student[key], teacher[key]) for key in student)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_dropout_on_frozen_features_is_the_students_alone(hf_model, whole):
+    """In training; a teacher, the student itself too, sees all that frozen towers give."""
+    model = open_clip.create_model(hf_model, output_dict=True)
+    for name in LOCKS["both"]:
+        model.get_submodule(name).requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # of the model's own
+    prefixes = find_prefixes(model)
+    install(model, prefixes)
+    teacher = Teacher(model)
+    if whole:
+        teacher = MovingAverage(Namespace(ema_decay=0.999), model, prefixes, eval_mode=False)
+    common = {"prefixes": prefixes, "frozen": list(prefixes.values())}
+    plain = StudentWithTeacher(model, teacher, **common).train()
+    dropped = StudentWithTeacher(model, teacher, feature_dropout=0.5, **common).train()
+    images, texts = torch.randn(6, 3, 32, 32), torch.randint(1, 14, (6, 8))
+    for name in ("image_features", "text_features"):
+        expected = plain(images, texts)[f"dist_{name}"]
+        output = dropped(images, texts)
+        assert not torch.allclose(output[name], expected, atol=1e-3)
+        torch.testing.assert_close(output[f"dist_{name}"], expected)
+    inputs = [torch.ones(200, 16), torch.ones(200, 16)]
+    for features in dropped._dropped(inputs):
+        assert set(features.unique().tolist()) == {0.0, 2.0}  # none, or twice as much
+        assert (features == 0).float().mean() == pytest.approx(0.5, abs=0.05)
+    assert all(
+        torch.equal(a, b) for a, b in zip(dropped.eval()._dropped(inputs), inputs, strict=True)
+    )
+
+
+def test_the_student_as_its_own_teacher_makes_no_second_forward(pairs, tmp_path, monkeypatch):
+    """`--ema-decay 0`: no copy, no teacher in checkpoints, and the loss of the student's features."""
+    calls, stock = [], open_clip.CLIP.forward
+    monkeypatch.setattr(
+        open_clip.CLIP, "forward", lambda *a, **k: calls.append(1) or stock(*a, **k)
+    )
+    words = ["--loss", "otter", "--epochs", "1", "--model", "tiny-rn"]
+    average = load(train(pairs, tmp_path / "one", *words, "--ema-decay", "0.9") / "epoch_1.pt")
+    assert len(calls) == 2 * 6  # of student and teacher, in each of six steps
+    calls.clear()
+    alone = load(train(pairs, tmp_path / "two", *words, "--ema-decay", "0") / "epoch_1.pt")
+    assert len(calls) == 6
+    assert "state_dict_ema" in average and "state_dict_ema" not in alone
+    assert alone["otter"]["settings"]["ema_decay"] == 0

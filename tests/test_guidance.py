@@ -7,7 +7,7 @@ import pytest
 import torch
 from training_helpers import train
 
-from otter_openclip.training.guidance import advice
+from otter_openclip.training.objectives import advice
 
 RUN = {"batch_size": 64, "accum_freq": 2, "world_size": 4, "loss": "otter", "sinkhorn_lambda": 0.15}
 
@@ -37,7 +37,6 @@ def test_advice(entropy, top, loss, said):
         assert text is None
     else:
         assert all(part in text for part in said), text
-    assert advice({}, args) is None
 
 
 def test_a_run_says_it_once(pairs, tmp_path, caplog):

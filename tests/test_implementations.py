@@ -148,3 +148,12 @@ def test_a_device_without_float64_is_enough(name, impl, monkeypatch):
     with NoFloat64():
         found = run(SETTINGS[name](impl=impl), inputs)
     assert_close(found, expected, 1e-5)
+
+
+def test_a_containers_memory_counts_and_not_the_machines(tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(tiles, "CONTAINER_LIMITS", [tmp_path / "none", tmp_path / "memory.max"])
+    machine = tiles.device_memory(cpu)
+    for text, expected in (("max\n", machine), ("1048576\n", 2**20), (str(2**62), machine)):
+        (tmp_path / "memory.max").write_text(text)
+        assert tiles.device_memory(cpu) == expected

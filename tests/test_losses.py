@@ -245,3 +245,20 @@ def test_shapes_that_do_not_fit_are_named():
         OtterLoss()(images, texts[:5], torch.tensor(9.0), *teacher)
     with pytest.raises(ValueError, match=r"must both be \(6, D'\).*got \(5, 8\) and \(5, 8\)"):
         OtterLoss()(images, texts, torch.tensor(9.0), *(x[:5] for x in teacher))
+
+
+@pytest.mark.parametrize("impl", ["plain", "dense", "streaming"])
+@pytest.mark.parametrize("make", [OtterLoss, DistillationLoss])
+def test_without_a_teacher_the_student_is_its_own(make, impl):
+    torch.manual_seed(0)
+    student = [torch.nn.functional.normalize(torch.randn(9, 5), dim=1) for _ in "vt"]
+    results = []
+    for teacher in ([], [x.detach().clone() for x in student]):
+        inputs = [x.clone().requires_grad_() for x in student]
+        loss = make(impl=impl)
+        total = sum(loss(*inputs, torch.tensor(9.0), *teacher))
+        results.append([total, *torch.autograd.grad(total, [*inputs, loss.distill_logit_scale])])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match="go together: give both or none"):
+        make(impl=impl)(*student, torch.tensor(9.0), dist_image_features=student[0])
