@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from otter_openclip import __version__
+
 _UNKNOWN = "unrecognized arguments: "
 MAX_COUNT = 2**31 - 1  # of whole numbers: what seeds and counts fit everywhere
 
@@ -30,6 +32,11 @@ class Command(NamedTuple):
 
 class Parser(argparse.ArgumentParser):
     """A parser that takes no empty value, and names what is nearest to a wrong word."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        version = f"otter-openclip {__version__}"
+        self.add_argument("--version", action="version", version=version)
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore
         """As argparse's, for ``args`` that are given."""

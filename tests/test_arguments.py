@@ -3,39 +3,40 @@
 import json
 from argparse import Namespace
 
+import forks
 import open_clip
 import pytest
 import torch
-from otter_openclip.training.seam import Run
+from open_clip_train import params
 from training_helpers import parse_args as parse
+from training_helpers import train
 
-from otter_openclip.training import open_clip_v3, train_flags
+from otter_openclip import __version__
+from otter_openclip.replacing import replaced
+from otter_openclip.training import flags as train_flags
+from otter_openclip.training import launcher
+from otter_openclip.training.launcher import Run
 from otter_openclip.training.objectives import create_loss
-from otter_openclip.training.plugin import TrainingPlugin
+from otter_openclip.training.plugin import Plugin
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--loss", "otterr"], "did you mean otter?"),
-        (["--loss", "otter", "--model", "RN5O"], "knows no --model RN5O; did you mean RN50"),
-        (["--model", "ViT-B/23"], "knows no --model ViT-B/23; did you mean ViT-B-"),
         (["--loss", "otter", "--sinkhorn-lamda", "0.1"], "did you mean --sinkhorn-lambda?"),
         (["--loss", "otter", "--batchsize", "64"], "did you mean --batch-size?"),
         (["--loss", "otter", "--alpha", "1.5"], "--alpha: must be at least 0 and at most 1, got 1.5"),
         (["--loss", "otter", "--sinkhorn-lambda", "0"], "must be at least 0.001, got 0"),
         (["--loss", "otter", "--sinkhorn-lambda", "1e-40"], "must be at least 0.001, got 1e-40"),
         (["--loss", "ls", "--loss-impl", "plain"], "it needs --loss kd or --loss otter"),
-        (["--loss", "otter", "--lock-text"], "add it"),
         (["--loss", "otter", "--opt", "timm/lookahead_adamw"], "use the optimizer without it"),
-        (["--loss", "otter", "--model", "local-dir:"], "--model local-dir:: Empty path"),
         (["--loss", "kd", "--distill-T-t", "1e39"], "at most 1e+06, got 1e39"),
         (["--loss", "otter", "--vv-coef", "1e39"], "at most 1e+06, got 1e39"),
         (["--loss", "otter", "--sinkhorn-iter", "2.5"], "expected a whole number, got '2.5'"),
         (["--loss", "otter", "--ema-decay", "high"], "expected a number, got 'high'"),
         (["--loss", "otter", "--ot-scope", "node"], "invalid choice: 'node'"),
         (["--loss", "otter", "--siglip"], "drop --siglip"),
-        (["--loss", "kd", "--model", "ViT-B-16-SigLIP"], "ViT-B-16-SigLIP: it has a logit bias"),
         (["--loss", "otter", "--model", "coca_ViT-B-32"], "CoCa model coca_ViT-B-32"),
         (["--loss", "kd", "--horovod"], "launch with torchrun"),
         (["--loss", "otter", "--torchscript"], "use --torchcompile"),
@@ -65,16 +66,16 @@ from otter_openclip.training.plugin import TrainingPlugin
 )  # fmt: skip
 def test_refused_before_anything_is_read(words, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        open_clip_v3.main(["--train-data", "/nowhere/{0..9}.tar", *words])
+        launcher.main(["--train-data", "/nowhere/{0..9}.tar", *words])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("version", ["3.1.0", "2.32.0", "4.0.0", "4.1.0.dev0"])
 def test_other_open_clip_releases_are_refused(version, monkeypatch):
-    monkeypatch.setattr(open_clip_v3.open_clip, "__version__", version)
+    monkeypatch.setattr(launcher.open_clip, "__version__", version)
     with pytest.raises(SystemExit, match=f">=3.2,<4, found {version}; install a supported one"):
-        open_clip_v3.main(["--loss", "otter"])
+        launcher.main(["--loss", "otter"])
 
 
 def test_defaults_are_the_papers():
@@ -90,6 +91,7 @@ def test_defaults_are_the_papers():
         "keep_diag": False,
         "ot_scope": "global",
         "share_logit_scale": False,
+        "feature_dropout": 0.0,
         "teacher_mode": "train",
     }
 
@@ -130,7 +132,27 @@ def test_help_lists_both(capsys):
 def test_without_a_list_the_command_line_is_parsed(monkeypatch):
     """As open_clip_train's own ``parse_args(None)`` does."""
     monkeypatch.setattr("sys.argv", ["train", "--loss", "otter", "--alpha", "0.3"])
-    assert Run(TrainingPlugin()).parse_args(None).alpha == 0.3
+    with replaced(*Run(Plugin()).replacements()):
+        assert params.parse_args(None).alpha == 0.3
+
+
+@pytest.mark.parametrize("words", [["otter_openclip.train"], ["otter_openclip.cli", "train"]])
+def test_version(words):
+    done = forks.run("-m", *words, "--version")
+    assert done.returncode == 0 and done.stdout == f"otter-openclip {__version__}\n"
+
+
+def test_a_model_that_open_clip_does_not_know_is_one_line(pairs, tmp_path):
+    with pytest.raises(SystemExit, match=r"^otter-openclip train: error: --model RN5O: .*RN5O"):
+        train(pairs, tmp_path, "--loss", "otter", "--model", "RN5O")
+
+
+def test_a_path_with_coca_in_it_is_no_coca_model(tmp_path):
+    config = {"model_cfg": open_clip.get_model_config("tiny-vit")}
+    folder = tmp_path / "coca-cola"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    assert parse("--loss", "otter", "--model", f"local-dir:{folder}").loss == "otter"
 
 
 def test_an_abbreviated_flag_is_that_flag(tmp_path):
@@ -156,15 +178,10 @@ def test_coefficients_are_the_losss_own_by_default():
 
 
 @pytest.mark.parametrize("loss", ["ls", "kd", "otter"])
-def test_a_logit_bias_is_refused_through_any_schema(loss, tmp_path, capsys, pairs):
-    """In the folder's JSON before anything is read; and where only the model tells, before the data."""
-    siglip = open_clip.get_model_config("ViT-B-16-SigLIP")
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": siglip}))
-    with pytest.raises(SystemExit):
-        parse("--loss", loss, "--model", f"local-dir:{tmp_path}")
-    assert "it has a logit bias" in capsys.readouterr().err
+def test_a_logit_bias_is_refused_before_the_data(loss):
     model = open_clip.create_model("tiny-vit", init_logit_bias=-10.0)
-    plugin = TrainingPlugin("train")
-    args = Run(plugin).parse_args(["--loss", loss, "--model", "tiny-vit"])
+    plugin = Plugin("train")
+    with replaced(*Run(plugin).replacements()):
+        args = params.parse_args(["--loss", loss, "--model", "tiny-vit"])
     with pytest.raises(SystemExit, match=f"train: error: --loss {loss} .* it has a logit bias"):
         plugin.setup_model(args, model, None, None)

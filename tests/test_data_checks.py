@@ -39,66 +39,42 @@ def run(tmp_path, data, *extra):
 
 
 CASES = {
-    "few": (good(*range(10)), "10 usable samples in 1 shards"),
-    "captions in json": (
-        {f"{n}.{s}": c for n in range(12) for s, c in (("jpg", jpeg(n)), ("json", b"{}"))},
-        "0 usable samples in 1 shards (SHARD); passed over: 12 with no .txt among .jpg, .json",
-    ),
-    "dotted keys": (
-        {f"{n}.v1.{s}": c for n in range(12) for s, c in (("jpg", jpeg(n)), ("txt", b"x"))},
-        "12 with no .txt and no image among .v1.jpg, .v1.txt",
-    ),
-    "other images": (
-        {f"{n}.{s}": c for n in range(12) for s, c in (("gif", b"GIF89a"), ("txt", b"x"))},
-        "12 with no image among .gif, .txt",
-    ),
-    "unreadable": (
-        {f"{n}.{s}": c for n in range(12) for s, c in (("jpg", b"no"), ("txt", b"x"))},
-        "12 with an unreadable image or caption",
-    ),
+    "few": good(*range(10)),
+    "captions in json": {
+        f"{n}.{s}": c for n in range(12) for s, c in (("jpg", jpeg(n)), ("json", b"{}"))
+    },
+    "unreadable": {f"{n}.{s}": c for n in range(12) for s, c in (("jpg", b"no"), ("txt", b"x"))},
 }
+NO_BATCH = "error: --train-data gives no batch of 12"
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("loss", ["otter", "clip"])
-def test_data_without_a_batch_end_the_run_with_shards_and_reasons(tmp_path, case, loss):
-    files, expected = CASES[case]
-    data = shards(tmp_path / "data", files)
+def test_data_without_a_batch_end_the_run_with_shards_and_what_looks_into_them(
+    tmp_path, case, loss
+):
+    data = shards(tmp_path / "data", CASES[case])
     said = run(tmp_path, data, "--loss", loss, "--workers", "0")
-    assert said.startswith("error: --train-data gives no batch of 12: ")
-    assert expected.replace("SHARD", data) in said
+    assert said.startswith(f"{NO_BATCH} from 1 shards ({data}); otter-openclip data inspect")
 
 
-def test_a_loaders_process_says_it_too_and_names_shards_that_gave_nothing(tmp_path):
+def test_a_loaders_process_says_it_too(tmp_path):
     data = shards(tmp_path / "data", good(*range(12)), {})
     (tmp_path / "data" / "00001.tar").write_bytes(b"no tar" * 200)
     said = run(tmp_path, data, "--workers", "2")
     # Which process has the empty shard is a matter of the seed.
-    assert re.search("no batch of 12 in loader process [01] of 2: 0 usable samples in 1 sh", said)
-    assert "all of 1 shards that gave none" in said and "00001.tar" in said
+    assert re.match(rf"{NO_BATCH} in loader process [01] of 2 from 1 shards \(.*00001.tar\)", said)
     assert "Traceback" not in said
 
 
 def test_drawing_shards_for_ever_ends_too(tmp_path):
-    data = shards(tmp_path / "data", CASES["dotted keys"][0], CASES["unreadable"][0])
+    data = shards(tmp_path / "data", CASES["captions in json"], CASES["unreadable"])
     resampled = ["--dataset-resampled", "--train-num-samples", "24", "--workers", "0"]
-    assert "with no .txt and no image among" in run(tmp_path, data, *resampled)
+    assert f"{NO_BATCH} from 2 shards" in run(tmp_path, data, *resampled)
     # Ten samples are few, but drawn again they make batches.
     data = shards(tmp_path / "more", good(*range(10)))
     words = ["--train-data", data, *resampled, "--loss", "otter"]
     assert list(train(tmp_path, tmp_path / "logs", *words).glob("*.pt"))
-
-
-def test_what_is_passed_over_is_said_once_an_epoch(tmp_path, caplog):
-    files = good(*range(24)) | {"odd.jpg": jpeg(1)} | {"bad.jpg": b"no", "bad.txt": b"x"}
-    data = shards(tmp_path / "data", files, good(*range(24, 36)))
-    words = ["--train-data", data, "--workers", "0", "--train-num-samples", "36"]
-    for loss, times in (("otter", 2), ("clip", 0)):
-        caplog.clear()
-        train(tmp_path, tmp_path / "logs", *words, "--loss", loss, "--name", loss)
-        said = [r.message for r in caplog.records if r.message.startswith("Samples passed over")]
-        expected = "1 with no .txt among .jpg; 1 with an unreadable image or caption"
-        assert said == [f"Samples passed over: {expected}"] * times
 
 
 def test_a_shard_that_ends_too_early(tmp_path, caplog):
@@ -120,20 +96,18 @@ def test_a_shard_that_ends_too_early(tmp_path, caplog):
         said = [r.message for r in caplog.records if r.levelname == "WARNING"]
         start = f"1 shards of --train-data end too early: {first}"
         assert (start in said) == (n < 2)
-        assert f"Samples passed over: 12 of {first}, which ends too early" in said
 
 
 def test_good_data_are_not_talked_about(tmp_path, caplog):
     data = shards(tmp_path / "data", good(*range(12)), good(*range(12, 24)))
     train(tmp_path, tmp_path / "logs", "--train-data", data, "--loss", "otter", "--workers", "0")
-    assert not [r for r in caplog.records if re.search("passed over|too early", r.message)]
+    assert not [r for r in caplog.records if re.search("too early", r.message)]
 
 
 def test_accumulation_beyond_an_epoch(tmp_path):
     data = shards(tmp_path / "data", good(*range(12)), good(*range(12, 24)))
-    for loss in ("otter", "clip"):
-        said = run(tmp_path, data, "--accum-freq", "3", "--loss", loss)
-        assert "--accum-freq 3 is more than the 2 batches of an epoch" in said
+    said = run(tmp_path, data, "--accum-freq", "3")
+    assert "--accum-freq 3 is more than the 2 batches of an epoch" in said
 
 
 def table(folder, rows, header="filepath\ttitle"):
@@ -151,36 +125,13 @@ def test_a_table_with_less_than_a_batch(tmp_path):
     assert train(tmp_path, tmp_path / "clip", "--train-data", data, "--loss", "clip")
 
 
-@pytest.mark.parametrize(
-    ("header", "extra", "message"),
-    [
-        ("file\ttitle", (), "has no column 'filepath' but 'file', 'title'; see --csv-img-key"),
-        ("filepath,title", (), "has its fields separated by ','; pass --csv-separator"),
-        ("filepath\ttitle", ("--csv-caption-key", "text"), "has no column 'text'"),
-        ("", (), "is empty"),
-    ],
-)
-def test_columns_and_separator_of_a_table(tmp_path, header, extra, message):
-    assert message in run(tmp_path, table(tmp_path / "data", 0, header), *extra)
-
-
-@pytest.mark.parametrize("length", [2, 13])
-def test_texts_that_the_text_tower_cannot_take(pairs, tmp_path, hf_model, length):
-    """Of two tokens no word is left: all captions would be the same."""
-    message = {2: "2 leaves no room for words: .* take 3 or more", 13: "13 is more than the 12"}
-    words = ["--model", hf_model, "--force-context-length", str(length)]
-    with pytest.raises(SystemExit, match=f"--force-context-length {message[length]}"):
-        train(pairs, tmp_path, *words, "--loss", "infonce")
-
-
-def test_too_few_shards_and_none(tmp_path):
-    data = shards(tmp_path / "data", good(*range(12)), good(*range(12, 24)))
+def test_what_open_clip_says_of_data_is_one_line(tmp_path):
+    said = run(tmp_path, table(tmp_path / "data", 3, "file\ttitle"))
+    assert "/t.csv has no 'filepath'; see --csv-img-key, --csv-caption-key and" in said
+    data = shards(tmp_path / "shards", good(*range(12)), good(*range(12, 24)))
     said = run(tmp_path, data, "--workers", "3")
-    assert "2 shards for the 3 --workers, and each needs its own; pass --workers 2, or" in said
-    assert "build 3: otter-openclip data ... --shards 3" in said
+    assert f"--train-data {data}: number of shards must be >= total workers" in said
     words = ["--train-data", data, "--loss", "otter", "--epochs", "1"]
     assert list(train(tmp_path, tmp_path / "two", *words, "--workers", "2").glob("*.pt"))
-    words += ["--workers", "3", "--dataset-resampled", "--train-num-samples", "36"]
-    assert list(train(tmp_path, tmp_path / "drawn", *words).glob("*.pt"))
     said = run(tmp_path, str(tmp_path / "{0..3}.tar"), "--train-num-samples", "9")
-    assert "no such file, first" in said and "0.tar" in said
+    assert NO_BATCH in said and "0.tar" in said

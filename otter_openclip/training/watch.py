@@ -14,7 +14,8 @@ from open_clip_train.data import DataInfo, ResampledShards2, expand_urls
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
-_ROUNDS = 20  # of drawing as many shards as there are without a batch
+# Shards that are drawn without a batch: twice all of them, and more than fill webdataset's buffer.
+_ROUNDS, _BUFFER = 2, 2000
 _NAMED = 5
 _MAGIC = 257  # where a tar says that it is one
 _FIX = (
@@ -76,7 +77,8 @@ class _Pass:
 
     def __init__(self, batch_size: int, drawn: int | None) -> None:
         """``drawn`` is the number of shards that are drawn from without end, or None."""
-        self.batch_size, self.drawn = batch_size, drawn
+        self.batch_size = batch_size
+        self.most = None if drawn is None else _ROUNDS * drawn + _BUFFER + batch_size
         self.opened: list[str] = []
         self.made = 0
 
@@ -84,7 +86,7 @@ class _Pass:
         """Before the shards are opened."""
         self.opened, self.made = [], 0
         for shard in source:
-            if self.drawn and not self.made and len(self.opened) > _ROUNDS * self.drawn:
+            if self.most is not None and not self.made and len(self.opened) > self.most:
                 self._give_up()
             if not self.made:
                 self.opened.append(shard["url"])
