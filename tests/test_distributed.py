@@ -102,6 +102,8 @@ def test_ranks_are_one_process(ranks, name, local, with_grad):
                 joined = torch.cat([f[key] for f in found]) / share
             else:
                 joined = torch.stack([f[key] for f in found]).mean()
+                if key == "distill_scale gradient":  # a loop of one's own averages nothing
+                    joined = found[0][key]
             torch.testing.assert_close(joined, value, rtol=1e-6, atol=1e-9, msg=f"{impl} {key}")
 
 
@@ -134,6 +136,7 @@ def test_what_a_step_sends(ranks, name):
             expected += [(to_owners, COUNT), (to_all, local)]
         else:
             expected += [("all_reduce", COUNT), *iterations * [("all_reduce", 2 * COUNT)]]
+        expected += [("all_reduce", 1)]  # the gradient of s_d
         assert sorted(calls) == sorted(expected)
 
 
@@ -204,8 +207,8 @@ def test_ranks_fill_a_feature_cache_together(pairs, tmp_path, model_configs, cap
     extra += ["--feature-cache", str(tmp_path / "cache"), "--epochs", "1"]
     line = flags(pairs, tmp_path / "two", *extra, "--local-loss", "--gather-with-grad")
     out = forks.ranks(2, LAUNCH, *line, env={"TEST_MODEL_CONFIGS": str(model_configs)})
-    assert "0 are in" in out and "Target_entropy" in out
-    assert len(list(tmp_path.glob("cache/image-*/*.safetensors"))) == 2
+    assert "2 of 2 shards to encode" in out and "Target_entropy" in out
+    assert len(list(tmp_path.glob("cache/image-*/*.npy"))) == 2
     caplog.set_level("INFO")
     train(pairs, tmp_path / "one", *extra)
-    assert "of 70 image features 70 are in" in caplog.text
+    assert "0 of 2 shards to encode" in caplog.text

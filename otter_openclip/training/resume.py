@@ -44,7 +44,8 @@ class Resume:
         """
         if is_master(args):
             folder = Path(args.logs, args.name)
-            self._lock = filelock.FileLock(folder / ".lock", timeout=0)
+            # A second run in this process is one after the first, which has ended.
+            self._lock = filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True)
             try:
                 self._lock.acquire()
             except filelock.Timeout:
