@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -59,18 +58,6 @@ def check_prompts(templates: Any, names: Sequence[str], where: str) -> Any:
             fault = f"no list of prompts, but {texts!r}, for the class {name!r}"
             raise ValueError(f"{fault}; correct {where}")
     return templates
-
-
-def check_json(flag: str, file: str | None) -> None:
-    """Raise ValueError if ``file``, given by ``flag``, is there but holds no JSON object."""
-    if not file or not os.path.isfile(file):
-        return  # clip_benchmark may have it, or says that nobody does
-    try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{flag} {file} cannot be read as JSON ({error})") from error
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{flag} {file} holds no object, from data set names to what is theirs")
 
 
 def read_templates(source: str) -> list[str]:
@@ -141,9 +128,9 @@ def name_faults(names: Sequence[Any]) -> Iterator[str]:
                 f"line {number}: empty class name; every line is a class, so name it or remove the line "
                 "and its column of the label vectors"
             )
-        elif found := re.search("[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", name):
+        elif line_break := re.search("[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", name):
             yield (
-                f"line {number}: {name!r} holds a line break (U+{ord(found[0]):04X}), where "
+                f"line {number}: {name!r} holds a line break (U+{ord(line_break[0]):04X}), where "
                 "clip_benchmark takes it for two classes; write a space"
             )
 
