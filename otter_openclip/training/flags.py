@@ -29,7 +29,7 @@ from otter_openclip.model_folders.folder import CONFIG_FILE
 from otter_openclip.model_folders.parts import check_moved
 from otter_openclip.training import stock_flags
 from otter_openclip.training.recipes import add_config_flag, expand_config
-from otter_openclip.training.zeroshot import check_folder
+from otter_openclip.training.zeroshot import check_folders
 
 LOSSES = ("clip", "infonce", "ls", "kd", "otter")
 TEACHER_LOSSES = ("kd", "otter")
@@ -174,9 +174,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     )
     group.add_argument(
         "--zeroshot-data",
+        nargs="+",
         metavar="DIR",
-        help="multi-label clip_benchmark webdataset whose F@K is evaluated every --zeroshot-frequency "
-        "epochs; the best by F@1 is kept as best.pt; any --loss",
+        help="labelled clip_benchmark webdatasets whose F@K is evaluated every --zeroshot-frequency "
+        "epochs; the best by F@1 of the first is kept as best.pt; any --loss",
     )
     group.add_argument(
         "--zeroshot-weights",
@@ -236,7 +237,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     _check_reference_crop(parser, args)
     if args.zeroshot_data is not None:
         try:
-            check_folder(args.zeroshot_data)
+            check_folders(args.zeroshot_data)
         except ValueError as error:
             parser.error(str(error))
     _check_unsupported(parser, args)

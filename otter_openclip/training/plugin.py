@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from open_clip_train.data import DataInfo
+from open_clip_train.distributed import is_master
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
@@ -237,6 +238,9 @@ class TrainingPlugin:
     ) -> None:
         """Optimizer: its step moves the EMA teacher, it learns s_d; what a checkpoint had comes back."""
         self.training = (optimizer, scaler)
+        if self._zeroshot is not None and is_master(args):
+            with self._faults_named():
+                self._zeroshot.read_ahead(self._student, args)
         if self.untouched:
             return
         steps = self._train.dataloader.num_batches // args.accum_freq
@@ -316,7 +320,11 @@ class TrainingPlugin:
             return {}
         if self.training is not None and args.save_logs:
             if self._best is None:
-                self._best = BestCheckpoint(args.checkpoint_path, resumed=args.resume is not None)
+                self._best = BestCheckpoint(
+                    args.checkpoint_path,
+                    self._zeroshot.criterion,
+                    resumed=args.resume is not None,
+                )
             make = lambda: self.complete(self.make_checkpoint(args, model, epoch))  # noqa: E731
             self._best.offer(found, args.zeroshot_weights, make)
         return found
