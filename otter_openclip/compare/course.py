@@ -85,6 +85,10 @@ class TestSet:
         dataset = self._open(None)
         self.prompts, self.classes = class_prompts(dataset), dataset.classes
         self._images = LabelledImages(dataset, None)
+        try:
+            self._images.shards.read_all()
+        except ValueError as error:
+            raise ValueError(f"{flag} {folder} cannot be used: {error}") from error
 
     def _open(self, transform: Any) -> Any:
         return build_wds_dataset(self.folder.name, transform, SPLIT, str(self.folder))
