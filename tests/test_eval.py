@@ -230,7 +230,6 @@ def test_ks(ours):
     [
         (("--ks", "0"), "must be at least 1, got 0"),
         (("--ks", "1.5"), "expected a whole number, got '1.5'"),
-        (("--templtes", "simple"), "--templtes simple (did you mean --templates?)"),
         (("--normalize", "no"), "must be True or False, got 'no'"),
     ],
 )
@@ -281,7 +280,7 @@ def test_templates(ours, data, stocks, tmp_path):
 )
 def test_bad_templates(template):
     with pytest.raises(ValueError, match=r"^here, line 2: ") as stop:
-        prompts.check_templates(["a {c}", template], "here")
+        prompts.check_prompts(["a {c}", template], (), "here")
     assert f"{template!r} is no template" in str(stop.value)
 
 

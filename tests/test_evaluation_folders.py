@@ -10,7 +10,6 @@ from data_helpers import encoded, jpeg, run, write_tar
 from PIL import Image
 
 from otter_openclip import cli
-from otter_openclip.evaluation import prompts
 from otter_openclip.evaluation.labelled_images import CheckedShards, ImageError
 from otter_openclip.evaluation.validator import Folder, check_webdataset
 from otter_openclip.training.launcher import main as train
@@ -256,8 +255,3 @@ def test_every_way_in_refuses_a_folder_in_the_same_words(folder, capsys):
     with pytest.raises(SystemExit, match="2"):
         train(["--model", "tiny-rn", "--train-data", "nowhere", "--zeroshot-data", str(folder)])
     assert f"--zeroshot-data {folder} cannot be used: {fault}" in capsys.readouterr().err
-
-
-def test_names_for_builders():
-    with pytest.raises(ValueError, match=r"^a.csv, line 2: 'x\\u2028y' holds a line break"):
-        prompts.check_classnames(["a", "x\u2028y"], "a.csv")

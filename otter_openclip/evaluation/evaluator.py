@@ -4,8 +4,7 @@
 
 ==================================== ================================================================
 ``ArgumentParser.parse_args``        while the line is parsed: also knows the flags of ``run.py``
-``ArgumentParser.error``             while the line is parsed: names the flag nearest to an unknown one
-``cli.get_parser_args``              so that the two above end with the parsing
+``cli.get_parser_args``              so that the one above ends with the parsing
 ``cli.main_eval``                    ``--templates``; meets the other processes of ``--distributed``
 ``cli.run``                          slashes of a model's name stay out of the output's name; under
                                      ``--distributed`` every rank takes part in multi-label runs
@@ -36,7 +35,7 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.distributed as dist
 from clip_benchmark import cli
@@ -45,7 +44,6 @@ from clip_benchmark.metrics import zeroshot_classification as stock_classificati
 from torch import nn
 
 from otter_openclip.checkpoints.newest import read_checkpoint
-from otter_openclip.cli import name_nearest
 from otter_openclip.evaluation import run
 from otter_openclip.evaluation.labelled_images import CheckedShards, is_multilabel, label_suffix
 from otter_openclip.evaluation.prompts import TEMPLATES_FILE, check_prompts
@@ -103,13 +101,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _get_parser_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser
-    with replaced((parser, "parse_args", _parse_args), (parser, "error", _error)):
+    with replaced((argparse.ArgumentParser, "parse_args", _parse_args)):
         return _stock_get_parser_args()
 
 
 def _parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    command = _eval_parser(parser)
+    command = parser._subparsers._group_actions[0].choices["eval"]
     run.add_arguments(command)
     command._option_string_actions["--normalize"].type = _truth
     return _stock_parse_args(parser)
@@ -120,16 +117,6 @@ def _truth(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be True or False, got {text!r}")
     return text.lower() == "true"
-
-
-def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    parser = _eval_parser(parser)
-    message = name_nearest(message, parser._option_string_actions)
-    parser.exit(2, f"{parser.prog}: error: {message}\nSee {parser.prog} --help for all flags.\n")
-
-
-def _eval_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    return parser._subparsers._group_actions[0].choices["eval"] if parser._subparsers else parser
 
 
 def _others(find: Callable[[str], dict[str, dict[str, Any]]], group: str) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from otter_openclip.evaluation.classifier import Autocast
 from otter_openclip.evaluation.prompts import CLASSES_FILE
-from otter_openclip.evaluation.validator import check_sample
 from otter_openclip.replacing import replaced
 from otter_openclip.shards import read as shard_samples
 from otter_openclip.shards.faults import Fault, SampleError
@@ -106,7 +105,11 @@ class CheckedShards:
         for shard in shards:
             for sample in self.samples(shard["url"]):
                 try:
-                    check_sample(sample, self.suffix, self.classes, self.names_file)
+                    if self.suffix == "txt":
+                        shard_samples.caption(sample)
+                    else:
+                        self.labels(sample)
+                    shard_samples.check_image(shard_samples.image_file(sample))
                 except SampleError as error:
                     raise fault_of(sample, error) from error
                 yield sample

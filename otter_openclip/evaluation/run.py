@@ -104,12 +104,14 @@ def evaluate(
     Raises:
         ValueError: for class names, prompts, images or labels that cannot be used.
     """
-    names_file, templates_file = args.custom_classname_file, args.custom_template_file
-    prompts = class_prompts(dataset, names_from=names_file, templates_from=templates_file)
+    prompts = class_prompts(dataset, args.custom_template_file)
     if args.reference_crop:
         transform = _reference_crop(model)
     images = LabelledImages(
-        dataset, transform, load_truncated=args.load_truncated, names_file=names_file
+        dataset,
+        transform,
+        load_truncated=args.load_truncated,
+        names_file=args.custom_classname_file,
     )
     autocast = functools.partial(torch.autocast, torch.device(args.device).type, enabled=args.amp)
     try:

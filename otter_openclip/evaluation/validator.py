@@ -1,8 +1,8 @@
 """What a clip_benchmark webdataset must hold: one check for whoever inspects or evaluates one.
 
 ``Folder`` looks at the text files and counts the shards, which takes a moment. ``data inspect`` names
-all faults of one; evaluation, alone and in training, refuses it for the first. Samples are checked
-as they are read, by ``check_sample``. Imports no torch.
+all faults of one; evaluation, alone and in training, refuses it for the first. Its samples are checked
+as they are read. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from otter_openclip.evaluation.prompts import (
     repeated_names,
     template_faults,
 )
-from otter_openclip.shards import read as shard_samples
 from otter_openclip.shards.faults import Fault
 
 TYPE_FILE = "dataset_type.txt"
@@ -169,17 +168,6 @@ def check_webdataset(
     for remark in folder.remarks:
         logging.warning(str(remark))
     return folder
-
-
-def check_sample(
-    files: Mapping[str, bytes], suffix: str, classes: int | None, names_file: str = CLASSES_FILE
-) -> None:
-    """Raise SampleError if labels or caption, or the image as far as its header says, are no good."""
-    if suffix == "txt":
-        shard_samples.caption(files)
-    else:
-        shard_samples.labels(files, suffix, classes, names_file)
-    shard_samples.check_image(shard_samples.image_file(files))
 
 
 def is_evaluation(folder: Path) -> bool:
