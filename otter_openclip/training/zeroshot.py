@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from otter_openclip.checkpoints.contents import JUDGED, JUDGED_WEIGHTS, read_file, write_file
 from otter_openclip.evaluation.classifier import class_features
-from otter_openclip.evaluation.labelled_images import CheckedShards, LabelledImages, encode_images
+from otter_openclip.evaluation.labelled_images import LabelledImages, encode_images
 from otter_openclip.evaluation.metrics import KS, multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts
 from otter_openclip.evaluation.validator import check_webdataset
@@ -38,12 +38,11 @@ def check_folders(folders: Sequence[str]) -> None:
     for folder in folders:
         check_webdataset(folder, flag="--zeroshot-data")
     names = [_name(folder) for folder in folders]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(
-                f"--zeroshot-data: two folders are called {name}, which their metrics are named after; "
-                "give a link of another name to one"
-            )
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"--zeroshot-data: metrics are named after the folders {', '.join(names)}, of which two "
+            "have one name; give a link of another name to one"
+        )
 
 
 def _name(folder: str) -> str:
@@ -61,12 +60,10 @@ class ZeroShotEvaluation:
 
     def __init__(self, folders: Sequence[str], transform: Callable[[Any], Tensor]) -> None:
         """Open the data sets, see ``check_folders``; ``transform`` is of PIL images to tensors."""
-        several = len(folders) > 1
+        names = [f"{_name(folder)}-" for folder in folders] if len(folders) > 1 else [""]
         self._sets = [
-            _LabelledSet(
-                folder, f"zeroshot-{_name(folder)}-" if several else "zeroshot-", transform
-            )
-            for folder in folders
+            _LabelledSet(folder, f"zeroshot-{name}", transform)
+            for folder, name in zip(folders, names, strict=True)
         ]
         self.criterion = f"{self._sets[0].label}flat_hit@{KS[0]}"
 
@@ -85,10 +82,11 @@ class ZeroShotEvaluation:
                     with evaluated(student):
                         labelled.frozen_features(student, **_how(args))
                 else:
-                    CheckedShards(labelled.dataset).read_all()
+                    labelled.images.shards.read_all()
             except ValueError as error:
-                folder = labelled.folder
-                raise ValueError(f"--zeroshot-data {folder} cannot be used: {error}") from error
+                raise ValueError(
+                    f"--zeroshot-data {labelled.folder} cannot be used: {error}"
+                ) from error
 
     @torch.no_grad()
     def metrics(
@@ -99,10 +97,8 @@ class ZeroShotEvaluation:
         device, autocast = how["device"], how["autocast"]
         metrics: dict[str, float] = {}
         for labelled in self._sets:
-            logging.info(
-                f"Zero-shot evaluation on {labelled.folder}, {len(labelled.prompts)} classes"
-            )
             prompts = labelled.prompts
+            logging.info(f"Zero-shot evaluation on {labelled.folder}, {len(prompts)} classes")
             classes = class_features(student, tokenizer, prompts, device=device, autocast=autocast)
             features, labels = labelled.encoded(student, **how)
             values = multilabel_metrics(features.float().to(device), classes.float(), labels, KS)
@@ -126,15 +122,15 @@ class _LabelledSet:
     """One folder of ``--zeroshot-data``; ``label`` is what its metrics' names begin with."""
 
     def __init__(self, folder: str, label: str, transform: Callable[[Any], Tensor]) -> None:
-        self.folder, self.label, self.transform = folder, label, transform
-        self.dataset = build_wds_dataset("zeroshot", transform, "test", folder)
-        self.prompts = class_prompts(self.dataset)
+        dataset = build_wds_dataset("zeroshot", transform, "test", folder)
+        self.folder, self.label = folder, label
+        self.prompts, self.images = class_prompts(dataset), LabelledImages(dataset, transform)
         self._frozen: Any = None
 
     def encoded(self, model: nn.Module, **how: Any) -> tuple[Tensor, Any]:
         """As ``encode_images``; images go through a frozen prefix once in a run."""
         if not prefix.installed(model, "visual"):
-            return encode_images(model, LabelledImages(self.dataset, self.transform), **how)
+            return encode_images(model, self.images, **how)
         features, labels = self.frozen_features(model, **how)
         with how["autocast"]():
             parts = [
@@ -147,8 +143,7 @@ class _LabelledSet:
         """What the frozen prefix gives for the images, and their labels."""
         if self._frozen is None:
             encode = functools.partial(prefix.run, model, "visual")
-            images = LabelledImages(self.dataset, self.transform)
-            self._frozen = encode_images(model, images, encode=encode, **how)
+            self._frozen = encode_images(model, self.images, encode=encode, **how)
         return self._frozen
 
 
