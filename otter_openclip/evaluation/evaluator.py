@@ -14,7 +14,7 @@
 ``zeroshot_classification.evaluate`` multi-label webdatasets are evaluated by ``run.py``
 ``zeroshot_classification.float``    NumPy 2.4 and later refuse the one-element array it is given
 ``cli.open``                         results are written whole or not at all, by rank 0 only
-``plugins.find_entry_points``        of a patched clip_benchmark: it would find the same names again
+``plugins.find_entry_points``        of a patched clip_benchmark: finds none, ours are known here
 ``sys.argv``                         where clip_benchmark reads its line
 ==================================== ================================================================
 
@@ -26,14 +26,13 @@ from __future__ import annotations
 
 import argparse
 import builtins
-import functools
 import io
 import itertools
 import logging
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,6 @@ from otter_openclip.replacing import replaced
 from otter_openclip.terminating import on_sigterm
 from otter_openclip.untrusted import no_code_from_files
 
-PACKAGE = "otter-openclip"
 BIG_VISION = (".npz", ".npy")  # weights that open_clip reads without torch
 
 # Taken before anything is replaced.
@@ -82,8 +80,7 @@ def main(argv: Sequence[str]) -> int:
         (stock_classification, "float", _float),
     ]
     if hasattr(cli, "plugins"):
-        others = functools.partial(_others, cli.plugins.find_entry_points)
-        replacements.append((cli.plugins, "find_entry_points", others))
+        replacements.append((cli.plugins, "find_entry_points", _no_entry_points))
     try:
         with on_sigterm(), no_code_from_files(), replaced(*replacements):
             cli.main()
@@ -119,13 +116,8 @@ def _truth(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _others(find: Callable[[str], dict[str, dict[str, Any]]], group: str) -> dict[str, Any]:
-    """What packages other than this one provide: name -> package -> entry point."""
-    points = {
-        name: {package: point for package, point in packages.items() if package != PACKAGE}
-        for name, packages in find(group).items()
-    }
-    return {name: packages for name, packages in points.items() if packages}
+def _no_entry_points(group: str) -> dict[str, Any]:
+    return {}
 
 
 def _float(value: Any) -> float:
