@@ -38,8 +38,7 @@ from otter_openclip import train
 from otter_openclip.compare.dataset import write_tar
 from otter_openclip.evaluation import multilabel_metrics
 from otter_openclip.evaluation.labelled_images import (
-    ImageError,
-    MultiLabelImages,
+    LabelledImages,
     encode_images,
     is_multilabel,
 )
@@ -226,8 +225,7 @@ class Judge:
                 f"--data {source.name}: {source.labelled} is not multi-label (dataset_type.txt)"
             )
         self.prompts = class_prompts(dataset)
-        self.images = MultiLabelImages(dataset, transform, len(self.prompts))
-        self.images.check()
+        self.images = LabelledImages(dataset, transform)
         if not kept.is_file():
             tokenizer = open_clip.get_tokenizer(name)
             made = self._encode(tokenizer, source.name)
@@ -240,10 +238,8 @@ class Judge:
 
     def _encode(self, tokenizer: Callable[[list[str]], Tensor], name: str) -> dict[str, Tensor]:
         images, rows = [], []
-        for batch in tqdm(self.images, f"Encoding {name}'s evaluation images", unit="batch"):
-            if isinstance(batch, ImageError):
-                raise batch
-            pixels, labels, _ = batch
+        batches = tqdm(self.images, f"Encoding {name}'s evaluation images", unit="batch")
+        for pixels, labels, _ in batches:
             if "visual" in self.prefixes:
                 images.append(run_prefix(self.model, "visual", pixels))
             for true in labels:

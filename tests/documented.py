@@ -17,7 +17,7 @@ import training_helpers
 
 from otter_openclip import cli
 from otter_openclip.cli import Command
-from otter_openclip.evaluation import eval as evaluation
+from otter_openclip.evaluation import evaluator
 from otter_openclip.training import train_flags
 
 if sys.version_info >= (3, 11):
@@ -154,7 +154,7 @@ def _ours(rest: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
             patch.setattr(train_flags, "check_folder", lambda folder: None)  # of --zeroshot-data
             training_helpers.parse_args(*rest[1:])
         elif rest[0] == "eval":
-            _exit_0(evaluation._get_parser_args, ["otter-openclip", *rest], patch)
+            _exit_0(evaluator._get_parser_args, ["otter-openclip", *rest], patch)
         else:
             _without_work(cli.COMMANDS, rest[0], patch)
             assert cli.main(rest) == 0

@@ -154,9 +154,9 @@ def test_own_folders_that_cannot_be_used(demo, pairs, labelled, tmp_path, capsys
         (["--data", pairs], "--data and --eval go together"),
         (["--data", nothing, "--eval", labelled], f"--data {nothing}: no such folder, or no .tar"),
         (["--data", few, "--eval", labelled], "1 pairs of an image .* fewer than a batch of 32"),
-        (["--data", pairs, "--eval", nothing], f"--eval {nothing} is no clip_benchmark webdataset"),
+        (["--data", pairs, "--eval", nothing], f"--eval {nothing} cannot be used"),
         (["--data", pairs, "--eval", unnamed], "classnames.txt is missing"),
-        (["--data", pairs, "--eval", retrieval], "is a set with captions by its dataset_type.txt"),
+        (["--data", pairs, "--eval", retrieval], "is for retrieval by its dataset_type.txt"),
         (["--data", pairs, "--eval", fewer], "label vector of shape .*, but there are 1"),
         (["--data", pairs, "--eval", gone], "1 of 1 shards are missing"),
         (

@@ -1,16 +1,17 @@
-"""What evaluation cannot use is refused on every way in, before a model is loaded, in the same words."""
+"""What evaluation cannot use of a folder is named, with file, sample and fault."""
 
 import gzip
 import io
-import json
 
 import numpy as np
 import pytest
+from clip_benchmark.datasets.builder import build_wds_dataset
 from data_helpers import encoded, jpeg, run, write_tar
 from PIL import Image
 
 from otter_openclip import cli
-from otter_openclip.evaluation import folders, prompts
+from otter_openclip.evaluation.labelled_images import CheckedShards, ImageError
+from otter_openclip.evaluation.validator import Folder, check_webdataset
 from otter_openclip.training.launcher import main as train
 
 NAMES = ["ball", "bat, big", "Kakigōri"]
@@ -55,27 +56,6 @@ def folder(tmp_path):
 def write(folder, **bad):
     for number, files in enumerate(samples(**bad)):
         write_tar(folder / "test" / f"{number}.tar", files)
-
-
-def inspected(folder, *extra):
-    """Exit code and what ``--json`` gives."""
-    found = folder.parent / "f.json"
-    code = run("inspect", folder, "--sheet", folder.parent / "s.png", "--json", found, *extra)
-    return code, json.loads(found.read_text(encoding="utf-8"))
-
-
-def evaluated(folder, task="zeroshot_classification", *extra):
-    """Exit code of ``eval`` with a model that is nowhere."""
-    line = ["eval", "--model", f"local-dir:{folder}/nowhere", "--pretrained", "", "--task", task]
-    line += ["--dataset", "wds/made", "--dataset_root", str(folder), "--output", "never.json"]
-    return cli.main([*line, "--num_workers", "0", *extra])
-
-
-def trained(folder):
-    """Exit code of training on nothing with ``--zeroshot-data``."""
-    with pytest.raises(SystemExit) as stop:
-        train(["--model", "tiny-rn", "--train-data", "nowhere", "--zeroshot-data", str(folder)])
-    return stop.value.code
 
 
 WHOLE = {"jpg": jpeg(5, (90, 80)), "png": encoded(5, "PNG"), "webp": encoded(5, "WEBP")}
@@ -145,110 +125,97 @@ SHARDS = [
 ]
 
 
-def refused(folder, capsys, file, sample, text):
-    """``inspect``, ``eval`` and ``--zeroshot-data`` name the one fault of ``file``."""
-    code, found = inspected(folder)
-    (fault,) = (fault for fault in found["faults"] if fault["shard"] == str(file))
-    assert (code, fault["sample"]) == (1, sample) and text in fault["fault"]
-    said = capsys.readouterr().out
-    assert f"fault: {file}" in said and fault["fault"] in said and "No faults" not in said
-    for way in (evaluated, trained):
-        assert way(folder) == 2
-        said = capsys.readouterr().err
-        text = fault["fault"].replace("is missing; ", "")  # where eval also names its flag
-        assert str(file) in said and text in said and f"sample {sample}" * bool(sample) in said
-
-
 @pytest.mark.parametrize(("file", "content", "text"), TEXTS)
-def test_text_files(folder, capsys, file, content, text):
+def test_text_files(folder, file, content, text):
     (folder / file).unlink()
     if content is not None:
         (folder / file).write_bytes(content)
-    refused(folder, capsys, folder / file, "", text.replace("{folder}", str(folder)))
+    with pytest.raises(ValueError, match=f"^here {folder} cannot be used: {folder / file}") as stop:
+        check_webdataset(str(folder), flag="here")
+    assert text.replace("{folder}", str(folder)) in str(stop.value)
+
+
+def read(folder):
+    """Check the folder, then every sample, as before a training run."""
+    check_webdataset(str(folder))
+    CheckedShards(build_wds_dataset("made", None, "test", str(folder))).read_all()
+
+
+def refused(folder, shard, sample, text):
+    """The fault is found, and says where it is."""
+    with pytest.raises(ImageError) as stop:
+        read(folder)
+    where = f"{folder}/test/{shard}.tar" + (f": sample {sample}" if sample else "")
+    assert str(stop.value).startswith(where) and text in str(stop.value)
 
 
 @pytest.mark.parametrize(("changed", "text"), SAMPLES)
-def test_samples(folder, capsys, changed, text):
+def test_samples(folder, changed, text):
     files = {"jpg": jpeg(3), "npy": npy(1, 1, 1)} | changed
     write(folder, **{suffix: content for suffix, content in files.items() if content is not None})
-    refused(folder, capsys, folder / "test" / "1.tar", "bad", text)
+    refused(folder, 1, "bad", text)
 
 
 @pytest.mark.parametrize(("change", "text"), SHARDS)
-def test_shards(folder, capsys, change, text):
+def test_shards(folder, change, text):
     shard = folder / "test" / "1.tar"
     shard.write_bytes(change(shard.read_bytes()))
-    refused(folder, capsys, shard, "", text)
+    refused(folder, 1, "", text)
 
 
-def test_a_name_twice_in_a_row(folder, capsys):
+def test_a_name_twice_in_a_row(folder):
     write(folder, JPG=jpeg(4), jpg=jpeg(3), npy=npy(1, 1, 1))
-    shard = folder / "test" / "1.tar"
-    refused(folder, capsys, shard, "", "bad.jpg comes twice in a row, where clip_benchmark stops")
+    refused(folder, 1, "", "bad.jpg comes twice in a row, where clip_benchmark stops")
 
 
-def test_no_samples(folder, capsys):
+def test_no_samples(folder):
     for number in range(2):
         write_tar(folder / "test" / f"{number}.tar", {})
-    refused(folder, capsys, folder / "test", "", "no images in 2 shards, first")
+    with pytest.raises(ImageError, match=f"no images in 2 shards, first {folder}/test/0.tar"):
+        read(folder)
 
 
 @pytest.mark.parametrize(
-    ("cls", "text"),
+    ("files", "text"),
     [
-        (b"3", "its cls, b'3', is none of the 3 classes"),
-        (b"-1", "its cls, b'-1', is none of"),
-        (b"1.0", "its cls, b'1.0', is none of"),
-        (b"9" * 5000, f"its cls, b'{'9' * 20}', is none of"),
-        (None, "no cls with its label"),
-        ("npy", "no cls with its label; as it has npy, write multilabel into dataset_type.txt"),
+        ({"1.cls": b"3"}, "its cls, b'3', is none of the 3 classes"),
+        ({"1.cls": b"-1"}, "its cls, b'-1', is none of"),
+        ({"1.cls": b"1.0"}, "its cls, b'1.0', is none of"),
+        ({"1.cls": b"9" * 5000}, f"its cls, b'{'9' * 20}', is none of"),
+        ({}, "no cls with its label"),
+        ({"1.npy": npy(1, 0, 0)}, "no cls with its label; as it has npy, write multilabel into"),
     ],
 )
 @pytest.mark.parametrize("kind", ["classification", None])
-def test_single_labels(folder, capsys, cls, text, kind):
+def test_single_labels(folder, files, text, kind):
     (folder / TYPE).unlink()
     if kind:
         (folder / TYPE).write_text(kind)
-    first = {"0.jpg": jpeg(0), "0.cls": b"2", "1.jpg": jpeg(1)}
-    first |= {None: {}, "npy": {"1.npy": npy(1, 0, 0)}}.get(cls, {"1.cls": cls})
-    write_tar(folder / "test" / "0.tar", first)
-    write_tar(folder / "test" / "1.tar", {})
-    code, found = inspected(folder)
-    assert code == 1 and found["faults"][0]["fault"].startswith(text)
-    assert evaluated(folder) == 2 and f"0.tar: sample 1{'' if text[0] == 'i' else ' has'}" in (
-        said := capsys.readouterr().err
+    write_tar(
+        folder / "test" / "0.tar", {"0.jpg": jpeg(0), "0.cls": b"2", "1.jpg": jpeg(1), **files}
     )
-    assert text in said
-    assert trained(folder) == 2
-    assert "a set with single labels by its dataset_type.txt; label vectors are needed" in (
-        capsys.readouterr().err
-    )
+    refused(folder, 0, "1", text)
 
 
 @pytest.mark.parametrize(
     ("text", "fault"),
     [(None, "no txt"), (b" \n", "empty caption"), (b"\xe9", "caption is not UTF-8")],
 )
-def test_retrieval_sets_need_no_names(folder, capsys, text, fault):
+def test_retrieval_sets_need_no_names(folder, text, fault):
     (folder / TYPE).write_text("Retrieval\n")
     (folder / CLASSES).unlink()
     (folder / TEMPLATES).unlink()
-    files = {"0.jpg": jpeg(0), "0.txt": b"a ball\na bat"}
-    write_tar(folder / "test" / "0.tar", files)
-    write_tar(folder / "test" / "1.tar", {})
-    assert inspected(folder)[0] == 0
-    write_tar(folder / "test" / "1.tar", {"1.jpg": jpeg(1)} | ({"1.txt": text} if text else {}))
-    code, found = inspected(folder)
-    assert code == 1 and found["faults"][0]["fault"].startswith(fault)
-    assert evaluated(folder, "zeroshot_retrieval") == 2
-    said = capsys.readouterr().err
-    assert f"1.tar: sample 1{' has' if fault == 'no txt' else ':'} {fault}" in said
-    (folder / CLASSES).write_text("a")
-    (folder / TEMPLATES).write_text("{c}")
-    assert evaluated(folder) == 2
-    assert "captions by its dataset_type.txt; label vectors or single labels are needed" in (
-        capsys.readouterr().err
+    assert Folder(folder).faults == []
+    with pytest.raises(ValueError, match=r"is for retrieval by its dataset_type\.txt; labels"):
+        check_webdataset(str(folder))
+    assert check_webdataset(str(folder), names=False).suffix == "txt"
+    captions = {} if text is None else {"1.txt": text}
+    write_tar(
+        folder / "test" / "0.tar", {"0.jpg": jpeg(0), "0.txt": b"a", "1.jpg": jpeg(1)} | captions
     )
+    dataset = build_wds_dataset("made", None, "test", str(folder))
+    with pytest.raises(ImageError, match=f"0.tar: sample 1.*{fault}"):
+        CheckedShards(dataset).read_all()
 
 
 @pytest.mark.parametrize(
@@ -270,34 +237,21 @@ def test_what_can_be_used(folder, caplog, changed, compress):
     (folder / CLASSES).write_bytes(b"ball\r\nbat\r\nball")
     (folder / TEMPLATES).write_text("\na {c}\n\n")
     (folder / "test" / "7.tar").write_bytes(shard.read_bytes())
-    code, found = inspected(folder)
-    assert code == 0 and found["faults"] == [] and found["samples"] == 6
-    said = " | ".join(found["remarks"])
-    for remark in ("1 names stand for several classes", "1 further shards are not read, first 7"):
-        assert remark in said
-    assert ("1.tar: 1 images with no positive label" in said) == (changed == {"npy": npy(0, 0, 0)})
-    assert folders.check_webdataset(str(folder), flag="here", progress=False).classes == 3
-    assert "1 names stand for several classes" in caplog.text and "7.tar" in caplog.text
+    read(folder)
+    assert "1 names stand for several classes" in caplog.text
+    assert "1 further shards are not read, first 7.tar" in caplog.text
 
 
-def test_truncated_images_may_be_wanted(folder, capsys):
-    write(folder, jpg=WHOLE["jpg"][:-200], npy=npy(1, 1, 1))
-    assert evaluated(folder) == 2 and "or pass --load_truncated" in capsys.readouterr().err
-    with pytest.raises(Exception, match="nowhere"):
-        assert evaluated(folder, "zeroshot_classification", "--load_truncated") == 2
-        raise ValueError(capsys.readouterr().err)
-
-
-def test_names_for_builders():
-    with pytest.raises(ValueError, match=r"^a.csv, line 2: 'x\\u2028y' holds a line break"):
-        prompts.check_classnames(["a", "x\u2028y"], "a.csv")
-
-
-@pytest.mark.parametrize("flag", ["--custom_classname_file", "--custom_template_file"])
-@pytest.mark.parametrize(
-    ("text", "fault"), [("{broken", "cannot be read as JSON"), ("[]", "holds no object")]
-)
-def test_files_of_ones_own(folder, capsys, tmp_path, flag, text, fault):
-    (tmp_path / "own.json").write_text(text)
-    assert evaluated(folder, "zeroshot_classification", flag, str(tmp_path / "own.json")) == 2
-    assert f"{flag} {tmp_path}/own.json {fault}" in capsys.readouterr().err
+def test_every_way_in_refuses_a_folder_in_the_same_words(folder, capsys):
+    """``data inspect``, ``eval`` and ``--zeroshot-data``; the last two say which flag it was."""
+    (folder / TEMPLATES).write_text("a photo")
+    fault = f"{folder / TEMPLATES}, line 1: 'a photo' is no template (no {{c}} in it)"
+    assert run("inspect", folder, "--sheet", folder.parent / "s.png") == 1
+    assert f"fault: {fault}" in capsys.readouterr().out
+    line = ["eval", "--model", "tiny-rn", "--pretrained", "", "--dataset", "wds/made"]
+    line += ["--dataset_root", str(folder), "--output", str(folder / "never.json")]
+    assert cli.main(line) == 2 and not (folder / "never.json").exists()
+    assert f"--dataset_root {folder} cannot be used: {fault}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        train(["--model", "tiny-rn", "--train-data", "nowhere", "--zeroshot-data", str(folder)])
+    assert f"--zeroshot-data {folder} cannot be used: {fault}" in capsys.readouterr().err

@@ -10,7 +10,6 @@ import pytest
 from training_helpers import parse_args
 
 from otter_openclip import cli, data
-from otter_openclip.evaluation import evaluator as evaluation
 from otter_openclip.training import flags as train_flags
 
 WORDS, FREE = ("zzz",), ()  # no choice; any text is good
@@ -313,33 +312,3 @@ def test_of_a_repeated_flag_the_last_counts_and_that_is_said(capsys):
     line = ["--captions", "a", "--output", "b", "--resize", "3", "--resize", "4"]
     assert parser.parse_args(line).resize == 4
     assert "--resize: given more than once; the last counts" in capsys.readouterr().err
-
-
-EVAL = {
-    "--batch_size": COUNTS,
-    "--num_workers": SEEDS,
-    "--recall_k": COUNTS,
-    "--fewshot_k": ("-2", "1.5"),
-    "--fewshot_epochs": COUNTS,
-    "--fewshot_lr": POSITIVE,
-    "--val_proportion": ("0", "1.5", "nan"),
-    "--seed": SEEDS,
-    "--normalize": ("maybe", "0"),
-    "--ks": COUNTS[:4],
-}
-
-
-def test_wrong_values_of_evaluation(capsys, monkeypatch):
-    parsers = []
-    stock = evaluation._stock_parse_args
-    monkeypatch.setattr(evaluation, "_stock_parse_args", lambda p: parsers.append(p) or stock(p))
-    refused(evaluation.main, ["--ks"], capsys)
-    actions = flags_of(evaluation._eval_parser(parsers[0]))
-    assert {f for f, a in actions.items() if a.type not in (None, str)} == EVAL.keys()
-    for flag, action in actions.items():
-        for words, value in wrong_words(action, flag, EVAL.get(flag, FREE), lists=False):
-            if words[-1] == "" and (action.default == "" or flag == "--class_cache"):
-                continue  # nothing is what they mean
-            value = value.replace("expected a value, got ''", "''") if action.type is str else value
-            said = refused(evaluation.main, words, capsys)
-            assert flag in said and value in said, (words, said)

@@ -125,7 +125,6 @@ def test_devices_without_float64(levels):
         ({"targets": np.full((300, 120), 2)}, "other than 0 and 1"),
         ({"ks": (0,)}, r"at least 1, got \(0,\)"),
         ({"ks": ()}, r"at least 1, got \(\)"),
-        ({"class_features": torch.zeros(120, 8)}, "16 columns and class_features 8"),
         ({"image_features": torch.full((300, 16), torch.nan)}, "300 rows with NaN"),
     ],
 )

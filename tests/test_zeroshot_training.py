@@ -10,8 +10,9 @@ import open_clip
 import pytest
 import torch
 from conftest import CLASSES
+from data_helpers import write_tar
 from PIL import Image
-from training_helpers import assert_same, flags, load, train
+from training_helpers import assert_same, load, train
 
 from otter_openclip import cli
 from otter_openclip.training import zeroshot
@@ -24,7 +25,7 @@ def results(folder):
 
 
 def plain_flat_hit(checkpoint, labelled, name="tiny-rn"):
-    """F@1 of a checkpoint's student, one image at a time, on stock open_clip."""
+    """F@1 of a checkpoint's student, one image at a time, on stock open_clip; of one label, accuracy."""
     model, _, preprocess = open_clip.create_model_and_transforms(name, str(checkpoint))
     model.eval()
     tokens = open_clip.get_tokenizer(name)([f"a {name}" for name in CLASSES])
@@ -34,8 +35,12 @@ def plain_flat_hit(checkpoint, labelled, name="tiny-rn"):
         for i in range(30):
             image = Image.open(tar.extractfile(f"{i:04d}.png")).convert("RGB")
             feature = model.encode_image(preprocess(image)[None], normalize=True)
-            truth = np.load(io.BytesIO(tar.extractfile(f"{i:04d}.npy").read()))
-            hits.append(truth[int((feature @ classes.T).argmax())])
+            nearest = int((feature @ classes.T).argmax())
+            if f"{i:04d}.cls" in tar.getnames():
+                hits.append(int(tar.extractfile(f"{i:04d}.cls").read()) == nearest)
+            else:
+                truth = np.load(io.BytesIO(tar.extractfile(f"{i:04d}.npy").read()))
+                hits.append(truth[nearest])
     return float(np.mean(hits))
 
 
@@ -127,37 +132,74 @@ def test_without_an_ema_there_is_no_teacher_to_evaluate(pairs, labelled, tmp_pat
     assert f"this run (--loss {loss}) keeps no EMA; train with" in capsys.readouterr().err
 
 
-def test_data_that_cannot_be_used_end_the_run_before_it_starts(pairs, labelled, tmp_path, capsys):
-    extra = ["--loss", "otter", "--zeroshot-data"]
-    bad = tmp_path / "bad"
-    templates = bad / "zeroshot_classification_templates.txt"
-    shutil.copytree(labelled, bad)
-    for file in (bad / "test" / "nshards.txt", bad / "classnames.txt", templates):
-        content = file.read_text()
-        file.unlink()
-        with pytest.raises(SystemExit, match="2"):
-            main(flags(pairs, tmp_path / "a", *extra, str(bad)))
-        assert f"is no clip_benchmark webdataset of classes: {file} is missing" in (
-            said := capsys.readouterr().err
-        )
-        assert "--zeroshot-data" in said and "--templates" not in said
-        file.write_text(content)
-    for text, message in (
-        ("{c}\n{c.x}", "templates.txt, line 2: '{c.x}' is no template"),
-        ("a photo", "no {c} in it"),
-        (" \n", "templates.txt is empty"),
-    ):
-        templates.write_text(text)
-        with pytest.raises(SystemExit, match="2"):
-            main(flags(pairs, tmp_path / "b", *extra, str(bad)))
-        assert message in capsys.readouterr().err
-    templates.write_text("a {c}")
-    (bad / "classnames.txt").write_text("\n".join(CLASSES[:-1]))
-    with pytest.raises(SystemExit, match="2"):
-        main(flags(pairs, tmp_path / "b", *extra, str(bad)))
-    said = capsys.readouterr().err
-    assert "label vector of shape (9,), but there are 8 class names" in said
-    assert "0.tar: sample 0000" in said and not (tmp_path / "b").exists()
+def damaged(labelled, folder):
+    """A copy of ``labelled`` whose last image is cut short."""
+    shutil.copytree(labelled, folder)
+    shard = folder / "test" / "0.tar"
+    with tarfile.open(shard) as tar:
+        files = {name: tar.extractfile(name).read() for name in tar.getnames()}
+    write_tar(shard, files | {"0029.png": files["0029.png"][:-60]})
+    return folder
+
+
+def test_flags_are_parsed_without_reading_samples(labelled, tmp_path, monkeypatch):
+    bad = damaged(labelled, tmp_path / "bad")
+    (bad / "test" / "0.tar").write_bytes(b"no tar")
+    monkeypatch.setattr(tarfile, "open", None)
+    zeroshot.check_folders([str(bad), str(labelled)])
+    (bad / "test" / "0.tar").unlink()
+    with pytest.raises(ValueError, match=f"--zeroshot-data {bad} cannot .* shards are missing"):
+        zeroshot.check_folders([str(labelled), str(bad)])
+    with pytest.raises(ValueError, match="folders bad, bad, of which two have one name"):
+        zeroshot.check_folders([str(shutil.copytree(labelled, tmp_path / a / "bad")) for a in "xy"])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_bad_sample_ends_the_run_before_the_first_epoch(
+    pairs, labelled, tmp_path, caplog, frozen
+):
+    """It once cost the epoch. A frozen image tower encodes the images at that time."""
+    bad = damaged(labelled, tmp_path / "bad")
+    extra = ["--loss", "otter", "--zeroshot-data", str(labelled), str(bad), "--workers", "2"]
+    extra += ["--model", "tiny-timm", "--lock-image"] if frozen else []
+    with pytest.raises(SystemExit) as stop:
+        train(pairs, tmp_path, *extra)
+    said = f"error: --zeroshot-data {bad} cannot be used: {bad}/test/0.tar: sample 0029: unreadable"
+    assert said in stop.value.code and len(stop.value.code.splitlines()) == 1
+    assert "Train Epoch" not in caplog.text
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_several_folders_with_one_label_or_several(pairs, labelled, tmp_path, frozen):
+    """Each folder's figures are those of a run of its own; F@1 of single labels is the accuracy."""
+    single = tmp_path / "single"
+    shutil.copytree(labelled, single)
+    (single / "dataset_type.txt").unlink()
+    with tarfile.open(labelled / "test" / "0.tar") as tar:
+        files = {name: tar.extractfile(name).read() for name in tar.getnames()}
+    for name in [name for name in files if name.endswith(".npy")]:
+        first = int(np.load(io.BytesIO(files.pop(name))).argmax())
+        files[name.replace("npy", "cls")] = str(first).encode()
+    write_tar(single / "test" / "0.tar", dict(sorted(files.items())))
+    (several := tmp_path / "several").symlink_to(labelled)
+    extra = ["--loss", "otter", "--zeroshot-frequency", "1", "--lr", "0.02"]
+    extra += ["--model", "tiny-timm", "--lock-image"] if frozen else []
+    extra += ["--zeroshot-data"]
+    both = train(pairs, tmp_path / "both", *extra, str(single), str(several))
+    for folder in (single, several):
+        alone = results(train(pairs, tmp_path / folder.name[:3], *extra, str(folder)))
+        name = f"zeroshot-{folder.name}-"
+        found = [
+            {key.replace(name, "zeroshot-"): value for key, value in line.items()}
+            for line in results(both)
+        ]
+        for line, expected in zip(found, alone, strict=True):
+            assert {key: line[key] for key in expected} == expected
+    best = load(both / "best.pt")["zeroshot"]
+    scores = [line["zeroshot-single-flat_hit@1"] for line in results(both)]
+    assert best["zeroshot-single-flat_hit@1"] == max(scores)
+    if not frozen:
+        assert scores[1] == pytest.approx(plain_flat_hit(both / "epoch_2.pt", single))
 
 
 def test_a_checkpoint_without_optimizer_is_evaluated(pairs, labelled, tmp_path):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from otter_openclip.evaluation import multilabel_metrics
 from otter_openclip.evaluation.classifier import class_features
-from otter_openclip.evaluation.labelled_images import MultiLabelImages, encode_images
+from otter_openclip.evaluation.labelled_images import LabelledImages, encode_images
 from otter_openclip.evaluation.prompts import class_prompts
 from otter_openclip.evaluation.validator import check_webdataset
 from otter_openclip.frozen import prefix
@@ -84,7 +84,11 @@ class TestSet:
         self.folder = folder
         dataset = self._open(None)
         self.prompts, self.classes = class_prompts(dataset), dataset.classes
-        self._images = MultiLabelImages(dataset, None, len(self.classes))
+        self._images = LabelledImages(dataset, None)
+        try:
+            self._images.shards.read_all()
+        except ValueError as error:
+            raise ValueError(f"{flag} {folder} cannot be used: {error}") from error
 
     def _open(self, transform: Any) -> Any:
         return build_wds_dataset(self.folder.name, transform, SPLIT, str(self.folder))

@@ -29,13 +29,10 @@ class NamedDataset:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, *, root: str, split: str, transform: Any, **given: Any) -> Any:
-        """Open it; raises ValueError if it is not there, or its names or templates nowhere."""
+    def __call__(self, *, root: str, split: str, transform: Any, **options: Any) -> Any:
+        """Open it."""
         root = run.named_root(self.name, root, split)
-        names = not given["custom_classname_file"]
-        templates = not given["custom_template_file"]
-        check_webdataset(root, split, names=names, templates=templates, samples=False)
-        dataset = build_wds_dataset(self.name, transform, split, root, given["wds_cache_dir"])
+        dataset = build_wds_dataset(self.name, transform, split, root, options["wds_cache_dir"])
         return run.printed_shortened(dataset)
 
 
@@ -61,8 +58,9 @@ class MultiLabelTask:
         model: nn.Module,
         dataset: Any,
         transform: Any,
+        tokenizer: Any,
         args: argparse.Namespace,
-        **given: Any,
+        **_: Any,
     ) -> dict[str, float]:
         """Metrics of one run, on every rank."""
         self._files.close()
@@ -72,20 +70,11 @@ class MultiLabelTask:
                 "(dataset_type.txt says multilabel in one); for single labels take --task "
                 "zeroshot_classification"
             )
-        rank = dist.get_rank() if dist.is_initialized() else 0
         root, split, _ = dataset.pipeline[0].urls[0].rsplit("/", 2)
-        check_webdataset(
-            root,
-            split,
-            names=not args.custom_classname_file,
-            templates=not args.custom_template_file,
-            samples=rank == 0,
-            may_be_cut=args.load_truncated,
-        )
-        if args.reference_crop:
-            transform = run.reference_crop(model)
+        if "://" not in root:
+            own_names, own_templates = not args.custom_classname_file, not args.custom_template_file
+            check_webdataset(root, split, names=own_names, templates=own_templates)
         together = args.distributed and dist.is_initialized()
-        tokenizer = given["tokenizer"]
         metrics = run.evaluate(model, dataset, transform, tokenizer, args, together=together)
         if together:
             dist.barrier()  # nobody leaves while another still listens

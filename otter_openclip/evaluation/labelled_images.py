@@ -1,4 +1,4 @@
-"""Images and labels of a multi-label clip_benchmark webdataset, as features in a fixed order.
+"""Images and labels of a labelled clip_benchmark webdataset, as features in a fixed order.
 
 The order is that of the shards and of the samples in them, whatever the number of loader workers and
 of ranks: what a metric depends on does not change with them. To read on through an incomplete image,
@@ -7,7 +7,8 @@ of ranks: what a metric depends on does not change with them. To read on through
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any
@@ -31,17 +32,96 @@ Batch = tuple[Tensor, list[np.ndarray], list[tuple[int, int]]]  # images, labels
 
 
 class ImageError(ValueError):
-    """A sample or shard that cannot be used; the message names it."""
+    """A sample or shard that cannot be used; the message names it.
+
+    That of a loader's process arrives as the end of a traceback in a text, which is cut off here.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.rpartition(f"{ImageError.__name__}: ")[2].rstrip())
+
+
+def label_suffix(dataset: Any) -> str | None:
+    """What clip_benchmark reads beside images: ``npy``, ``cls`` or ``txt``; None of no webdataset."""
+    read = [
+        name for stage in getattr(dataset, "pipeline", ()) for name in getattr(stage, "args", ())
+    ]
+    return next((suffix for suffix in ("npy", "cls", "txt") if suffix in read), None)
 
 
 def is_multilabel(dataset: Any) -> bool:
     """Whether clip_benchmark opened ``dataset`` as a multi-label webdataset."""
-    stages = getattr(dataset, "pipeline", [])
-    return any("npy" in getattr(stage, "args", ()) for stage in stages)
+    return label_suffix(dataset) == "npy"
 
 
-class MultiLabelImages(IterableDataset):
-    """Batches of images, labels and places of a labelled webdataset, or the error that ends them.
+class CheckedShards:
+    """Reads the shards of a webdataset that clip_benchmark opened; a fault is named by shard and sample.
+
+    It can take the place of webdataset's reading in the data set, which does not see a tar's garbled
+    end, and hands on labels that are none of the classes. Shards at addresses are read by webdataset.
+    """
+
+    def __init__(self, dataset: Any, names_file: str | None = None) -> None:
+        """``names_file`` is where the class names are from, if not the dataset's own."""
+        self.urls = list(dataset.pipeline[0].urls)
+        self.suffix = label_suffix(dataset)
+        self.classes = None if dataset.classes is None else len(dataset.classes)
+        self.names_file = names_file or CLASSES_FILE
+        names = [getattr(getattr(stage, "f", stage), "__name__", "") for stage in dataset.pipeline]
+        self.position = next(i for i, name in enumerate(names) if "tarfile" in name)
+        self.stock = dataset.pipeline[self.position]
+
+    def samples(self, url: str) -> Iterator[dict[str, Any]]:
+        """The samples of a shard as webdataset gives them before it decodes them."""
+        try:
+            if not os.path.exists(url):
+                yield from self.stock(iter([{"url": url}]))
+                return
+            for key, files in shard_samples.samples(url, strict=True):
+                yield {"__key__": key, "__url__": url, **files}
+        except Exception as error:  # tarfile and what opens addresses have their own
+            raise ImageError(str(Fault(url, "", str(error)))) from error
+
+    def labels(self, sample: dict[str, Any]) -> np.ndarray:
+        """The true classes of a sample."""
+        return shard_samples.labels(sample, self.suffix, self.classes, self.names_file)
+
+    def read_all(self) -> None:
+        """Check every sample, and that there are any, with a bar."""
+        count = 0
+        with tqdm(desc="Checking samples", unit="sample") as bar:
+            for _ in self({"url": url} for url in self.urls):
+                count += 1
+                bar.update()
+        self.check_count(count)
+
+    def check_count(self, samples: int) -> None:
+        """Raise ImageError if there are no samples."""
+        if not samples:
+            raise ImageError(f"no images in {len(self.urls)} shards, first {self.urls[0]}")
+
+    def __call__(self, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """All samples of ``shards``, checked, as a stage of the data set."""
+        for shard in shards:
+            for sample in self.samples(shard["url"]):
+                try:
+                    if self.suffix == "txt":
+                        shard_samples.caption(sample)
+                    else:
+                        self.labels(sample)
+                    shard_samples.check_image(shard_samples.image_file(sample))
+                except SampleError as error:
+                    raise fault_of(sample, error) from error
+                yield sample
+
+
+def fault_of(sample: dict[str, Any], error: SampleError) -> ImageError:
+    """The error of one sample, which says where it is."""
+    return ImageError(str(Fault(sample["__url__"], sample["__key__"], str(error))))
+
+
+class LabelledImages(IterableDataset):
+    """Batches of images, labels and places of a labelled webdataset.
 
     Each loader worker of each rank is a slot. With at least as many shards as slots a slot reads every
     slots-th shard; with fewer, the slots share the shards and each decodes its part of the samples.
@@ -51,94 +131,55 @@ class MultiLabelImages(IterableDataset):
         self,
         dataset: Any,
         transform: Callable,
-        classes: int,
         *,
         load_truncated: bool = False,
         names_file: str | None = None,
     ) -> None:
-        """Take shards and tar reading, with its cache, from clip_benchmark's ``dataset``.
+        """Take the shards and the number of classes from clip_benchmark's ``dataset``.
 
-        ``transform`` is of PIL images to tensors, ``classes`` the length of the class list; with
-        ``load_truncated`` what is missing of an incomplete image is grey instead of an error.
-        ``names_file`` is where the class names are from, if not the dataset's own.
+        ``transform`` is of PIL images to tensors; with ``load_truncated`` what is missing of an
+        incomplete image is grey instead of an error. ``names_file`` is where the class names are from,
+        if not the dataset's own.
         """
         super().__init__()
-        self.urls = list(dataset.pipeline[0].urls)
-        functions = {getattr(getattr(s, "f", s), "__name__", ""): s for s in dataset.pipeline}
-        self.read = next(stage for name, stage in functions.items() if "tarfile" in name)
-        self.label_file = "npy" if is_multilabel(dataset) else "cls"
-        self.names_file = names_file or CLASSES_FILE
-        self.transform, self.classes, self.load_truncated = transform, classes, load_truncated
+        self.shards = CheckedShards(dataset, names_file)
+        self.transform, self.load_truncated = transform, load_truncated
         self.batch_size, self.rank, self.world_size = 64, 0, 1
 
-    def check(self) -> None:
-        """Raise ImageError now, before anything expensive, if the first sample cannot be used.
-
-        The folder with all its samples is checked before, by ``folders.check_webdataset``; this also
-        knows of addresses and of class names from elsewhere.
-        """
-        for url in self.urls:
-            for _, sample in self._samples(url, 0, 1):
-                self._labels(sample, url)
-                return
-        raise ImageError(f"no images in {len(self.urls)} shards, first {self.urls[0]}")
-
-    def __iter__(self) -> Iterator[Batch | ImageError]:
-        """Batches; an error is yielded, because a worker's exception would lose its text."""
+    def __iter__(self) -> Iterator[Batch]:
         batch: list[Any] = []
-        try:
-            for shard, offset, step in self._shares():
-                url = self.urls[shard]
-                for place, sample in self._samples(url, offset, step):
-                    image, labels = self._image(sample, url), self._labels(sample, url)
-                    batch.append((image, labels, (shard, place)))
-                    if len(batch) == self.batch_size:
-                        yield _collate(batch)
-                        batch = []
-            if batch:
-                yield _collate(batch)
-        except ImageError as error:
-            yield error
+        for shard, offset, step in self._shares():
+            for place, sample in enumerate(self.shards.samples(self.shards.urls[shard])):
+                if place % step != offset:
+                    continue
+                try:
+                    batch.append((self._image(sample), self.shards.labels(sample), (shard, place)))
+                except SampleError as error:
+                    raise fault_of(sample, error) from error
+                if len(batch) == self.batch_size:
+                    yield _collate(batch)
+                    batch = []
+        if batch:
+            yield _collate(batch)
 
     def _shares(self) -> list[tuple[int, int, int]]:
         """This slot's (shard, first sample, step)."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         slot, slots = worker * self.world_size + self.rank, workers * self.world_size
-        shards = len(self.urls)
+        shards = len(self.shards.urls)
         if shards >= slots:
             return [(shard, 0, 1) for shard in range(slot, shards, slots)]
         shard = slot % shards
         return [(shard, slot // shards, len(range(shard, slots, shards)))]
 
-    def _samples(self, url: str, offset: int, step: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        try:
-            for place, sample in enumerate(self.read(iter([{"url": url}]))):
-                if place % step == offset:
-                    yield place, sample
-        except Exception as error:  # tarfile, gopen and curl each have their own
-            fault = f"cannot be read to its end ({type(error).__name__}: {error})"
-            raise ImageError(f"{url} {fault}; copy or build the shard again") from error
-
-    def _image(self, sample: dict[str, Any], url: str) -> Tensor:
+    def _image(self, sample: dict[str, Any]) -> Tensor:
         # For this image only: the switch is the whole process's.
         switch = self.load_truncated or ImageFile.LOAD_TRUNCATED_IMAGES
-        try:
-            image = shard_samples.opened(shard_samples.image_file(sample))
-            with replaced((ImageFile, "LOAD_TRUNCATED_IMAGES", switch)):
-                shard_samples.check_range(image)
-                image = shard_samples.rgb(image)
-        except SampleError as error:
-            flag = "; pass --load_truncated to use the part that is there, or build the shard without it"
-            fault = f"{error}{flag if 'truncated' in str(error) else ''}"
-            raise ImageError(str(Fault(url, sample["__key__"], fault))) from error
-        return self.transform(image)
-
-    def _labels(self, sample: dict[str, Any], url: str) -> np.ndarray:
-        try:
-            return shard_samples.labels(sample, self.label_file, self.classes, self.names_file)
-        except SampleError as error:
-            raise ImageError(str(Fault(url, sample["__key__"], str(error)))) from error
+        image = shard_samples.opened(shard_samples.image_file(sample))
+        with replaced((ImageFile, "LOAD_TRUNCATED_IMAGES", switch)):
+            shard_samples.check_range(image)
+            return self.transform(shard_samples.rgb(image))
 
 
 def _collate(batch: list[Any]) -> Batch:
@@ -149,7 +190,7 @@ def _collate(batch: list[Any]) -> Batch:
 @torch.no_grad()
 def encode_images(
     model: nn.Module,
-    images: MultiLabelImages,
+    images: LabelledImages,
     *,
     device: str | torch.device,
     encode: Callable[[Tensor], Tensor] | None = None,
@@ -175,17 +216,16 @@ def encode_images(
     # A generator of its own: the loader must not draw from the random numbers of a training run.
     loader = DataLoader(images, batch_size=None, num_workers=workers, generator=torch.Generator())
     parts, labels, places, failure = [], [], [], None
-    with tqdm(desc="Images", unit="image", disable=rank > 0) as bar:
-        for batch in loader:
-            if isinstance(batch, ImageError):
-                failure = batch
-                break
-            pixels, batch_labels, batch_places = batch
-            with autocast():
-                parts.append(encode(pixels.to(device=device, dtype=dtype)).cpu())
-            labels += batch_labels
-            places += batch_places
-            bar.update(len(batch_labels))
+    try:
+        with tqdm(desc="Images", unit="image", disable=rank > 0) as bar:
+            for pixels, batch_labels, batch_places in loader:
+                with autocast():
+                    parts.append(encode(pixels.to(device=device, dtype=dtype)).cpu())
+                labels += batch_labels
+                places += batch_places
+                bar.update(len(batch_labels))
+    except ImageError as error:
+        failure = error
     if together:
         everyone = [None] * world_size if rank == 0 else None
         dist.gather_object((parts, labels, places, failure), everyone)
@@ -197,6 +237,7 @@ def encode_images(
         raise failure
     if rank > 0:
         return None
+    images.shards.check_count(len(places))
     order = sorted(range(len(places)), key=places.__getitem__)
     features = torch.cat(parts)
     parts.clear()

@@ -62,16 +62,16 @@ def multilabel_metrics(
     if not ks or not all(isinstance(k, int | np.integer) and k is not True and k > 0 for k in ks):
         raise ValueError(f"K of F@K must be whole numbers of at least 1, got {ks!r}; e.g. {KS}")
     pairs = _true_pairs(targets, len(image_features), len(class_features))
-    given = image_features, class_features, pairs, chunk_size, progress
+    problem = image_features, class_features, pairs, chunk_size, progress
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")  # TF32 would tie classes that differ
-        places, precisions = _best_places(*given), _average_precisions(*given)
+        places, precisions = _best_places(*problem), _average_precisions(*problem)
     finally:
         torch.set_float32_matmul_precision(before)
     hits = {k: places < min(k, len(class_features)) for k in ks}
-    found = {f"flat_hit@{k}": float(hit.mean()) for k, hit in hits.items()}
-    return found | {"mean_average_precision": float(precisions.mean())}
+    shares = {f"flat_hit@{k}": float(hit.mean()) for k, hit in hits.items()}
+    return shares | {"mean_average_precision": float(precisions.mean())}
 
 
 def _best_places(
@@ -135,9 +135,10 @@ def _average_precisions(
 
 def _average_precision(scores: np.ndarray, true: np.ndarray) -> float:
     """Of one class's (N,) scores, with the indices of its images."""
-    found, everything = np.sort(scores[true])[::-1], np.sort(scores)
-    above = len(scores) - np.searchsorted(everything, found, "right")
-    if (len(scores) - np.searchsorted(everything, found, "left") - above > 1).any():
+    positive, ordered = np.sort(scores[true])[::-1], np.sort(scores)
+    above = len(scores) - np.searchsorted(ordered, positive, "right")
+    if (len(scores) - np.searchsorted(ordered, positive, "left") - above > 1).any():
+        # A true image ties with another: only the order that torch leaves them in says which is first.
         is_true = np.zeros(len(scores), bool)
         is_true[true] = True
         above = np.flatnonzero(is_true[torch.sort(torch.from_numpy(scores), 0, True)[1].numpy()])
@@ -160,11 +161,6 @@ def _check_features(images: Any, classes: Any) -> tuple[Tensor, Tensor]:
                 f"{name} has {len(bad)} rows with NaN or infinity, the first is row {bad[0].item()}; "
                 "the model's weights or its precision are to blame"
             )
-    if images.shape[1] != classes.shape[1]:
-        raise ValueError(
-            f"image_features have {images.shape[1]} columns and class_features {classes.shape[1]}; "
-            "both must come from the same model"
-        )
     both = torch.promote_types(images.dtype, classes.dtype)
     return images.to(both), classes.to(images.device, both)
 

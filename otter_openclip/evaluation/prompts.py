@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,36 +16,32 @@ TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 SIMPLE = "a photo of {c}."
 
 
-def class_prompts(
-    dataset: Any, *, names_from: str | None = None, templates_from: str | None = None
-) -> list[tuple[str, ...]]:
+def class_prompts(dataset: Any, templates_file: str | None = None) -> list[tuple[str, ...]]:
     """Each class's prompts, of a webdataset as clip_benchmark opened it.
 
-    Its ``classes`` are names; its ``templates`` a list with ``{c}`` for the name, of which blank ones
-    are dropped, or a dict of each name's prompts. Both may be from other files than the dataset's own.
+    Its ``templates`` may be from another file than its own; blank ones are dropped from it.
 
     Raises:
-        ValueError: naming the file and the line of what cannot be used.
+        ValueError: naming the file, and the line or the class, of what cannot be used.
     """
-    folder = os.path.dirname(os.path.dirname(dataset.pipeline[0].urls[0]))
-    names = dataset.classes
-    if names_from or "://" in folder:  # otherwise the folder was checked when it was opened
-        check_classnames(names, names_from or f"{folder}/{CLASSES_FILE}")
-    templates_from = templates_from or f"{folder}/{TEMPLATES_FILE}"
-    dataset.templates = templates = check_prompts(dataset.templates, names, templates_from)
+    folder, names = dataset.pipeline[0].urls[0].rsplit("/", 2)[0], dataset.classes
+    where = templates_file or f"{folder}/{TEMPLATES_FILE}"
+    dataset.templates = templates = check_prompts(dataset.templates, names, where)
     if isinstance(templates, Mapping):
         return [tuple(templates[name]) for name in names]
     return [tuple(template.format(c=name) for template in templates) for name in names]
 
 
 def check_prompts(templates: Any, names: Sequence[str], where: str) -> Any:
-    """``templates`` without blank ones: a list with ``{c}`` for the name, or each name's prompts.
+    """``templates``: a list with ``{c}`` for the name, here without blank ones, or each name's prompts.
 
     Raises:
         ValueError: naming ``where``, and the line or the class, for what cannot be used.
     """
     if isinstance(templates, list):
-        return check_templates(templates, where)
+        for fault in template_faults(templates):
+            raise ValueError(str(Fault(where, "", fault)))
+        return [template.strip() for template in templates if template.strip()]
     if not isinstance(templates, Mapping):
         raise ValueError(
             f"{where}: {templates!r} is neither a list of templates nor an object of lists"
@@ -59,18 +52,6 @@ def check_prompts(templates: Any, names: Sequence[str], where: str) -> Any:
             fault = f"no list of prompts, but {texts!r}, for the class {name!r}"
             raise ValueError(f"{fault}; correct {where}")
     return templates
-
-
-def check_json(flag: str, file: str | None) -> None:
-    """Raise ValueError if ``file``, given by ``flag``, is there but holds no JSON object."""
-    if not file or not os.path.isfile(file):
-        return  # clip_benchmark may have it, or says that nobody does
-    try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{flag} {file} cannot be read as JSON ({error})") from error
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{flag} {file} holds no object, from data set names to what is theirs")
 
 
 def read_templates(source: str) -> list[str]:
@@ -95,13 +76,13 @@ def read_templates(source: str) -> list[str]:
             "a line"
         )
     lines = path.read_text(encoding="utf-8").replace("{}", "{c}").splitlines()
-    return check_templates(lines, f"--templates {source}")
+    return check_prompts(lines, (), f"--templates {source}")
 
 
 def template_faults(lines: Sequence[Any]) -> Iterator[str]:
     """What is wrong with lines that are not blank: each needs ``{c}`` and no other field."""
     for number, line in enumerate(lines, 1):
-        if fault := _fault(line):
+        if fault := _template_fault(line):
             yield (
                 f"line {number}: {line!r} is no template ({fault}); write {{c}} where the class name "
                 "goes, and {{ or }} for a brace"
@@ -110,18 +91,7 @@ def template_faults(lines: Sequence[Any]) -> Iterator[str]:
         yield f"is empty; give one template a line, e.g. {SIMPLE!r}"
 
 
-def check_templates(lines: Sequence[Any], where: str) -> list[str]:
-    """The templates in ``lines``, without the blank ones.
-
-    Raises:
-        ValueError: naming ``where`` and the line without ``{c}`` or with another field; if none is left.
-    """
-    for fault in template_faults(lines):
-        raise ValueError(str(Fault(where, "", fault)))
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _fault(template: Any) -> str | None:
+def _template_fault(template: Any) -> str | None:
     if not isinstance(template, str):
         return "no text"
     try:
@@ -141,9 +111,9 @@ def name_faults(names: Sequence[Any]) -> Iterator[str]:
                 f"line {number}: empty class name; every line is a class, so name it or remove the line "
                 "and its column of the label vectors"
             )
-        elif found := re.search("[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", name):
+        elif line_break := re.search("[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", name):
             yield (
-                f"line {number}: {name!r} holds a line break (U+{ord(found[0]):04X}), where "
+                f"line {number}: {name!r} holds a line break (U+{ord(line_break[0]):04X}), where "
                 "clip_benchmark takes it for two classes; write a space"
             )
 
@@ -157,14 +127,6 @@ def repeated_names(names: Sequence[str]) -> str | None:
         f"{len(repeated)} names stand for several classes, e.g. {repeated[0]!r}; such classes always "
         "score the same, and F@K takes the first of them first"
     )
-
-
-def check_classnames(names: Sequence[Any], where: str) -> None:
-    """Raise ValueError for a name that is empty or has line breaks; warn about repeated names."""
-    for fault in name_faults(names):
-        raise ValueError(str(Fault(where, "", fault)))
-    if remark := repeated_names(names):
-        logging.warning(f"{where}: {remark}")
 
 
 def _is_text(value: Any) -> bool:

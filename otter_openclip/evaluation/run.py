@@ -7,7 +7,6 @@ import contextlib
 import functools
 import json
 import logging
-import os
 import reprlib
 import tempfile
 from collections.abc import Sequence
@@ -22,28 +21,22 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import get_model_preprocess_cfg
 from torch import Tensor, nn
 
-from otter_openclip.evaluation.classifier import cached_class_features
-from otter_openclip.evaluation.labelled_images import MultiLabelImages, encode_images
+from otter_openclip.cli import positive
+from otter_openclip.evaluation.classifier import class_features
+from otter_openclip.evaluation.labelled_images import ImageError, LabelledImages, encode_images
 from otter_openclip.evaluation.metrics import KS, multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts, read_templates
+from otter_openclip.evaluation.validator import COUNT_FILE
 from otter_openclip.files import written_whole
 from otter_openclip.preprocessing import reference_transforms
 
 NAMED_DATASETS = ("goi", "imagenet10k")
-DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "otter_openclip"
-
-
-def _k(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        fault = f"K must be a whole number of at least 1, got {text!r}; e.g. --ks 1 2 5 10"
-        raise argparse.ArgumentTypeError(fault)
-    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags to the parser of ``clip_benchmark eval``."""
     add = parser.add_argument_group("otter-openclip", "multi-label classification").add_argument
-    add("--ks", type=_k, nargs="+", default=list(KS), help="K of F@K; default 1 2 5 10")
+    add("--ks", type=positive, nargs="+", default=list(KS), help="K of F@K; default 1 2 5 10")
     text = "prompts: 'a photo of {}.', open_clip's 80 for ImageNet, or a file with one a line; "
     text += "default: the dataset's own"
     add("--templates", metavar="{simple,imagenet,FILE}", help=text)
@@ -51,8 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reference_crop", action="store_true", help=text)
     text = "use what is there of an incomplete image (grey elsewhere) instead of stopping"
     add("--load_truncated", action="store_true", help=text)
-    text = "where class features are kept, '' for nowhere; default %(default)s"
-    add("--class_cache", metavar="DIR", default=str(DEFAULT_CACHE), help=text)
 
 
 class _Shortened(list):
@@ -67,16 +58,9 @@ def printed_shortened(dataset: Any) -> Any:
 
 
 def named_root(name: str, root: str, split: str) -> str:
-    """The webdataset of ``name``: ``root`` or the folder of that name in it, else a ValueError."""
-    counts = [Path(root) / folder / split / "nshards.txt" for folder in ("", name)]
-    if "://" in root or counts[0].is_file():
-        return root
-    if counts[1].is_file():
-        return str(Path(root) / name)
-    raise ValueError(
-        f"no webdataset of {name}: neither {counts[0]} nor {counts[1]} exists; give its folder, or the "
-        "one it is in, with --dataset_root"
-    )
+    """The webdataset of ``name``: the folder of that name in ``root``, if there is one, or ``root``."""
+    inside = Path(root) / name
+    return str(inside) if (inside / split / COUNT_FILE).is_file() else root
 
 
 def templates_given(args: argparse.Namespace) -> contextlib.AbstractContextManager:
@@ -120,44 +104,45 @@ def evaluate(
     Raises:
         ValueError: for class names, prompts, images or labels that cannot be used.
     """
-    names, templates = args.custom_classname_file, args.custom_template_file
-    prompts = class_prompts(dataset, names_from=names, templates_from=templates)
-    given = {"load_truncated": args.load_truncated, "names_file": names}
-    images = MultiLabelImages(dataset, transform, len(prompts), **given)
-    images.check()
-    first = not together or dist.get_rank() == 0
-    kind = torch.device(args.device).type
-    if kind == "cpu" and args.amp and first:
-        logging.warning(
-            "clip_benchmark's mixed precision is bfloat16 on a CPU; --no_amp is more exact there"
-        )
-    autocast = functools.partial(torch.autocast, kind, enabled=args.amp)
-    classes = _classes(model, tokenizer, prompts, autocast, args) if first else None
-    encoded = encode_images(
-        model,
-        images,
-        device=args.device,
-        autocast=autocast,
-        batch_size=args.batch_size,
-        workers=args.num_workers,
-        together=together,
+    prompts = class_prompts(dataset, args.custom_template_file)
+    if args.reference_crop:
+        transform = _reference_crop(model)
+    images = LabelledImages(
+        dataset,
+        transform,
+        load_truncated=args.load_truncated,
+        names_file=args.custom_classname_file,
     )
-    box = [None]
-    if first:
+    autocast = functools.partial(torch.autocast, torch.device(args.device).type, enabled=args.amp)
+    try:
+        encoded = encode_images(
+            model,
+            images,
+            device=args.device,
+            autocast=autocast,
+            batch_size=args.batch_size,
+            workers=args.num_workers,
+            together=together,
+        )
+    except ImageError as error:
+        fix = "; or pass --load_truncated" if "truncated" in str(error) else ""
+        raise ValueError(f"{error}{fix}") from error
+    metrics = [None]
+    if encoded is not None:
         features, labels = encoded
         if without := sum(len(label) == 0 for label in labels):
             logging.warning(f"{without} of {len(labels)} images have no true label: misses in F@K")
-        if large := " ".join(str(k) for k in args.ks if k > len(prompts)):
-            more = f"more than the {len(prompts)} classes, so every image with a label is a hit"
-            logging.warning(f"--ks {large}: {more}")
+        classes = _classes(model, tokenizer, prompts, autocast, args)
         with autocast():
-            box[0] = multilabel_metrics(
-                features.to(args.device), classes, labels, args.ks, progress=True
-            )
-        print(", ".join(f"{name} {value:.4f}" for name, value in box[0].items()))
+            metrics = [
+                multilabel_metrics(
+                    features.to(args.device), classes, labels, args.ks, progress=True
+                )
+            ]
+        print(", ".join(f"{name} {value:.4f}" for name, value in metrics[0].items()))
     if together:
-        dist.broadcast_object_list(box)
-    return box[0]
+        dist.broadcast_object_list(metrics)
+    return metrics[0]
 
 
 def _classes(
@@ -169,25 +154,22 @@ def _classes(
 ) -> Tensor:
     """(C, D) features, or the mean of those in ``--load_clfs``, (D, C) each."""
     if args.load_clfs:
-        total = 0
-        for path in args.load_clfs:
-            part = torch.load(path, map_location="cpu", weights_only=True)
-            total = total + part / len(args.load_clfs)
-            if (found := part.shape[-1]) != len(prompts):
-                raise ValueError(f"--load_clfs {path} has {found} classes, not {len(prompts)}")
-        features = total.T.to(args.device)
+        parts = [torch.load(path, "cpu", weights_only=True) for path in args.load_clfs]
+        for path, part in zip(args.load_clfs, parts, strict=True):
+            if part.shape[-1] != len(prompts):
+                raise ValueError(
+                    f"--load_clfs {path} has {part.shape[-1]} classes, not {len(prompts)}"
+                )
+        features = torch.stack(parts).mean(dim=0).T.to(args.device)
     else:
-        folder = Path(args.class_cache).expanduser() if args.class_cache else None
-        features = cached_class_features(
-            model, tokenizer, prompts, device=args.device, autocast=autocast, folder=folder
-        )
+        features = class_features(model, tokenizer, prompts, device=args.device, autocast=autocast)
     if args.save_clf is not None:
         with written_whole(args.save_clf) as file:
             torch.save(features.T.contiguous(), file)
     return features
 
 
-def reference_crop(model: nn.Module) -> Any:
+def _reference_crop(model: nn.Module) -> Any:
     """The reference's test transform for ``model``, whose images are square."""
     known = {"size": 224, "mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
     known |= get_model_preprocess_cfg(model) | {"interpolation": "bicubic"}

@@ -1,7 +1,8 @@
 """What a clip_benchmark webdataset must hold: one check for whoever inspects or evaluates one.
 
-``inspect`` names all that is wrong with a folder. Evaluation, alone and in training, refuses it for the
-first of these before anything is loaded. Imports no torch.
+``Folder`` looks at the text files and counts the shards, which takes a moment. ``data inspect`` names
+all faults of one; evaluation, alone and in training, refuses it for the first. Its samples are checked
+as they are read. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,10 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from tqdm import tqdm
 
 from otter_openclip.evaluation.prompts import (
     CLASSES_FILE,
@@ -22,15 +21,13 @@ from otter_openclip.evaluation.prompts import (
     repeated_names,
     template_faults,
 )
-from otter_openclip.shards import read as shard_samples
-from otter_openclip.shards.faults import Fault, SampleError
+from otter_openclip.shards.faults import Fault
 
 TYPE_FILE = "dataset_type.txt"
 COUNT_FILE = "nshards.txt"
 SIZES_FILE = "sizes.json"  # open_clip's, beside shards of training pairs
 # What clip_benchmark reads of each sample beside its image; it takes any other type for classification.
 _SUFFIXES = {"multilabel": "npy", "retrieval": "txt", "classification": "cls", "": "cls"}
-_HOLDS = {"npy": "label vectors", "cls": "single labels", "txt": "captions"}
 
 
 class Folder:
@@ -39,7 +36,7 @@ class Folder:
     Attributes:
         suffix: of the file with a sample's labels, ``npy`` or ``cls``, or captions, ``txt``.
         names: of classes, or None if they are not looked at or cannot be read.
-        shards: that are counted and there.
+        shards: that are counted and exist.
         faults: for which evaluation refuses the folder.
         remarks: what it only warns about.
     """
@@ -49,37 +46,34 @@ class Folder:
         root: str | os.PathLike[str],
         split: str = "test",
         *,
-        names: bool | None = None,
-        templates: bool | None = None,
-        of_eval: bool = False,
+        names: bool = True,
+        templates: bool = True,
     ) -> None:
         """Read the files of ``root``.
 
-        ``names`` and ``templates`` say whether the folder must bring its own; default: unless it is for
-        retrieval. ``of_eval`` names the flags of ``eval`` in what is said of missing files.
+        ``names`` and ``templates`` say whether a folder that is not for retrieval must bring its own.
         """
-        self.root, self.split, self._of_eval = Path(root), split, of_eval
+        self.root, self.split = Path(root), split
         self.faults: list[Fault] = []
         self.remarks: list[Fault] = []
         self.suffix = self._suffix()
         self.shards = self._shards()
-        labelled = self.suffix != "txt"
         self.names: list[str] | None = None
-        if labelled if names is None else names:
+        if names and self.suffix != "txt":
             self._names()
-        if labelled if templates is None else templates:
-            fix = f"write {SIMPLE!r} into it"
-            if (text := self._text(TEMPLATES_FILE, fix, "pass --templates")) is not None:
+        if templates and self.suffix != "txt":
+            text = self._text(TEMPLATES_FILE, f"write {SIMPLE!r} into it")
+            if text is not None:
                 self._fault(TEMPLATES_FILE, *template_faults(text.splitlines()))
 
     def _fault(self, name: str, *texts: str) -> None:
         self.faults += [Fault(str(self.root / name), "", text) for text in texts]
 
-    def _text(self, name: str, fix: str, or_else: str) -> str | None:
+    def _text(self, name: str, fix: str) -> str | None:
         """A file's text, or None with a fault."""
         path = self.root / name
         if not path.is_file():
-            self._fault(name, f"is missing; {f'{or_else}, or ' if self._of_eval else ''}{fix}")
+            self._fault(name, f"is missing; {fix}")
             return None
         try:
             text = path.read_text(encoding="utf-8")
@@ -93,7 +87,7 @@ class Folder:
     def _suffix(self) -> str:
         if not (self.root / TYPE_FILE).exists():
             return "cls"
-        kind = (self._text(TYPE_FILE, "", "") or "").strip().lower()
+        kind = (self._text(TYPE_FILE, "") or "").strip().lower()
         if kind not in _SUFFIXES:
             known = "multilabel, retrieval or classification"
             self._fault(TYPE_FILE, f"{kind!r} is no type of data set; write {known}")
@@ -101,7 +95,7 @@ class Folder:
 
     def _shards(self) -> list[Path]:
         folder, name = self.root / self.split, f"{self.split}/{COUNT_FILE}"
-        text = self._text(name, "otter-openclip data builds such folders", "correct --split")
+        text = self._text(name, "give a folder that otter-openclip data built, and its split")
         if text is None:
             return []
         try:
@@ -113,23 +107,26 @@ class Folder:
                 name, f"{text.strip()[:40]!r} is no number of shards; write how many there are"
             )
             return []
-        stems = [path.stem for path in folder.glob("*.tar")]
-        there = sorted(int(s) for s in stems if s.isdecimal() and s == str(int(s)))
-        found = [n for n in there if n < count]
-        if gone := count - len(found):
-            first = next(n for n in range(count) if [n] != found[n : n + 1])
+        numbers = sorted(
+            int(path.stem)
+            for path in folder.glob("*.tar")
+            if path.stem.isdecimal() and path.stem == str(int(path.stem))
+        )
+        counted = [number for number in numbers if number < count]
+        if missing := count - len(counted):
+            first = next(n for n in range(count) if [n] != counted[n : n + 1])
             self._fault(
                 name,
-                f"{gone} of {count} shards are missing, first {folder / f'{first}.tar'} (counted in "
+                f"{missing} of {count} shards are missing, first {folder / f'{first}.tar'} (counted in "
                 f"{COUNT_FILE} but gone); restore them or correct the number",
             )
-        if more := len(there) - len(found):
-            text = f"says {count}, so {more} further shards are not read, first {there[-more]}.tar"
+        if further := numbers[len(counted) :]:
+            text = f"says {count}, so {len(further)} further shards are not read, first {further[0]}.tar"
             self.remarks.append(Fault(str(self.root / name), "", text))
-        return [folder / f"{n}.tar" for n in found]
+        return [folder / f"{number}.tar" for number in counted]
 
     def _names(self) -> None:
-        text = self._text(CLASSES_FILE, "write one class a line", "pass --custom_classname_file")
+        text = self._text(CLASSES_FILE, "write one class a line into it")
         if text is None:
             return
         lines = text.removesuffix("\n").split("\n")  # clip_benchmark also splits at other breaks
@@ -142,31 +139,6 @@ class Folder:
     def classes(self) -> int | None:
         """Number of class names, if there are any."""
         return None if self.names is None else len(self.names)
-
-    def sample_faults(self, *, progress: bool = False, may_be_cut: bool = False) -> Iterator[Fault]:
-        """What is wrong with the samples: labels or captions, and images as far as their headers say.
-
-        ``may_be_cut`` passes over images of which the end is missing.
-        """
-        count = 0
-        with tqdm(desc="Checking samples", unit="sample", disable=not progress) as bar:
-            for shard in self.shards:
-                try:
-                    for key, files in shard_samples.samples(shard, strict=True):
-                        count += 1
-                        bar.update()
-                        try:
-                            if self.suffix == "txt":
-                                shard_samples.caption(files)
-                            else:
-                                shard_samples.labels(files, self.suffix, self.classes)
-                            content = shard_samples.image_file(files)
-                            shard_samples.check_image(content, may_be_cut=may_be_cut)
-                        except SampleError as error:
-                            yield Fault(str(shard), key, str(error))
-                except OSError as error:
-                    yield Fault(str(shard), "", str(error))
-        yield from self.count_faults(count)
 
     def count_faults(self, samples: int) -> Iterator[Fault]:
         """The fault of a folder without samples, if that is all that is wrong with its shards."""
@@ -182,47 +154,19 @@ def check_webdataset(
     names: bool = True,
     templates: bool = True,
     flag: str = "--dataset_root",
-    kinds: Sequence[str] = ("npy", "cls"),
-    samples: bool = True,
-    progress: bool = True,
-    may_be_cut: bool = False,
-) -> Folder | None:
+) -> Folder:
     """Raise ValueError for the first fault of the webdataset ``root``, given by ``flag``; log remarks.
 
-    Whoever evaluates calls it before anything is loaded. For ``eval`` addresses are passed over.
-
-    Args:
-        root: the folder.
-        split: the folder in it with the shards.
-        names: whether it must bring its own class names.
-        templates: likewise.
-        flag: for the message.
-        kinds: the suffixes of samples' labels or captions that will do.
-        samples: whether to read all of them, as `Folder.sample_faults` does.
-        progress: whether to show how far that is.
-        may_be_cut: as there.
+    Its samples are not read. ``split`` is the folder in it with the shards; ``names`` and ``templates``
+    say whether it must bring its own. A set for retrieval has neither, and will not do for ``names``.
     """
-    of_eval = flag == "--dataset_root"
-    if of_eval and "://" in root:
-        return None
-    folder = Folder(root, split, names=names, templates=templates, of_eval=of_eval)
+    folder = Folder(root, split, names=names, templates=templates)
     for fault in folder.faults:
-        what = "is no clip_benchmark webdataset of classes: " * fault.text.startswith("is missing")
-        raise ValueError(f"{flag} {root} {what or 'cannot be used: '}{fault}")
-    if folder.suffix not in kinds:
-        holds, needs = _HOLDS[folder.suffix], " or ".join(_HOLDS[kind] for kind in kinds)
-        raise ValueError(
-            f"{flag} {root} is a set with {holds} by its {TYPE_FILE}; {needs} are needed"
-        )
+        raise ValueError(f"{flag} {root} cannot be used: {fault}")
+    if names and folder.suffix == "txt":
+        raise ValueError(f"{flag} {root} is for retrieval by its {TYPE_FILE}; labels are needed")
     for remark in folder.remarks:
         logging.warning(str(remark))
-    if samples:
-        found = folder.sample_faults(progress=progress, may_be_cut=may_be_cut)
-        fault = next(found, None)
-        found.close()  # ends the bar before anything is said
-        if fault is not None:
-            hint = "; or pass --load_truncated" if of_eval and "truncated" in fault.text else ""
-            raise ValueError(f"{flag} {root} cannot be used: {fault}{hint}")
     return folder
 
 

@@ -27,6 +27,7 @@ from otter_openclip.losses import (
     OT_SCOPES,
 )
 from otter_openclip.training.recipes import add_config_flag, expand_config
+from otter_openclip.training.zeroshot import check_folders
 
 LOSSES = ("clip", "infonce", "ls", "kd", "otter")
 TRAINED_LOSSES = LOSSES[1:]
@@ -255,6 +256,11 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
     for name in ("config", "zeroshot_data", "feature_cache"):
         if "" in as_list(getattr(args, name)):
             yield f"argument --{name.replace('_', '-')}: expected a value, got ''"
+    if args.zeroshot_data is not None:
+        try:
+            check_folders(args.zeroshot_data)
+        except ValueError as error:
+            yield str(error)
     if args.reference_crop and args.aug_cfg:
         yield "--reference-crop has no augmentation but its crop; drop it or --aug-cfg"
     if args.reference_crop and args.image_resize_mode not in (None, "shortest"):

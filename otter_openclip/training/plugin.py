@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import open_clip
 import torch
 from open_clip_train.data import DataInfo
+from open_clip_train.distributed import is_master
 from open_clip_train.file_utils import pt_load
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -158,8 +159,11 @@ class ClipPlugin:
     def setup_optimizer(
         self, args: Namespace, optimizer: torch.optim.Optimizer, scaler: Any
     ) -> None:
-        """Optimizer."""
+        """Optimizer; the last moment before work begins, for what ``--zeroshot-data`` would cost."""
         self.training = (optimizer, scaler)
+        if self._zeroshot is not None and is_master(args):
+            with self.faults_named():
+                self._zeroshot.read_ahead(self.model, args)
 
     def start_epoch(self, args: Namespace, epoch: int) -> None:
         """Epoch."""
@@ -191,7 +195,8 @@ class ClipPlugin:
             return {}
         if self.training is not None and args.save_logs:
             if self._best is None:
-                self._best = BestCheckpoint(args.checkpoint_path, resumed=args.resume is not None)
+                criterion, resumed = self._zeroshot.criterion, args.resume is not None
+                self._best = BestCheckpoint(args.checkpoint_path, criterion, resumed=resumed)
 
             def make() -> dict[str, Any]:
                 return self.complete(self.make_checkpoint(args, model, epoch))

@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,96 +15,141 @@ import torch
 import torch.nn.functional as F
 from clip_benchmark.datasets.builder import build_wds_dataset
 from open_clip import get_input_dtype
-from open_clip_train.distributed import world_info_from_env
 from open_clip_train.precision import get_autocast
 from timm.utils import unwrap_model
-from torch import nn
+from torch import Tensor, nn
 
 from otter_openclip.checkpoints.contents import JUDGED, JUDGED_WEIGHTS, read_file, write_file
 from otter_openclip.evaluation.classifier import class_features
-from otter_openclip.evaluation.labelled_images import MultiLabelImages, encode_images
+from otter_openclip.evaluation.labelled_images import LabelledImages, encode_images
 from otter_openclip.evaluation.metrics import KS, multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts
 from otter_openclip.evaluation.validator import check_webdataset
 from otter_openclip.frozen import prefix
 
 BEST = "best.pt"
-CRITERION = "zeroshot-flat_hit@1"
 
 
-def check_folder(folder: str) -> None:
-    """Raise ValueError unless ``folder`` is a multi-label clip_benchmark webdataset without a fault.
+def check_folders(folders: Sequence[str]) -> None:
+    """Raise ValueError unless ``folders`` are labelled clip_benchmark webdatasets of different names.
 
-    Rank 0, which evaluates, reads all samples.
+    Only their text files are read, and the shards counted, which takes a moment.
     """
-    _, rank, _ = world_info_from_env()
-    check_webdataset(folder, flag="--zeroshot-data", kinds=("npy",), samples=rank == 0)
+    for folder in folders:
+        check_webdataset(folder, flag="--zeroshot-data")
+    names = _names(folders)
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"--zeroshot-data: metrics are named after the folders {', '.join(names)}, of which two "
+            "have one name; give a link of another name to one"
+        )
+
+
+def _names(folders: Sequence[str]) -> list[str]:
+    """The folders' own names; with those they are in, if two are called alike (``coco/eval``)."""
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        return [f"{path.parent.name}-{path.name}" for path in paths]
+    return names
 
 
 class ZeroShotEvaluation:
-    """A multi-label webdataset, evaluated while a model trains.
+    """Labelled webdatasets, with one label or several a picture, evaluated while a model trains.
 
     It draws no random numbers of the process, so that a run with it and one without are the same run.
+
+    Attributes:
+        criterion: the name of the metric by which epochs are compared, F@1 of the first folder.
     """
 
-    def __init__(self, folder: str, transform: Callable[[Any], torch.Tensor]) -> None:
-        """Open the data set and look at its first sample.
+    def __init__(self, folders: Sequence[str], transform: Callable[[Any], Tensor]) -> None:
+        """Open the data sets, see ``check_folders``; ``transform`` is of PIL images to tensors."""
+        names = [f"{name}-" for name in _names(folders)] if len(folders) > 1 else [""]
+        self._sets = [
+            _LabelledSet(folder, f"zeroshot-{name}", transform)
+            for folder, name in zip(folders, names, strict=True)
+        ]
+        self.criterion = f"{self._sets[0].label}flat_hit@{KS[0]}"
 
-        Args:
-            folder: as ``otter-openclip data open-images`` writes it; see ``check_folder``.
-            transform: of PIL images to tensors.
+    def read_ahead(self, model: nn.Module, args: argparse.Namespace) -> None:
+        """Read every sample, before the first epoch: hours later a fault would cost an evaluation.
+
+        Images are encoded as far as the image tower of ``model`` is frozen.
 
         Raises:
-            ValueError: naming an image, a class name or a label vector that cannot be used.
+            ValueError: naming folder, shard and sample that cannot be used.
         """
-        self.transform = transform
-        self.dataset = build_wds_dataset(
-            "zeroshot", transform, "test", folder[0] if isinstance(folder, list) else folder
-        )
-        self.prompts = class_prompts(self.dataset)
-        self._images().check()
-        self._frozen: Any = None  # what a frozen prefix gives for the images, and their labels
+        student = unwrap_model(model)
+        for labelled in self._sets:
+            try:
+                if prefix.installed(student, "visual"):
+                    with evaluated(student):
+                        labelled.frozen_features(student, **_how(args))
+                else:
+                    labelled.images.shards.read_all()
+            except ValueError as error:
+                raise ValueError(
+                    f"--zeroshot-data {labelled.folder} cannot be used: {error}"
+                ) from error
 
-    def _images(self) -> MultiLabelImages:
-        return MultiLabelImages(self.dataset, self.transform, len(self.dataset.classes))
-
+    @torch.no_grad()
     def metrics(
         self, model: nn.Module, tokenizer: Any, epoch: int, args: argparse.Namespace
     ) -> dict[str, float]:
         """F@K and mean average precision of ``model``, in eval mode, under the run's autocast."""
-        student = unwrap_model(model)
-        device = torch.device(args.device)
-        autocast = get_autocast(args.precision, device_type=device.type)
-        logging.info(f"Zero-shot evaluation on {len(self.prompts)} classes")
-        with torch.no_grad():
-            classes = class_features(
-                student, tokenizer, self.prompts, device=device, autocast=autocast
-            )
-            features, labels = self._encoded(
-                student,
-                device=device,
-                autocast=autocast,
-                dtype=get_input_dtype(args.precision),
-                batch_size=args.batch_size,
-                workers=args.workers,
-            )
-            found = multilabel_metrics(features.float().to(device), classes.float(), labels, KS)
-        return {**{f"zeroshot-{name}": value for name, value in found.items()}, "epoch": epoch}
+        student, how = unwrap_model(model), _how(args)
+        device, autocast = how["device"], how["autocast"]
+        metrics: dict[str, float] = {}
+        for labelled in self._sets:
+            prompts = labelled.prompts
+            logging.info(f"Zero-shot evaluation on {labelled.folder}, {len(prompts)} classes")
+            classes = class_features(student, tokenizer, prompts, device=device, autocast=autocast)
+            features, labels = labelled.encoded(student, **how)
+            values = multilabel_metrics(features.float().to(device), classes.float(), labels, KS)
+            metrics |= {f"{labelled.label}{name}": value for name, value in values.items()}
+        return {**metrics, "epoch": epoch}
 
-    def _encoded(self, model: nn.Module, **how: Any) -> tuple[torch.Tensor, Any]:
+
+def _how(args: argparse.Namespace) -> dict[str, Any]:
+    """How ``encode_images`` encodes in a training run."""
+    device = torch.device(args.device)
+    return {
+        "device": device,
+        "autocast": get_autocast(args.precision, device_type=device.type),
+        "dtype": get_input_dtype(args.precision),
+        "batch_size": args.batch_size,
+        "workers": args.workers,
+    }
+
+
+class _LabelledSet:
+    """One folder of ``--zeroshot-data``; ``label`` is what its metrics' names begin with."""
+
+    def __init__(self, folder: str, label: str, transform: Callable[[Any], Tensor]) -> None:
+        dataset = build_wds_dataset("zeroshot", transform, "test", folder)
+        self.folder, self.label = folder, label
+        self.prompts, self.images = class_prompts(dataset), LabelledImages(dataset, transform)
+        self._frozen: Any = None
+
+    def encoded(self, model: nn.Module, **how: Any) -> tuple[Tensor, Any]:
         """As ``encode_images``; images go through a frozen prefix once in a run."""
         if not prefix.installed(model, "visual"):
-            return encode_images(model, self._images(), **how)
-        if self._frozen is None:
-            encode = functools.partial(prefix.run, model, "visual")
-            self._frozen = encode_images(model, self._images(), encode=encode, **how)
-        kept, labels = self._frozen
+            return encode_images(model, self.images, **how)
+        features, labels = self.frozen_features(model, **how)
         with how["autocast"]():
             parts = [
                 F.normalize(model.encode_image(part.to(how["device"])), dim=-1).cpu()
-                for part in kept.split(how["batch_size"])
+                for part in features.split(how["batch_size"])
             ]
         return torch.cat(parts), labels
+
+    def frozen_features(self, model: nn.Module, **how: Any) -> tuple[Tensor, Any]:
+        """What the frozen prefix gives for the images, and their labels."""
+        if self._frozen is None:
+            encode = functools.partial(prefix.run, model, "visual")
+            self._frozen = encode_images(model, self.images, encode=encode, **how)
+        return self._frozen
 
 
 @contextlib.contextmanager
@@ -128,13 +174,16 @@ def due(epoch: int, args: argparse.Namespace) -> bool:
 class BestCheckpoint:
     """Keeps ``best.pt``, the checkpoint with the highest F@1, over resumes too."""
 
-    def __init__(self, folder: str, *, resumed: bool) -> None:
-        """Read the best value so far from ``best.pt`` if the run goes on from an earlier one."""
-        self.path = Path(folder) / BEST
+    def __init__(self, folder: str, criterion: str, *, resumed: bool) -> None:
+        """Read the best value so far from ``best.pt`` if the run goes on from an earlier one.
+
+        ``criterion`` is the metric's name, see ``ZeroShotEvaluation``.
+        """
+        self.path, self.criterion = Path(folder) / BEST, criterion
         self.value = -1.0
         if resumed and self.path.is_file():
             try:
-                self.value = read_file(self.path)[JUDGED][CRITERION]
+                self.value = read_file(self.path)[JUDGED][self.criterion]
             except (ValueError, KeyError) as error:
                 logging.warning(f"The best epoch is sought anew: {error}")
 
@@ -142,12 +191,12 @@ class BestCheckpoint:
         self, metrics: dict[str, float], weights: str, make: Callable[[], dict[str, Any]]
     ) -> None:
         """Write ``make()``, the metrics and whose ``weights`` they are of if F@1 is higher than ever."""
-        if metrics[CRITERION] <= self.value:
+        if metrics[self.criterion] <= self.value:
             return
         try:
             write_file(self.path, {**make(), JUDGED: {**metrics, JUDGED_WEIGHTS: weights}})
         except OSError as error:  # the epoch's own checkpoint is still to come
             logging.warning(f"{self.path} cannot be written and stays as it was: {error}")
             return
-        self.value = metrics[CRITERION]
+        self.value = metrics[self.criterion]
         logging.info(f"Best F@1 so far, {self.value:.4f}: {self.path}")
