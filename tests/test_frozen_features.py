@@ -528,3 +528,18 @@ def test_log_says_what_is_made(cached, caplog):
         cached("first")
     assert "Features (image and text): 2 of 2 shards to encode" in caplog.text
     assert "Features of the image tower are kept in float" in caplog.text
+
+
+def test_evaluation_in_training_finds_the_same_features(cached, pairs, labelled, tmp_path):
+    """``--zeroshot-data`` with and without the folder of features, and again from it alone."""
+    words = ["--zeroshot-data", str(labelled), "--zeroshot-frequency", "1", "--epochs", "1"]
+    folder, made = cached("first", *words)
+    assert made == {"image": 3, "text": 2}  # the evaluation's shard among them
+    live = ["--loss", "infonce", "--model", "tiny-still", *LOCKS["both"], *words]
+    train(pairs, tmp_path / "live", *live)
+    results = [
+        json.loads((path / "run" / "checkpoints" / "results.jsonl").read_text())
+        for path in (folder, tmp_path / "live")
+    ]
+    assert results[0] == pytest.approx(results[1], abs=1e-6)
+    assert cached("again", *words)[1] == NONE

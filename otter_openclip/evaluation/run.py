@@ -21,6 +21,7 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import get_model_preprocess_cfg
 from torch import Tensor, nn
 
+from otter_openclip import __version__
 from otter_openclip.cli import positive
 from otter_openclip.evaluation.classifier import class_features
 from otter_openclip.evaluation.labelled_images import ImageError, LabelledImages, encode_images
@@ -44,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reference_crop", action="store_true", help=text)
     text = "use what is there of an incomplete image (grey elsewhere) instead of stopping"
     add("--load_truncated", action="store_true", help=text)
+    # Class features are no longer kept; command lines that say where still work.
+    add("--class_cache", help=argparse.SUPPRESS)
+    add("--version", action="version", version=f"otter-openclip {__version__}")
 
 
 class _Shortened(list):

@@ -112,12 +112,13 @@ def install(model: nn.Module, prefixes: dict[str, str]) -> None:
         module = getattr(model, tower)
         parts = {"trunk": _TimmTrunk, "transformer": _Transformer}
         part = parts.get(name.rpartition(".")[2], _Whole)
-        module.__class__ = type(type(module).__name__, (_PassedBy, part, type(module)), {})
+        bases = (_PassedBy, part, type(module))
+        module.__class__ = type(type(module).__name__, bases, {"prefix_name": name})
 
 
-def installed(model: nn.Module, tower: str) -> bool:
-    """Whether the tower takes its prefix's output."""
-    return isinstance(getattr(model, tower, None), _PassedBy)
+def installed(model: nn.Module, tower: str) -> str | None:
+    """The name of the prefix whose output the tower takes, None if it takes none's."""
+    return getattr(getattr(model, tower, None), "prefix_name", None)
 
 
 @torch.no_grad()

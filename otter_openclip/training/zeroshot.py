@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from clip_benchmark.datasets.builder import build_wds_dataset
@@ -26,6 +27,8 @@ from otter_openclip.evaluation.metrics import KS, multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts
 from otter_openclip.evaluation.validator import check_webdataset
 from otter_openclip.frozen import prefix
+from otter_openclip.frozen.encode import fill
+from otter_openclip.frozen.loader import image_column
 
 BEST = "best.pt"
 
@@ -85,7 +88,7 @@ class ZeroShotEvaluation:
             try:
                 if prefix.installed(student, "visual"):
                     with evaluated(student):
-                        labelled.frozen_features(student, **_how(args))
+                        labelled.frozen_features(student, args)
                 else:
                     labelled.images.shards.read_all()
             except ValueError as error:
@@ -98,29 +101,17 @@ class ZeroShotEvaluation:
         self, model: nn.Module, tokenizer: Any, epoch: int, args: argparse.Namespace
     ) -> dict[str, float]:
         """F@K and mean average precision of ``model``, in eval mode, under the run's autocast."""
-        student, how = unwrap_model(model), _how(args)
-        device, autocast = how["device"], how["autocast"]
+        student, device = unwrap_model(model), torch.device(args.device)
+        autocast = get_autocast(args.precision, device_type=device.type)
         metrics: dict[str, float] = {}
         for labelled in self._sets:
             prompts = labelled.prompts
             logging.info(f"Zero-shot evaluation on {labelled.folder}, {len(prompts)} classes")
             classes = class_features(student, tokenizer, prompts, device=device, autocast=autocast)
-            features, labels = labelled.encoded(student, **how)
+            features, labels = labelled.encoded(student, args)
             values = multilabel_metrics(features.float().to(device), classes.float(), labels, KS)
             metrics |= {f"{labelled.label}{name}": value for name, value in values.items()}
         return {**metrics, "epoch": epoch}
-
-
-def _how(args: argparse.Namespace) -> dict[str, Any]:
-    """How ``encode_images`` encodes in a training run."""
-    device = torch.device(args.device)
-    return {
-        "device": device,
-        "autocast": get_autocast(args.precision, device_type=device.type),
-        "dtype": get_input_dtype(args.precision),
-        "batch_size": args.batch_size,
-        "workers": args.workers,
-    }
 
 
 class _LabelledSet:
@@ -132,24 +123,56 @@ class _LabelledSet:
         self.prompts, self.images = class_prompts(dataset), LabelledImages(dataset, transform)
         self._frozen: Any = None
 
-    def encoded(self, model: nn.Module, **how: Any) -> tuple[Tensor, Any]:
-        """As ``encode_images``; images go through a frozen prefix once in a run."""
+    def encoded(self, model: nn.Module, args: argparse.Namespace) -> tuple[Tensor, Any]:
+        """Features and labels of the images, which go through a frozen prefix once in a run."""
         if not prefix.installed(model, "visual"):
-            return encode_images(model, self.images, **how)
-        features, labels = self.frozen_features(model, **how)
-        with how["autocast"]():
+            return self._encode(model, args)
+        features, labels = self.frozen_features(model, args)
+        device = torch.device(args.device)
+        with get_autocast(args.precision, device_type=device.type)():
             parts = [
-                F.normalize(model.encode_image(part.to(how["device"])), dim=-1).cpu()
-                for part in features.split(how["batch_size"])
+                F.normalize(model.encode_image(part.float().to(device)), dim=-1).cpu()
+                for part in features.split(args.batch_size)
             ]
         return torch.cat(parts), labels
 
-    def frozen_features(self, model: nn.Module, **how: Any) -> tuple[Tensor, Any]:
-        """What the frozen prefix gives for the images, and their labels."""
-        if self._frozen is None:
+    def frozen_features(self, model: nn.Module, args: argparse.Namespace) -> tuple[Tensor, Any]:
+        """What the frozen prefix gives for the images, and their labels; of ``--feature-cache``."""
+        if self._frozen is None and args.feature_cache is None:
             encode = functools.partial(prefix.run, model, "visual")
-            self._frozen = encode_images(model, self.images, encode=encode, **how)
+            self._frozen = self._encode(model, args, encode=encode)
+        elif self._frozen is None:
+            self._frozen = self._cached(model, args)
         return self._frozen
+
+    def _encode(self, model: nn.Module, args: argparse.Namespace, **how: Any) -> Any:
+        device = torch.device(args.device)
+        return encode_images(
+            model,
+            self.images,
+            device=device,
+            autocast=get_autocast(args.precision, device_type=device.type),
+            dtype=get_input_dtype(args.precision),
+            batch_size=args.batch_size,
+            workers=args.workers,
+            **how,
+        )
+
+    def _cached(self, model: nn.Module, args: argparse.Namespace) -> tuple[Tensor, Any]:
+        shards, device = self.images.shards, torch.device(args.device)
+        column = image_column(
+            model,
+            prefix.installed(model, "visual"),
+            Path(args.feature_cache),
+            self.images.transform,
+            device=device,
+            precision=args.precision,
+            reference_crop=args.reference_crop,
+        )
+        labels = [shards.labels(sample) for sample in shards({"url": url} for url in shards.urls)]
+        fill([column], shards.urls, device=device, workers=args.workers)
+        rows = np.concatenate([column.files.read(url)[:, 0] for url in shards.urls])
+        return torch.from_numpy(rows), labels
 
 
 @contextlib.contextmanager
