@@ -40,7 +40,10 @@ class EmaTeacher(ModelEmaV3):
         self.module.requires_grad_(False).train(not eval_mode)
         if hasattr(self.module, "set_grad_checkpointing"):
             self.module.set_grad_checkpointing(False)  # nothing to recompute without gradients
-        parameters = dict(self.module.named_parameters())
+        # What a copy shares with the model, it need not follow.
+        students = {id(parameter) for parameter in model.parameters()}
+        named = self.module.named_parameters()
+        parameters = {name: param for name, param in named if id(param) not in students}
         self._shapes = {name: param.shape for name, param in parameters.items()}
         self._half = {name: param for name, param in parameters.items() if param.dtype in _HALF}
         self._masters = {name: param.float() for name, param in self._half.items()}

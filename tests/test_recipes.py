@@ -88,8 +88,8 @@ def test_flags_win_over_the_recipe(tmp_path):
         ("- lr", "must hold lines 'flag: value', got list"),
         ("lr: [1", "cannot be read"),
         (None, "cannot be read"),
-        ("reference-crop: true\naug-cfg: {scale: 1}", "drop it or --aug-cfg"),
-        ("reference-crop: true\nimage-resize-mode: squash", "drop it or --image-resize-mode squash"),
+        ("reference-crop: true\naug-cfg: {scale: 1}", "drop it, or --aug-cfg"),
+        ("reference-crop: true\nimage-resize-mode: squash", "drop it, or --aug-cfg"),
     ],
 )  # fmt: skip
 def test_bad_recipes_are_refused(tmp_path, capsys, text, message):

@@ -37,10 +37,10 @@ def whole_before(path: Path) -> Path | None:
     return None
 
 
-def read_checkpoint(path: Path) -> Mapping[str, Any]:
+def read_checkpoint(path: Path, *, mapped: bool = True) -> Mapping[str, Any]:
     """``read_file``, whose error also names the newest checkpoint beside ``path`` that is whole."""
     try:
-        return read_file(path)
+        return read_file(path, mapped=mapped)
     except ValueError as error:
         whole = whole_before(path)
         beside = f"; beside it {whole} (epoch {epoch_of(whole)}) is whole" if whole else ""

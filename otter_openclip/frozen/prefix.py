@@ -8,6 +8,7 @@ output in place of images or tokens; what it is given tells them apart, so evalu
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -132,33 +133,18 @@ def run(model: nn.Module, tower: str, given: Tensor) -> Tensor:
     return prefix(given)
 
 
-class _LeftOut(nn.Module):
-    """Stands for a prefix; open_clip's towers hand ``set_grad_checkpointing`` on to it."""
-
-    def set_grad_checkpointing(self, *_: Any, **__: Any) -> None:
-        pass
-
-    gradient_checkpointing_enable = set_grad_checkpointing
-
-
 @contextlib.contextmanager
-def left_out(model: nn.Module, names: Iterable[str]) -> Iterator[list[nn.Module]]:
-    """While active, the modules ``names`` are not in ``model``, so that a copy of it has none of them.
-
-    Yields a list for copies made inside: these get the very same modules in the end.
-    """
-    names, copies = list(names), [model]
+def shared(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """While active, a deep copy of ``model`` has the very modules ``names`` and no copies of them."""
     modules = [model.get_submodule(name) for name in names]
 
-    def put(into: nn.Module, name: str, module: nn.Module) -> None:
-        parent, _, attribute = name.rpartition(".")
-        setattr(into.get_submodule(parent), attribute, module)
+    def itself(module: nn.Module, _: Any) -> nn.Module:
+        return module
 
+    for module in modules:
+        module.__deepcopy__ = functools.partial(itself, module)
     try:
-        for name in names:
-            put(model, name, _LeftOut())
-        yield copies
+        yield
     finally:
-        for name, module in zip(names, modules, strict=True):
-            for copy in copies:
-                put(copy, name, module)
+        for module in modules:
+            del module.__deepcopy__

@@ -42,7 +42,7 @@ class FixedTeacher(Teacher):
             raise ValueError(
                 f"--distill-model {args.teacher_model} would be given the student's input, but {misfit}"
             )
-        self.module = _InEvalMode(as_teacher(model))
+        self.module = as_teacher(model.eval())
         self._name = f"{args.teacher_model} ({args.teacher_pretrained})"
 
     def __str__(self) -> str:
@@ -51,20 +51,8 @@ class FixedTeacher(Teacher):
     @torch.no_grad()
     def features(self, images: Tensor, texts: Tensor) -> Features:
         """The model's features, (B, D') each."""
-        output = self.module.model(images, texts)
+        output = self.module(images, texts)
         return {f"dist_{name}": output[name] for name in ("image_features", "text_features")}
-
-
-class _InEvalMode(nn.Module):
-    """Keeps a model in eval mode, whatever the module around it is set to."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model.eval()
-
-    def train(self, mode: bool = True) -> _InEvalMode:
-        """Stay in eval mode."""
-        return super().train(False)
 
 
 def _image_misfit(student: nn.Module, teacher: nn.Module) -> str | None:

@@ -12,9 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-import open_clip
 import torch
-from open_clip.factory import parse_model_name
 
 from otter_openclip import __version__
 from otter_openclip.cli import as_list, check_repeated, name_nearest, number
@@ -32,7 +30,6 @@ from otter_openclip.training.zeroshot import check_folders
 LOSSES = ("clip", "infonce", "ls", "kd", "otter")
 TRAINED_LOSSES = LOSSES[1:]
 TEACHER_LOSSES = ("kd", "otter")
-PAIR_LOSSES = ("ls", *TEACHER_LOSSES)
 TEACHER_MODES = ("train", "eval")
 ZEROSHOT_WEIGHTS = ("student", "teacher")
 TABLES = (".csv", ".tsv")
@@ -239,16 +236,6 @@ def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     parser.exit(2, f"{parser.prog}: error: {message}\nSee {parser.prog} --help for all flags.\n")
 
 
-def _model_config(args: argparse.Namespace) -> dict[str, Any]:
-    """The JSON of ``--model``, whatever its schema; {} if it cannot be read here."""
-    try:
-        schema = parse_model_name(args.model)[0]
-        config = open_clip.get_model_config(args.model if schema else args.model.replace("/", "-"))
-    except Exception:  # open_clip says what is wrong with a folder or a repository
-        config = None
-    return config or {}
-
-
 def _faults(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with ``args`` as they are given; the first is said."""
     if args.loss not in LOSSES:  # a patched open_clip_train also lists other packages' losses
@@ -261,15 +248,12 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
             check_folders(args.zeroshot_data)
         except ValueError as error:
             yield str(error)
-    if args.reference_crop and args.aug_cfg:
-        yield "--reference-crop has no augmentation but its crop; drop it or --aug-cfg"
-    if args.reference_crop and args.image_resize_mode not in (None, "shortest"):
+    resized = args.image_resize_mode not in (None, "shortest")
+    if args.reference_crop and (args.aug_cfg or resized or args.image_interpolation == "random"):
         yield (
-            "--reference-crop resizes the shorter side; drop it or --image-resize-mode "
-            f"{args.image_resize_mode}"
+            "--reference-crop resizes the shorter side and has no augmentation but its crop; "
+            "drop it, or --aug-cfg, --image-resize-mode and --image-interpolation random"
         )
-    if args.reference_crop and args.image_interpolation == "random":
-        yield "--reference-crop takes --image-interpolation bicubic or bilinear, not random"
     if args.loss != "clip":
         yield from _mixed_faults(args)
     if args.feature_cache is not None:
@@ -284,33 +268,13 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _mixed_faults(args: argparse.Namespace) -> Iterator[str]:
-    """What of open_clip's flags our losses cannot do."""
+    """What of open_clip's flags our losses would pass over in silence."""
     loss = f"--loss {args.loss}"
     teacher = args.loss in TEACHER_LOSSES
-    if args.siglip:
-        yield (
-            f"{loss} does not go with --siglip: its targets are for the softmax loss, not the sigmoid "
-            "one; drop --siglip, or use --loss clip --siglip"
-        )
-    if "multimodal_cfg" in _model_config(args):
-        yield (
-            f"{loss} does not go with the CoCa model {args.model}: its captioning loss is not part of "
-            "the method; use a CLIP model, or --loss clip"
-        )
     if "lookahead" in args.opt.lower() and teacher:
         yield (
             f"{loss} does not go with --opt {args.opt}: teacher and second scale hang on torch's "
             "optimizer hooks, which timm's Lookahead has not; use the optimizer without it"
-        )
-    if args.horovod:
-        yield (
-            f"{loss} does not go with --horovod: the transport plan is sharded with torch.distributed; "
-            "launch with torchrun instead"
-        )
-    if args.torchscript and teacher:
-        yield (
-            f"{loss} does not go with --torchscript: a scripted model cannot be copied into a teacher; "
-            "use --torchcompile instead"
         )
     distill = args.distill_model is not None, args.distill_pretrained is not None
     if any(distill) and not teacher:
@@ -325,19 +289,9 @@ def _mixed_faults(args: argparse.Namespace) -> Iterator[str]:
             "--ema-decay and --teacher-mode are for the EMA teacher, but --distill-model asks for a "
             "fixed one; drop one or the other"
         )
-    if args.share_logit_scale and args.init_distill_logit_scale is not None:
-        yield (
-            "--share-logit-scale has no second scale to start at --init-distill-logit-scale; drop one"
-        )
 
 
 def _cache_faults(args: argparse.Namespace) -> Iterator[str]:
-    for flag in ("siglip", "torchscript", "trace", "horovod", "distill_model", "use_bnb_linear"):
-        if getattr(args, flag):
-            name = flag.replace("_", "-")
-            yield f"--feature-cache does not go with --{name}; drop one of them"
-    if "multimodal_cfg" in _model_config(args):
-        yield f"--feature-cache does not go with the CoCa model {args.model}; drop it"
     if not (args.lock_image or args.lock_text):
         yield (
             "--feature-cache keeps what locked towers give, but none is: add --lock-image, --lock-text "
@@ -384,12 +338,8 @@ def has_ema(args: argparse.Namespace) -> bool:
 
 
 def _ema_faults(args: argparse.Namespace) -> Iterator[str]:
-    if args.loss == "clip" and has_ema(args):
-        for flag in ("horovod", "torchscript"):
-            if getattr(args, flag):
-                yield f"--ema-decay does not go with --{flag}: the EMA copies the model; drop one"
-        if "lookahead" in args.opt.lower():
-            yield f"--ema-decay does not go with --opt {args.opt}: it lacks torch's hooks; drop one"
+    if args.loss == "clip" and has_ema(args) and "lookahead" in args.opt.lower():
+        yield f"--ema-decay does not go with --opt {args.opt}: it lacks torch's hooks; drop one of them"
     if args.zeroshot_weights is None:
         args.zeroshot_weights = ZEROSHOT_WEIGHTS[0]
         return

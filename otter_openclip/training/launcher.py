@@ -24,7 +24,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import open_clip
 import torch
 from open_clip_train import main as open_clip_main
 from open_clip_train import params
@@ -37,7 +36,6 @@ from otter_openclip.training.plugin import ZEROSHOT_DATA, Plugin
 from otter_openclip.training.watch import reason_given
 from otter_openclip.untrusted import no_code_from_files
 
-SUPPORTED = ((3, 2), (4, 0))
 # With --zeroshot-data: an entry of get_data's dict that makes open_clip evaluate, without data.
 _ZEROSHOT_KEY = "imagenet-v2"
 _NO_DATA = object()
@@ -53,10 +51,8 @@ def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
     """Train with open_clip_train's flags and the plugin's; returns the exit code.
 
     Raises:
-        SystemExit: on bad flags, unsupported mixes or an open_clip outside the supported range, all
-            before any data are read.
+        SystemExit: on bad flags and other bad input, with one line.
     """
-    check_open_clip_version(open_clip.__version__)
     plugin = Plugin(prog)
     if hasattr(open_clip_main, "load_plugin"):  # the patched package asks for its plugin itself
 
@@ -73,17 +69,6 @@ def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
         if plugin.hooks is not None:
             plugin.close()
     return 1 if result == -1 else 0
-
-
-def check_open_clip_version(version: str) -> None:
-    """Exit with the reason unless ``version`` of open_clip is one this module was written for."""
-    numbers = tuple(int(part) for part in version.split(".")[:2])
-    low, high = SUPPORTED
-    if not low <= numbers < high:
-        raise SystemExit(
-            f"otter-openclip supports open_clip_torch >={low[0]}.{low[1]},<{high[0]}, found {version}; "
-            f'install a supported one: pip install "open_clip_torch>={low[0]}.{low[1]},<{high[0]}"'
-        )
 
 
 class _Overlay:

@@ -258,11 +258,6 @@ class TrainingPlugin(ClipPlugin):
         self, args: Namespace, model: nn.Module, preprocess_train: Any, preprocess_val: Any
     ) -> tuple[nn.Module, Any, Any]:
         """Model: the run's folder is claimed; the fixed teacher of ``--distill-model`` beside it."""
-        if args.loss in flags.PAIR_LOSSES and getattr(model, "logit_bias", None) is not None:
-            self.refuse(
-                f"--loss {args.loss} does not go with {args.model}: it has a logit bias, which belongs "
-                "to SigLIP's sigmoid loss; use a CLIP model, or --loss clip --siglip"
-            )
         with self.faults_named():
             self.resume.begin(args)
             if args.teacher_model is not None:
@@ -272,7 +267,7 @@ class TrainingPlugin(ClipPlugin):
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load: the plugin's part of it waits for the optimizer."""
         with self.faults_named():
-            return self.resume.load(self.args, path, self.model)
+            return self.resume.load(self.args, path)
 
     def setup_data(
         self, args: Namespace, data: dict[str, Any], preprocess_val: Any
@@ -282,10 +277,6 @@ class TrainingPlugin(ClipPlugin):
         if "train" in data:
             with self.faults_named():
                 watch.check_loader(args, data["train"])
-            if args.feature_cache is None and data["train"].shared_epoch is not None:
-                if cut := watch.shards_cut_off(args):
-                    named = ", ".join(cut[:5])
-                    logging.warning(f"{len(cut)} shards of --train-data end too early: {named}")
         data = super().setup_data(args, data, preprocess_val)
         if "train" in data:
             data["train"].dataloader = Steps(data["train"].dataloader, self.ending)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,16 +12,10 @@ import filelock
 import fsspec
 import torch
 from open_clip_train.distributed import broadcast_object, is_master
-from torch import Tensor, nn
+from torch import nn
 
-from otter_openclip.checkpoints.contents import (
-    ENTRY,
-    TEACHER,
-    misfits,
-    read_file,
-    without_wrappers,
-)
-from otter_openclip.checkpoints.newest import epoch_of, newest_checkpoint, whole_before
+from otter_openclip.checkpoints.contents import ENTRY, TEACHER, without_wrappers
+from otter_openclip.checkpoints.newest import newest_checkpoint, read_checkpoint
 from otter_openclip.training.flags import settings
 from otter_openclip.training.scale import restore_scale, scale_state
 from otter_openclip.training.student_with_teacher import Teacher
@@ -60,16 +53,16 @@ class Resume:
         if self._lock is not None:
             self._lock.release()
 
-    def load(self, args: Namespace, path: str, model: nn.Module) -> Mapping[str, Any]:
-        """The checkpoint ``path`` under the names that ``main`` looks for, in a run of ``model``.
+    def load(self, args: Namespace, path: str) -> Mapping[str, Any]:
+        """The checkpoint ``path`` under the names that ``main`` looks for.
 
         Raises:
-            ValueError: if it is damaged, another model's, or its optimizer had other parameters.
+            ValueError: if it is damaged, naming one beside it that is whole.
         """
-        checkpoint = read(path)
+        checkpoint = _read(path)
         if "epoch" in checkpoint:  # weights alone can be evaluated
             self._checkpoint = {key: checkpoint.get(key) for key in (ENTRY, TEACHER)}
-        return _fitted(args, checkpoint, model)
+        return _fitted(args, checkpoint)
 
     def restore(
         self,
@@ -141,66 +134,24 @@ def _latest(args: Namespace) -> str | None:
     return broadcast_object(args, path) if args.distributed else path
 
 
-def _fitted(args: Namespace, checkpoint: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+def _fitted(args: Namespace, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """``checkpoint``, of a run or weights alone, with its weights named as DDP or its absence wants."""
-    resumed = f"--resume {args.resume}"
     state = without_wrappers(checkpoint.get("state_dict", checkpoint))
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if wrong := misfits(model.state_dict(), tensors):
-        raise ValueError(
-            f"{resumed} does not fit --model {args.model}: {wrong}; pass the --model and --force flags "
-            "it was trained with"
-        )
     if args.distributed:
         state = {f"module.{key}": value for key, value in state.items()}
     if "epoch" not in checkpoint:
         return state
-    if args.train_data and "optimizer" not in checkpoint:
-        raise ValueError(
-            f"{resumed} has no optimizer's state to go on with; pass it as --pretrained"
+    if args.train_data and checkpoint["epoch"] >= args.epochs and is_master(args):
+        logging.warning(
+            f"--resume {args.resume} has seen {checkpoint['epoch']} of --epochs {args.epochs}: nothing "
+            "is left to train"
         )
-    if args.train_data:
-        saved = sum(len(group["params"]) for group in checkpoint["optimizer"]["param_groups"])
-        trained = sum(parameter.requires_grad for parameter in model.parameters())
-        if saved != trained:
-            raise ValueError(
-                f"{resumed}: its run trained {saved} of the model's tensors, this one would train "
-                f"{trained}; pass the --lock flags it had, or start from its weights with --pretrained"
-            )
-        if checkpoint["epoch"] >= args.epochs and is_master(args):
-            logging.warning(
-                f"{resumed} has seen {checkpoint['epoch']} of --epochs {args.epochs}: nothing is left "
-                "to train"
-            )
     return {**checkpoint, "state_dict": state}
 
 
-def read(path: str) -> Mapping[str, Any]:
-    """The checkpoint to resume from, local or remote, read without running any of its code.
-
-    Raises:
-        ValueError: if it is damaged, naming the one before it, or no file.
-    """
+def _read(path: str) -> Mapping[str, Any]:
+    """The checkpoint to resume from, local or remote, read without running any of its code."""
     if "://" in path:
         with fsspec.open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
-    if not os.path.isfile(path):
-        folder = Path(path, "checkpoints") if Path(path, "checkpoints").is_dir() else Path(path)
-        newest = newest_checkpoint(folder)
-        hint = "" if newest is None else f", as {newest}"
-        what = "is a folder; name a checkpoint in it" if folder.is_dir() else "is no file"
-        raise ValueError(f"--resume {path} {what}{hint}")
-    try:
-        return read_file(Path(path), mapped=False)
-    except ValueError as error:
-        whole = whole_before(Path(path))
-        if whole is None:
-            fix = "there is no other checkpoint beside it"
-        elif Path(path) == newest_checkpoint(whole.parent):
-            fix = (
-                f"the one before it, {whole} (epoch {epoch_of(whole)}), is whole: move the damaged file "
-                "away, and --resume latest takes that one"
-            )
-        else:
-            fix = f"{whole} (epoch {epoch_of(whole)}) is whole: --resume that"
-        raise ValueError(f"--resume: {str(error).partition('; give a file')[0]}; {fix}") from error
+    return read_checkpoint(Path(path), mapped=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,9 +69,9 @@ class MovingAverage(Teacher):
     def __init__(
         self, args: Namespace, model: nn.Module, prefixes: Mapping[str, str], *, eval_mode: bool
     ) -> None:
-        with prefix.left_out(unwrap_model(model), prefixes.values()) as copies:
+        with prefix.shared(unwrap_model(model), prefixes.values()):
             self.module = self.ema = EmaTeacher(model, args.ema_decay, eval_mode=eval_mode)
-            copies.append(as_teacher(self.ema.module))
+        as_teacher(self.ema.module, prefixes.values())
 
     def __str__(self) -> str:
         mode = "eval" if self.ema.eval_mode else "train"
@@ -100,13 +100,16 @@ class MovingAverage(Teacher):
             self.ema.set_extra_state(entry[_STATE])
 
 
-def as_teacher(model: nn.Module) -> nn.Module:
-    """``model`` with parameters that ask for gradients, which it is never given.
+def as_teacher(model: nn.Module, frozen: Iterable[str] = ()) -> nn.Module:
+    """``model`` with parameters that ask for gradients, which it is never given, but for ``frozen``.
 
     It runs under no_grad; but torch multiplies a (batch, length, width) input by a weight in one product
     only if the weight asks for a gradient.
     """
-    return model.requires_grad_(True)
+    model.requires_grad_(True)
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    return model
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -159,7 +162,7 @@ class StudentWithTeacher(nn.Module):
         """
         super().__init__()
         self.student, self.teacher = student, teacher
-        self.teacher_module = None if teacher is None else teacher.module
+        self.average = teacher.ema if isinstance(teacher, MovingAverage) else None
         self.distill_logit_scale = distill_logit_scale
         self._accum_freq, self._feature_dropout = accum_freq, feature_dropout
         self._frozen, self._prefixes = frozen, prefixes or {}
@@ -174,8 +177,8 @@ class StudentWithTeacher(nn.Module):
         """Set the student's mode, and that of a moving average that follows it."""
         super().train(mode)
         keep_in_eval_mode(self.student, self._frozen)
-        if isinstance(self.teacher, MovingAverage):
-            keep_in_eval_mode(self.teacher.ema.module, self._frozen)
+        if self.average is not None:
+            keep_in_eval_mode(self.average.module, self._frozen)
         return self
 
     def start_epoch(self) -> None:

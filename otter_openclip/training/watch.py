@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tarfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
-from open_clip_train.data import DataInfo, ResampledShards2, expand_urls
+from open_clip_train.data import DataInfo, ResampledShards2
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 # Shards that are drawn without a batch: twice all of them, and more than fill webdataset's buffer.
 _ROUNDS, _BUFFER = 2, 2000
 _NAMED = 5
-_MAGIC = 257  # where a tar says that it is one
 _FIX = (
     "nothing was saved of this epoch. Fix: a lower --lr, a longer --warmup or --grad-clip-norm; with "
     "--precision amp or fp16 another precision; then --resume latest goes on from the last checkpoint"
@@ -109,23 +106,6 @@ class _Pass:
             f"({', '.join(shards[:_NAMED]) or 'none'}); otter-openclip data inspect says what is in "
             "them, a lower --batch-size or --workers needs less"
         )
-
-
-def shards_cut_off(args: Namespace) -> list[str]:
-    """Local shards of ``--train-data`` whose end is missing, of which loaders say nothing."""
-    urls = expand_urls(args.train_data)[0]
-    return [url for url in urls if url.endswith(".tar") and os.path.isfile(url) and _is_cut(url)]
-
-
-def _is_cut(path: str) -> bool:
-    with open(path, "rb") as file:
-        if tarfile.BLOCKSIZE > file.seek(0, os.SEEK_END):
-            return False  # empty, or no tar at all: seen when it gives no sample
-        whole_blocks = not file.tell() % tarfile.BLOCKSIZE
-        file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
-        ends = file.read() == bytes(tarfile.BLOCKSIZE)
-        file.seek(_MAGIC)
-        return file.read(len(b"ustar")) == b"ustar" and not (whole_blocks and ends)
 
 
 class LossWatch:
