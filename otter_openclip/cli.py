@@ -67,6 +67,11 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def nearest(word: str, choices: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The ``count`` of the ``choices`` that are nearest to ``word``, and alike by ``cutoff`` or more."""
+    return difflib.get_close_matches(word, list(choices), n=count, cutoff=cutoff)
+
+
 def find_flags(parser: argparse.ArgumentParser, word: str) -> list[argparse.Action]:
     """The flags that a word of a command line can stand for, whole, with ``=value`` or abbreviated."""
     name, known = word.split("=")[0], parser._option_string_actions

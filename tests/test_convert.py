@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, BertConfig, BertTokenizerFast, RobertaConfig
 
 from otter_openclip import cli
-from otter_openclip.checkpoints import convert
+from otter_openclip.model_folders import convert
 from otter_openclip.model_folders.convert import convert_checkpoint
 
 WIDTH = 16  # of the text tower

@@ -14,7 +14,7 @@ from conftest import MODELS, picture
 from training_helpers import load, train
 
 from otter_openclip import cli
-from otter_openclip.checkpoints import export, folder
+from otter_openclip.model_folders import export, folder
 from otter_openclip.model_folders.export import export_checkpoint
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from training_helpers import train
 
 from otter_openclip import cli
-from otter_openclip.checkpoints import card, publish
+from otter_openclip.model_folders import card, publish
 from otter_openclip.model_folders.export import export_checkpoint
 
 

@@ -56,7 +56,6 @@ from otter_openclip.evaluation.prompts import (
 )
 from otter_openclip.evaluation.validator import check_webdataset
 from otter_openclip.files import written_whole
-from otter_openclip.model_folders.parts import check_moved
 from otter_openclip.replacing import replaced
 from otter_openclip.terminating import on_sigterm
 from otter_openclip.untrusted import no_code_from_files
@@ -237,7 +236,6 @@ class _Command:
         own = args.custom_classname_file, args.custom_template_file
         self._check(args.dataset, self._root(args), args.split, task, *own)
         check_weights(kwargs["pretrained"])
-        check_moved(args.model)
         model, self.transform, tokenizer = _stock_load_clip(**kwargs)
         if self.args.reference_crop:
             self.transform = run.reference_crop(model)

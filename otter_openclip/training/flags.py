@@ -26,7 +26,6 @@ from otter_openclip.losses import (
     OT_SCOPES,
 )
 from otter_openclip.model_folders.folder import CONFIG_FILE
-from otter_openclip.model_folders.parts import check_moved
 from otter_openclip.training import stock_flags
 from otter_openclip.training.recipes import add_config_flag, expand_config
 from otter_openclip.training.zeroshot import check_folder
@@ -288,10 +287,6 @@ def _check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() has the names"
         )
         parser.error(f"open_clip knows no --model {args.model}; {hint}")
-    try:
-        check_moved(args.model)
-    except ValueError as error:
-        parser.error(f"--model {error}")
 
 
 def _check_reference_crop(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -91,8 +91,6 @@ class TrainingPlugin:
             raise SystemExit(f"{self._prog}: error: {flags.logit_bias_message(args)}")
         if message := watch.fault(args):
             raise SystemExit(f"{self._prog}: error: {message}")
-        with self._faults_named():
-            watch.check_context(args, model)
         if not self.untouched:
             with self._faults_named():
                 self._claim = resume.claim_folder(args)

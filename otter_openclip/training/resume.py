@@ -14,7 +14,7 @@ import torch
 from open_clip_train.distributed import broadcast_object, is_master
 from torch import Tensor, nn
 
-from otter_openclip.checkpoints.contents import misfits, read_file, without_wrappers
+from otter_openclip.checkpoints.contents import load_weights, read_file, without_wrappers
 from otter_openclip.checkpoints.newest import epoch_of, newest_checkpoint, whole_before
 from otter_openclip.files import claim
 
@@ -65,13 +65,13 @@ def fitted(args: Namespace, loaded: Mapping[str, Any], model: nn.Module) -> Mapp
     """
     whole, given = "epoch" in loaded, f"--resume {args.resume}"
     state = without_wrappers(loaded.get("state_dict", loaded))
-    if wrong := misfits(
-        model.state_dict(), {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    ):
+    try:
+        load_weights(model, {k: v for k, v in state.items() if isinstance(v, Tensor)})
+    except ValueError as error:
         raise ValueError(
-            f"{given} does not fit --model {args.model}: {wrong}; pass the --model and --force flags it "
+            f"{given} does not fit --model {args.model}: {error} Pass the --model and --force flags it "
             "was trained with"
-        )
+        ) from error
     if args.distributed and not getattr(args, "horovod", False):
         state = {f"module.{key}": value for key, value in state.items()}
     if not whole:

@@ -16,8 +16,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import open_clip
-from open_clip.hf_model import HFTextEncoder
 from open_clip_train.data import (
     DataInfo,
     ResampledShards2,
@@ -26,11 +24,9 @@ from open_clip_train.data import (
     tarfile_to_samples_nothrow,
 )
 from open_clip_train.distributed import world_info_from_env
-from torch import nn
 from torch.utils.data import get_worker_info
 
 from otter_openclip.data.tables import header, rows
-from otter_openclip.model_folders.parts import check_longest, check_shortest
 
 _IMAGES = {"jpg", "png", "jpeg", "webp"}
 TABLES = (".csv", ".tsv")
@@ -69,19 +65,6 @@ def fault(args: Namespace) -> str | None:
             f"and each needs its own; {fix}build {needed}: otter-openclip data ... --shards {needed}"
         )
     return None
-
-
-def check_context(args: Namespace, model: nn.Module) -> None:
-    """Raise ValueError if a text tower of Hugging Face cannot take --force-context-length."""
-    text = getattr(model, "text", None)
-    if args.force_context_length is None or not isinstance(text, HFTextEncoder):
-        return
-    given = "--force-context-length"
-    check_longest(given, args.force_context_length, args.model, text.config)
-    tokenizer = open_clip.get_tokenizer(
-        args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
-    )
-    check_shortest(given, tokenizer, args.model)
 
 
 def _table_fault(args: Namespace) -> str | None:
