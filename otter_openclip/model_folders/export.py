@@ -81,10 +81,12 @@ def export_checkpoint(
             or the push failed.
     """
     path, out = _find_checkpoint(Path(checkpoint)), Path(out)
-    if push_to_hub is not None and (license is None or push_to_hub.count("/") != 1):
+    if push_to_hub is not None and push_to_hub.count("/") != 1:
+        raise ValueError(f"--push-to-hub takes OWNER/NAME, got {push_to_hub}")
+    if push_to_hub is not None and license is None:
         raise ValueError(
-            f"--push-to-hub takes OWNER/NAME, got {push_to_hub}, and needs --license: the licence of "
-            "your weights is yours to say, as cc-by-nc-4.0, or other"
+            "--push-to-hub needs --license: the licence of your weights is yours to say, e.g. "
+            "--license cc-by-nc-4.0, or other"
         )
     evaluated = read_results(results)
     check_out(out, overwrite, path, *map(Path, results))
