@@ -69,7 +69,7 @@ def test_a_pushed_model_loads_from_the_hub_and_names_nothing_of_this_machine(
     assert tokens.tolist() == [[2, 5, 11, 3, 0, 0, 0, 0]]
     with torch.no_grad():
         assert torch.equal(model.eval().encode_text(tokens), local.eval().encode_text(tokens))
-    assert "/lab/model/resolve/main/config.json" in hub.requests
+    assert any(path.endswith("/config.json") for path in hub.requests)
 
 
 def test_the_card_states_licence_settings_results_and_how_to_load(run, tmp_path):
