@@ -210,11 +210,10 @@ def _which_weights(
     """``weights``, or else those that a best.pt was chosen by."""
     if weights is not None and weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    judged = contents.get(JUDGED)
-    judged = judged.get(JUDGED_WEIGHTS) if isinstance(judged, Mapping) else None
-    if judged in WEIGHTS:
+    judged = contents.get(JUDGED, {}).get(JUDGED_WEIGHTS)
+    if judged and weights is None:
         report(f"{path} is the best epoch of the {judged}; --weights takes others")
-    return weights or (judged if judged in WEIGHTS else WEIGHTS[0])
+    return weights or judged or WEIGHTS[0]
 
 
 def _weights_of(contents: Mapping[str, Any], path: Path, weights: str) -> dict[str, Tensor]:
@@ -281,14 +280,10 @@ def _build(model: str, flags: Mapping[str, Any], config: Mapping[str, Any]) -> n
             force_context_length=flags.get("force_context_length"),
             force_quick_gelu=flags.get("force_quick_gelu", False),
             force_custom_text=flags.get("force_custom_text", False),
-            image_mean=_triple(flags.get("image_mean")),
-            image_std=_triple(flags.get("image_std")),
+            image_mean=flags.get("image_mean"),
+            image_std=flags.get("image_std"),
             image_interpolation=flags.get("image_interpolation"),
             image_resize_mode=flags.get("image_resize_mode"),
             **extra,
         )
     return trained.eval()
-
-
-def _triple(values: list[float] | None) -> tuple[float, ...] | None:
-    return None if values is None else tuple(values) * (3 if len(values) == 1 else 1)
