@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from conftest import COLOURS, SHAPES
+from test_towers import text_folder
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, BertConfig, BertTokenizerFast, RobertaConfig
@@ -25,19 +25,7 @@ ARGS = {"image_arch": "test_resnet", "text_arch": "declutr-sci-base", "max_token
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
     """Folder of a BERT's configuration and tokenizer."""
-    folder = tmp_path_factory.mktemp("text-model")
-    BertConfig(
-        vocab_size=14,
-        hidden_size=WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=WIDTH,
-        max_position_embeddings=12,
-    ).save_pretrained(folder)
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    (folder / "vocab.txt").write_text("\n".join([*special, *COLOURS, *SHAPES]))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    return folder
+    return text_folder(tmp_path_factory.mktemp("text-model"), width=WIDTH, layers=1)
 
 
 class Reference(nn.Module):
@@ -221,7 +209,7 @@ class Payload:
         ({"drop": ".*image_encoder.*"}, "use otter-openclip export"),
         ({"drop": ".*fc.*"}, "has no fc head"),
         ({"drop": ".*[.]T"}, 'Missing key(s) in state_dict: "logit_scale"'),
-        ({"add": {"momentum_encoder.w": torch.ones(1)}}, 'Unexpected key(s) in state_dict: "momentum_encoder.w"'),
+        ({"add": {"momentum.w": torch.ones(1)}}, 'Unexpected key(s) in state_dict: "momentum.w"'),
         ({"add": {"image_encoder.model.nan": torch.tensor(torch.nan)}}, "its run diverged"),
         ({"payload": Payload()}, "cannot be read as a checkpoint (UnpicklingError"),
     ],

@@ -251,15 +251,15 @@ def broken(parts, folder, change):
     ("change", "message"),
     [
         ("no tokenizer", "no tokenizer in the folder .*text"),
-        ("no config", "no config.json in the folder .*text"),
+        ("no config", "text cannot be read .*--text with a folder"),
         ("no weights", "cannot be read .*--text with a folder"),
-        ({"model_type": "distilbert"}, "kinds roberta, .*but .* is a distilbert"),
+        ({"model_type": "distilbert"}, "cannot build .*text .*; it takes text towers of BERT's"),
         ({"num_hidden_layers": 3}, "not those of its config.json: encoder.layer.2.* is missing"),
         ({"num_hidden_layers": 1}, "encoder.layer.1.* is missing, .* or one too many"),
         ({"intermediate_size": 8}, "dense.* is missing, of another shape"),
         ({"vocab_size": 9}, "has 14 tokens, the text tower 9"),
         ({"pad_token_id": 3}, "pads with 0, but its config.json says pad_token_id 3"),
-        ({"pad_token_id": None, "pad_token": None}, "tokenizer of .*text has no pad token"),
+        ({"pad_token_id": None, "pad_token": None}, "not have a padding token"),
         ({"hidden_size": "wide"}, "text cannot be read .*hidden_size|cannot build .*text "),
     ],
 )
@@ -275,7 +275,7 @@ def test_text_folders_that_cannot_be_used(parts, tmp_path, change, message):
     [
         ({"image": "test_resnt"}, "has no model 'test_resnt', .*nearest is test_resnet"),
         ({"image_weights": None}, "no weights of test_resnet at hand .*--image-weights"),
-        ({"image_weights": "nowhere.pt"}, "no file nowhere.pt"),
+        ({"image_weights": "nowhere.pt"}, "nowhere.pt cannot be read"),
         ({"text": "nobody/nothing"}, "text tower nobody/nothing cannot be read"),
         ({"image": "test_vit", "image_size": 100}, "test_vit cannot take images of 100 px"),
         ({"embed_dim": 32, "text_head": "none"}, "text tower has 64 and the embedding 32"),

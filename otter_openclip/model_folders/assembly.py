@@ -78,8 +78,8 @@ def read_tokenizer(
     """The text tower's tokenizer; None if it is a folder without one.
 
     Raises:
-        ValueError: if it cannot be read, has no pad token or more tokens than the tower's
-            ``vocab_size``, or leaves no room for words in ``context_length`` tokens.
+        ValueError: if it cannot be read, has more tokens than the tower's ``vocab_size``, or leaves no
+            room for words in ``context_length`` tokens.
     """
     folder = Path(text_model)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -89,11 +89,6 @@ def read_tokenizer(
     except Exception as error:  # Each file format, and the network, has errors of its own.
         raise unreadable(text_model, flag, error) from error
     inner = tokenizer.tokenizer
-    if inner.pad_token_id is None:
-        raise ValueError(
-            f"the tokenizer of {text_model} has no pad token, which open_clip needs; name one in its "
-            "tokenizer_config.json, and its number as pad_token_id in config.json"
-        )
     if context_length <= (added := inner.num_special_tokens_to_add()):
         raise ValueError(
             f"a context length of {context_length} leaves no room for words: the tokenizer of "

@@ -28,6 +28,7 @@ from otter_openclip.model_folders.folder import (
     write_folder,
 )
 from otter_openclip.model_folders.publish import push
+from otter_openclip.numerics import check_choice
 from otter_openclip.preprocessing import CROP_PCT
 from otter_openclip.untrusted import no_code_from_files
 
@@ -208,8 +209,8 @@ def _which_weights(
     contents: Mapping[str, Any], path: Path, weights: str | None, report: Callable[[str], None]
 ) -> str:
     """``weights``, or else those that a best.pt was chosen by."""
-    if weights is not None and weights not in WEIGHTS:
-        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    if weights is not None:
+        check_choice("weights", weights, WEIGHTS)
     judged = contents.get(JUDGED, {}).get(JUDGED_WEIGHTS)
     if judged and weights is None:
         report(f"{path} is the best epoch of the {judged}; --weights takes others")

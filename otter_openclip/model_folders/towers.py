@@ -74,7 +74,6 @@ def make_towers(
         The folder.
 
     Raises:
-        FileNotFoundError: if a weights file or a folder's config.json is missing.
         FileExistsError: if ``out`` exists and is not to be overwritten.
         ValueError: if a tower, its weights or a setting cannot be used, or stock open_clip cannot
             express the whole.
@@ -82,13 +81,8 @@ def make_towers(
     """
     out, text = Path(out), str(text)
     image = image.removeprefix("hf-hub:").removeprefix("timm/")
-    inputs = [Path(path) for path in (image_weights, text_weights) if path is not None]
-    for path in inputs:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no file {path}; give a state_dict in .pt, .pth or .safetensors"
-            )
-    check_out(out, overwrite, *inputs, *([Path(text)] if Path(text).is_dir() else []))
+    inputs = [Path(name) for name in (image_weights, text_weights, text) if name is not None]
+    check_out(out, overwrite, *filter(Path.exists, inputs))
     check_choice("text_pooler", text_pooler, tuple(POOLERS))
     check_choice("image_head", image_head, HEADS)
     check_choice("text_head", text_head, HEADS)
