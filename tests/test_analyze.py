@@ -50,7 +50,7 @@ def entropy(p):
 
 def test_matching_statistics_are_the_formulas():
     images, texts = made_up(50)
-    found = matching.batch_statistics(images, texts, 12)
+    statistics = matching.batch_statistics(images, texts, 12)
     v, t = (x.double().numpy()[:48].reshape(4, 12, 16) for x in (images, texts))
     off = ~np.eye(12, dtype=bool)
     p = [softmax(100 * a @ b.T) for a, b in zip(v, t, strict=True)]
@@ -66,14 +66,14 @@ def test_matching_statistics_are_the_formulas():
         "over_0.2": np.mean([(x > 0.2).sum() for x in others]),
         "rows_with_one_over_0.2": np.mean([(x > 0.2).any(axis=1).mean() for x in others]),
     }
-    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-3)
+    assert {key: statistics[key] for key in expected} == pytest.approx(expected, rel=1e-3)
     for name, values in (("diagonal", [x[~off] for x in p]), ("off_diagonal", [x[off] for x in p])):
         counts = np.histogram(np.maximum(np.concatenate(values), 1e-8), matching.EDGES)[0] / 4
-        assert found["histogram"][name] == pytest.approx(counts.tolist())
-    kd = found["targets"]["kd"]
+        assert statistics["histogram"][name] == pytest.approx(counts.tolist())
+    kd = statistics["targets"]["kd"]
     assert kd["entropy"] == pytest.approx(np.mean([entropy(x) for x in p]), rel=1e-3)
     assert kd["off_pair"] == pytest.approx(1 - expected["diagonal"], rel=1e-3)
-    assert found["targets"]["infonce"] == {"entropy": 0.0, "top_share": 1.0, "off_pair": 0.0}
+    assert statistics["targets"]["infonce"] == {"entropy": 0.0, "top_share": 1.0, "off_pair": 0.0}
 
     def plan(a, b, epsilon):
         kernel = np.where(off, np.exp((a @ a.T + b @ b.T + a @ b.T) / epsilon), 0)
@@ -82,66 +82,66 @@ def test_matching_statistics_are_the_formulas():
             kernel /= kernel.sum(axis=0, keepdims=True)
         return kernel / kernel.sum(axis=1, keepdims=True)
 
-    otter = found["targets"]["otter"]
+    otter = statistics["targets"]["otter"]
     plans = [plan(a, b, 0.15) for a, b in zip(v, t, strict=True)]
     assert otter["entropy"] == pytest.approx(np.mean([entropy(x) for x in plans]), rel=1e-3)
     assert otter["top_share"] == pytest.approx(np.mean([x.max(1).mean() for x in plans]), rel=1e-3)
-    assert otter["off_pair"] == 1 > found["targets"]["otter_keep_diag"]["off_pair"] > 0
+    assert otter["off_pair"] == 1 > statistics["targets"]["otter_keep_diag"]["off_pair"] > 0
     curve = [
         np.mean([entropy(plan(a, b, x)) for a, b in zip(v, t, strict=True)])
         for x in matching.LAMBDAS
     ]
-    assert found["curve"]["entropy"] == pytest.approx(curve, rel=1e-3)
+    assert statistics["curve"]["entropy"] == pytest.approx(curve, rel=1e-3)
 
 
 def test_ranks_of_own_pictures_and_what_fits_better(monkeypatch):
     monkeypatch.setattr(neighbours, "_ROWS", 7)
     images, texts = made_up(30, shuffled=0.3)
-    found = neighbours.by_similarity(images, texts)
+    ranking = neighbours.by_similarity(images, texts)
     for i, caption in enumerate(texts):
         scores = images @ caption
         others = torch.cat([scores[:i], scores[i + 1 :]])
-        assert found.rank[i] == pytest.approx(float((others > scores[i]).float().mean()))
-        assert found.best_score[i] == pytest.approx(float(others.max()), abs=1e-6)
-        assert scores[found.best[i]] == pytest.approx(float(others.max()), abs=1e-6)
+        assert ranking.rank[i] == pytest.approx(float((others > scores[i]).float().mean()))
+        assert ranking.best_score[i] == pytest.approx(float(others.max()), abs=1e-6)
+        assert scores[ranking.best[i]] == pytest.approx(float(others.max()), abs=1e-6)
 
 
 @pytest.mark.parametrize("shuffled", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("related", [True, False])
 def test_the_share_at_chance_is_that_of_the_shuffled_captions(shuffled, related):
     images, texts = made_up(2000, shuffled, related=related)
-    own = neighbours.by_similarity(images, texts).statistics()
+    similarity = neighbours.by_similarity(images, texts).statistics()
     other = neighbours.by_neighbours(images, texts).statistics()
     near = {"abs": 4 * other["standard_error"] + 0.02}
     assert other["at_chance"] == pytest.approx(shuffled, **near)
     if related:
-        assert own["at_chance"] == pytest.approx(shuffled, **near)
+        assert similarity["at_chance"] == pytest.approx(shuffled, **near)
     elif shuffled == 0:
-        assert own["beats_a_random_picture"] == pytest.approx(0.5, abs=0.15)
-    assert sum(own["histogram"]) == 2000
+        assert similarity["beats_a_random_picture"] == pytest.approx(0.5, abs=0.15)
+    assert sum(similarity["histogram"]) == 2000
 
 
 def test_duplicates(monkeypatch):
     monkeypatch.setattr(neighbours, "_ROWS", 3)
     features = unit(torch.eye(8)[:, :7] + 0.01)
     features[5], features[6] = features[1], unit(features[2] + 0.1 * features[3])
-    found = neighbours.duplicates(features, ["a", "b", "c", "d", "e", "b", "f", "b"], 5)
-    assert found.groups == [[1, 5, 7]] and found.equal_share == 3 / 8
-    assert [pair[1:] for pair in found.pairs] == [(6, 2)] and found.near_share == 2 / 8
-    assert found.pairs[0][0] == pytest.approx(float(features[6] @ features[2]))
+    copies = neighbours.duplicates(features, ["a", "b", "c", "d", "e", "b", "f", "b"], 5)
+    assert copies.groups == [[1, 5, 7]] and copies.equal_share == 3 / 8
+    assert [pair[1:] for pair in copies.pairs] == [(6, 2)] and copies.near_share == 2 / 8
+    assert copies.pairs[0][0] == pytest.approx(float(features[6] @ features[2]))
 
 
-def measured(own, other, total=3000, pairs=3000, nearest=0.1):
+def judged(similarity, neighbours, total=3000, pairs=3000, nearest=0.1):
     ranks = {
         name: {"at_chance": share, "standard_error": 0.01, "beats_a_random_picture": 0.5}
-        for name, share in (("similarity", own), ("neighbours", other))
+        for name, share in (("similarity", similarity), ("neighbours", neighbours))
     }
     ranks["similarity"]["own_is_nearest"] = nearest
     return verdict.verdict({"ranks": ranks, "data": {"pairs": pairs, "pairs_in_all": total}})
 
 
 @pytest.mark.parametrize(
-    ("given", "answers", "judge", "sureness"),
+    ("figures", "answers", "judge", "sureness"),
     [
         ((0.02, 0.01, 1500), ("Hardly", "Probably"), "similarity", "fairly sure"),
         ((0.22, 0.21, 3500), ("Some of them", "Hardly"), "similarity", "fairly sure"),
@@ -168,12 +168,12 @@ def measured(own, other, total=3000, pairs=3000, nearest=0.1):
         ((0.98, 0.97, 3000), ("Cannot be told", "Cannot be told"), "", "not sure at all"),
     ],
 )
-def test_the_verdict_follows_from_the_figures(given, answers, judge, sureness):
-    found = measured(*given)
-    assert (found.noise[0], found.otter[0]) == answers
-    assert (found.judge, found.sureness) == (judge, sureness)
-    at_chance = any("own matching is at chance" in remark for remark in found.remarks)
-    assert at_chance == (given[0] > 0.9)
+def test_the_verdict_follows_from_the_figures(figures, answers, judge, sureness):
+    answer = judged(*figures)
+    assert (answer.noise[0], answer.otter[0]) == answers
+    assert (answer.judge, answer.sureness) == (judge, sureness)
+    at_chance = any("own matching is at chance" in remark for remark in answer.remarks)
+    assert at_chance == (figures[0] > 0.9)
 
 
 def shard(path, count, *broken):

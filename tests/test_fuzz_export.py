@@ -24,12 +24,13 @@ CONFIG = {
 FLOATS = (torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2)
 OTHERS = (torch.int64, torch.int8, torch.uint8, torch.bool)  # torch casts them as it loads
 KEYS = (
-    *("logit_scale", "text_projection", "positional_embedding", "visual.conv1.weight"),
-    *(
-        "visual.ln_pre.bias",
-        "transformer.resblocks.0.attn.in_proj_weight",
-        "token_embedding.weight",
-    ),
+    "logit_scale",
+    "text_projection",
+    "positional_embedding",
+    "visual.conv1.weight",
+    "visual.ln_pre.bias",
+    "transformer.resblocks.0.attn.in_proj_weight",
+    "token_embedding.weight",
 )
 # What is done to one tensor: those in SAME can be loaded.
 SAME = {

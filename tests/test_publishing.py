@@ -81,8 +81,8 @@ def test_the_card_states_licence_settings_results_and_how_to_load(run, tmp_path)
     written = ModelCard.load(out / "README.md")
     assert written.data.license == "apache-2.0" and written.data.library_name == "open_clip"
     assert written.data.pipeline_tag == "zero-shot-image-classification"
-    found = {(r.dataset_name, r.metric_name): r.metric_value for r in written.data.eval_results}
-    assert found == {
+    metrics = {(r.dataset_name, r.metric_name): r.metric_value for r in written.data.eval_results}
+    assert metrics == {
         ("my birds", "flat_hit@1"): 0.25,
         ("my birds", "mean_average_precision"): 0.5,
         ("goi", "flat_hit@5"): 1,

@@ -36,15 +36,12 @@ class _Chart:
             f'<text x="{across + dx:.1f}" y="{down + dy:.1f}" class="{kind}">{escape(words)}</text>'
         )
 
-    def path(
-        self, points: Sequence[tuple[float, float]], kind: str, *, closed: bool = False
-    ) -> None:
-        d = "M" + "L".join(self.at(x, y) for x, y in points) + "Z" * closed
+    def path(self, points: Sequence[tuple[float, float]], kind: str) -> None:
+        d = "M" + "L".join(self.at(x, y) for x, y in points)
         self.parts.append(f'<path d="{d}" class="{kind}"/>')
 
     def box(self, left: float, low: float, right: float, high: float, kind: str) -> None:
-        corners = [(left, low), (right, low), (right, high), (left, high)]
-        self.path(corners, kind, closed=True)
+        self.path([(left, low), (right, low), (right, high), (left, high)], kind)
 
     def axes(
         self,
@@ -90,8 +87,8 @@ def matchings(histogram: Mapping[str, Sequence[float]], size: int) -> Markup:
     for name, kind in (("off_diagonal", "off"), ("diagonal", "on")):
         heights = [math.log10(max(count, 1)) / top for count in histogram[name]]
         # One entry in several batches is less than one a batch: it stays visible as a sliver.
-        heights = [h or 0.015 * (c > 0) for h, c in zip(heights, histogram[name], strict=True)]
-        chart.path(_steps(heights), f"area {kind}", closed=True)
+        heights = [h or (0.015 if c else 0) for h, c in zip(heights, histogram[name], strict=True)]
+        chart.path(_steps(heights), f"area {kind}")
     return chart.svg()
 
 
