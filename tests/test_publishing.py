@@ -74,7 +74,7 @@ def test_a_pushed_model_loads_from_the_hub_and_names_nothing_of_this_machine(
 
 def test_the_card_states_licence_settings_results_and_how_to_load(run, tmp_path):
     files = [result(tmp_path / "a.json")]
-    files += [result(tmp_path / "b.json", dataset="goi", metrics={"flat_hit@5": 1})]
+    files += [result(tmp_path / "b.json", dataset="鳥", metrics={"flat_hit@5": 1})]
     out = export_checkpoint(
         run, tmp_path / "out", license="apache-2.0", results=files, weights="teacher"
     )
@@ -85,9 +85,9 @@ def test_the_card_states_licence_settings_results_and_how_to_load(run, tmp_path)
     assert metrics == {
         ("my birds", "flat_hit@1"): 0.25,
         ("my birds", "mean_average_precision"): 0.5,
-        ("goi", "flat_hit@5"): 1,
+        ("鳥", "flat_hit@5"): 1,
     }
-    assert {r.dataset_type for r in written.data.eval_results} == {"my-birds", "goi"}
+    assert {r.dataset_type for r in written.data.eval_results} == {"my-birds", "鳥"}
     for line in (
         "The teacher of an open_clip training run with `--loss otter` after epoch 1",
         "open_clip.create_model_and_transforms('local-dir:out')",

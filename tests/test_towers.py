@@ -303,21 +303,11 @@ def test_the_towers_pooler_must_be_among_the_weights(parts, tmp_path):
         make(parts, tmp_path / "own", text=bare, text_pooler="own")
 
 
-def test_what_out_may_be(parts, tmp_path, capsys):
-    out = tmp_path / "out"
-    words = (
-        f"towers {out} --image test_resnet --image-weights {parts}/test_resnet.pt --text".split()
-    )
-    out.mkdir()
-    (out / "thesis.txt").write_text("x")
-    for extra, message in (([], "exists; choose"), (["--overwrite"], "not an exported model")):
-        assert cli.main([*words, f"{parts}/text", *extra]) == 2
-        assert message in capsys.readouterr().err
-    (out / "thesis.txt").unlink()
-    assert cli.main([*words, f"{parts}/text"]) == 0
-    assert cli.main([*words, f"{parts}/text", "--overwrite"]) == 0
-    assert cli.main([*words, str(out), "--overwrite"]) == 2  # its own text tower
-    assert "which --overwrite would delete" in capsys.readouterr().err
+def test_an_overwrite_does_not_delete_the_text_tower(parts, tmp_path):
+    out = make(parts, tmp_path / "out")
+    with pytest.raises(FileExistsError, match="out, which --overwrite would delete"):
+        make(parts, out, text=out, overwrite=True)
+    assert make(parts, out, overwrite=True) == out
 
 
 def test_a_folder_given_as_a_model_name(parts, pairs, tmp_path, capsys):

@@ -48,7 +48,7 @@ def read_results(paths: Sequence[str | Path]) -> list[EvalResult]:
     evaluated = []
     for path in paths:
         try:
-            contents = json.loads(Path(path).read_text())
+            contents = json.loads(Path(path).read_text(encoding="utf-8"))
             dataset, metrics = contents["dataset"].removeprefix("wds/"), contents["metrics"]
             task = TASKS.get(contents["task"], contents["task"])
             numbers = {name: value for name, value in metrics.items() if _is_number(value)}

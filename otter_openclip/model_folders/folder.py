@@ -70,7 +70,7 @@ def write_folder(
     try:
         temporary.mkdir()
         for name, text in (files or {}).items():
-            (temporary / name).write_text(text)
+            (temporary / name).write_text(text, encoding="utf-8")
         # Cloned, because safetensors refuses tensors that share memory.
         tensors = {
             key: value.to(state.get(key, value).dtype).contiguous().clone()
