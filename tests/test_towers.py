@@ -13,7 +13,14 @@ import torch
 from conftest import COLOURS, SHAPES
 from safetensors.torch import save_file
 from training_helpers import load, train
-from transformers import AutoModel, BertConfig, BertModel, BertTokenizerFast
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    M2M100Config,
+    M2M100Model,
+)
 
 from otter_openclip import cli
 from otter_openclip.model_folders.export import export_checkpoint
@@ -227,6 +234,18 @@ def test_text_weights_from_a_file(parts, tmp_path, prefix):
     out = make(parts, tmp_path / "out", text=bare, text_weights=tmp_path / "text.pt")
     for key, value in stock(out)[0].text.transformer.state_dict().items():
         assert torch.equal(value, state[key]), key
+
+
+def test_of_an_encoder_and_a_decoder_the_encoder_is_the_tower(parts, tmp_path):
+    text = shutil.copytree(parts / "text", tmp_path / "text")
+    sizes = {"d_model": 64, "vocab_size": 14, "max_position_embeddings": 32, "pad_token_id": 0}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 16}
+    source = M2M100Model(M2M100Config(**sizes))
+    source.save_pretrained(text)
+    tower = stock(make(parts, tmp_path / "out", text=text))[0].text.transformer
+    attention = "layers.0.self_attn.k_proj.weight"
+    assert torch.equal(tower.state_dict()[attention], source.encoder.state_dict()[attention])
 
 
 def broken(parts, folder, change):

@@ -62,8 +62,10 @@ def _load_by_name(module: nn.Module, state: Mapping[str, Tensor], unused: tuple[
     """
     names = module.state_dict().keys()
     first = next(iter(names))
-    prefixes = [key.removesuffix(first) for key in state if f".{key}".endswith(f".{first}")]
-    prefix = min(prefixes, key=len, default="")
+    prefixes = {key.removesuffix(first) for key in state if f".{key}".endswith(f".{first}")}
+    # A decoder may have the names too: it comes last, so that the encoder is taken.
+    ordered = sorted(prefixes, reverse=True) or [""]
+    prefix = max(ordered, key=lambda prefix: sum(prefix + name in state for name in names))
     inside = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
     load_weights(module, {k: v for k, v in inside.items() if k in names or not k.endswith(unused)})
 
