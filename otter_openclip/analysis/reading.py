@@ -16,8 +16,15 @@ from open_clip_train.data import expand_urls, get_dataset_size
 from PIL import Image
 from webdataset.gopen import gopen
 
-from otter_openclip.shards.faults import SampleError
-from otter_openclip.shards.read import TRAINING_IMAGES, caption, image_file, opened, rgb, samples
+from otter_openclip.shards.read import (
+    TRAINING_IMAGES,
+    SampleError,
+    caption,
+    image_file,
+    opened,
+    rgb,
+    samples,
+)
 
 
 class Pair(NamedTuple):
