@@ -74,6 +74,11 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def nearest(word: str, choices: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The ``count`` of the ``choices`` that are nearest to ``word``, and alike by ``cutoff`` or more."""
+    return difflib.get_close_matches(word, list(choices), n=count, cutoff=cutoff)
+
+
 def find_flags(parser: argparse.ArgumentParser, word: str) -> list[argparse.Action]:
     """The flags that a word of a command line can stand for, whole, with ``=value`` or abbreviated."""
     name, known = word.split("=")[0], parser._option_string_actions
@@ -158,14 +163,9 @@ def run_command(
         return 2
 
 
-def nearest(word: str, choices: Iterable[str], count: int = 1, cutoff: float = 0.5) -> list[str]:
-    """The ``choices`` that ``word`` may have been meant to be, the likeliest first."""
-    return difflib.get_close_matches(word, list(choices), n=count, cutoff=cutoff)
-
-
-def did_you_mean(word: str, choices: Iterable[str], cutoff: float = 0.5) -> str:
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """The end of a message about ``word``: a question, or a full stop if nothing is near."""
-    near = nearest(word, choices, cutoff=cutoff)
+    near = nearest(word, choices, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else "."
 
 
@@ -178,13 +178,13 @@ def name_nearest(message: str, known: Iterable[str]) -> str:
     known = list(known)
     unknown = re.match(rf"(?:the following.*; )?{_UNKNOWN}(.*)", message)
     for word in unknown[1].split() if unknown else []:
-        near = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.7)
+        near = nearest(word.split("=")[0], known, cutoff=0.7)
         if word.startswith("--") and near:
             message += f" (did you mean {near[0]}?)"
     invalid = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
     if invalid:
         choices = [choice.strip(" '") for choice in invalid[2].split(",")]
-        near = difflib.get_close_matches(invalid[1], choices, n=1)
+        near = nearest(invalid[1], choices)
         message += f" (did you mean {near[0]}?)" if near else ""
     return message
 

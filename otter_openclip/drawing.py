@@ -1,4 +1,4 @@
-"""What the pictures of several commands have in common: the losses' colours, a block of targets."""
+"""What pictures of losses have in common: their names and colours, a block of targets."""
 
 from __future__ import annotations
 
@@ -30,14 +30,10 @@ def draw_block(
     block: np.ndarray,
     images: Sequence[Image.Image],
     captions: Sequence[str],
-    **shown: Any,
 ) -> Any:
-    """Draw targets (n, n) with their pictures as rows and captions as columns; gives what was drawn.
-
-    ``shown`` goes to matplotlib's ``imshow``.
-    """
+    """Draw targets (n, n) with their pictures as rows and captions as columns; gives what was drawn."""
     places = range(len(block))
-    drawn = axes.imshow(block, **({"cmap": "magma_r"} | (shown or {"vmin": 0})))
+    drawn = axes.imshow(block, cmap="magma_r", vmin=0)
     # A caption may hold dollars that are no formula.
     text = {
         "rotation": 55,

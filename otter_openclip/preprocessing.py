@@ -1,4 +1,4 @@
-"""The paper's image preprocessing."""
+"""Image sizes, and the paper's image preprocessing."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ from torchvision.transforms import (
 
 CROP_PCT = 224 / 256
 """Image size over the length that the shorter side is resized to; timm's name for it."""
+
+
+def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of an image size, which open_clip gives as one number or as two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -77,11 +83,9 @@ def reference_transforms(preprocess: Mapping[str, Any]) -> tuple[Compose, Compos
 
     Its interpolation is that of training; the reference evaluates with bicubic resizing throughout.
     """
-    size = preprocess["size"]
-    if not isinstance(size, int):
-        if len(set(size)) > 1:
-            raise ValueError(f"--reference-crop crops squares, the model's image size is {size}")
-        size = size[0]
-    arguments = (size, preprocess["mean"], preprocess["std"])
+    height, width = size_pair(preprocess["size"])
+    if height != width:
+        raise ValueError(f"--reference-crop crops squares, the model takes {height} x {width}")
+    arguments = (height, preprocess["mean"], preprocess["std"])
     training = training_transform(*arguments, preprocess["interpolation"])
     return training, evaluation_transform(*arguments)

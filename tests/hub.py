@@ -57,16 +57,16 @@ class _Handler(BaseHTTPRequestHandler):
             private = asked.get("visibility") == "private" or bool(asked.get("private"))
             hub.private.setdefault(name, private)
             self._answer(200, json.dumps({"url": f"{hub.url}/{name}"}).encode())
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", self.path):
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", self.path):
             paths = [file["path"] for file in json.loads(body)["files"]]
             modes = [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]
             self._answer(200, json.dumps({"files": modes}).encode())
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", self.path):
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", self.path):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
-                    hub.repositories[found[1]][line["value"]["path"]] = content
-            url = f"{hub.url}/{found[1]}/commit/{COMMIT}"
+                    hub.repositories[match[1]][line["value"]["path"]] = content
+            url = f"{hub.url}/{match[1]}/commit/{COMMIT}"
             self._answer(200, json.dumps({"commitUrl": url, "commitOid": COMMIT}).encode())
         elif self.path == "/api/validate-yaml":
             self._answer(200)
@@ -82,15 +82,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.requests.append(self.path)
-        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/(?:main|0+)/(.+)", self.path)
-        found = found or re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/main/([^?]+).*", self.path)
-        repository = self.server.repositories.get(found[1]) if found else None
+        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/(?:main|0+)/(.+)", self.path)
+        match = match or re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/main/([^?]+).*", self.path)
+        repository = self.server.repositories.get(match[1]) if match else None
         if repository is None:
             self._answer(404, X_Error_Code="RepoNotFound")
-        elif found[2] not in repository:
+        elif match[2] not in repository:
             self._answer(404, X_Error_Code="EntryNotFound")
         else:
-            content = repository[found[2]]
+            content = repository[match[2]]
             tag = hashlib.sha1(content).hexdigest()
             self._answer(200, content, ETag=f'"{tag}"', X_Repo_Commit=COMMIT)
 

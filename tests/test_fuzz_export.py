@@ -22,16 +22,17 @@ CONFIG = {
     "text_cfg": TINY,
 }
 FLOATS = (torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2)
-OTHERS = (torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64)
+OTHERS = (torch.int64, torch.int8, torch.uint8, torch.bool)  # torch casts them as it loads
 KEYS = (
-    *("logit_scale", "text_projection", "positional_embedding", "visual.conv1.weight"),
-    *(
-        "visual.ln_pre.bias",
-        "transformer.resblocks.0.attn.in_proj_weight",
-        "token_embedding.weight",
-    ),
+    "logit_scale",
+    "text_projection",
+    "positional_embedding",
+    "visual.conv1.weight",
+    "visual.ln_pre.bias",
+    "transformer.resblocks.0.attn.in_proj_weight",
+    "token_embedding.weight",
 )
-# What is done to one tensor: those in SAME leave its values as they are.
+# What is done to one tensor: those in SAME can be loaded.
 SAME = {
     "nothing": lambda x: x,
     "parameter": lambda x: torch.nn.Parameter(x),
@@ -40,6 +41,7 @@ SAME = {
     "float32": lambda x: x,
 }
 SAME |= {str(dtype): lambda x, dtype=dtype: x.to(dtype) for dtype in FLOATS}
+SAME |= {str(dtype): lambda x, dtype=dtype: (9 * x).to(dtype) for dtype in OTHERS}
 SPOILT = {
     "longer": lambda x: torch.cat([x, x]) if x.ndim else x[None],
     "flat": lambda x: x.flatten() if x.ndim > 1 else x.new_zeros(3),
@@ -54,7 +56,6 @@ SPOILT = {
     "missing": lambda x: None,
     "list": lambda x: x.tolist() if x.numel() < 99 else 3,
 }
-SPOILT |= {str(dtype): lambda x, dtype=dtype: (9 * x).to(dtype) for dtype in OTHERS}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
-from otter_openclip.analysis.matching import DECADES, NATS
+from otter_openclip.analysis.matching import DECADES
 
 WIDTH, HEIGHT = 360, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 10, 24, 36
@@ -36,15 +36,12 @@ class _Chart:
             f'<text x="{across + dx:.1f}" y="{down + dy:.1f}" class="{kind}">{escape(words)}</text>'
         )
 
-    def path(
-        self, points: Sequence[tuple[float, float]], kind: str, *, closed: bool = False
-    ) -> None:
-        d = "M" + "L".join(self.at(x, y) for x, y in points) + "Z" * closed
+    def path(self, points: Sequence[tuple[float, float]], kind: str) -> None:
+        d = "M" + "L".join(self.at(x, y) for x, y in points)
         self.parts.append(f'<path d="{d}" class="{kind}"/>')
 
     def box(self, left: float, low: float, right: float, high: float, kind: str) -> None:
-        corners = [(left, low), (right, low), (right, high), (left, high)]
-        self.path(corners, kind, closed=True)
+        self.path([(left, low), (right, low), (right, high), (left, high)], kind)
 
     def axes(
         self,
@@ -90,14 +87,14 @@ def matchings(histogram: Mapping[str, Sequence[float]], size: int) -> Markup:
     for name, kind in (("off_diagonal", "off"), ("diagonal", "on")):
         heights = [math.log10(max(count, 1)) / top for count in histogram[name]]
         # One entry in several batches is less than one a batch: it stays visible as a sliver.
-        heights = [h or 0.015 * (c > 0) for h, c in zip(heights, histogram[name], strict=True)]
-        chart.path(_steps(heights), f"area {kind}", closed=True)
+        heights = [h or (0.015 if c else 0) for h, c in zip(heights, histogram[name], strict=True)]
+        chart.path(_steps(heights), f"area {kind}")
     return chart.svg()
 
 
-def ranks(found: Mapping[str, Any]) -> Markup:
+def ranks(statistics: Mapping[str, Any]) -> Markup:
     """Where captions' own pictures rank, with the height that captions at chance would give."""
-    counts = np.array(found["histogram"], float)
+    counts = np.array(statistics["histogram"], float)
     shares = counts / counts.sum()
     top = max(0.1, math.ceil(shares.max() * 10) / 10)
     chart = _Chart("Histogram of the ranks of captions' own pictures")
@@ -107,39 +104,30 @@ def ranks(found: Mapping[str, Any]) -> Markup:
     for place, share in enumerate(shares):
         edge = 1 / len(shares)
         chart.box(place * edge + 0.004, 0, (place + 1) * edge - 0.004, share / top, "bar on")
-    level = found["at_chance"] / len(shares) / top
+    level = statistics["at_chance"] / len(shares) / top
     chart.box(0, 0, 1, level, "chance")
     chart.path([(0, level), (1, level)], "mark")
-    words = f"at chance: {found['at_chance']:.0%}"
+    words = f"at chance: {statistics['at_chance']:.0%}"
     chart.text(0.98, level, words, "note end", 0, -6 if level < 0.9 else 14)
     return chart.svg()
 
 
 def entropies(batches: Mapping[str, Any], default: float) -> Markup:
-    """OTTER's targets' entropy over lambda, a line for each batch size; 2 to 4 nats are marked."""
+    """OTTER's targets' entropy over lambda, a line for each batch size."""
     chart = _Chart("Entropy of OTTER's targets over lambda")
-    lambdas = np.array(next(iter(batches.values()))["curve"]["lambda"])
-    top = max(max(found["curve"]["entropy"]) for found in batches.values())
-    top = max(math.ceil(top), 1)
+    curves = [statistics["curve"] for statistics in batches.values()]
+    lambdas = np.array(curves[0]["lambda"])
+    top = max(math.ceil(max(max(curve["entropy"]) for curve in curves)), 1)
 
     def across(value: float) -> float:
         return math.log(value / lambdas[0]) / math.log(lambdas[-1] / lambdas[0])
 
-    first = next(iter(batches.values()))
-    low, high = first["curve"]["two_to_four_nats"]
-    if low is not None or high is not None:
-        left, right = across(low or lambdas[0]), across(high or lambdas[-1])
-        chart.box(left, 0, right, 1, "band")
-    ticks = [x for x in (0.01, 0.03, 0.1, 0.3, 1.0) if lambdas[0] <= x <= lambdas[-1]]
+    ticks = (0.01, 0.03, 0.1, 0.3, 1.0)
     up = [(y / top, str(y)) for y in range(0, top + 1, 2 if top > 5 else 1)]
     chart.axes([(across(x), f"{x:g}") for x in ticks], up, "lambda", "nats")
-    for nats in NATS:
-        if nats < top:
-            chart.path([(0, nats / top), (1, nats / top)], "mark faint")
     chart.path([(across(default), 0), (across(default), 1)], "mark")
     chart.text(across(default), 1, "default", "note", 5, 9)
-    for number, found in enumerate(batches.values()):
-        entropy = found["curve"]["entropy"]
-        points = [(across(x), y / top) for x, y in zip(lambdas, entropy, strict=True)]
+    for number, curve in enumerate(curves):
+        points = [(across(x), y / top) for x, y in zip(lambdas, curve["entropy"], strict=True)]
         chart.path(points, f"line line{number % 3}")
     return chart.svg()

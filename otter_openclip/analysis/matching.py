@@ -6,7 +6,6 @@ batch's captions. All figures are of the image rows, and means over batches, as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ LIKELY = 0.2  # the paper's "likely to be matched"
 DECADES = -8  # the histogram's smallest probability, as a power of ten
 EDGES = np.logspace(DECADES, 0, 4 * -DECADES + 1)
 LAMBDAS = np.geomspace(0.01, 1.0, 13)
-NATS = (2.0, 4.0)
 _CURVE_ROWS = 2048  # of pairs that the curve over lambda is taken from
 
 
@@ -29,30 +27,17 @@ def in_batches(images: Tensor, texts: Tensor, size: int) -> list[tuple[Tensor, T
     return list(zip(images[:whole].split(size), texts[:whole].split(size), strict=True))
 
 
-def steps(pairs: int, size: int) -> int:
-    """How often ``batch_statistics`` calls ``done``."""
-    return pairs // size + len(LAMBDAS)
-
-
-def batch_statistics(
-    images: Tensor, texts: Tensor, size: int, done: Callable[[], Any]
-) -> dict[str, Any]:
-    """Everything about batches of ``size``; calls ``done`` after each step of the work."""
+def batch_statistics(images: Tensor, texts: Tensor, size: int) -> dict[str, Any]:
+    """Everything about batches of ``size``."""
     batches = in_batches(images, texts, size)
-    per_batch = []
-    for batch in batches:
-        per_batch.append(_of_batch(*batch))
-        done()
-    found = _mean(per_batch)
     entropies = []
     for epsilon in LAMBDAS:
         loss = OtterLoss(epsilon=float(epsilon))
         some = batches[: max(1, _CURVE_ROWS // size)]
         entropies.append(float(np.mean([_target(loss, batch)["entropy"] for batch in some])))
-        done()
     curve = {"lambda": LAMBDAS.tolist(), "entropy": entropies}
-    curve["two_to_four_nats"] = [crossing(LAMBDAS, entropies, nats) for nats in NATS]
-    return {"batches": len(batches), **found, "curve": curve}
+    means = _mean([_of_batch(*batch) for batch in batches])
+    return {"batches": len(batches), **means, "curve": curve}
 
 
 def _of_batch(images: Tensor, texts: Tensor) -> dict[str, Any]:
@@ -66,7 +51,7 @@ def _of_batch(images: Tensor, texts: Tensor) -> dict[str, Any]:
         "otter": OtterLoss(),
         "otter_keep_diag": OtterLoss(remove_diagonal=False),
     }
-    one_hot = {"entropy": 0.0, "top_share": 1.0, "off_pair": 0.0}
+    targets = {name: _target(loss, (images, texts)) for name, loss in losses.items()}
     return {
         "diagonal": float(on_pair.mean()),
         "off_diagonal": float(off.mean()),
@@ -75,19 +60,18 @@ def _of_batch(images: Tensor, texts: Tensor) -> dict[str, Any]:
         "over_0.2": float((off > LIKELY).sum()),
         "rows_with_one_over_0.2": float((elsewhere.amax(dim=1) > LIKELY).float().mean()),
         "histogram": {"diagonal": _histogram(on_pair), "off_diagonal": _histogram(off)},
-        "targets": {
-            "infonce": one_hot,
-            **{name: _target(loss, (images, texts)) for name, loss in losses.items()},
-        },
+        "targets": {"infonce": {"entropy": 0.0, "top_share": 1.0, "off_pair": 0.0}, **targets},
     }
 
 
 def _target(loss: DistillationLoss, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
     """Of the image rows: entropy in nats, mass on the largest entry, mass that is not on the pair."""
     target = loss.targets(*batch)[0]
-    found = {name: float(value) for name, value in loss.target_statistics.items()}
-    found = {name.removeprefix("target_"): value for name, value in found.items()}
-    return {**found, "off_pair": float(1 - target.diagonal().mean())}
+    return {
+        "entropy": float(loss.target_statistics["target_entropy"]),
+        "top_share": float(loss.target_statistics["target_top_share"]),
+        "off_pair": float(1 - target.diagonal().mean()),
+    }
 
 
 def _histogram(values: Tensor) -> list[int]:
@@ -102,10 +86,3 @@ def _mean(rows: list[Any]) -> Any:
     if isinstance(rows[0], list):
         return [_mean(list(column)) for column in zip(*rows, strict=True)]
     return float(np.mean(rows))
-
-
-def crossing(lambdas: np.ndarray, entropies: list[float], nats: float) -> float | None:
-    """The lambda at which the entropy, which grows with it, is ``nats``; None if it never is."""
-    if not min(entropies) <= nats <= max(entropies):
-        return None
-    return float(np.exp(np.interp(nats, np.maximum.accumulate(entropies), np.log(lambdas))))

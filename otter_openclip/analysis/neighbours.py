@@ -25,9 +25,9 @@ class Ranking(NamedTuple):
     """Of N captions: how their own picture does against the others' pictures."""
 
     rank: Tensor  # (N,) share of the other pictures that are nearer than its own, in [0, 1]
-    own: Tensor  # (N,) score of its own picture
-    best: Tensor  # (N,) score of the nearest other picture
-    other: Tensor  # (N,) which one that is
+    own_score: Tensor  # (N,) of its own picture
+    best_score: Tensor  # (N,) of the nearest other picture
+    best: Tensor  # (N,) which one that is
 
     def statistics(self) -> dict[str, Any]:
         """The share at chance with its standard error, and the ranks' histogram."""
@@ -38,7 +38,7 @@ class Ranking(NamedTuple):
             "at_chance": min(far / (1 - FAR), 1.0),
             "standard_error": error / (1 - FAR),
             "beats_a_random_picture": float(1 - self.rank.mean()),
-            "own_is_nearest": float((self.own > self.best).float().mean()),
+            "own_is_nearest": float((self.own_score > self.best_score).float().mean()),
             "histogram": bins.tolist(),
         }
 
@@ -59,7 +59,7 @@ def by_neighbours(images: Tensor, texts: Tensor) -> Ranking:
     expected = torch.empty_like(images)
     for start, rows in _chunks(texts):
         similar = rows @ texts.T
-        _own(similar, start).fill_(-torch.inf)
+        _diagonal(similar, start).fill_(-torch.inf)
         nearest = similar.topk(count, dim=1).indices
         expected[start : start + len(rows)] = images[nearest].mean(dim=1)
     return _rank(expected - expected.mean(dim=0), images)
@@ -69,11 +69,11 @@ def _rank(captions: Tensor, pictures: Tensor) -> Ranking:
     parts = []
     for start, rows in _chunks(captions):
         scores = rows @ pictures.T
-        own = _own(scores, start).clone()
-        _own(scores, start).fill_(-torch.inf)
-        nearer = (scores > own[:, None]).sum(dim=1) + (scores == own[:, None]).sum(dim=1) / 2
-        best, other = scores.max(dim=1)
-        parts.append((nearer / (len(pictures) - 1), own, best, other))
+        own_score = _diagonal(scores, start).clone()
+        _diagonal(scores, start).fill_(-torch.inf)
+        nearer = (scores > own_score[:, None]).sum(dim=1).float()
+        nearer += (scores == own_score[:, None]).sum(dim=1) / 2
+        parts.append((nearer / (len(pictures) - 1), own_score, *scores.max(dim=1)))
     return Ranking(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -82,7 +82,7 @@ def _chunks(features: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, features[start : start + _ROWS]
 
 
-def _own(scores: Tensor, start: int) -> Tensor:
+def _diagonal(scores: Tensor, start: int) -> Tensor:
     """A view of the entries (i, start + i)."""
     return scores[:, start : start + len(scores)].diagonal()
 
@@ -115,8 +115,11 @@ def duplicates(features: Tensor, names: Sequence[Any], most: int) -> Duplicates:
         near[start : start + len(rows)] = similar.amax(dim=1) >= NEAR
         similar.tril_(start)  # each pair once
         values, places = similar.flatten().topk(min(most, similar.numel()))
-        found = zip(values.tolist(), places.tolist(), strict=True)
-        pairs += [(v, start + p // len(names), p % len(names)) for v, p in found if v >= NEAR]
+        pairs += [
+            (value, start + place // len(names), place % len(names))
+            for value, place in zip(values.tolist(), places.tolist(), strict=True)
+            if value >= NEAR
+        ]
     return Duplicates(
         groups[:most],
         sorted(pairs, reverse=True)[:most],

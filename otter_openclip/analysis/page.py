@@ -15,12 +15,15 @@ from otter_openclip.analysis import charts
 from otter_openclip.analysis.embedding import Embedded
 from otter_openclip.analysis.matching import in_batches
 from otter_openclip.analysis.neighbours import Duplicates
-from otter_openclip.drawing import LABELS
 from otter_openclip.losses import DistillationLoss, OtterLoss
 
 _EXAMPLES, _TOP = 8, 3  # pictures whose targets are listed, and captions of each
-_TARGETS = {name: LABELS[name] for name in ("infonce", "kd", "otter")}
-_TARGETS["otter_keep_diag"] = "OTTER, pair kept"
+_TARGETS = {
+    "infonce": "InfoNCE",
+    "kd": "KD",
+    "otter": "OTTER",
+    "otter_keep_diag": "OTTER, pair kept",
+}
 _CAPTION = 280  # characters that are shown
 
 
@@ -97,5 +100,5 @@ def _number(value: float) -> str:
 
 
 def _shortened(caption: str) -> str:
-    caption = " ".join(caption.split())
+    caption = " ".join(caption.split()) or "(empty)"
     return caption if len(caption) <= _CAPTION else f"{caption[: _CAPTION - 1]}…"

@@ -9,16 +9,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from otter_openclip.analysis.matching import NATS
-
 # Shares of captions that fit no better than chance, and what that is called.
 CLEAN, NOISY = 0.08, 0.25
 AT_CHANCE = 0.8  # such a share says nothing about captions: the model does not know them
 APART = 0.1  # two estimates that differ by this do not agree
 FEW = 1000  # pairs looked at
-BY_HEART = (
-    0.7  # captions whose own picture is the first of as many: more than models know of new ones
-)
+BY_HEART = 0.7  # captions whose own picture is the first of all: more than models know of new ones
 
 # OTTER against a tuned InfoNCE, COCO and Flickr8k: pairs -> outcome at no, some and much noise.
 EVIDENCE = {
@@ -46,27 +42,27 @@ class Verdict(NamedTuple):
     remarks: list[str]
 
 
-def choose_judge(ranks: Mapping[str, Mapping[str, Any]]) -> str:
-    """The model's own similarity, unless neighbours put a much smaller share at chance; "" for neither.
+def choose_judge(similarity: float, neighbours: float) -> str:
+    """The model's similarity, unless neighbours put a much smaller share at chance; "" for neither.
 
     Both are upper estimates, so the smaller one is the better.
     """
-    own, other = (ranks[name]["at_chance"] for name in ("similarity", "neighbours"))
-    if min(own, other) > AT_CHANCE:
+    if min(similarity, neighbours) > AT_CHANCE:
         return ""
-    return "neighbours" if other < own - APART else "similarity"
+    return "neighbours" if neighbours < similarity - APART else "similarity"
 
 
 def verdict(stats: Mapping[str, Any]) -> Verdict:
     """From the other entries of stats.json."""
     ranks, data = stats["ranks"], stats["data"]
-    judge, remarks = choose_judge(ranks), []
-    own, other = ranks["similarity"], ranks["neighbours"]
-    if own["at_chance"] > AT_CHANCE:
+    similarity, neighbours = (ranks[name]["at_chance"] for name in ("similarity", "neighbours"))
+    judge = choose_judge(similarity, neighbours)
+    remarks = []
+    if similarity > AT_CHANCE:
         remarks.append(
             "The model's own matching is at chance: a caption's own picture beats a random one in "
-            f"{own['beats_a_random_picture']:.0%}, where 50% is chance. Read nothing into how it "
-            "matches within batches, nor into KD's targets."
+            f"{ranks['similarity']['beats_a_random_picture']:.0%}, where 50% is chance. Read nothing "
+            "into how it matches within batches, nor into KD's targets."
         )
     if not judge:
         noise = (
@@ -77,50 +73,48 @@ def verdict(stats: Mapping[str, Any]) -> Verdict:
         )
         otter = ("Cannot be told", "That depends on the captions.")
         return Verdict(noise, otter, judge, "not sure at all", remarks)
-    share, error = ranks[judge]["at_chance"], ranks[judge]["standard_error"]
-    level = 0 if share < CLEAN else 1 if share < NOISY else 2
-    by = "By neighbours, about" if judge == "neighbours" else "About"
-    apart = other["at_chance"] - own["at_chance"] > APART
-    by_heart = apart or (own["own_is_nearest"] > BY_HEART and data["pairs"] >= FEW)
-    noise = (
-        ("Hardly", "Some of them", "Yes, many")[level] + ", if new to the model" * by_heart,
-        f"{by} {share:.0%} (± {2 * error:.0%}) of the captions fit their own picture no better "
-        "than one drawn by lot. Wrong captions are at most that many: what the model does not know "
-        "counts as well.",
-    )
-    agree = abs(own["at_chance"] - other["at_chance"]) < APART
     if judge == "neighbours":
         remarks.append(
-            "So the answer is by neighbours: it compares pictures with pictures and captions with "
-            "captions, which the towers know without each other."
-            if own["at_chance"] > AT_CHANCE
-            else f"The model's similarity says {own['at_chance']:.0%}, neighbours say "
-            f"{other['at_chance']:.0%}. Both are too high rather than too low, so the lower one counts."
+            f"The answer is by neighbours, which say {neighbours:.0%} where the model's similarity says "
+            f"{similarity:.0%}: both are too high rather than too low, so the lower one counts."
         )
-    if data["pairs"] < FEW:
+    few = data["pairs"] < FEW
+    if few:
         remarks.append(f"Only {data['pairs']:,} pairs were looked at.")
+    nearest = ranks["similarity"]["own_is_nearest"]
+    apart = neighbours - similarity > APART
+    by_heart = apart or (nearest > BY_HEART and not few)
     if apart:
         remarks.append(
-            f"The model's similarity finds {own['at_chance']:.0%} at chance, neighbours find "
-            f"{other['at_chance']:.0%}: either captions here are too varied to have neighbours, or the "
-            "model knows these very pairs by heart."
+            f"The model's similarity finds {similarity:.0%} at chance, neighbours find "
+            f"{neighbours:.0%}: either captions here are too varied to have neighbours, or the model "
+            "knows these very pairs by heart."
         )
     elif by_heart:
         remarks.append(
-            f"{own['own_is_nearest']:.0%} of captions have their own picture first among "
-            f"{data['pairs']:,}: the model may know these very pairs by heart."
+            f"{nearest:.0%} of captions have their own picture first among {data['pairs']:,}: the "
+            "model may know these very pairs by heart."
         )
     remarks.append(
         "A model that was trained on these very pairs finds much less noise than there is, or none: use "
         "one that has not seen them."
     )
-    sureness = "fairly sure" if agree and not by_heart and data["pairs"] >= FEW else "not very sure"
-    otter = _otter(level, data["pairs_in_all"])
     remarks.append(
         "What is known of OTTER is from photos and two frozen pretrained towers, all losses tuned "
         "alike. Names of single things (glyphs) did not gain there."
     )
-    return Verdict(noise, otter, judge, sureness, remarks + _of_lambda(stats["batches"]))
+    share, error = ranks[judge]["at_chance"], ranks[judge]["standard_error"]
+    level = 0 if share < CLEAN else 1 if share < NOISY else 2
+    answer = ("Hardly", "Some of them", "Yes, many")[level]
+    noise = (
+        f"{answer}, if new to the model" if by_heart else answer,
+        f"About {share:.0%} (± {2 * error:.0%}) of the captions fit their own picture no better "
+        "than one drawn by lot. Wrong captions are at most that many: what the model does not know "
+        "counts as well.",
+    )
+    agree = abs(similarity - neighbours) < APART
+    sureness = "fairly sure" if agree and not by_heart and not few else "not very sure"
+    return Verdict(noise, _otter(level, data["pairs_in_all"]), judge, sureness, remarks)
 
 
 def _otter(level: int, total: int | None) -> tuple[str, str]:
@@ -144,16 +138,3 @@ def _otter(level: int, total: int | None) -> tuple[str, str]:
         short,
         f"The nearest case to your {total:,} in our evidence is {case}: there OTTER {outcome}.",
     )
-
-
-def _of_lambda(batches: Mapping[str, Any]) -> list[str]:
-    """Where OTTER's default lambda stands, of the smallest batch."""
-    size = min(batches, key=int)
-    entropy = batches[size]["targets"]["otter"]["entropy"]
-    low, high = batches[size]["curve"]["two_to_four_nats"]
-    if NATS[0] <= entropy <= NATS[1] or low is None or high is None:
-        return []
-    return [
-        f"At its default lambda OTTER's targets have {entropy:.1f} nats in batches of {size}; for 2 to "
-        f"4 take --sinkhorn-lambda {low:.2g} to {high:.2g}. In our evidence lambda hardly mattered."
-    ]

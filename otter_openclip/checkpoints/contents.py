@@ -8,6 +8,7 @@ settings, the second scale with its optimizer state, the teacher's counter. Stoc
 from __future__ import annotations
 
 import os
+import textwrap
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from otter_openclip.files import written_whole
 
@@ -23,6 +24,7 @@ TEACHER = "state_dict_ema"
 ENTRY = "otter"
 JUDGED = "zeroshot"
 JUDGED_WEIGHTS = "weights"
+_REASON = 300  # characters of torch's, which lists every key
 _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and its kind; of torch.compile
 
 
@@ -43,7 +45,7 @@ def read_file(path: Path, *, verify: bool = True, mapped: bool = True) -> Mappin
         else:
             zipped = zipfile.is_zipfile(path)
             if zipped and verify:
-                _check_sums(path)
+                _check_checksums(path)
             mmap = mapped and zipped
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # every format and kind of damage has its own
@@ -70,7 +72,7 @@ def write_file(path: str | os.PathLike[str], contents: Mapping[str, Any]) -> Non
         raise error.__context__ from error
 
 
-def _check_sums(path: Path) -> None:
+def _check_checksums(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         if (damaged := archive.testzip()) is not None:
             raise ValueError(f"its part {damaged} is damaged, by its checksum")
@@ -86,18 +88,15 @@ def without_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """The first of what keeps ``state`` from being loaded where ``own`` is; "" if nothing does."""
-    wrong = [f"{key} is missing" for key in own if key not in state]
-    wrong += [f"{key} is not the model's" for key in state if key not in own]
-    wrong += [
-        f"{key} is {tuple(state[key].shape)}, the model's {tuple(own[key].shape)}"
-        for key in own
-        if key in state and own[key].shape != state[key].shape
-    ]
-    wrong += [
-        f"{key} is of {state[key].dtype}, the model's of {own[key].dtype}"
-        for key in own
-        if key in state and own[key].is_floating_point() != state[key].is_floating_point()
-    ]
-    return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load ``state``, which must be all of the ``module``'s; what batch norms count may be missing.
+
+    Raises:
+        ValueError: torch's reason as one short line, if it does not fit.
+    """
+    try:
+        # A plain dict has no version, so torch takes it for an old one: those had no counters.
+        module.load_state_dict(dict(state))
+    except (RuntimeError, TypeError) as error:
+        reasons = " ".join(str(error).split("\n\t")[1:]) or str(error)
+        raise ValueError(textwrap.shorten(reasons, _REASON, placeholder=" ...")) from error

@@ -29,11 +29,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def whole_before(path: Path) -> Path | None:
     """The newest checkpoint beside ``path`` that can be read, if any."""
-    found = [other for other in [*_numbered(path.parent), path.parent / LATEST] if other != path]
-    for other in sorted(filter(Path.is_file, found), key=epoch_of, reverse=True):
+    checkpoints = {*_numbered(path.parent), path.parent / LATEST} - {path}
+    for checkpoint in sorted(filter(Path.is_file, checkpoints), key=epoch_of, reverse=True):
         with contextlib.suppress(ValueError):
-            read_file(other)
-            return other
+            read_file(checkpoint)
+            return checkpoint
     return None
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import open_clip
 import torch
 import webdataset as wds
-from open_clip.utils import to_2tuple
 from open_clip_train.data import DataInfo, expand_urls, tarfile_to_samples_nothrow
 from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from otter_openclip.frozen.encode import (
     tokenizer_settings,
     tower_fingerprint,
 )
+from otter_openclip.preprocessing import size_pair
 
 
 def image_column(
@@ -50,7 +50,7 @@ def image_column(
     """
     config = model.visual.preprocess_cfg
     settings = {
-        "preprocessing": config | {"size": to_2tuple(config["size"])},
+        "preprocessing": config | {"size": size_pair(config["size"])},
         "reference_crop": reference_crop,
         "views": [views, augmentation] if views > 1 else 1,
         "precision": precision,

@@ -21,11 +21,10 @@ TASKS = {
 }
 # Of params.txt; data, logs and the like are places on the machine that trained.
 SETTINGS = (
-    *("model", "pretrained", "loss", "epochs", "batch_size", "world_size", "accum_freq"),
-    *("opt", "lr", "wd", "beta1", "beta2", "eps", "momentum", "warmup", "lr_scheduler"),
-    *("grad_clip_norm", "precision", "seed", "lock_image", "lock_text", "reference_crop"),
-    *("distill_model", "teacher_model"),
-)
+    "model pretrained loss epochs batch_size world_size accum_freq opt lr wd beta1 beta2 eps momentum "
+    "warmup lr_scheduler grad_clip_norm precision seed lock_image lock_text reference_crop "
+    "feature_dropout distill_model teacher_model"
+).split()
 PLACES = ("model", "pretrained", "distill_model", "teacher_model")  # of these some are paths
 CITED = ("ls", "kd", "otter")
 TITLE = (
@@ -40,25 +39,16 @@ CITATION = f"""@inproceedings{{wu2022otter,
 }}"""
 
 
-def check_licence(name: str | None) -> None:
-    """Raise ValueError unless ``name`` is an identifier of the hub's kind, or None."""
-    if name is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
-        raise ValueError(
-            f"--license takes the hub's identifier of a licence, as apache-2.0, cc-by-nc-4.0 or other, "
-            f"got {name!r}"
-        )
-
-
 def read_results(paths: Sequence[str | Path]) -> list[EvalResult]:
     """The metrics in result files of ``otter-openclip eval`` and ``clip_benchmark eval``.
 
     Raises:
         ValueError: naming a file that is not one, or has no finite metric.
     """
-    found = []
+    evaluated = []
     for path in paths:
         try:
-            contents = json.loads(Path(path).read_text())
+            contents = json.loads(Path(path).read_text(encoding="utf-8"))
             dataset, metrics = contents["dataset"].removeprefix("wds/"), contents["metrics"]
             task = TASKS.get(contents["task"], contents["task"])
             numbers = {name: value for name, value in metrics.items() if _is_number(value)}
@@ -70,7 +60,7 @@ def read_results(paths: Sequence[str | Path]) -> list[EvalResult]:
         if not numbers:
             raise ValueError(f"--results {path}: no finite number among its metrics")
         for name, value in numbers.items():
-            found.append(
+            evaluated.append(
                 EvalResult(
                     task_type=task,
                     dataset_type=re.sub(r"[^\w.-]+", "-", dataset).lower(),
@@ -80,7 +70,7 @@ def read_results(paths: Sequence[str | Path]) -> list[EvalResult]:
                     metric_value=value,
                 )
             )
-    return found
+    return evaluated
 
 
 def _is_number(value: Any) -> bool:
@@ -100,9 +90,9 @@ def read_settings(params: Mapping[str, str], entry: Mapping[str, Any]) -> dict[s
 
 def _without_folders(value: str) -> str:
     """A path's last part: where it lies on this machine is nobody's business."""
-    schema, colon, rest = value.rpartition(":")
-    local = schema == "local-dir" or Path(rest).is_absolute() or Path(rest).exists()
-    return f"{schema}{colon}{Path(rest).name}" if local else value
+    schema, colon, place = value.rpartition(":")
+    local = schema == "local-dir" or Path(place).is_absolute() or Path(place).exists()
+    return f"{schema}{colon}{Path(place).name}" if local else value
 
 
 def model_card(
@@ -136,10 +126,9 @@ def model_card(
         eval_results=list(results) or None,
     )
     of_epoch = "" if epoch is None else f" after epoch {epoch}"
-    trained = "\n".join(f"| `{key}` | {value} |" for key, value in settings.items())
-    measured = "\n".join(
-        f"| {r.dataset_name} | {r.metric_name} | {r.metric_value:.4f} |" for r in results
-    )
+    trained = _table(("setting", "value"), [(f"`{key}`", text) for key, text in settings.items()])
+    rows = [(r.dataset_name, r.metric_name, f"{r.metric_value:.4f}") for r in results]
+    measured = _table(("data", "metric", "value"), rows)
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {name}",
         f"The {weights} of an open_clip training run with `--loss {loss}`{of_epoch}, exported with "
@@ -147,21 +136,17 @@ def model_card(
         "## Use\n\nStock open_clip is enough:\n\n```python\nimport open_clip\n\n"
         f"model, _, preprocess = open_clip.create_model_and_transforms({load!r})\n"
         f"tokenizer = open_clip.get_tokenizer({load!r})\n```",
-        "## Training\n\n"
-        + (
-            f"| setting | value |\n| --- | --- |\n{trained}"
-            if trained
-            else "Settings: not recorded."
-        )
-        + "\n\nTraining data: not stated by the export.",
-        "## Evaluation\n\n"
-        + (
-            f"| data | metric | value |\n| --- | --- | --- |\n{measured}"
-            if measured
-            else "No results were given."
-        ),
+        f"## Training\n\n{trained or 'Settings: not recorded.'}\n\n"
+        "Training data: not stated by the export.",
+        f"## Evaluation\n\n{measured or 'No results were given.'}",
         f"## Licence\n\nOf the weights: {licence or 'not stated'}.",
     ]
     if loss in CITED:
         parts.append(f"## Citation\n\n```bibtex\n{CITATION}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A table in Markdown; "" without rows."""
+    lines = [heads, ("---",) * len(heads), *rows] if rows else []
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

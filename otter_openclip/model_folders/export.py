@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,29 +12,23 @@ from typing import Any
 import open_clip
 from open_clip.factory import parse_model_name
 from open_clip.pretrained import get_pretrained_cfg
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from otter_openclip.checkpoints.contents import ENTRY, JUDGED, JUDGED_WEIGHTS, TEACHER
 from otter_openclip.checkpoints.newest import newest_checkpoint, read_checkpoint
-from otter_openclip.model_folders.card import (
-    CARD_FILE,
-    check_licence,
-    model_card,
-    read_results,
-    read_settings,
-)
+from otter_openclip.cli import nearest
+from otter_openclip.model_folders.card import CARD_FILE, model_card, read_results, read_settings
 from otter_openclip.model_folders.export_command import MODEL_FLAGS, WEIGHTS, dest
-from otter_openclip.model_folders.fitting import with_counters
 from otter_openclip.model_folders.folder import (
-    CONFIG_FILE,
     check_out,
     check_state,
     errors_only,
-    load_weights,
+    load_model,
     write_folder,
 )
-from otter_openclip.model_folders.parts import check_moved
-from otter_openclip.model_folders.publish import check_repository, push
+from otter_openclip.model_folders.publish import push
+from otter_openclip.numerics import check_choice
 from otter_openclip.preprocessing import CROP_PCT
 from otter_openclip.untrusted import no_code_from_files
 
@@ -89,16 +82,13 @@ def export_checkpoint(
             or the push failed.
     """
     path, out = _find_checkpoint(Path(checkpoint)), Path(out)
-    check_licence(license)
-    if push_to_hub is not None:
-        check_repository(push_to_hub)
-        if license is None:
-            raise ValueError(
-                "--push-to-hub needs --license: the licence of your weights is yours to say, e.g. "
-                "--license cc-by-nc-4.0, or other"
-            )
-    elif private:
-        raise ValueError("--private is for --push-to-hub OWNER/NAME; give that too, or drop it")
+    if push_to_hub is not None and push_to_hub.count("/") != 1:
+        raise ValueError(f"--push-to-hub takes OWNER/NAME, got {push_to_hub}")
+    if push_to_hub is not None and license is None:
+        raise ValueError(
+            "--push-to-hub needs --license: the licence of your weights is yours to say, e.g. "
+            "--license cc-by-nc-4.0, or other"
+        )
     evaluated = read_results(results)
     check_out(out, overwrite, path, *map(Path, results))
     model, flags = _settings(path, model, flags)
@@ -109,11 +99,12 @@ def export_checkpoint(
     if "logit_bias" in state:  # --siglip
         config.setdefault("init_logit_bias", -10)
     report(f"Exporting the {weights} of {path} as {model}")
-    report(f"Model flags: {_spelled(flags) or 'none'}")
+    listed = ", ".join(f"{name} {value}" for name, value in flags.items())
+    report(f"Model flags: {listed or 'none'}")
 
     trained = _build(model, flags, config)
-    state = with_counters(state, trained)
-    load_weights(
+    _check_frozen_norms(trained, state)
+    load_model(
         trained,
         state,
         f"{path} does not fit the model {model}",
@@ -142,16 +133,6 @@ def export_checkpoint(
     return out
 
 
-def _spelled(flags: Mapping[str, Any]) -> str:
-    """``flags`` as on a command line."""
-    words = []
-    for name, value in flags.items():
-        words.append(f"--{name.replace('_', '-')}")
-        if value is not True:
-            words += map(str, value) if isinstance(value, list | tuple) else [str(value)]
-    return " ".join(words)
-
-
 def _find_checkpoint(path: Path) -> Path:
     if path.is_file():
         return path
@@ -165,47 +146,38 @@ def _find_checkpoint(path: Path) -> Path:
 
 
 def _settings(
-    path: Path, model: str | None, given: Mapping[str, Any]
+    path: Path, model: str | None, arguments: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Model name and flags: those given, then params.txt's, then of the run's --pretrained tag."""
-    unknown = given.keys() - {dest(flag) for flag in MODEL_FLAGS}
+    """Model name and flags: the arguments, then params.txt's, then of the run's --pretrained tag."""
+    unknown = arguments.keys() - {dest(flag) for flag in MODEL_FLAGS}
     if unknown:
         raise TypeError(f"export_checkpoint has no argument {', '.join(sorted(unknown))}")
-    given = {k: _plain(k, v) for k, v in given.items() if v is not None and v is not False}
     recorded = _read_params(path)
     trained_as, tag = recorded.pop("model", None), recorded.pop("pretrained", None)
-    model = model or trained_as
-    if model is None:
+    if (model or trained_as) is None:
         raise ValueError(
             f"no params.txt beside {path} names its model; pass --model with the name used in training"
         )
-    for name, value in {"model": model, **given}.items():
-        then = trained_as if name == "model" else recorded.get(name)
-        if trained_as is not None and value != then:
-            used = _spelled({name: value})
-            logging.warning(f"using {used}, but the run's params.txt has {name}: {then}")
-    flags = {**_tag_flags(trained_as, tag), **recorded, **given}
-    for name in ("image_mean", "image_std"):
-        if name in flags and len(flags[name]) not in (1, 3):
-            raise ValueError(f"--{name.replace('_', '-')} takes 1 or 3 numbers, got {flags[name]}")
-    return model, flags
+    flags = {
+        name: _plain(name, value)
+        for source in (_tag_flags(trained_as, tag), recorded, arguments)
+        for name, value in source.items()
+        if value is not None and value is not False
+    }
+    return model or trained_as, flags
 
 
 def _read_params(path: Path) -> dict[str, Any]:
     """Model, ``--pretrained`` and model flags from the ``params.txt`` that training leaves."""
-    if not (lines := _params_lines(path)):
-        return {}
-    params: dict[str, Any] = {
-        name: lines[name] for name in ("model", "pretrained") if name in lines
-    }
-    for name in map(dest, MODEL_FLAGS):
-        text = lines.get(name, "None")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        if value not in (None, False):
-            params[name] = _plain(name, value)
+    params: dict[str, Any] = {}
+    for name, text in _params_lines(path).items():
+        if name in ("model", "pretrained"):
+            params[name] = text
+        elif f"--{name.replace('_', '-')}" in MODEL_FLAGS:
+            try:
+                params[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                params[name] = text
     return params
 
 
@@ -230,89 +202,70 @@ def _tag_flags(model: str | None, tag: str | None) -> dict[str, Any]:
     if not model or not tag or parse_model_name(model)[0] is not None:
         return {}
     config = get_pretrained_cfg(model.replace("/", "-"), tag) or {}
-    tag_flags = {f"image_{key}": config.get(key) for key in PREPROCESSING}
-    return {k: _plain(k, v) for k, v in tag_flags.items() if v is not None}
+    return {f"image_{key}": config[key] for key in PREPROCESSING if key in config}
 
 
 def _which_weights(
-    contents: Mapping[str, Any], path: Path, given: str | None, report: Callable[[str], None]
+    contents: Mapping[str, Any], path: Path, weights: str | None, report: Callable[[str], None]
 ) -> str:
-    """The weights to take: those given, then those that a best.pt was chosen by."""
-    if given is not None and given not in WEIGHTS:
-        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {given!r}")
-    judged = contents.get(JUDGED)
-    judged = judged.get(JUDGED_WEIGHTS) if isinstance(judged, Mapping) else None
-    if judged not in WEIGHTS:
-        return given or WEIGHTS[0]
-    if given not in (None, judged):
-        logging.warning(
-            f"{path} is the best epoch of the {judged}, not of the {given}; --weights {judged} exports "
-            "what was evaluated"
-        )
-    if given is None:
+    """``weights``, or else those that a best.pt was chosen by."""
+    if weights is not None:
+        check_choice("weights", weights, WEIGHTS)
+    judged = contents.get(JUDGED, {}).get(JUDGED_WEIGHTS)
+    if judged and weights is None:
         report(f"{path} is the best epoch of the {judged}; --weights takes others")
-    return given or judged
+    return weights or judged or WEIGHTS[0]
 
 
 def _weights_of(contents: Mapping[str, Any], path: Path, weights: str) -> dict[str, Tensor]:
     if weights == "student":
         return check_state(contents.get("state_dict", contents), path, weights)
-    entry = contents.get(ENTRY, {})
-    if "teacher_state" not in entry:
-        loss = entry.get("settings", {}).get("loss", "clip")
-        raise ValueError(
-            f"{path} has no EMA teacher (its run used --loss {loss}, or a fixed teacher); --loss kd "
-            "and otter without --distill-model have one, and --loss clip with --ema-decay; use "
-            "--weights student"
-        )
+    if "teacher_state" not in contents.get(ENTRY, {}):
+        raise ValueError(f"{path} has no EMA teacher; use --weights student")
     return check_state(contents[TEACHER], path, weights)
 
 
 def _model_config(model: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """The model's JSON with training's ``--force`` flags written into it."""
-    config = copy.deepcopy(_base_config(model))
+    try:
+        config = open_clip.get_model_config(
+            model if parse_model_name(model)[0] else model.replace("/", "-")
+        )
+    except Exception as error:  # Of files, JSON, and the network.
+        raise ValueError(
+            f"--model {model} has no configuration that can be read: {error}"
+        ) from error
+    if config is None:
+        near = ", ".join(nearest(model, open_clip.list_models(), 3, 0.5))
+        hint = f"did you mean {near}?" if near else "a folder is given as local-dir:FOLDER"
+        raise ValueError(f"open_clip knows no model {model!r}; {hint}")
+    config = copy.deepcopy(config)
     if "force_image_size" in flags:
         config["vision_cfg"]["image_size"] = flags["force_image_size"]
     if "force_context_length" in flags:
         config["text_cfg"]["context_length"] = flags["force_context_length"]
-    if "force_quick_gelu" in flags:
-        config["quick_gelu"] = True
-    if "force_custom_text" in flags:
-        config["custom_text"] = True
+    config |= {name: True for name in ("quick_gelu", "custom_text") if f"force_{name}" in flags}
     # Towers' own weights are never wanted: those of the folder replace them.
-    for part, name, key in (
-        ("vision_cfg", "timm_model_name", "timm_model_pretrained"),
-        ("text_cfg", "hf_model_name", "hf_model_pretrained"),
-    ):
-        if name in config[part]:
-            config[part][key] = False
+    for part, tower in (("vision_cfg", "timm"), ("text_cfg", "hf")):
+        if f"{tower}_model_name" in config[part]:
+            config[part][f"{tower}_model_pretrained"] = False
     return config
 
 
-def _base_config(model: str) -> dict[str, Any]:
-    check_moved(model)
-    if parse_model_name(model)[0] is not None:
-        try:
-            config = open_clip.get_model_config(model)
-            if not {"vision_cfg", "text_cfg"} <= config.keys():
-                raise ValueError(f"no model_cfg in {CONFIG_FILE}")
-        except Exception as error:  # files, JSON, network
-            reason = (str(error).splitlines() or [""])[0]
-            raise ValueError(
-                f"no model configuration from {model} ({reason}); pass --model with its present place"
-            ) from error
-        return config
-    config = open_clip.get_model_config(model.replace("/", "-"))
-    if config is None:
-        near = difflib.get_close_matches(model, open_clip.list_models(), n=3, cutoff=0.5)
-        hint = (
-            f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() has the names."
-        )
-        raise ValueError(
-            f"open_clip knows no model {model!r}; {hint} A model of your own can be given as "
-            f"local-dir:FOLDER, with its {CONFIG_FILE} in the folder"
-        )
-    return config
+def _check_frozen_norms(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if open_clip has frozen a batch norm so that its activation was dropped.
+
+    Its ``--lock-image-freeze-bn-stats`` puts a batch norm without a counter in the place of timm's,
+    which holds the activation. No model that open_clip builds gives what was trained so.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNormAct2d) and f"{name}.running_mean" in state:
+            if f"{name}.num_batches_tracked" not in state:
+                raise ValueError(
+                    f"{name}.num_batches_tracked is missing: --loss clip was used with "
+                    f"--lock-image-freeze-bn-stats, which drops the activation of {name}. Train without "
+                    "that flag, or with --loss infonce"
+                )
 
 
 def _build(model: str, flags: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
@@ -328,14 +281,10 @@ def _build(model: str, flags: Mapping[str, Any], config: Mapping[str, Any]) -> n
             force_context_length=flags.get("force_context_length"),
             force_quick_gelu=flags.get("force_quick_gelu", False),
             force_custom_text=flags.get("force_custom_text", False),
-            image_mean=_triple(flags.get("image_mean")),
-            image_std=_triple(flags.get("image_std")),
+            image_mean=flags.get("image_mean"),
+            image_std=flags.get("image_std"),
             image_interpolation=flags.get("image_interpolation"),
             image_resize_mode=flags.get("image_resize_mode"),
             **extra,
         )
     return trained.eval()
-
-
-def _triple(values: list[float] | None) -> tuple[float, ...] | None:
-    return None if values is None else tuple(values) * (3 if len(values) == 1 else 1)

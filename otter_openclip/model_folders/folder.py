@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import glob
 import json
 import logging
 import secrets
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.constants import HF_CONFIG_NAME as CONFIG_FILE
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME as WEIGHTS_FILE
 from open_clip.factory import LOCAL_DIR_PREFIX
 from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.tokenizer import HFTokenizer
@@ -28,13 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from otter_openclip.checkpoints.contents import misfits, without_wrappers
+from otter_openclip.checkpoints.contents import load_weights, without_wrappers
 from otter_openclip.files import sync
+from otter_openclip.preprocessing import size_pair
 
-CONFIG_FILE = "open_clip_config.json"
-WEIGHTS_FILE = "open_clip_model.safetensors"
-_UNFINISHED = ".unfinished"
-_STALE = 3600  # seconds after which an unfinished folder is a killed command's
 PROBE_TEXTS = ["a photo of a cat.", "Two CAFÉS &amp; <b>3</b> dogs", "zxqj"]
 
 
@@ -58,15 +55,14 @@ def write_folder(
         out: the folder; checked with :func:`check_out` before.
         model: open_clip model with the weights of ``state``, in eval mode.
         config: its open_clip configuration, the JSON's ``model_cfg``.
-        state: the weights to write, in their own dtype.
+        state: what the weights were loaded from, whose dtype they are written in.
         tokenizer: open_clip tokenizer, or None to write the folder without one.
         preprocess: entries added to the JSON's ``preprocess_cfg``; stock open_clip ignores those it
             does not know.
         files: texts to write beside them, by name.
 
     Raises:
-        ValueError: if stock open_clip cannot rebuild the model.
-        RuntimeError: if what it loads from the folder is not ``state`` and ``model``.
+        RuntimeError: if stock open_clip cannot load the folder, or loads something else than ``model``.
     """
     target = out.resolve()  # of a link to a folder, the folder is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,9 +70,12 @@ def write_folder(
     try:
         temporary.mkdir()
         for name, text in (files or {}).items():
-            (temporary / name).write_text(text)
-        # In the checkpoint's dtype; cloned, because safetensors refuses tensors that share memory.
-        tensors = {key: state[key].contiguous().clone() for key in model.state_dict()}
+            (temporary / name).write_text(text, encoding="utf-8")
+        # Cloned, because safetensors refuses tensors that share memory.
+        tensors = {
+            key: value.to(state.get(key, value).dtype).contiguous().clone()
+            for key, value in model.state_dict().items()
+        }
         try:
             save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -92,7 +91,7 @@ def write_folder(
             tower_config.save_pretrained(temporary)
         local = bool(tower) and Path(tower).is_dir()
         _write_config(temporary, model, config, preprocess, temporary if local else None)
-        _verify(temporary, model, state, tokenizer)
+        _verify(temporary, model, tokenizer)
         if local:
             _write_config(temporary, model, config, preprocess, target)
         for path in temporary.rglob("*"):
@@ -102,9 +101,6 @@ def write_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync(target.parent)
-    for path in target.parent.glob(f".{glob.escape(target.name)}-*{_UNFINISHED}"):
-        if time.time() - path.stat().st_mtime > _STALE:
-            shutil.rmtree(path, ignore_errors=True)
     if local:
         logging.warning(
             f"{out} must stay where it is: open_clip finds the text tower's config.json by an absolute "
@@ -114,7 +110,7 @@ def write_folder(
 
 def _beside(target: Path) -> Path:
     """A name for what is not yet, or no longer, ``target``; known before the folder is there."""
-    return target.with_name(f".{target.name}-{secrets.token_hex(4)}{_UNFINISHED}")
+    return target.with_name(f".{target.name}-{secrets.token_hex(4)}.unfinished")
 
 
 def _write_config(
@@ -156,57 +152,58 @@ def check_out(out: Path, overwrite: bool, *inputs: Path) -> None:
 
 
 def check_state(state: Any, path: Path, weights: str) -> dict[str, Tensor]:
-    """``state`` without wrappers' prefixes; a ValueError unless it is tensors without NaN."""
+    """``state`` without wrappers' prefixes; a ValueError if it is none, or tensors have NaN."""
     if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no state_dict; give a checkpoint of a training run")
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
-            kind = "a sparse tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise ValueError(f"{path} holds no state_dict: {key} is {kind}, not a plain tensor")
     state = without_wrappers(state)
-    bad = [key for key, value in state.items() if value.isnan().any()]
+    bad = [key for key, x in state.items() if isinstance(x, Tensor) and x.isnan().any()]
     if bad:
         raise ValueError(
             f"{path} has NaN in {len(bad)} tensors of the {weights}, first {bad[0]}: its run diverged; "
             "export an earlier epoch"
         )
-    return dict(state)
+    return state
 
 
 @contextlib.contextmanager
 def errors_only() -> Iterator[None]:
-    """Silence open_clip's "initialized randomly": the weights are loaded right after."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
+    """Silence what open_clip and transformers say of weights, which are checked right after."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        root.setLevel(level)
+        logging.disable(before)
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str, hint: str) -> None:
-    """Load ``state``; a ValueError that names ``what`` does not fit, the first keys and ``hint``."""
-    if wrong := misfits(model.state_dict(), state):
-        raise ValueError(f"{what}: {wrong}. {hint}")
-    model.load_state_dict(state)
-    # What is too large for the model's dtype included; buffers may mask with -inf.
+def load_model(model: nn.Module, state: Mapping[str, Tensor], what: str, hint: str) -> None:
+    """Load ``state`` into ``model``; a ValueError of ``what`` does not fit, why, and the ``hint``."""
+    try:
+        load_weights(model, state)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error} {hint}") from error
+    # What is too large for the model's dtype is infinite by now; buffers may mask with -inf.
     for key, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"{what}: {key} has infinite values, or too large ones. {hint}")
 
 
-def _verify(folder: Path, trained: nn.Module, state: Mapping[str, Tensor], tokenizer: Any) -> None:
+def _verify(folder: Path, trained: nn.Module, tokenizer: Any) -> None:
     """Load the folder as a user would; compare tensors, preprocessing, tokens and features."""
     name = f"{LOCAL_DIR_PREFIX}{folder}"
-    loaded = _load_stock(name)
-    tensors = loaded.state_dict()
+    try:
+        with errors_only():
+            loaded = open_clip.create_model(name).eval()
+    except Exception as error:  # Of every type, as open_clip leaves them.
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise RuntimeError(
+            f"stock open_clip cannot load the written folder ({reason}); nothing was exported"
+        ) from error
+    tensors, again = trained.state_dict(), loaded.state_dict()
     bad = sorted(
         key
-        for key in state.keys() | tensors.keys()
-        if key not in state
-        or key not in tensors
-        or not torch.equal(state[key].to(tensors[key].dtype), tensors[key])
+        for key in tensors.keys() | again.keys()
+        if key not in tensors or key not in again or not torch.equal(tensors[key], again[key])
     )
     if bad:
         raise RuntimeError(
@@ -214,18 +211,15 @@ def _verify(folder: Path, trained: nn.Module, state: Mapping[str, Tensor], token
             f"tensors, first {bad[0]}; nothing was exported"
         )
     if tokenizer is None:
-        tokens = again = torch.arange(1, 9).remainder(trained.vocab_size)[None]
+        tokens = tokens_again = torch.arange(1, 9).remainder(trained.vocab_size)[None]
     else:
-        tokens, again = _tokens(tokenizer), _tokens(open_clip.get_tokenizer(name))
+        tokens, tokens_again = _tokens(tokenizer), _tokens(open_clip.get_tokenizer(name))
     same = {
         "preprocessing": _preprocessing(trained) == _preprocessing(loaded),
-        "the tokenizer": torch.equal(tokens, again),
+        "the tokenizer": torch.equal(tokens, tokens_again),
         # Equal weights do not make equal models: the activation, for one, has none.
         "the features": all(
-            torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-            for one, other in zip(
-                _features(trained, tokens), _features(loaded, tokens), strict=True
-            )
+            map(torch.equal, _features(trained, tokens), _features(loaded, tokens))
         ),
     }
     for what, equal in same.items():
@@ -234,22 +228,6 @@ def _verify(folder: Path, trained: nn.Module, state: Mapping[str, Tensor], token
                 f"what open_clip loads from the written folder differs from training in {what}; "
                 "nothing was exported"
             )
-
-
-def _load_stock(name: str) -> nn.Module:
-    try:
-        with errors_only():
-            return open_clip.create_model(name).eval()
-    except Exception as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        if "size mismatch for visual.trunk" not in reason:
-            raise RuntimeError(
-                f"open_clip cannot load the written folder, nothing was exported: {reason}"
-            ) from error
-        raise ValueError(
-            "stock open_clip builds this timm tower at its own image size only, so no folder can hold "
-            f"it as trained with --force-image-size ({reason}); nothing was exported"
-        ) from error
 
 
 def _preprocessing(model: nn.Module) -> dict[str, Any]:
@@ -265,26 +243,20 @@ def _tokens(tokenizer: Any) -> Tensor:
 
 @torch.no_grad()
 def _features(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    size = model.visual.preprocess_cfg["size"]
-    height, width = size if isinstance(size, list | tuple) else (size, size)
+    height, width = size_pair(model.visual.preprocess_cfg["size"])
     image = torch.linspace(-1, 1, 3 * height * width).reshape(1, 3, height, width)
     return model.encode_image(image), model.encode_text(tokens)
 
 
 def _move(temporary: Path, out: Path) -> None:
     """Rename to ``out``; an earlier export is deleted last, and put back if the rename fails."""
-    if not out.exists():
-        temporary.rename(out)
-        return
     aside = _beside(out)
     try:
-        aside.mkdir()
-        out.rename(aside / "out")
+        if out.exists():
+            out.rename(aside)
         temporary.rename(out)
     except BaseException:
-        if not out.exists():
-            (aside / "out").rename(out)
+        if aside.exists() and not out.exists():
+            aside.rename(out)
         raise
-    finally:
-        if out.exists():
-            shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -12,29 +12,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from otter_openclip.model_folders.assembly import build_model, check_timm_name, read_tokenizer
 from otter_openclip.model_folders.folder import check_out, write_folder
-from otter_openclip.model_folders.parts import (
-    build_model,
-    check_longest,
-    check_timm_name,
-    longest_text,
-    read_tokenizer,
-)
-from otter_openclip.model_folders.pretrained import read_trunk, text_config, text_weights_for
-from otter_openclip.model_folders.towers_command import (
-    CONTEXT_LENGTH,
-    HEADS,
-    INTERPOLATIONS,
-    POOLERS,
-)
-from otter_openclip.numerics import check_choice, check_interval
+from otter_openclip.model_folders.pretrained import load_text_tower, read_trunk, text_config
+from otter_openclip.model_folders.towers_command import CONTEXT_LENGTH, HEADS, POOLERS
+from otter_openclip.numerics import check_choice
+from otter_openclip.preprocessing import size_pair
 from otter_openclip.untrusted import no_code_from_files
 
-_RESIZE_MODES = {
-    "center": "shortest",
-    "squash": "squash",
-    "border": "longest",
-}  # of timm's crop_mode
+# Of timm's crop_mode.
+_RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
+# Text towers whose positions begin behind that of the padding.
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta")
 
 
 @no_code_from_files()
@@ -85,7 +74,6 @@ def make_towers(
         The folder.
 
     Raises:
-        FileNotFoundError: if a weights file or a folder's config.json is missing.
         FileExistsError: if ``out`` exists and is not to be overwritten.
         ValueError: if a tower, its weights or a setting cannot be used, or stock open_clip cannot
             express the whole.
@@ -93,36 +81,25 @@ def make_towers(
     """
     out, text = Path(out), str(text)
     image = image.removeprefix("hf-hub:").removeprefix("timm/")
-    inputs = [Path(path) for path in (image_weights, text_weights) if path is not None]
-    for path in inputs:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no file {path}; give a state_dict in .pt, .pth or .safetensors"
-            )
-    check_out(out, overwrite, *inputs, *([Path(text)] if Path(text).is_dir() else []))
+    inputs = [Path(name) for name in (image_weights, text_weights, text) if name is not None]
+    check_out(out, overwrite, *filter(Path.exists, inputs))
     check_choice("text_pooler", text_pooler, tuple(POOLERS))
     check_choice("image_head", image_head, HEADS)
     check_choice("text_head", text_head, HEADS)
-    check_interval("init_logit_scale", init_logit_scale, 0.0, math.log(100.0))  # as in training
-    counts = {"embed_dim": embed_dim, "image_size": image_size, "context_length": context_length}
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-
     check_timm_name(image, "given as image")
     text, hf_config, width = text_config(text)
     embed_dim = embed_dim or width
     context_length = _context_length(context_length, text, hf_config)
     trunk = read_trunk(image, image_weights)
     preprocess = _preprocessing(trunk, image_mean, image_std, image_interpolation)
-    size = image_size or _plain_size(trunk.pretrained_cfg["input_size"][1:])
-    probe, features = _image_features(trunk, image, size)
+    size = image_size or _plain_size(trunk)
+    images, features = _image_features(trunk, image, size)
     widths = {"image": (image_head, features.shape[1]), "text": (text_head, width)}
-    for tower, (head, given) in widths.items():
-        if head == "none" and given != embed_dim:
+    for tower, (head, outputs) in widths.items():
+        if head == "none" and outputs != embed_dim:
             raise ValueError(
                 f"{tower}_head none needs a tower as wide as the embedding, but the {tower} tower has "
-                f"{given} and the embedding {embed_dim}; use linear, or embed_dim {given}"
+                f"{outputs} and the embedding {embed_dim}; use linear, or embed_dim {outputs}"
             )
     config = {
         "embed_dim": embed_dim,
@@ -131,7 +108,7 @@ def make_towers(
             "timm_model_name": image,
             "timm_model_pretrained": False,
             # "" is the tower's own pooling, but not without a head: there it is none.
-            "timm_pool": _own_pool(trunk, image) if image_head == "none" else "",
+            "timm_pool": _pooling(trunk, image) if image_head == "none" else "",
             "timm_proj": image_head,
             "image_size": size,
         },
@@ -155,20 +132,17 @@ def make_towers(
             f"the tokenizer of {text} pads with {tokenizer.tokenizer.pad_token_id}, but its config.json "
             f"says pad_token_id {hf_config.pad_token_id}, which open_clip masks; make them equal"
         )
-    first, cls = int(tokenizer(["a"])[0, 0]), tokenizer.tokenizer.cls_token_id
-    if text_pooler == "cls" and cls is not None and first != cls:
-        raise ValueError(
-            f"text_pooler cls takes the first token, which with the tokenizer of {text} is "
-            f"{tokenizer.tokenizer.convert_ids_to_tokens(first)!r}, not "
-            f"{tokenizer.tokenizer.cls_token!r} (is its padding_side left?); use mean"
-        )
-    _fill(model, trunk, text, text_weights, text_pooler)
+    model.visual.trunk.load_state_dict(trunk.state_dict())
+    transformer = model.text.transformer
+    if text_pooler == "own" and getattr(transformer, "pooler", None) is None:
+        raise ValueError(f"{text} has no pooler of its own; use --text-pooler mean or cls")
+    load_text_tower(transformer, text, text_weights, text_pooler)
     if widths["image"] == ("linear", embed_dim):
         nn.init.eye_(model.visual.head.proj.weight)
     if widths["text"] == ("linear", embed_dim):
         nn.init.eye_(model.text.proj.weight)
     with torch.no_grad():
-        if not torch.allclose(model.visual.trunk(probe), features, rtol=1e-4, atol=1e-5):
+        if not torch.allclose(model.visual.trunk(images), features, rtol=1e-4, atol=1e-5):
             raise ValueError(f"open_clip pools {image} in another way than timm; use another tower")
     report(
         f"{image} ({features.shape[1]} wide, head {image_head}) + {text} ({width}, {text_pooler}, head "
@@ -179,11 +153,16 @@ def make_towers(
     return out
 
 
-def _context_length(given: int | None, text: str, config: PretrainedConfig) -> int:
-    if given is None:
-        return min(CONTEXT_LENGTH, longest_text(config) or CONTEXT_LENGTH)
-    check_longest("context_length", given, text, config)
-    return given
+def _context_length(length: int | None, text: str, config: PretrainedConfig) -> int:
+    """``length``, or else open_clip's 77 or as many tokens as the text tower takes."""
+    most = getattr(config, "max_position_embeddings", None) or math.inf
+    if config.model_type in _OFFSET_POSITIONS:
+        most -= (config.pad_token_id or 0) + 1
+    if length is not None and length > most:
+        raise ValueError(
+            f"context_length {length} is more than the {most} tokens that {text} takes"
+        )
+    return length or min(CONTEXT_LENGTH, most)
 
 
 def _preprocessing(
@@ -192,51 +171,43 @@ def _preprocessing(
     std: Sequence[float] | None,
     interpolation: str | None,
 ) -> dict[str, Any]:
-    """open_clip's ``preprocess_cfg``: what is given, then what the tower was trained with."""
-    own = trunk.pretrained_cfg
-    mean, std = list(mean or own["mean"]), list(std or own["std"])
-    for name, values in (("image_mean", mean), ("image_std", std)):
-        if len(values) != 3 or not all(math.isfinite(v) for v in values):
-            raise ValueError(f"{name} takes three finite numbers, got {values}")
-    if min(std) <= 0:
-        raise ValueError(f"image_std must be above 0, got {std}")
-    interpolation = interpolation or own["interpolation"]
-    check_choice("image_interpolation", interpolation, INTERPOLATIONS)
-    resize_mode = _RESIZE_MODES.get(own.get("crop_mode") or "center", "shortest")
+    """open_clip's ``preprocess_cfg``: the arguments, or else what the tower was trained with."""
+    trained = trunk.pretrained_cfg
     return {
-        "mean": mean,
-        "std": std,
-        "interpolation": interpolation,
-        "resize_mode": resize_mode,
+        "mean": list(mean or trained["mean"]),
+        "std": list(std or trained["std"]),
+        "interpolation": interpolation or trained["interpolation"],
+        "resize_mode": _RESIZE_MODES.get(trained.get("crop_mode") or "center", "shortest"),
     }
 
 
-def _plain_size(size: Sequence[int]) -> int | list[int]:
-    return size[0] if len(set(size)) == 1 else list(size)
+def _plain_size(trunk: nn.Module) -> int | list[int]:
+    """The image size that the trunk was trained with: one number for squares."""
+    height, width = trunk.pretrained_cfg["input_size"][1:]
+    return height if height == width else [height, width]
 
 
 @torch.no_grad()
 def _image_features(trunk: nn.Module, image: str, size: int | list[int]) -> tuple[Tensor, Tensor]:
     """A made-up image (1, 3, H, W) and the trunk's pooled features of it (1, width)."""
-    height, width = size if isinstance(size, list) else (size, size)
-    probe = torch.linspace(-1, 1, 3 * height * width).reshape(1, 3, height, width)
-    own = _plain_size(trunk.pretrained_cfg["input_size"][1:])
+    height, width = size_pair(size)
+    images = torch.linspace(-1, 1, 3 * height * width).reshape(1, 3, height, width)
     try:
-        features = trunk(probe)
-    except Exception as error:  # each architecture has its own
+        features = trunk(images)
+    except Exception as error:  # Each architecture has its own.
         raise ValueError(
             f"{image} cannot take images of {size} px ({error}); open_clip builds it at its own size, "
-            f"{own} px"
+            f"{_plain_size(trunk)} px"
         ) from error
     if features.ndim != 2 or features.shape[1] != trunk.num_features:
         raise ValueError(
             f"open_clip's heads take {trunk.num_features} features of {image}, but it gives "
             f"{tuple(features.shape[1:])}; use another image tower"
         )
-    return probe, features
+    return images, features
 
 
-def _own_pool(trunk: nn.Module, image: str) -> str:
+def _pooling(trunk: nn.Module, image: str) -> str:
     """timm's name of the tower's pooling."""
     for owner in (trunk, getattr(trunk, "head", None)):
         pool = getattr(owner, "global_pool", None)
@@ -244,14 +215,3 @@ def _own_pool(trunk: nn.Module, image: str) -> str:
         if isinstance(pool, str) and pool:
             return pool
     raise ValueError(f"open_clip cannot build {image} without a head; use --image-head linear")
-
-
-def _fill(
-    model: nn.Module, trunk: nn.Module, text: str, weights: str | Path | None, pooler: str
-) -> None:
-    """Load both towers' weights into ``model``; ValueError naming those that are missing or misfit."""
-    model.visual.trunk.load_state_dict(trunk.state_dict())
-    transformer = model.text.transformer
-    if pooler == "own" and getattr(transformer, "pooler", None) is None:
-        raise ValueError(f"{text} has no pooler of its own; use --text-pooler mean or cls")
-    transformer.load_state_dict(text_weights_for(transformer, text, weights, pooler))

@@ -10,9 +10,9 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
+from otter_openclip.preprocessing import size_pair
 from otter_openclip.training.student_with_teacher import Features, Teacher, as_teacher
 
 _IMAGE = {"size": "--force-image-size", "mean": "--image-mean", "std": "--image-std"}
@@ -58,7 +58,8 @@ class FixedTeacher(Teacher):
 def _image_misfit(student: nn.Module, teacher: nn.Module) -> str | None:
     for key, flag in _IMAGE.items():
         theirs, ours = (
-            tuple(to_2tuple(model.visual.preprocess_cfg[key])) for model in (teacher, student)
+            size_pair(config[key]) if key == "size" else tuple(config[key])
+            for config in (teacher.visual.preprocess_cfg, student.visual.preprocess_cfg)
         )
         if theirs != ours:
             return f"its image {key} is {theirs}, the student's {ours}; pass {flag}, or another teacher"

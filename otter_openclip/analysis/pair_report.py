@@ -1,4 +1,4 @@
-"""The command's course: read and encode, count, judge, write three files."""
+"""The command's course: read and encode, count, judge, write report.html and stats.json."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from otter_openclip.analysis.embedding import Embedded, Model
-from otter_openclip.analysis.matching import batch_statistics, steps
+from otter_openclip.analysis.embedding import Embedded, embed, load_model
+from otter_openclip.analysis.matching import batch_statistics
 from otter_openclip.analysis.neighbours import (
     FAR,
     NEAR,
@@ -22,7 +22,6 @@ from otter_openclip.analysis.neighbours import (
     duplicates,
 )
 from otter_openclip.analysis.page import render
-from otter_openclip.analysis.pictures import draw
 from otter_openclip.analysis.reading import Reader
 from otter_openclip.analysis.verdict import Verdict, verdict
 from otter_openclip.files import make_room, write_json, write_text
@@ -32,19 +31,17 @@ LISTED = 1000  # suspects in stats.json
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write report.html, matchings.png and stats.json; returns the exit code.
+    """Write report.html and stats.json; returns the exit code.
 
     Raises:
-        ValueError: if there is no such model, there are no such data, or a batch is of one.
+        ValueError: if there is no such model, or there are no such data.
         OSError: if the folder cannot be written.
     """
     output = Path(args.output)
-    if min(args.batch_sizes) < 2:
-        raise ValueError("--batch-sizes: a batch of 1 has nothing to match; take 2 or more")
-    reader = Reader(args)
+    reader = Reader(args.train_data, args.samples)
     make_room(output / "report.html")
-    model = Model(args.model, args.pretrained, _device(args.device), args.feature_cache)
-    pairs = model.embed(reader, args.samples)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pairs = embed(load_model(args.model, args.pretrained, device), reader, args.samples)
     data = {
         "train_data": args.train_data,
         "pairs": len(pairs.captions),
@@ -54,33 +51,20 @@ def run(args: argparse.Namespace) -> int:
             for reason, number in reader.passed_over.most_common()
         ],
     }
-    about = {"name": args.model, "pretrained": args.pretrained, "from_cache": model.cached}
+    model = {"name": args.model, "pretrained": args.pretrained}
     sizes = sorted({size for size in args.batch_sizes if size <= data["pairs"]} or {data["pairs"]})
     notes = _notes(args, data, sizes)
-    found = report(output, pairs, {"data": data, "model": about, "notes": notes}, sizes)
-    for question, (answer, why) in (
-        ("Are the captions noisy?", found.noise),
-        ("Would OTTER help?", found.otter),
-    ):
-        print(f"{question} {answer}. {why}")
-    print(*notes, sep="\n", end="\n" * bool(notes))
-    print(f"Open {output / 'report.html'}; beside it are matchings.png and stats.json.")
+    judged = report(output, pairs, {"data": data, "model": model, "notes": notes}, sizes)
+    print(f"Are the captions noisy? {judged.noise[0]}. {judged.noise[1]}")
+    print(f"Would OTTER help? {judged.otter[0]}. {judged.otter[1]}")
+    for note in notes:
+        print(note)
+    print(f"Open {output / 'report.html'}; beside it is stats.json.")
     return 0
 
 
-def _device(name: str | None) -> str:
-    """The device ``--device`` names, or that there is."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # no such kind, none there
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(f"--device {name} cannot be used: {reason[:200]}") from error
-    return name
-
-
 def report(output: Path, pairs: Embedded, stats: dict[str, Any], sizes: Sequence[int]) -> Verdict:
-    """Write the three files into the folder ``output``.
+    """Write the two files into the folder ``output``.
 
     Args:
         output: that is there.
@@ -89,37 +73,30 @@ def report(output: Path, pairs: Embedded, stats: dict[str, Any], sizes: Sequence
         sizes: of batches, growing, none larger than ``pairs``.
     """
     pairs = _shuffled(pairs)
-    total = sum(steps(len(pairs.captions), size) for size in sizes) + 4
-    with tqdm(total=total, desc="Matching", unit="step") as bar:
-        rankings = {}
-        for name, rank in (("similarity", by_similarity), ("neighbours", by_neighbours)):
-            rankings[name] = rank(pairs.images, pairs.texts)
-            bar.update()
-        texts = [" ".join(caption.casefold().split()) for caption in pairs.captions]
-        copies = {}
-        for name, features, names in (
-            ("captions", pairs.texts, texts),
-            ("pictures", pairs.images, pairs.keys),
-        ):
-            copies[name] = duplicates(features, names, SHOWN)
-            bar.update()
-        stats["batches"] = {
-            str(size): batch_statistics(pairs.images, pairs.texts, size, bar.update)
-            for size in sizes
-        }
+    rankings = {
+        "similarity": by_similarity(pairs.images, pairs.texts),
+        "neighbours": by_neighbours(pairs.images, pairs.texts),
+    }
+    texts = [" ".join(caption.casefold().split()) for caption in pairs.captions]
+    copies = {
+        "captions": duplicates(pairs.texts, texts, SHOWN),
+        "pictures": duplicates(pairs.images, pairs.digests, SHOWN),
+    }
+    stats["batches"] = {
+        str(size): batch_statistics(pairs.images, pairs.texts, size)
+        for size in tqdm(sizes, desc="Matching", unit="batch size")
+    }
     stats["ranks"] = {name: ranking.statistics() for name, ranking in rankings.items()}
-    found = verdict(stats)
-    stats["verdict"] = found._asdict()
+    judged = verdict(stats)
+    stats["verdict"] = judged._asdict()
     suspects: list[tuple[int, int]] = []
-    if ranking := rankings.get(found.judge):
+    if ranking := rankings.get(judged.judge):
         suspects = _suspects(ranking)
         stats["suspects"] = [_suspect(pairs, ranking, *pair) for pair in suspects]
     stats["duplicates"] = {name: _duplicates(pairs, copy) for name, copy in copies.items()}
-    page = render(stats, pairs, suspects[:SHOWN], copies, sizes[0])
-    draw(output / "matchings.png", stats, pairs, sizes[0])
     write_json(output / "stats.json", stats)
-    write_text(output / "report.html", page)
-    return found
+    write_text(output / "report.html", render(stats, pairs, suspects[:SHOWN], copies, sizes[0]))
+    return judged
 
 
 def _shuffled(pairs: Embedded) -> Embedded:
@@ -141,10 +118,12 @@ def _notes(args: argparse.Namespace, data: dict[str, Any], sizes: list[int]) -> 
         listed = ", ".join(f"{size:,}" for size in left_out)
         instead = f"; one batch of all {count:,} takes their place" if sizes == [count] else ""
         notes.append(f"Too few pairs for batches of {listed}{instead}.")
-    if passed := sum(found["samples"] for found in data["passed_over"]):
+    if data["passed_over"]:
         most = data["passed_over"][0]
-        often = f"most often ({most['samples']:,}): {most['reason']}"
-        notes.append(f"{passed:,} samples were passed over, {often}.")
+        number = sum(entry["samples"] for entry in data["passed_over"])
+        notes.append(
+            f"{number:,} samples were passed over, most often ({most['samples']:,}): {most['reason']}."
+        )
     return notes
 
 
@@ -153,9 +132,9 @@ def _suspects(ranking: Ranking) -> list[tuple[int, int]]:
 
     Those come first that the other fits better by most.
     """
-    order = (ranking.best - ranking.own).argsort(descending=True).tolist()
+    order = (ranking.best_score - ranking.own_score).argsort(descending=True).tolist()
     far = [i for i in order if ranking.rank[i] > FAR]
-    return [(i, int(ranking.other[i])) for i in far[:LISTED]]
+    return [(i, int(ranking.best[i])) for i in far[:LISTED]]
 
 
 def _suspect(pairs: Embedded, ranking: Ranking, i: int, other: int) -> dict[str, Any]:
@@ -163,8 +142,8 @@ def _suspect(pairs: Embedded, ranking: Ranking, i: int, other: int) -> dict[str,
         "place": pairs.places[i],
         "caption": pairs.captions[i],
         "pictures_that_fit_better": round(float(ranking.rank[i]) * (len(pairs.captions) - 1)),
-        "score": float(ranking.own[i]),
-        "best_score": float(ranking.best[i]),
+        "score": float(ranking.own_score[i]),
+        "best_score": float(ranking.best_score[i]),
         "best_place": pairs.places[other],
     }
 
