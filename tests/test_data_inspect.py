@@ -9,7 +9,7 @@ import pytest
 from data_helpers import encoded, jpeg, run, write_tar
 from PIL import Image
 
-from otter_openclip.data.inspect import Look
+from otter_openclip.data.inspecting import Look
 from otter_openclip.shards import read as shard_samples
 
 
@@ -277,7 +277,7 @@ def test_figures_stay_small_and_pictures_are_drawn_by_lot(tmp_path):
     write_tar(tmp_path / "0.tar", files)
     look = Look((tmp_path / "0.tar", None), 5)
     keys = np.asarray(look.keys)
-    assert [lot for (lot, _), _, _ in sorted(look.thumbnails)] == sorted(keys)[-5:]
+    assert [lot for (lot, _), _, _ in sorted(look.pictures)] == sorted(keys)[-5:]
     assert inspect(tmp_path, "--pictures", "5")[0] == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width // 176 == 5

@@ -22,8 +22,7 @@ from data_helpers import encoded, jpeg, write_tar
 from PIL import Image
 from safetensors.torch import save_file
 
-from otter_openclip import cli
-from otter_openclip.data import inspect
+from otter_openclip import cli, inspect_command
 from otter_openclip.evaluation import classifier, multilabel_metrics, prompts, run
 from otter_openclip.model_folders.export import export_checkpoint
 from otter_openclip.preprocessing import evaluation_transform
@@ -307,14 +306,14 @@ def test_bad_templates_are_named_on_every_way_in(ours, capsys, tmp_path):
     ):
         ours(*flags, data=data, code=2)
         assert f"{where}, line 2: '{{c.x}}' is no template" in capsys.readouterr().err
-    assert inspect.main(arguments(own, tmp_path)) == 1
+    assert inspect_command.main(arguments(own, tmp_path)) == 1
     assert f"{TEMPLATES_FILE}, line 2: '{{c.x}}' is no template" in capsys.readouterr().out
 
 
 def arguments(shards, folder):
     """Of ``otter-openclip data inspect``."""
     parser = argparse.ArgumentParser()
-    inspect.add_arguments(parser)
+    inspect_command.add_arguments(parser)
     return parser.parse_args([str(shards), "--sheet", str(folder / "s.png"), "--workers", "1"])
 
 

@@ -7,19 +7,18 @@ from collections.abc import Sequence
 
 from otter_openclip.cli import Command, run_command
 
-_HELP = {
-    "open-images": "Google Open Images' test split, for zero-shot evaluation",
-    "imagenet10k": "Tencent ML-Images' ImageNet part, for zero-shot evaluation",
-    "cc3m": "Conceptual Captions, for training",
-    "yfcc15m": "OpenAI's subset of YFCC100M, for training",
-    "wit": "Wikipedia image text, for training",
-    "csv": "any table of image paths and captions, for training",
-    "hf": "a Hugging Face dataset, for training",
-    "inspect": "counts, lengths, sizes, faults and a contact sheet of shards",
-}
-_MODULES = {"open-images": "open_images", "csv": "csv_file"}  # others are called as the command
 COMMANDS = {
-    name: Command(f"{__name__}.{_MODULES.get(name, name)}", text) for name, text in _HELP.items()
+    name: Command(f"otter_openclip.{module}", text)
+    for name, module, text in (
+        ("open-images", "data.open_images", "Google Open Images' test split, for evaluation"),
+        ("imagenet10k", "data.imagenet10k", "Tencent ML-Images' ImageNet part, for evaluation"),
+        ("cc3m", "data.cc3m", "Conceptual Captions, for training"),
+        ("yfcc15m", "data.yfcc15m", "OpenAI's subset of YFCC100M, for training"),
+        ("wit", "data.wit", "Wikipedia image text, for training"),
+        ("csv", "data.csv_file", "any table of image paths and captions, for training"),
+        ("hf", "data.hf", "a Hugging Face dataset, for training"),
+        ("inspect", "inspect_command", "figures, faults and a contact sheet of shards"),
+    )
 }
 
 

@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     if (args.report is None) != (args.images is None):
         raise ValueError("--report and --images go together; with --img2dataset neither is needed")
-    images = pairs.images(args, search=False)  # the report has each file's whole path
+    images = pairs.images(args)
 
     def fill(plan: Plan) -> None:
         plan.db.execute("CREATE TEMP TABLE saved (url TEXT PRIMARY KEY, name TEXT)")
@@ -93,7 +93,7 @@ def write_labels(output: Path, plan: Plan) -> None:
     The reference has paths relative to its data folder; these are absolute, which its reader joins just
     as well and open_clip needs.
     """
-    rows = ((s.file[0], s.payload) for s in plan.kept() if len(s.file) == 1)
+    rows = ((s.file.path, s.text) for s in plan.written() if s.file.offset is None)
     if (first := next(rows, None)) is None:
         return
     with written_whole(output / LABELS_FILE, "w") as file:

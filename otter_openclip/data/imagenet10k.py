@@ -33,8 +33,12 @@ def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     names = read_classes(args.classes)
     labels = labelled.read_index_rows(args.labels, len(names))
-    paths = lambda name: (name, f"images/{name}", os.path.basename(name))  # noqa: E731
-    return labelled.build(args, names, labels, paths)
+    return labelled.build(args, names, labels, _places)
+
+
+def _places(image: str) -> tuple[str, ...]:
+    """Where an image may be: by synset, so below the reference's folder, or all in one folder."""
+    return image, f"images/{image}", os.path.basename(image)
 
 
 def read_classes(path: str) -> list[str]:

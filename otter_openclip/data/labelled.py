@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,15 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from otter_openclip.data import options
-from otter_openclip.data.building import Build
+from otter_openclip.data.building import Build, add_output
 from otter_openclip.data.lookup import Paths
 from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import absolute
 from otter_openclip.data.tables import at, lines
-from otter_openclip.evaluation.prompts import CLASSES_FILE, SIMPLE, TEMPLATES_FILE
-from otter_openclip.evaluation.validator import COUNT_FILE, TYPE_FILE
 from otter_openclip.files import write_text
+from otter_openclip.shards.write import CLASSES_FILE, COUNT_FILE, TEMPLATES_FILE, TYPE_FILE
 
 SPLIT = "test"
 
@@ -35,14 +34,25 @@ class Row(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser, classes: str, labels: str, images: str) -> None:
     """Add what both builders take, with their own words on the three inputs."""
-    add, kind = parser.add_argument, options.max_missing
+    add = parser.add_argument
     add("--classes", required=True, type=absolute, metavar="FILE", help=classes)
     add("--labels", required=True, type=absolute, metavar="FILE", help=labels)
     text = f"{images}; .tar, .tar.gz or .zip; braces and wildcards are expanded"
     add("--images", required=True, nargs="+", type=absolute, metavar="PATH", help=text)
     text = "images (or percent, as 0.5%%) that may be missing or undecodable; default 0"
-    add("--max-missing", type=kind, default=kind("0"), metavar="N", help=text)
-    options.add_output(parser, shard_size=1000)
+    add("--max-missing", type=max_missing, default=max_missing("0"), metavar="N", help=text)
+    add_output(parser, shard_size=1000)
+
+
+def max_missing(text: str) -> Callable[[int], int]:
+    """From "25" or "0.5%" to the number of images that may be missing, of so many."""
+    match = re.fullmatch(r"(?P<count>\d+)|(?P<percent>\d+\.?\d*|\.\d+)%", text)
+    if match is None or float(match["percent"] or 0) > 100:
+        fault = f"{text!r} is neither a count nor a percentage like 0.5%"
+        raise argparse.ArgumentTypeError(fault)
+    if match["count"]:
+        return lambda total: int(text)
+    return lambda total: int(total * (float(match["percent"]) / 100))
 
 
 def build(
@@ -62,32 +72,34 @@ def build(
     images, (rows, without) = Paths(args.images, any_suffix=True), labels
     keys: dict[str, int] = {}
     for image, _, line in rows:
-        if (first := keys.setdefault(_key(image), line)) != line:
-            fault = f"{image} would have the key of line {first}'s image, {_key(image)}; rename one"
+        if (first := keys.setdefault(key_of(image), line)) != line:
+            fault = (
+                f"{image} would have the key of line {first}'s image, {key_of(image)}; rename one"
+            )
             raise at(args.labels, line, fault)
 
-    def encode(labels: Sequence[int]) -> tuple[str, bytes]:
+    def encode(numbers: str) -> bytes:
         """Labels as the ``npy`` uint8 vector that clip_benchmark's multi-label sets hold."""
         vector, buffer = np.zeros(len(classes), np.uint8), io.BytesIO()
-        vector[labels] = 1
+        vector[[int(number) for number in numbers.split()]] = 1
         np.save(buffer, vector)
-        return "npy", buffer.getvalue()
+        return buffer.getvalue()
 
     def fill(plan: Plan) -> None:
         if without:
             plan.skip("without a positive label", without)
         for image, positive, line in tqdm(rows, "Looking for images", unit="image"):
-            found, where = images.find(*paths(image)), f"line {line} of the labels"
-            plan.add(image, found, positive, key=_key(image), where=where)
+            found, numbers = images.find(*paths(image)), " ".join(map(str, positive))
+            plan.add(image, found, numbers, key=key_of(image), where=f"line {line} of the labels")
 
     def finish(folder: Path, plan: Plan) -> None:
         write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in classes))
-        write_text(folder / TEMPLATES_FILE, f"{SIMPLE}\n")
+        write_text(folder / TEMPLATES_FILE, "a photo of {c}.\n")
         write_text(folder / TYPE_FILE, "multilabel\n")
         write_text(folder / SPLIT / COUNT_FILE, f"{plan.report()['shards']}\n")
 
     inputs, name = [args.classes, args.labels], f"{SPLIT}/{{}}.tar"
-    Build(args, inputs, images, fill, finish, encode, name, "image").run()
+    Build(args, inputs, images, fill, finish, "npy", encode, name, "image").run()
     repeated = len(classes) - len(set(classes))
     note = f", of which {repeated} repeat an earlier one's name and stay apart" if repeated else ""
     print(f"{len(classes)} classes{note}.")
@@ -96,7 +108,8 @@ def build(
     return 0
 
 
-def _key(image: str) -> str:
+def key_of(image: str) -> str:
+    """An image's key: its file's name without folder and suffix."""
     return os.path.splitext(os.path.basename(image))[0]
 
 
@@ -145,5 +158,5 @@ def read_index_rows(
 
 def with_labels(rows: Mapping[str, Row]) -> tuple[list[Row], int]:
     """The rows with a positive label, and the number of the others."""
-    kept = [row for row in rows.values() if row.labels]
-    return kept, len(rows) - len(kept)
+    positive = [row for row in rows.values() if row.labels]
+    return positive, len(rows) - len(positive)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +13,7 @@ from tqdm import tqdm
 
 from otter_openclip.data import sources, tables
 from otter_openclip.files import written_whole
+from otter_openclip.shards.write import add_sample
 
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"
 _ENDS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0")  # of parquet, arrow's files and streams
@@ -96,11 +95,3 @@ def write_tar(table: IO[bytes], out: IO[bytes], name: str) -> None:
         table.seek(-8, os.SEEK_END)
         if not table.read().endswith(_ENDS):  # pyarrow takes a stream that stops for one that ends
             raise EOFError("its end is not there")
-
-
-def add_sample(tar: tarfile.TarFile, key: str, parts: Mapping[str, bytes]) -> None:
-    """Write a sample as webdataset's TarWriter does, which takes torch, 2 s and 600 MB, to import."""
-    for suffix, content in sorted(parts.items()):
-        member = tarfile.TarInfo(f"{key}.{suffix}")  # no owner, no date: the same bytes every time
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))

@@ -69,9 +69,9 @@ def main(args: argparse.Namespace) -> int:
             texts = clean(row["title"]), clean(row["description"])
             caption = ". ".join(texts) if "".join(texts).strip() else ""
             plan.add(photo, images.find(*names), caption, key=photo)
-        (rest,) = execute("SELECT COUNT(*) FROM wanted WHERE NOT seen").fetchone()
-        if rest:
-            plan.skip("without metadata", rest)
+        (without,) = execute("SELECT COUNT(*) FROM wanted WHERE NOT seen").fetchone()
+        if without:
+            plan.skip("without metadata", without)
 
     return pairs.build(args, [args.subset, *args.metadata], images, fill, "photo")
 
