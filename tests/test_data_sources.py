@@ -72,6 +72,7 @@ def test_a_path_means_that_file_in_folders_tars_and_zips_alike(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
 def test_a_stem_is_the_whole_name_but_its_suffix(tmp_path, kind):
     files = {"x/b.PNG": jpeg(0), "a.small.jpg": jpeg(1), "a.txt": b"", "x/a.small.jpg": jpeg(2)}
+    files |= {f"b.{n:03d}.jpg": jpeg(1) for n in range(9)} | {"b.txt": b""}
     source = pack(kind, tmp_path, files)
     (tmp_path / "c.csv").write_text("LabelName,DisplayName\n/m/1,Ball\n")
     (tmp_path / "l.csv").write_text("ImageID,LabelName,Confidence\na,/m/1,1\nb,/m/1,1\n")
@@ -95,13 +96,13 @@ def test_two_sources_with_one_path_are_ambiguous(tmp_path):
 def test_of_two_names_for_one_file_the_sure_one_stays(tmp_path):
     source = write_files(tmp_path / "s", {"a/1.jpg": jpeg(1), "2.jpg": jpeg(2)})
     rows = [("b/1.jpg", "only its name"), ("a/1.jpg", "its path")]
-    rows += [("x/2.jpg", "one"), ("y/2.jpg", "other"), ("z/2.jpg", "third")]
+    rows += [("x/2.jpg", "one"), ("y/2.jpg", "other"), ("x/2.jpg", "third")]
     assert csv(tmp_path, table(tmp_path / "t.tsv", rows), source) == 0
     assert pairs_of(tmp_path / "out") == [("its path", jpeg(1))]
     other = ("b/1.jpg", "file name of another row")
     assert dropped(tmp_path / "out") == [
         other,
-        *((f"{d}/2.jpg", "ambiguous") for d in "xyz"),
+        *((f"{d}/2.jpg", "ambiguous") for d in "xxy"),
     ]
 
 
@@ -145,14 +146,6 @@ def test_a_path_as_another_system_spells_it(tmp_path, kind, row, name):
     assert dropped(tmp_path / "two") == [(row, "file name of another row")]
 
 
-def test_a_name_that_two_rows_share_stays_ambiguous(tmp_path):
-    source = write_files(tmp_path / "s", {"1.jpg": jpeg(1), "2.jpg": jpeg(2)})
-    rows = [("x/1.jpg", "one"), ("y/1.jpg", "two"), ("x/1.jpg", "three"), ("2.jpg", "other")]
-    assert csv(tmp_path, table(tmp_path / "t.tsv", rows), source) == 0
-    assert pairs_of(tmp_path / "out") == [("other", jpeg(2))]
-    assert dropped(tmp_path / "out") == [(f"{d}/1.jpg", "ambiguous") for d in ("x", "x", "y")]
-
-
 def test_links_on_disk(tmp_path):
     write_files(tmp_path, {"real/a/0.jpg": jpeg(0), "in/1.jpg": jpeg(1), "real/1.jpg": jpeg(3)})
     write_tar(tmp_path / "in" / "a.tar", {"t.jpg": jpeg(2)})
@@ -188,21 +181,12 @@ def test_names_with_wildcards_are_names_first(tmp_path):
     assert pairs_of(tmp_path / "out") == [("it", jpeg(0))]
 
 
-def test_a_stem_among_many_that_begin_like_it(tmp_path):
-    files = {f"a.{n:03d}.jpg": jpeg(1) for n in range(99)} | {"a.png": encoded(0, "PNG")}
-    source = pack("tar", tmp_path, files)
-    (tmp_path / "c.csv").write_text("LabelName,DisplayName\n/m/1,Ball\n")
-    (tmp_path / "l.csv").write_text("ImageID,LabelName,Confidence\na,/m/1,1\n")
-    words = ["open-images", "--classes", tmp_path / "c.csv", "--labels", tmp_path / "l.csv"]
-    assert run(*words, "--images", source, "--output", tmp_path / "out") == 0
-    assert samples(tmp_path / "out" / "test" / "0.tar")["a"]["png"] == files["a.png"]
-
-
 # archives -----------------------------------------------------------------------------------------
 
 
 def test_links_in_a_tar_are_the_files_that_they_name(tmp_path):
-    source = write_tar(tmp_path / "s.tar", {"a/0.jpg": jpeg(0), "./1.jpg": jpeg(1)})
+    files = {"empty.tar": b"", "a/0.jpg": jpeg(0), "./1.jpg": jpeg(1)}
+    source = write_tar(tmp_path / "s.tar", files)
     with tarfile.open(source, "a") as tar:
         for name, kind, target in (
             ("hard.jpg", tarfile.LNKTYPE, "a/0.jpg"),
@@ -254,12 +238,6 @@ def test_tars_that_would_be_misread_are_errors(tmp_path, capsys, make, message, 
     assert message in capsys.readouterr().err
 
 
-def test_a_tar_of_no_bytes_in_a_tar(tmp_path):
-    source = write_tar(tmp_path / "s.tar", {"empty.tar": b"", "0.jpg": jpeg(0)})
-    assert csv(tmp_path, table(tmp_path / "t.tsv", [("0.jpg", "0")]), source) == 0
-    assert pairs_of(tmp_path / "out") == [("0", jpeg(0))]
-
-
 @pytest.mark.parametrize("name", ["S.TAR", "S.Zip", "S.TAR.GZ"])
 def test_the_case_of_an_archives_suffix_does_not_count(tmp_path, name):
     kind = name.lower().rpartition(".")[2]
@@ -272,15 +250,15 @@ def test_the_case_of_an_archives_suffix_does_not_count(tmp_path, name):
 
 
 def test_names_of_a_zip_that_does_not_say_they_are_utf8(tmp_path):
-    source = pack("zip", tmp_path, {"XX.jpg": jpeg(0), "Y.jpg": jpeg(1)})
+    source = pack("zip", tmp_path, {"XX.jpg": jpeg(0), "Y.jpg": jpeg(1), "d\\1.jpg": jpeg(2)})
     content = source.read_bytes().replace(b"XX", "é".encode()).replace(b"Y.j", b"\x82.j")
     source.write_bytes(content)
     rows = table(tmp_path / "t.tsv", [("é.jpg", "of macOS or DOS")])
     assert csv(tmp_path, rows, source) == 2  # both, so neither
     source.write_bytes(content.replace(b"\x82.j", b"\x81.j"))
-    rows = table(tmp_path / "u.tsv", [("é.jpg", "of macOS"), ("ü.jpg", "of DOS")])
-    assert csv(tmp_path, rows, source, out="out2") == 0
-    assert pairs_of(tmp_path / "out2") == [("of macOS", jpeg(0)), ("of DOS", jpeg(1))]
+    rows = [("é.jpg", "of macOS"), ("ü.jpg", "of DOS"), ("d/1.jpg", "with backslashes")]
+    assert csv(tmp_path, table(tmp_path / "u.tsv", rows), source, out="out2") == 0
+    assert pairs_of(tmp_path / "out2") == [(text, jpeg(n)) for n, (_, text) in enumerate(rows)]
 
 
 def test_a_zip_written_to_a_pipe_is_checked_too(tmp_path):
@@ -346,7 +324,7 @@ def test_separator_quotes_and_line_ends_are_found_out(tmp_path, capsys, separato
         (b'title\tfilepath\n"a\t0.jpg\nb"\t0.jpg\n', "t.tsv:2: a quoted field goes over rows"),
         (
             "filepath\ttitle\n".encode("utf-16"),
-            "t.tsv:1: not UTF-8 text (byte 1 is 0xff); if it is",
+            "t.tsv:1: not UTF-8 text (byte 1 is 0xff); convert",
         ),
     ],
 )
@@ -470,7 +448,7 @@ def test_number_of_shards(tmp_path, capsys):
     sizes = json.loads((tmp_path / "out" / "sizes.json").read_text())
     assert len(sizes) == 8 and set(sizes.values()) == {2, 3} and sum(sizes.values()) == 19
     assert run(*words, "9") == 2
-    assert "--shards was 8 and is now 9" in capsys.readouterr().err
+    assert "--shards was 8" in capsys.readouterr().err
 
 
 # img2dataset's parquet, Hugging Face --------------------------------------------------------------
@@ -538,15 +516,6 @@ def test_tables_of_images_without_pyarrow(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert run("hf", "--dataset", tmp_path / "a.parquet", "--output", tmp_path / "out") == 2
     assert "pip install 'otter-openclip[parquet]'" in capsys.readouterr().err
-
-
-def test_a_zip_with_backslashes(tmp_path):
-    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
-        for n in range(2):
-            archive.writestr(f"{n}\\0.jpg", jpeg(n))
-    path = table(tmp_path / "t.tsv", [("1/0.jpg", "one"), ("0/0.jpg", "zero")])
-    assert csv(tmp_path, path, tmp_path / "s.zip") == 0
-    assert pairs_of(tmp_path / "out") == [("one", jpeg(1)), ("zero", jpeg(0))]
 
 
 @pytest.mark.parametrize("form", ["hub", "save_to_disk", "paths"])
@@ -684,7 +653,8 @@ def served(folder):
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip", "tar.gz"])
 def test_the_same_from_http_as_from_disk(tmp_path, kind):
     pytest.importorskip("aiohttp")
-    files = {f"{n % 2}/{n}.jpg": jpeg(n) for n in range(5)}
+    files = {f"{n % 2}/{n}.jpg": jpeg(n) for n in range(3)}
+    files |= {"a b.jpg": jpeg(3), "é/1.jpg": jpeg(4), "c%20d.jpg": jpeg(5)}
     if kind == "tar.gz":
         source = write_tar(tmp_path / "source.tar.gz", files, "w:gz")
     else:
@@ -702,16 +672,6 @@ def test_the_same_from_http_as_from_disk(tmp_path, kind):
     assert dropped(tmp_path / "out") == [("0/9.jpg", "missing")]
 
 
-def test_names_of_a_folder_at_http_are_read_as_such(tmp_path):
-    pytest.importorskip("aiohttp")
-    files = {"a b.jpg": jpeg(0), "é/1.jpg": jpeg(1), "c%20d.jpg": jpeg(2)}
-    write_files(tmp_path / "web", files)
-    path = table(tmp_path / "t.tsv", [(name, name) for name in files])
-    with served(tmp_path / "web") as address:
-        assert csv(tmp_path, path, address) == 0
-    assert pairs_of(tmp_path / "out") == list(files.items())
-
-
 def test_img2dataset_files_at_an_address(tmp_path):
     memory = fsspec.filesystem("memory")
     rows = [({"url": f"http://x/{n}"}, jpeg(n)) for n in range(4)]
@@ -725,27 +685,18 @@ def test_img2dataset_files_at_an_address(tmp_path):
         memory.rm("/i2d", recursive=True)
 
 
-def test_without_images_the_current_folder_comes_first(tmp_path, monkeypatch):
-    write_files(tmp_path / "here", {"0.jpg": jpeg(0)})
-    write_files(tmp_path / "there", {"0.jpg": jpeg(1), "1.jpg": jpeg(2)})
-    path = table(
-        tmp_path / "there" / "t.tsv", [("0.jpg", "as open_clip has it"), ("1.jpg", "else")]
-    )
-    monkeypatch.chdir(tmp_path / "here")
-    assert csv(tmp_path, path) == 0
-    assert pairs_of(tmp_path / "out") == [("as open_clip has it", jpeg(0)), ("else", jpeg(2))]
-
-
 def test_without_images_nothing_is_searched(tmp_path, monkeypatch):
     """What else lies in the current folder or beside the table is none of the build's business."""
     write_files(tmp_path / "here", {"deep/1.jpg": jpeg(1), "broken.tar": b"no tar"})
+    write_files(tmp_path / "here", {"3.jpg": jpeg(3)})
     write_tar(tmp_path / "here" / "other.tar", {"0.jpg": jpeg(2), "2.jpg": jpeg(3)})
-    write_files(tmp_path / "there", {"0.jpg": jpeg(0), "broken.zip": b"no zip"})
+    write_files(tmp_path / "there", {"0.jpg": jpeg(0), "3.jpg": jpeg(0), "broken.zip": b"no zip"})
     rows = [("0.jpg", "beside"), ("1.jpg", "deeper"), ("2.jpg", "in an archive")]
+    rows += [("3.jpg", "as open_clip has it")]
     path = table(tmp_path / "there" / "t.tsv", rows)
     monkeypatch.chdir(tmp_path / "here")
     assert csv(tmp_path, path) == 0
-    assert pairs_of(tmp_path / "out") == [("beside", jpeg(0))]
+    assert pairs_of(tmp_path / "out") == [("beside", jpeg(0)), ("as open_clip has it", jpeg(3))]
     assert dropped(tmp_path / "out") == [("1.jpg", "missing"), ("2.jpg", "missing")]
     write_tar(tmp_path / "here" / "further.tar", {})  # a complete build stays what it is
     assert csv(tmp_path, path) == 0

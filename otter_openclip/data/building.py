@@ -74,14 +74,14 @@ class Build:
     def __post_init__(self) -> None:
         self.output = Path(self.args.output)
         self.state = self.output / STATE_FOLDER
-        # What a resume must repeat.
-        settings = {
-            name.replace("_", "-"): " ".join(value) if isinstance(value, list) else value
+        # What a resume must repeat: the options, and the files' sizes and times.
+        self.begun = {
+            f"--{name.replace('_', '-')}": " ".join(value) if isinstance(value, list) else value
             for name, value in vars(self.args).items()
             if name not in _NOT_OF_THE_RESULT and value is not None and value is not False
         }
         inputs = [*self.inputs, *(self.images.archives if self.images else ())]
-        self.begun = {"settings": settings, "inputs": {p: sources.stamp(p) for p in inputs}}
+        self.begun |= {path: sources.stamp(path) for path in inputs}
 
     def run(self) -> dict[str, Any]:
         """Build, or go on with a build that was stopped, or see that it is complete; the report.
@@ -90,9 +90,7 @@ class Build:
         could be kept, or too many pictures are missing; RuntimeError if another process builds there, or
         a worker was killed; OSError if something cannot be read or written.
         """
-        if self.output.exists() and not self.output.is_dir():
-            raise ValueError(f"{self.output} is a file; give --output a folder")
-        if self.output.is_dir() and any(self.output.iterdir()) and not self.state.is_dir():
+        if self.output.exists() and not self.state.is_dir() and any(self.output.iterdir()):
             fault = "holds files that are not of 'otter-openclip data'"
             raise ValueError(f"{self.output} {fault}; choose another --output")
         self.state.mkdir(parents=True, exist_ok=True)
@@ -107,38 +105,29 @@ class Build:
             raise RuntimeError(fault) from None
         shards = f"{report['shards']} shard{'s' if report['shards'] > 1 else ''}"
         print(f"{self.output}: {report['samples']} samples in {shards}.")
-        for name, what in (("dropped", "Dropped"), ("skipped", "Left out")):
-            if counts := report[name]:
-                print(f"{what}: {_counts(counts)}.")
+        if report["skipped"]:
+            print(f"Left out: {_counts(report['skipped'])}.")
         if report["dropped"]:
-            print(f"Which were dropped, and why: {self.output / DROPPED_FILE}")
+            print(f"Dropped: {_counts(report['dropped'])}; see {self.output / DROPPED_FILE}")
         return report
 
-    def _check_same(self, before: Mapping[str, Mapping[str, Any]]) -> None:
+    def _check_same(self, before: Mapping[str, Any]) -> None:
         """Raise ValueError if settings or inputs are not those that the build was begun with."""
-        differences = []
-        for kind, values in self.begun.items():
-            for name in before[kind] | values:
-                old, new = (each.get(name, "not given") for each in (before[kind], values))
-                if old != new and kind == "inputs":
-                    differences.append(f"{name} has changed")
-                elif old != new:
-                    flag = name if name == "command" else f"--{name}"
-                    differences.append(f"{flag} was {old} and is now {new}")
-        if differences:
-            fault = f"{self.output} was begun differently: {'; '.join(differences[:5])}"
-            raise ValueError(f"{fault}. Run it as it was begun, or choose another --output")
+        names = [n for n in before | self.begun if before.get(n) != self.begun.get(n)]
+        if names:
+            was = "; ".join(f"{name} was {before.get(name, 'not given')}" for name in names)
+            fix = "run it as it was begun, or choose another --output"
+            raise ValueError(f"{self.output} was begun differently ({was}); {fix}")
 
     def _complete(self) -> dict[str, Any] | None:
         """The report of a build that is complete."""
-        if not (self.output / REPORT_FILE).exists():
-            return None
-        report = json.loads((self.output / REPORT_FILE).read_text(encoding="utf-8"))
-        self._check_same(report)
-        for name, _, size in report["written"]:
-            if not _is_there(self.output / name, size):
-                fault = f"is gone or is not the shard of {size} bytes that was written"
-                raise ValueError(f"{self.output / name} {fault}; build into a new folder")
+        path = self.output / REPORT_FILE
+        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if report:
+            self._check_same(report.get("begun", {}))
+            for name, _, size in report["written"]:
+                if not _is_there(shard := self.output / name, size):
+                    raise ValueError(f"{shard} is not as it was written; build into a new folder")
         return report
 
     def _build(self) -> dict[str, Any]:
@@ -153,7 +142,7 @@ class Build:
                 self._check_lost(plan)
                 plan.write_dropped(self.output)
                 self.finish(self.output, plan)
-                report = plan.report() | self.begun
+                report = plan.report()
         except sqlite3.Error as error:
             fix = "is the disk full? If not, remove it and build again"
             raise OSError(f"{path}: {error}; {fix}") from error
@@ -170,29 +159,28 @@ class Build:
                 self.images.open(plan.index, self.state / "unpacked")
             self.fill(plan)
             plan.drop_shared()
+            plan.begun = self.begun
             self._check_lost(plan)
-            plan.begin(self.begun)
         os.replace(self.state / "unfinished.db", path)
 
     def _check_lost(self, plan: Plan) -> None:
         """Raise ValueError if nothing is left, or more is lost than may be."""
-        report, samples = plan.report(), len(plan)
-        reasons = report["dropped"]
-        listed, most = self.output / DROPPED_FILE, getattr(self.args, "max_missing", None)
+        reasons, planned = plan.report()["dropped"], len(plan)
         lost = {r: reasons[r] for r in (MISSING, AMBIGUOUS, UNDECODABLE) if r in reasons}
-        total = samples + sum(lost.values()) - lost.get(UNDECODABLE, 0)
-        if samples == lost.get(UNDECODABLE, 0):
-            counts = _counts(reasons | report["skipped"]) or "the input lists none"
-            fault = f"no sample could be kept ({counts})"
-            fix = f"see {listed} and check the input and --images"
-        elif most is not None and sum(lost.values()) > most(total):
-            fault = f"{_counts(lost, ' and ')} of {total} images, listed in {listed}"
-            again = "and build into a new folder, " if UNDECODABLE in lost else ""
-            fix = f"put them in place {again}or allow it with --max-missing {sum(lost.values())}"
-        else:
-            return
-        plan.write_dropped(self.output)
-        raise ValueError(f"{fault}; {fix}")
+        undecodable, most = lost.get(UNDECODABLE, 0), getattr(self.args, "max_missing", None)
+        total, listed = planned + sum(lost.values()) - undecodable, self.output / DROPPED_FILE
+        fault = None
+        if planned == undecodable:
+            counts = _counts(reasons | plan.report()["skipped"]) or "the input lists none"
+            fault = (
+                f"no sample could be kept ({counts}); check the input and --images, see {listed}"
+            )
+        elif most is not None and sum(lost.values()) > most:
+            fix = f"put them in place and build anew, or pass --max-missing {sum(lost.values())}"
+            fault = f"{_counts(lost, ' and ')} of {total} images, listed in {listed}; {fix}"
+        if fault:
+            plan.write_dropped(self.output)
+            raise ValueError(fault)
 
     def _write_shards(self, plan: Plan) -> None:
         """Write the shards that are not there yet."""

@@ -9,7 +9,6 @@ and classnames.txt holds that form.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 
 from otter_openclip.data import labelled
@@ -33,12 +32,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     names = read_classes(args.classes)
     labels = labelled.read_index_rows(args.labels, len(names))
-    return labelled.build(args, names, labels, _places)
-
-
-def _places(image: str) -> tuple[str, ...]:
-    """Where an image may be: by synset, so below the reference's folder, or all in one folder."""
-    return image, f"images/{image}", os.path.basename(image)
+    return labelled.build(args, names, labels)
 
 
 def read_classes(path: str) -> list[str]:

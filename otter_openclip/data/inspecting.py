@@ -19,7 +19,7 @@ from hashlib import blake2b
 from heapq import heappush, heappushpop, nlargest
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
@@ -41,19 +41,6 @@ SIZES = ("caption_characters", "caption_words", "labels_per_image")
 SIZES += ("image_width", "image_height", "image_bytes")
 
 
-class EvaluationSet(Protocol):
-    """The files beside an evaluation set's shards, as `evaluation.validator.Folder` has them."""
-
-    suffix: str
-    names: list[str] | None
-    classes: int | None
-    faults: list[Fault]
-    remarks: list[Fault]
-
-    def count_faults(self, samples: int) -> Iterable[Fault]:
-        """What is wrong with so many samples."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
     add = parser.add_argument
@@ -67,10 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=positive, default=workers, metavar="N", help="default: one per CPU")
 
 
-def inspect(
-    args: argparse.Namespace, evaluation_set: Callable[[Path], EvaluationSet | None]
-) -> int:
-    """Run the command; ``evaluation_set`` says of a folder of shards whether it is one's split."""
+def inspect(args: argparse.Namespace, evaluation_set: Callable[[Path], Any]) -> int:
+    """Run the command; ``evaluation_set`` has what lies beside a folder of an evaluation set's shards.
+
+    That is an `evaluation.validator.Folder`, or None for a folder of training pairs.
+    """
     paths = find_shards(args.shards)
     if Path(args.sheet).suffix.lower() not in FORMATS:
         raise ValueError(f"--sheet {args.sheet}: take one of {', '.join(FORMATS[:-1])}")
@@ -120,7 +108,7 @@ def find_shards(patterns: Iterable[str]) -> list[Path]:
 class Look:
     """What a shard holds: numbers of each sample, and some pictures (lot, PNG, caption or labels)."""
 
-    def __init__(self, job: tuple[Path, EvaluationSet | None], pictures: int) -> None:
+    def __init__(self, job: tuple[Path, Any], pictures: int) -> None:
         """Read a shard, of an evaluation set or, if that is None, of training pairs."""
         self.path, self.set = job
         self.samples, self.turned, self._most = 0, 0, pictures
@@ -176,9 +164,7 @@ class Look:
         shard_samples.check_range(image)
 
 
-def judge(
-    looks: Sequence[Look], sets: Mapping[Path, EvaluationSet | None]
-) -> tuple[list[Fault], list[Fault]]:
+def judge(looks: Sequence[Look], sets: Mapping[Path, Any]) -> tuple[list[Fault], list[Fault]]:
     """All faults, and remarks on what neither training nor evaluation refuses."""
     faults, remarks = [fault for shard in looks for fault in shard.faults], []
     for folder, labelled in sets.items():

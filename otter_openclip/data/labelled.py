@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from otter_openclip import cli
 from otter_openclip.data.building import Build, add_output
 from otter_openclip.data.lookup import Paths
 from otter_openclip.data.plan import Plan
@@ -39,27 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser, classes: str, labels: str, im
     add("--labels", required=True, type=absolute, metavar="FILE", help=labels)
     text = f"{images}; .tar, .tar.gz or .zip; braces and wildcards are expanded"
     add("--images", required=True, nargs="+", type=absolute, metavar="PATH", help=text)
-    text = "images (or percent, as 0.5%%) that may be missing or undecodable; default 0"
-    add("--max-missing", type=max_missing, default=max_missing("0"), metavar="N", help=text)
+    text = "images that may be missing or undecodable; default 0"
+    add("--max-missing", type=cli.number(0, kind=int), default=0, metavar="N", help=text)
     add_output(parser, shard_size=1000)
-
-
-def max_missing(text: str) -> Callable[[int], int]:
-    """From "25" or "0.5%" to the number of images that may be missing, of so many."""
-    match = re.fullmatch(r"(?P<count>\d+)|(?P<percent>\d+\.?\d*|\.\d+)%", text)
-    if match is None or float(match["percent"] or 0) > 100:
-        fault = f"{text!r} is neither a count nor a percentage like 0.5%"
-        raise argparse.ArgumentTypeError(fault)
-    if match["count"]:
-        return lambda total: int(text)
-    return lambda total: int(total * (float(match["percent"]) / 100))
 
 
 def build(
     args: argparse.Namespace,
     classes: Sequence[str],
     labels: tuple[Sequence[Row], int],
-    paths: Callable[[str], Sequence[str]],
 ) -> int:
     """Build a test set from its parsed metadata; returns the command's exit code.
 
@@ -67,7 +55,6 @@ def build(
         args: the options of `add_arguments`, and ``command``.
         classes: class names as they are to be prompted.
         labels: the images with labels, in order, and the number of those without, left out before.
-        paths: from an image's name to where it may be in a folder or archive.
     """
     images, (rows, without) = Paths(args.images, any_suffix=True), labels
     keys: dict[str, int] = {}
@@ -89,7 +76,7 @@ def build(
         if without:
             plan.skip("without a positive label", without)
         for image, positive, line in tqdm(rows, "Looking for images", unit="image"):
-            found, numbers = images.find(*paths(image)), " ".join(map(str, positive))
+            found, numbers = images.find(image), " ".join(map(str, positive))
             plan.add(image, found, numbers, key=key_of(image), where=f"line {line} of the labels")
 
     def finish(folder: Path, plan: Plan) -> None:

@@ -173,17 +173,14 @@ class Downloaded:
             beside = metadata is None and source in self.folders and "/" not in name
             if file is None or beside:
                 continue  # not downloaded, or lies beside the parts
-            where = f"{source}: {name}.json"
-            if metadata is None:
-                raise OSError(f"{source}: no .json beside {name}; {_NOT_IMG2DATASET}")
             try:
-                value = json.loads(metadata)
+                value = json.loads(metadata or "{}")
                 keys = [str(value[f]) for f in self.fields if value.get(f) not in (None, "")]
-            except (ValueError, AttributeError) as error:
-                raise OSError(f"{where}: {_NOT_IMG2DATASET}") from error
+            except (ValueError, AttributeError):
+                keys = []
             if not keys:
                 listed = " or ".join(self.fields)
-                raise OSError(f"{where}: no {listed} in it; {_NOT_IMG2DATASET}")
+                raise OSError(f"{source}: no {listed} in {name}.json; {_NOT_IMG2DATASET}")
             yield from ((key, name, file) for key in keys)
 
 

@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.classes} {fault}; {fix}")
     else:
         labels = read_labels(args.labels, mids, args.classes)
-    return labelled.build(args, names, labels, lambda name: (f"{name}.jpg", f"test/{name}.jpg"))
+    return labelled.build(args, names, labels)
 
 
 def read_classes(path: str) -> tuple[dict[str, int] | None, list[str]]:

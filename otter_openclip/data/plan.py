@@ -53,14 +53,14 @@ class Plan:
         self.db.executescript(_TABLES)
         self.index = Index(self.db)
 
-    def begin(self, settings: dict[str, Any]) -> None:
-        """Note the settings and inputs of a plan that is complete."""
-        self.db.execute("INSERT INTO begun VALUES (?)", (json.dumps(settings),))
-
     @property
     def begun(self) -> dict[str, Any]:
         """The settings and inputs that the build was begun with."""
         return json.loads(self.db.execute("SELECT settings FROM begun").fetchone()[0])
+
+    @begun.setter
+    def begun(self, settings: dict[str, Any]) -> None:
+        self.db.execute("INSERT INTO begun VALUES (?)", (json.dumps(settings),))
 
     def add(
         self, name: str, found: Found, text: str, *, key: str | None = None, where: str = ""
@@ -148,6 +148,7 @@ class Plan:
             "dropped": dict(select("SELECT reason, COUNT(*) FROM dropped GROUP BY reason")),
             "skipped": dict(select("SELECT reason, SUM(count) FROM skipped GROUP BY reason")),
             "written": written,
+            "begun": self.begun,
         }
 
     def write_dropped(self, folder: Path) -> None:

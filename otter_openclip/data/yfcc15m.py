@@ -103,8 +103,7 @@ def read_metadata(path: str) -> Iterator[dict[str, str]]:
     for number, line in lines(path):
         if line.startswith("{"):
             try:
-                values = json.loads(line)
-                row = {name: "" if value is None else str(value) for name, value in values.items()}
+                row = {k: "" if v is None else str(v) for k, v in json.loads(line).items()}
                 "".join(row[name] for name in _NEEDED).encode()  # JSON can name what is no text
             except (ValueError, KeyError) as error:
                 fault = f"no JSON object with {', '.join(_NEEDED)} ({error})"
