@@ -35,7 +35,6 @@ from otter_openclip.shards.read import SampleError
 from otter_openclip.shards.write import write_shard
 
 STATE_FOLDER, REPORT_FILE, UNDECODABLE = ".otter-build", "report.json", "undecodable"
-ENOUGH_SHARDS = 8
 _LOCK_SECONDS = 10.0
 _CHUNK = 16  # images a worker reads at a time
 _NOT_OF_THE_RESULT = ("output", "workers", "max_missing")  # options that a resume may change
@@ -187,10 +186,6 @@ class Build:
         args = self.args
         order = plan.order(None if getattr(args, "no_shuffle", True) else args.seed)
         cuts = cut(len(order), args.shard_size, args.shards)
-        if len(cuts) <= ENOUGH_SHARDS:
-            need = "open_clip needs one for each data-loading worker of all GPUs together"
-            fix = f"--shards {ENOUGH_SHARDS} makes {ENOUGH_SHARDS}"
-            print(f"Shards: {len(cuts) - 1}, for {len(order)} samples. {need}; {fix}")
         done = self._done(plan)
         chunks = (
             [plan.sample(int(id)) for id in order[start : start + _CHUNK]]

@@ -114,7 +114,7 @@ def read_index_rows(
     """Lines of an image's name and its class indices, each perhaps with a confidence (``2367:1``).
 
     Returns images with their positive labels, and the number of images without any. ValueError names the
-    line of a label outside the class list, no number, a confidence outside [0, 1], or a repeated image.
+    line of a label outside the class list or no number, or a repeated image.
     """
     rows: dict[str, Row] = {}
     for number, line in lines(path):
@@ -133,8 +133,6 @@ def read_index_rows(
             except ValueError:
                 fault = f"{entry!r} is neither a class index nor index:confidence"
                 raise at(path, number, fault) from None
-            if not 0 <= sure <= 1:
-                raise at(path, number, f"confidence {confidence} is not in [0, 1]")
             if not 0 <= label < classes:
                 fault = f"label {label} is outside the class list of {classes} (0 to {classes - 1})"
                 raise at(path, number, f"{fault}; do the two files belong together?")

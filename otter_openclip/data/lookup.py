@@ -96,10 +96,10 @@ class Paths:
             self._list(source)
 
     def _list(self, source: str) -> None:
-        normal = ((posixpath.normpath(n).lstrip("/"), file) for n, file in sources.members(source))
+        files = ((posixpath.normpath(n).lstrip("/"), file) for n, file in sources.members(source))
         if self.any_suffix:
-            normal = (each for each in normal if _suffix(each[0]) in IMAGE_SUFFIXES)
-        self.index.add(source, ((self._name(path), path, file) for path, file in normal))
+            files = (each for each in files if _suffix(each[0]) in IMAGE_SUFFIXES)
+        self.index.add(source, ((self._name(path), path, file) for path, file in files))
 
     def _name(self, path: str) -> str:
         name = posixpath.basename(path)

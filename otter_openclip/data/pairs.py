@@ -28,7 +28,7 @@ def add_pair_output(parser: argparse.ArgumentParser) -> None:
     add_output(parser, shard_size=10_000)
     add = parser.add_argument_group("order").add_argument
     text = "shuffles the pairs before they are cut; default 0"
-    add("--seed", type=number(0, kind=int), metavar="N", help=text)
+    add("--seed", type=number(0, kind=int), default=0, metavar="N", help=text)
     text = "keep the input's order (archives on a slow disk are then read from front to back)"
     add("--no-shuffle", action="store_true", help=text)
 
@@ -51,9 +51,6 @@ def build(
     finish: Callable[[Path, Plan], None] | None = None,
 ) -> int:
     """Build a training set; returns the exit code. The arguments are those of `building.Build`."""
-    if args.no_shuffle and args.seed is not None:
-        raise ValueError("--no-shuffle has no use for --seed; drop one")
-    args.seed = args.seed or 0
 
     def write_small_files(folder: Path, plan: Plan) -> None:
         if finish:
@@ -61,8 +58,8 @@ def build(
         sizes = {name: samples for name, samples, _ in plan.report()["written"]}
         write_json(folder / SIZES_FILE, sizes)
 
-    encode, shard_name = str.encode, "{:05d}.tar"
-    job = Build(args, inputs, images, fill, write_small_files, "txt", encode, shard_name, record)
+    name = "{:05d}.tar"
+    job = Build(args, inputs, images, fill, write_small_files, "txt", str.encode, name, record)
     last = job.run()["shards"] - 1
     print(f"--train-data '{job.output}/{f'{{00000..{last:05d}}}' if last else '00000'}.tar'")
     return 0

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from otter_openclip.cli import needs
 from otter_openclip.data import sources, tables
 from otter_openclip.files import written_whole
 from otter_openclip.shards.write import write_shard
@@ -49,15 +50,12 @@ def table_samples(table: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, 
     """The rows of the parquet or arrow ``table`` called ``name``, each as an image and JSON.
 
     The images lie in a column of bytes (img2dataset) or of {bytes, path} (Hugging Face datasets).
-    ValueError if there is not one such column, or two of one name; OSError if the table is damaged, or
-    pyarrow is missing.
+    ValueError if there is not one such column, or two of one name; OSError if the table is damaged;
+    RuntimeError if pyarrow is missing.
     """
-    try:
-        import pyarrow
-        from pyarrow import ipc, parquet, types
-    except ImportError as error:
-        fix = "pip install 'otter-openclip[parquet]'"
-        raise OSError(f"{name}: pyarrow, which reads it, is not installed; {fix}") from error
+    needs("pyarrow", "parquet")
+    import pyarrow
+    from pyarrow import ipc, parquet, types
 
     def is_image(kind: Any) -> bool:
         inner = {field.name: field.type for field in kind} if types.is_struct(kind) else {}
