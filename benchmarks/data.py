@@ -149,11 +149,11 @@ def compare(bench: Bench, workers: Sequence[int], rounds: int) -> list[dict[str,
     for count, name in tqdm(every, "Building", unit="build"):
         runs[count, name].append(bench.run(name, count))
     rows = []
-    for (count, name), own in runs.items():
+    for (count, name), timed in runs.items():
         plain = runs[count, "plain loop"]
-        seconds, cpu = (statistics.median(run[key] for run in own) for key in ("seconds", "cpu"))
+        seconds, cpu = (statistics.median(run[key] for run in timed) for key in ("seconds", "cpu"))
         of_plain = {
-            key: common.ratio([run[key] for run in plain], [run[key] for run in own])
+            key: common.ratio([run[key] for run in plain], [run[key] for run in timed])
             for key in ("seconds", "cpu")
         }
         rows.append(

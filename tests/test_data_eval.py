@@ -216,7 +216,7 @@ def test_missing_and_undecodable_images(goi, capsys):
     both = [("0000c64e1253d68f", "undecodable"), ("ffff21932da3ed01", "missing")]
     assert dropped(goi / "out") == both
     assert not (goi / "out" / "test" / "nshards.txt").exists()
-    assert build_goi(goi, "--max-missing", "2") == 0
+    assert build_goi(goi, "--max-missing", "67%") == 0
     assert dropped(goi / "out") == both
     assert vectors(goi / "out") == {"000026e7ee790996": [1, 3]}
     assert json.loads((goi / "out" / "report.json").read_text())["dropped"] == {
@@ -229,7 +229,7 @@ def test_nothing_left_is_an_error(goi, capsys):
     assert build_goi(goi, "--max-missing", "3", images="classes.csv") == 2
     assert "neither a folder nor an archive" in capsys.readouterr().err
     (goi / "empty").mkdir()
-    assert build_goi(goi, "--max-missing", "3", images="empty") == 2
+    assert build_goi(goi, "--max-missing", "100%", images="empty") == 2
     assert "no sample could be kept (3 missing" in capsys.readouterr().err
     assert build_goi(goi, images="nowhere") == 2
     assert "no such folder or archive" in capsys.readouterr().err

@@ -440,6 +440,8 @@ def test_orientation_stays_what_open_clip_passes_over(tmp_path):
 def test_number_of_shards(tmp_path, capsys):
     write_files(tmp_path, {f"{n}.jpg": jpeg(n) for n in range(19)})
     path = table(tmp_path / "t.tsv", [(f"{n}.jpg", str(n)) for n in range(19)])
+    assert csv(tmp_path, path, out="few") == 0
+    assert "Shards: 1. open_clip needs one" in capsys.readouterr().out
     words = ["csv", "--captions", path, "--output", tmp_path / "out", "--shards"]
     assert run(*words, "8") == 0
     sizes = json.loads((tmp_path / "out" / "sizes.json").read_text())

@@ -35,6 +35,7 @@ from otter_openclip.shards.read import SampleError
 from otter_openclip.shards.write import write_shard
 
 STATE_FOLDER, REPORT_FILE, UNDECODABLE = ".otter-build", "report.json", "undecodable"
+ENOUGH_SHARDS = 8
 _LOCK_SECONDS = 10.0
 _CHUNK = 16  # images a worker reads at a time
 _NOT_OF_THE_RESULT = ("output", "workers", "max_missing")  # options that a resume may change
@@ -171,11 +172,10 @@ class Build:
         fault = None
         if planned == undecodable:
             counts = _counts(reasons | plan.report()["skipped"]) or "the input lists none"
-            fault = (
-                f"no sample could be kept ({counts}); check the input and --images, see {listed}"
-            )
-        elif most is not None and sum(lost.values()) > most:
-            fix = f"put them in place and build anew, or pass --max-missing {sum(lost.values())}"
+            fault = f"no sample could be kept ({counts}); check input and --images, see {listed}"
+        elif most is not None and sum(lost.values()) > most(total):
+            again = " and build into a new folder" if undecodable else ""
+            fix = f"put them in place{again}, or pass --max-missing {sum(lost.values())}"
             fault = f"{_counts(lost, ' and ')} of {total} images, listed in {listed}; {fix}"
         if fault:
             plan.write_dropped(self.output)
@@ -186,6 +186,11 @@ class Build:
         args = self.args
         order = plan.order(None if getattr(args, "no_shuffle", True) else args.seed)
         cuts = cut(len(order), args.shard_size, args.shards)
+        if len(cuts) <= ENOUGH_SHARDS:
+            need = "open_clip needs one for each data-loading worker of all GPUs together"
+            print(
+                f"Shards: {len(cuts) - 1}. {need}; --shards {ENOUGH_SHARDS} makes {ENOUGH_SHARDS}"
+            )
         done = self._done(plan)
         chunks = (
             [plan.sample(int(id)) for id in order[start : start + _CHUNK]]

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from otter_openclip.data import pairs
-from otter_openclip.data.lookup import NOT_DOWNLOADED, Found
+from otter_openclip.data.lookup import NOT_DOWNLOADED, Picture
 from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import absolute
 from otter_openclip.data.tables import at, lines
@@ -54,10 +54,10 @@ def main(args: argparse.Namespace) -> int:
             plan.db.executemany("INSERT OR IGNORE INTO saved VALUES (?, ?)", saved)
         query = "SELECT name FROM saved WHERE url = ?"
         for caption, url in tqdm(read_captions(args.captions), "Reading captions", unit="caption"):
-            found = Found(None, reason=NOT_DOWNLOADED)
+            picture = Picture(None, reason=NOT_DOWNLOADED)
             if name := plan.db.execute(query, (url,)).fetchone() if args.report else (url,):
-                found = images.find(*name)
-            plan.add(url, found, caption)
+                picture = images.find(*name)
+            plan.add(url, picture, caption)
 
     inputs = [args.captions, *([args.report] if args.report else [])]
     return pairs.build(args, inputs, images, fill, "URL", write_labels)

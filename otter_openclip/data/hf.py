@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from otter_openclip.data import pairs, sources, unpacking
-from otter_openclip.data.lookup import Found
+from otter_openclip.data.lookup import Picture
 from otter_openclip.data.plan import Plan
 
 
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
                 for caption in captions or [None]:
                     if not isinstance(caption, str | None):
                         raise ValueError(f"{name}: no text in {key!r}, but {caption!r}; --text-key")
-                    plan.add(name, Found(file), caption or "")
+                    plan.add(name, Picture(file), caption or "")
 
     return pairs.build(args, files, None, fill, "row")
 

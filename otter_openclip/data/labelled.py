@@ -39,9 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser, classes: str, labels: str, im
     add("--labels", required=True, type=absolute, metavar="FILE", help=labels)
     text = f"{images}; .tar, .tar.gz or .zip; braces and wildcards are expanded"
     add("--images", required=True, nargs="+", type=absolute, metavar="PATH", help=text)
-    text = "images that may be missing or undecodable; default 0"
-    add("--max-missing", type=cli.number(0, kind=int), default=0, metavar="N", help=text)
+    text = "images (or percent, as 0.5%%) that may be missing or undecodable; default 0"
+    add("--max-missing", type=max_missing, default=max_missing("0"), metavar="N", help=text)
     add_output(parser, shard_size=1000)
+
+
+def max_missing(text: str) -> Callable[[int], float]:
+    """From "25" or "0.5%" to the number of images that may be missing, of so many."""
+    if text.endswith("%"):
+        percent = cli.number(0, 100)(text.removesuffix("%"))
+        return lambda total: total * percent / 100
+    count = cli.number(0, kind=int)(text)
+    return lambda total: count
 
 
 def build(
@@ -76,8 +85,8 @@ def build(
         if without:
             plan.skip("without a positive label", without)
         for image, positive, line in tqdm(rows, "Looking for images", unit="image"):
-            found, numbers = images.find(image), " ".join(map(str, positive))
-            plan.add(image, found, numbers, key=key_of(image), where=f"line {line} of the labels")
+            picture, numbers = images.find(image), " ".join(map(str, positive))
+            plan.add(image, picture, numbers, key=key_of(image), where=f"line {line} of the labels")
 
     def finish(folder: Path, plan: Plan) -> None:
         write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in classes))

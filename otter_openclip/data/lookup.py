@@ -24,7 +24,7 @@ _SHOWN = 6  # files of one name that are looked at, and named
 _NOT_IMG2DATASET = "is this the output of img2dataset, did it end well? It resumes when run again"
 
 
-class Found(NamedTuple):
+class Picture(NamedTuple):
     """A picture's file and what it is called, or None and the reason with what else there is.
 
     ``whole`` if the file is at the row's whole path, not only the one file of its name.
@@ -53,7 +53,7 @@ class Index:
         self.db.executemany("INSERT INTO files VALUES (?, ?, ?)", rows)
         self._sorted = False
 
-    def select(self, name: str, path: str | None = None) -> list[Found]:
+    def select(self, name: str, path: str | None = None) -> list[Picture]:
         """The first files of a ``name``, or those of them that are at ``path``."""
         if not self._sorted:
             self.db.execute("CREATE INDEX names ON files (name, path)")
@@ -62,11 +62,11 @@ class Index:
         if path is not None:
             query, values = f"{query} AND path = ?", [*values, os.fsencode(path)]
         rows = self.db.execute(f"{query} ORDER BY path, rowid LIMIT {_SHOWN}", values)
-        return [_found(os.fsdecode(path), File(*json.loads(file))) for path, file in rows]
+        return [_picture(os.fsdecode(path), File(*json.loads(file))) for path, file in rows]
 
 
-def _found(path: str, file: File) -> Found:
-    return Found(file, file.path if file.offset is None else f"{file.path}:{path}")
+def _picture(path: str, file: File) -> Picture:
+    return Picture(file, file.path if file.offset is None else f"{file.path}:{path}")
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Paths:
         name = posixpath.basename(path)
         return os.path.splitext(name)[0] if self.any_suffix else name
 
-    def find(self, *paths: str) -> Found:
+    def find(self, *paths: str) -> Picture:
         """The picture under the first of the relative or absolute ``paths`` that leads to one."""
         spelled = dict.fromkeys(itertools.chain(paths, *map(_spellings, paths)))
         for path in spelled:
@@ -116,15 +116,15 @@ class Paths:
         for path in spelled if self.search else ():
             if pictures := self.index.select(self._name(path)):
                 return _only(pictures, whole=False)
-        return Found(None)
+        return Picture(None)
 
-    def _at(self, path: str) -> list[Found]:
+    def _at(self, path: str) -> list[Picture]:
         """The files at a path: of the folders, or else of the archives."""
         folders = [""] if os.path.isabs(path) else self.folders
         # ".." behind a link to a folder leads elsewhere.
         plain = os.path.realpath if ".." in path else os.path.normpath
         places = dict.fromkeys(plain(os.path.join(folder, path)) for folder in folders)
-        files = [Found(File(place), place) for place in places if os.path.isfile(place)]
+        files = [Picture(File(place), place) for place in places if os.path.isfile(place)]
         inside = posixpath.normpath(path).lstrip("/")
         return files or self.index.select(self._name(inside), inside)
 
@@ -139,10 +139,10 @@ def _spellings(path: str) -> Iterator[str]:
         yield from (unicodedata.normalize(form, spelled) for form in ("NFC", "NFD"))
 
 
-def _only(pictures: list[Found], *, whole: bool) -> Found:
+def _only(pictures: list[Picture], *, whole: bool) -> Picture:
     if len(pictures) == 1:
         return pictures[0]._replace(whole=whole)
-    return Found(None, " or ".join(picture.name for picture in pictures), whole, AMBIGUOUS)
+    return Picture(None, " or ".join(picture.name for picture in pictures), whole, AMBIGUOUS)
 
 
 @dataclass
@@ -163,10 +163,10 @@ class Downloaded:
         for source in [*(unpacking.local(a, unpacked) for a in self.archives), *self.folders]:
             index.add(source, self._entries(source))
 
-    def find(self, *names: str) -> Found:
+    def find(self, *names: str) -> Picture:
         """The image whose JSON has one of the ``names``, the first of several."""
         pictures = (picture for name in names for picture in self.index.select(name))
-        return next(pictures, Found(None, reason=NOT_DOWNLOADED))
+        return next(pictures, Picture(None, reason=NOT_DOWNLOADED))
 
     def _entries(self, source: str) -> Iterator[tuple[str, str, File]]:
         for name, metadata, file in sources.samples(source):

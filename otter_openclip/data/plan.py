@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otter_openclip.data import sources
-from otter_openclip.data.lookup import AMBIGUOUS, NOT_DOWNLOADED, Found, Index
+from otter_openclip.data.lookup import AMBIGUOUS, NOT_DOWNLOADED, Index, Picture
 from otter_openclip.data.sources import File
 from otter_openclip.files import written_whole
 
@@ -63,29 +63,28 @@ class Plan:
         self.db.execute("INSERT INTO begun VALUES (?)", (json.dumps(settings),))
 
     def add(
-        self, name: str, found: Found, text: str, *, key: str | None = None, where: str = ""
+        self, name: str, picture: Picture, text: str, *, key: str | None = None, where: str = ""
     ) -> None:
         """Append a sample, or drop it: without picture or caption, or there already.
 
         There already is a ``key`` or, without one, a file with its text. ``where`` is the row, for the
         report.
         """
-        if found.reason == NOT_DOWNLOADED:
+        if picture.reason == NOT_DOWNLOADED:
             return self.skip(NOT_DOWNLOADED)
-        if found.file is None:
-            return self.drop(name, found.reason, found.name or where)
+        if picture.file is None:
+            return self.drop(name, picture.reason, picture.name or where)
         if not text.strip():
             return self.drop(name, "empty caption", where)
         if key is not None and not _KEY.fullmatch(key):
             fault = "cannot be the key of a webdataset sample (letters, digits, - and _)"
             raise ValueError(f"{name}: {key!r} {fault}")
-        file = json.dumps(found.file)
+        file = json.dumps(picture.file)
         identity = sources.digest(key or file + text)
         insert = "INSERT OR IGNORE INTO samples VALUES (NULL, ?, ?, ?, ?, ?, ?)"
-        row = key, name, file, found.whole, text, identity
-        return (
-            None if self.db.execute(insert, row).rowcount else self.drop(name, "duplicate", where)
-        )
+        row = key, name, file, picture.whole, text, identity
+        if not self.db.execute(insert, row).rowcount:
+            self.drop(name, "duplicate", where)
 
     def drop_shared(self) -> None:
         """Drop samples of several names that have one file, unless a name is the file's whole path.
