@@ -242,6 +242,9 @@ def test_a_folder_of_something_else_is_left_alone(data, capsys):
     assert [path.name for path in (data / "out").iterdir()] == ["thesis.tex"]
     assert run(*command(data, "val.txt")) == 2
     assert "val.txt" in capsys.readouterr().err
+    words = ["s3://bucket/out" if word == data / "out" else word for word in command(data, "out")]
+    assert run(*words) == 2
+    assert "build into a folder and copy it there" in capsys.readouterr().err
 
 
 def test_two_builds_of_one_folder_do_not_meet(data, monkeypatch, capsys):

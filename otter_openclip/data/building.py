@@ -46,7 +46,7 @@ def add_output(parser: argparse.ArgumentParser, *, shard_size: int) -> None:
     group = parser.add_argument_group("output")
     add, one = group.add_argument, group.add_mutually_exclusive_group().add_argument
     text = "folder to write; the same command goes on with a build that was stopped"
-    add("--output", required=True, type=os.path.abspath, metavar="DIR", help=text)
+    add("--output", required=True, type=sources.absolute, metavar="DIR", help=text)
     text = "scale images down to this shorter side (JPEG quality 95); default: files as they are"
     add("--resize", type=positive, metavar="PIXELS", help=text)
     text = f"samples per shard; default {shard_size}"
@@ -90,6 +90,8 @@ class Build:
         could be kept, or too many pictures are missing; RuntimeError if another process builds there, or
         a worker was killed; OSError if something cannot be read or written.
         """
+        if "://" in self.args.output:
+            raise ValueError(f"--output {self.args.output}: build into a folder and copy it there")
         if self.output.exists() and not self.state.is_dir() and any(self.output.iterdir()):
             fault = "holds files that are not of 'otter-openclip data'"
             raise ValueError(f"{self.output} {fault}; choose another --output")
