@@ -28,6 +28,7 @@ class Command(NamedTuple):
     module: str
     help: str
     own_parser: bool = False
+    commands: Mapping[str, Command] | None = None  # of which it is the first word
 
 
 class Parser(argparse.ArgumentParser):
@@ -149,6 +150,8 @@ def run_command(
     for name, command in commands.items():
         names.add_parser(name, help=command.help, add_help=False)
     name = parser.parse_args(argv[:1]).command
+    if commands[name].commands is not None:
+        return run_command(f"{prog} {name}", commands[name].help, commands[name].commands, argv[1:])
     module = importlib.import_module(commands[name].module)
     if commands[name].own_parser:
         return module.main(argv[1:])
@@ -189,6 +192,19 @@ def name_nearest(message: str, known: Iterable[str]) -> str:
     return message
 
 
+_DATA = {
+    "open-images": ("data.open_images", "Google Open Images' test split, for evaluation"),
+    "imagenet10k": ("data.imagenet10k", "Tencent ML-Images' ImageNet part, for evaluation"),
+    "cc3m": ("data.cc3m", "Conceptual Captions, for training"),
+    "yfcc15m": ("data.yfcc15m", "OpenAI's subset of YFCC100M, for training"),
+    "wit": ("data.wit", "Wikipedia image text, for training"),
+    "csv": ("data.csv_file", "any table of image paths and captions, for training"),
+    "hf": ("data.hf", "a Hugging Face dataset, for training"),
+    "inspect": ("inspect_command", "figures, faults and a contact sheet of shards"),
+}
+DATA_COMMANDS = {
+    n: Command(f"otter_openclip.{module}", text) for n, (module, text) in _DATA.items()
+}
 COMMANDS = {
     "train": Command(
         "otter_openclip.train", "open_clip's training command with --loss otter", own_parser=True
@@ -213,7 +229,7 @@ COMMANDS = {
     "data": Command(
         "otter_openclip.data",
         "turn data sets as downloaded into webdataset shards",
-        own_parser=True,
+        commands=DATA_COMMANDS,
     ),
     "analyze": Command(
         "otter_openclip.analysis",
@@ -232,7 +248,13 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. User errors are printed and give 2."""
     argv = sys.argv[1:] if argv is None else argv
-    return run_command("otter-openclip", "OTTER as a plugin of open_clip.", COMMANDS, argv)
+    try:
+        return run_command("otter-openclip", "OTTER as a plugin of open_clip.", COMMANDS, argv)
+    except KeyboardInterrupt:
+        if argv[0] != "data":
+            raise
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ import pytest
 from data_helpers import jpeg, run, samples, tree, write_files
 from test_data_eval import DICTIONARY
 
-from otter_openclip import files
-
 IMAGES = 23
 
 
@@ -41,13 +39,6 @@ def command(data, out, *extra):
 def whole(data):
     assert run(*command(data, "whole")) == 0
     return tree(data / "whole")
-
-
-def test_empty_shards_leave_no_gap(data, whole):
-    assert (data / "whole" / "test" / "nshards.txt").read_text() == "7\n"
-    assert sorted(name for name in whole if name.endswith(".tar")) == [
-        f"test/{n}.tar" for n in range(7)
-    ]
 
 
 def test_shards_are_what_webdatasets_writer_gives(data, whole):
@@ -99,8 +90,8 @@ def test_kill_at_every_rename(data, whole, where):
         assert child.exitcode == -signal.SIGKILL
         assert run(*command(data, out)) == 0
         assert tree(data / out) == whole, f"killed {where} rename {moment}"
-    # 7 shards with samples, dropped, 4 sidecars, report
-    assert moment == 7 + 1 + 4 + 1 + 1
+    # the plan, 7 shards with samples, dropped, 4 sidecars, report
+    assert moment == 1 + 7 + 1 + 4 + 1 + 1
 
 
 def _stopped(data, moment: int) -> None:
@@ -113,7 +104,7 @@ def _stopped(data, moment: int) -> None:
 
 
 def test_resume_writes_only_the_missing_shards(data, whole):
-    _stopped(data, 4)
+    _stopped(data, 5)
     shards = data / "out" / "test"
     assert {path.name for path in shards.iterdir()} == {"0.tar", "1.tar", "2.tar", "3.tar"}
     before = {
@@ -122,10 +113,13 @@ def test_resume_writes_only_the_missing_shards(data, whole):
     assert run(*command(data, "out", "--workers", "2")) == 0
     assert {n: (shards / f"{n}.tar").stat().st_ino for n in range(3)} == before
     assert tree(data / "out") == whole
+    # No gap where a shard would have had no sample.
+    assert (data / "out" / "test" / "nshards.txt").read_text() == "7\n"
+    assert {path.name for path in shards.glob("*.tar")} == {f"{n}.tar" for n in range(7)}
 
 
 def test_a_shard_damaged_after_a_kill_is_written_again(data, whole):
-    _stopped(data, 4)
+    _stopped(data, 5)
     shard = data / "out" / "test" / "1.tar"
     shard.write_bytes(shard.read_bytes()[:512])
     assert run(*command(data, "out")) == 0 and tree(data / "out") == whole
@@ -190,35 +184,24 @@ def test_a_killed_worker_is_an_error_and_the_build_goes_on(data, whole, monkeypa
     assert tree(data / "out") == whole
 
 
-def test_a_full_disk_is_an_error_that_names_the_file(data, whole, monkeypatch, capsys):
-    def full(descriptor):
-        raise OSError(28, "No space left on device", "0.tar")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", full)
-        assert run(*command(data, "out")) == 2
-        assert "No space left on device" in capsys.readouterr().err
-    assert run(*command(data, "out")) == 0 and tree(data / "out") == whole
-
-
 @pytest.mark.parametrize("complete", [False, True])
 def test_other_settings_or_inputs_are_refused(data, capsys, complete):
     if complete:
         assert run(*command(data, "out")) == 0
     else:
-        _stopped(data, 4)
+        _stopped(data, 5)
     before = tree(data / "out")
     assert run(*command(data, "out", "--resize", "8")) == 2
     err = capsys.readouterr().err
-    assert "--resize was not given and is now 8" in err and "choose another --output" in err
+    assert "--resize was not given" in err and "choose another --output" in err
     line = [w for w in command(data, "out") if w not in ("--shard-size", "3")]
     assert run(*line) == 2
-    assert "--shard-size was 3 and is now 1000" in capsys.readouterr().err
+    assert "--shard-size was 3" in capsys.readouterr().err
     (data / "val.txt").write_text(
         (data / "val.txt").read_text().replace("n0_0.JPEG\t0", "n0_0.JPEG\t1")
     )
     assert run(*command(data, "out")) == 2
-    assert "val.txt has changed" in capsys.readouterr().err
+    assert "val.txt was [" in capsys.readouterr().err
     assert tree(data / "out") == before
 
 
@@ -230,11 +213,11 @@ def test_a_complete_build_is_left_as_it_is(data, whole, capsys):
     assert {p: p.stat().st_mtime_ns for p in (data / "whole").rglob("*.tar")} == before
     (data / "whole" / "test" / "2.tar").unlink()
     assert run(*command(data, "whole")) == 2
-    assert "2.tar is gone" in capsys.readouterr().err
+    assert "2.tar is not as it was written" in capsys.readouterr().err
 
 
 def test_a_plan_that_cannot_be_read_is_an_error_that_names_it(data, whole, capsys):
-    _stopped(data, 4)
+    _stopped(data, 5)
     plan = data / "out" / ".otter-build" / "plan.db"
     plan.write_bytes(b"SQLite format 3" + bytes(5000))
     assert run(*command(data, "out")) == 2
@@ -243,16 +226,11 @@ def test_a_plan_that_cannot_be_read_is_an_error_that_names_it(data, whole, capsy
     assert run(*command(data, "out")) == 0 and tree(data / "out") == whole
 
 
-def test_a_build_killed_before_its_plan_was_made_may_be_begun_differently(data, whole, capsys):
-    from otter_openclip.data.plan import Plan
-
+def test_a_build_killed_before_its_plan_was_made_may_be_begun_differently(data, whole):
     state = data / "out" / ".otter-build"
     state.mkdir(parents=True)
-    plan = Plan(state, "image")
-    with plan.db:
-        plan["begun"] = {"settings": {"command": "cc3m"}, "inputs": {}}
-        plan.skip("of another build", 3)
-    plan.db.close()
+    (state / "unfinished.db").write_bytes(b"half a plan")
+    (state / "unfinished.db-journal").write_bytes(b"of another build")
     assert run(*command(data, "out")) == 0 and tree(data / "out") == whole
 
 
@@ -263,7 +241,10 @@ def test_a_folder_of_something_else_is_left_alone(data, capsys):
     assert "choose another --output" in capsys.readouterr().err
     assert [path.name for path in (data / "out").iterdir()] == ["thesis.tex"]
     assert run(*command(data, "val.txt")) == 2
-    assert "is a file" in capsys.readouterr().err
+    assert "val.txt" in capsys.readouterr().err
+    words = ["s3://bucket/out" if word == data / "out" else word for word in command(data, "out")]
+    assert run(*words) == 2
+    assert "build into a folder and copy it there" in capsys.readouterr().err
 
 
 def test_two_builds_of_one_folder_do_not_meet(data, monkeypatch, capsys):

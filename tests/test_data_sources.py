@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import shutil
 import struct
 import sys
 import tarfile
@@ -53,19 +52,18 @@ FOUND = {
     "./b/0.png": 1,
     "only.JPG": 2,  # a name of one file
     "moved/to/top.jpg": 3,
-    "a/7.jpg": 4,  # the end of one path
-    "/home/me/b/7.jpg": 5,
 }
+LOST = ["0.png", "c/0.png", "a/7.jpg"]  # the end of a path is not enough
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
 def test_a_path_means_that_file_in_folders_tars_and_zips_alike(tmp_path, kind):
     source = pack(kind, tmp_path, {name: jpeg(n) for name, n in FILES.items()})
     rows = [(path, f"picture {n}") for path, n in FOUND.items()]
-    rows += [("0.png", "any"), ("c/0.png", "any"), ("only.jpg", "case"), ("only", "no suffix")]
+    rows += [(path, "any") for path in LOST] + [("only.jpg", "case"), ("only", "no suffix")]
     assert csv(tmp_path, table(tmp_path / "t.tsv", rows), source) == 0
     assert pairs_of(tmp_path / "out") == [(f"picture {n}", jpeg(n)) for n in FOUND.values()]
-    lost = {("0.png", "ambiguous"), ("c/0.png", "ambiguous")}
+    lost = {(path, "ambiguous") for path in LOST}
     assert set(dropped(tmp_path / "out")) == lost | {("only.jpg", "missing"), ("only", "missing")}
     report = (tmp_path / "out" / "dropped.tsv").read_text()
     assert "a/0.png" in report and "b/0.png" in report  # the candidates
@@ -74,6 +72,7 @@ def test_a_path_means_that_file_in_folders_tars_and_zips_alike(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
 def test_a_stem_is_the_whole_name_but_its_suffix(tmp_path, kind):
     files = {"x/b.PNG": jpeg(0), "a.small.jpg": jpeg(1), "a.txt": b"", "x/a.small.jpg": jpeg(2)}
+    files |= {f"b.{n:03d}.jpg": jpeg(1) for n in range(9)} | {"b.txt": b""}
     source = pack(kind, tmp_path, files)
     (tmp_path / "c.csv").write_text("LabelName,DisplayName\n/m/1,Ball\n")
     (tmp_path / "l.csv").write_text("ImageID,LabelName,Confidence\na,/m/1,1\nb,/m/1,1\n")
@@ -97,13 +96,13 @@ def test_two_sources_with_one_path_are_ambiguous(tmp_path):
 def test_of_two_names_for_one_file_the_sure_one_stays(tmp_path):
     source = write_files(tmp_path / "s", {"a/1.jpg": jpeg(1), "2.jpg": jpeg(2)})
     rows = [("b/1.jpg", "only its name"), ("a/1.jpg", "its path")]
-    rows += [("x/2.jpg", "one"), ("y/2.jpg", "other"), ("z/2.jpg", "third")]
+    rows += [("x/2.jpg", "one"), ("y/2.jpg", "other"), ("x/2.jpg", "third")]
     assert csv(tmp_path, table(tmp_path / "t.tsv", rows), source) == 0
     assert pairs_of(tmp_path / "out") == [("its path", jpeg(1))]
     other = ("b/1.jpg", "file name of another row")
     assert dropped(tmp_path / "out") == [
         other,
-        *((f"{d}/2.jpg", "ambiguous") for d in "xyz"),
+        *((f"{d}/2.jpg", "ambiguous") for d in "xxy"),
     ]
 
 
@@ -133,7 +132,7 @@ def test_two_urls_of_one_file_keep_one(tmp_path):
         ("caf\u00e9/\u00fc.jpg", "cafe\u0301/u\u0308.jpg"),  # macOS takes letters apart
         ("u\u0308.jpg", "x/\u00fc.jpg"),
         ("a\\0.jpg", "a/0.jpg"),
-        ("C:\\data\\a\\0.jpg", "a/0.jpg"),
+        ("C:\\data\\1.jpg", "a/1.jpg"),
     ],
 )
 def test_a_path_as_another_system_spells_it(tmp_path, kind, row, name):
@@ -145,14 +144,6 @@ def test_a_path_as_another_system_spells_it(tmp_path, kind, row, name):
     assert csv(tmp_path, rows, source, out="two") == 0
     assert pairs_of(tmp_path / "two") == [("its own", jpeg(1))]
     assert dropped(tmp_path / "two") == [(row, "file name of another row")]
-
-
-def test_a_name_that_two_rows_share_stays_ambiguous(tmp_path):
-    source = write_files(tmp_path / "s", {"1.jpg": jpeg(1), "2.jpg": jpeg(2)})
-    rows = [("x/1.jpg", "one"), ("y/1.jpg", "two"), ("x/1.jpg", "three"), ("2.jpg", "other")]
-    assert csv(tmp_path, table(tmp_path / "t.tsv", rows), source) == 0
-    assert pairs_of(tmp_path / "out") == [("other", jpeg(2))]
-    assert dropped(tmp_path / "out") == [(f"{d}/1.jpg", "ambiguous") for d in ("x", "x", "y")]
 
 
 def test_links_on_disk(tmp_path):
@@ -190,21 +181,12 @@ def test_names_with_wildcards_are_names_first(tmp_path):
     assert pairs_of(tmp_path / "out") == [("it", jpeg(0))]
 
 
-def test_a_stem_among_many_that_begin_like_it(tmp_path):
-    files = {f"a.{n:03d}.jpg": jpeg(1) for n in range(99)} | {"a.png": encoded(0, "PNG")}
-    source = pack("tar", tmp_path, files)
-    (tmp_path / "c.csv").write_text("LabelName,DisplayName\n/m/1,Ball\n")
-    (tmp_path / "l.csv").write_text("ImageID,LabelName,Confidence\na,/m/1,1\n")
-    words = ["open-images", "--classes", tmp_path / "c.csv", "--labels", tmp_path / "l.csv"]
-    assert run(*words, "--images", source, "--output", tmp_path / "out") == 0
-    assert samples(tmp_path / "out" / "test" / "0.tar")["a"]["png"] == files["a.png"]
-
-
 # archives -----------------------------------------------------------------------------------------
 
 
 def test_links_in_a_tar_are_the_files_that_they_name(tmp_path):
-    source = write_tar(tmp_path / "s.tar", {"a/0.jpg": jpeg(0), "./1.jpg": jpeg(1)})
+    files = {"empty.tar": b"", "a/0.jpg": jpeg(0), "./1.jpg": jpeg(1)}
+    source = write_tar(tmp_path / "s.tar", files)
     with tarfile.open(source, "a") as tar:
         for name, kind, target in (
             ("hard.jpg", tarfile.LNKTYPE, "a/0.jpg"),
@@ -256,12 +238,6 @@ def test_tars_that_would_be_misread_are_errors(tmp_path, capsys, make, message, 
     assert message in capsys.readouterr().err
 
 
-def test_a_tar_of_no_bytes_in_a_tar(tmp_path):
-    source = write_tar(tmp_path / "s.tar", {"empty.tar": b"", "0.jpg": jpeg(0)})
-    assert csv(tmp_path, table(tmp_path / "t.tsv", [("0.jpg", "0")]), source) == 0
-    assert pairs_of(tmp_path / "out") == [("0", jpeg(0))]
-
-
 @pytest.mark.parametrize("name", ["S.TAR", "S.Zip", "S.TAR.GZ"])
 def test_the_case_of_an_archives_suffix_does_not_count(tmp_path, name):
     kind = name.lower().rpartition(".")[2]
@@ -274,15 +250,15 @@ def test_the_case_of_an_archives_suffix_does_not_count(tmp_path, name):
 
 
 def test_names_of_a_zip_that_does_not_say_they_are_utf8(tmp_path):
-    source = pack("zip", tmp_path, {"XX.jpg": jpeg(0), "Y.jpg": jpeg(1)})
+    source = pack("zip", tmp_path, {"XX.jpg": jpeg(0), "Y.jpg": jpeg(1), "d\\1.jpg": jpeg(2)})
     content = source.read_bytes().replace(b"XX", "é".encode()).replace(b"Y.j", b"\x82.j")
     source.write_bytes(content)
     rows = table(tmp_path / "t.tsv", [("é.jpg", "of macOS or DOS")])
     assert csv(tmp_path, rows, source) == 2  # both, so neither
     source.write_bytes(content.replace(b"\x82.j", b"\x81.j"))
-    rows = table(tmp_path / "u.tsv", [("é.jpg", "of macOS"), ("ü.jpg", "of DOS")])
-    assert csv(tmp_path, rows, source, out="out2") == 0
-    assert pairs_of(tmp_path / "out2") == [("of macOS", jpeg(0)), ("of DOS", jpeg(1))]
+    rows = [("é.jpg", "of macOS"), ("ü.jpg", "of DOS"), ("d/1.jpg", "with backslashes")]
+    assert csv(tmp_path, table(tmp_path / "u.tsv", rows), source, out="out2") == 0
+    assert pairs_of(tmp_path / "out2") == [(text, jpeg(n)) for n, (_, text) in enumerate(rows)]
 
 
 def test_a_zip_written_to_a_pipe_is_checked_too(tmp_path):
@@ -348,7 +324,7 @@ def test_separator_quotes_and_line_ends_are_found_out(tmp_path, capsys, separato
         (b'title\tfilepath\n"a\t0.jpg\nb"\t0.jpg\n', "t.tsv:2: a quoted field goes over rows"),
         (
             "filepath\ttitle\n".encode("utf-16"),
-            "t.tsv:1: not UTF-8 text (byte 1 is 0xff); if it is",
+            "t.tsv:1: not UTF-8 text (byte 1 is 0xff); convert",
         ),
     ],
 )
@@ -465,14 +441,13 @@ def test_number_of_shards(tmp_path, capsys):
     write_files(tmp_path, {f"{n}.jpg": jpeg(n) for n in range(19)})
     path = table(tmp_path / "t.tsv", [(f"{n}.jpg", str(n)) for n in range(19)])
     assert csv(tmp_path, path, out="few") == 0
-    assert "Shards: 1, for 19 samples" in (out := capsys.readouterr().out) and "--shards 8" in out
+    assert "Shards: 1. open_clip needs one" in capsys.readouterr().out
     words = ["csv", "--captions", path, "--output", tmp_path / "out", "--shards"]
     assert run(*words, "8") == 0
-    assert "--shards 8 makes" not in capsys.readouterr().out
     sizes = json.loads((tmp_path / "out" / "sizes.json").read_text())
     assert len(sizes) == 8 and set(sizes.values()) == {2, 3} and sum(sizes.values()) == 19
     assert run(*words, "9") == 2
-    assert "--shards was 8 and is now 9" in capsys.readouterr().err
+    assert "--shards was 8" in capsys.readouterr().err
 
 
 # img2dataset's parquet, Hugging Face --------------------------------------------------------------
@@ -540,15 +515,6 @@ def test_tables_of_images_without_pyarrow(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert run("hf", "--dataset", tmp_path / "a.parquet", "--output", tmp_path / "out") == 2
     assert "pip install 'otter-openclip[parquet]'" in capsys.readouterr().err
-
-
-def test_a_zip_with_backslashes(tmp_path):
-    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
-        for n in range(2):
-            archive.writestr(f"{n}\\0.jpg", jpeg(n))
-    path = table(tmp_path / "t.tsv", [("1/0.jpg", "one"), ("0/0.jpg", "zero")])
-    assert csv(tmp_path, path, tmp_path / "s.zip") == 0
-    assert pairs_of(tmp_path / "out") == [("one", jpeg(1)), ("zero", jpeg(0))]
 
 
 @pytest.mark.parametrize("form", ["hub", "save_to_disk", "paths"])
@@ -686,7 +652,8 @@ def served(folder):
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip", "tar.gz"])
 def test_the_same_from_http_as_from_disk(tmp_path, kind):
     pytest.importorskip("aiohttp")
-    files = {f"{n % 2}/{n}.jpg": jpeg(n) for n in range(5)}
+    files = {f"{n % 2}/{n}.jpg": jpeg(n) for n in range(3)}
+    files |= {"a b.jpg": jpeg(3), "é/1.jpg": jpeg(4), "c%20d.jpg": jpeg(5)}
     if kind == "tar.gz":
         source = write_tar(tmp_path / "source.tar.gz", files, "w:gz")
     else:
@@ -704,68 +671,6 @@ def test_the_same_from_http_as_from_disk(tmp_path, kind):
     assert dropped(tmp_path / "out") == [("0/9.jpg", "missing")]
 
 
-def test_names_of_a_folder_at_http_are_read_as_such(tmp_path):
-    pytest.importorskip("aiohttp")
-    files = {"a b.jpg": jpeg(0), "é/1.jpg": jpeg(1), "c%20d.jpg": jpeg(2)}
-    write_files(tmp_path / "web", files)
-    path = table(tmp_path / "t.tsv", [(name, name) for name in files])
-    with served(tmp_path / "web") as address:
-        assert csv(tmp_path, path, address) == 0
-    assert pairs_of(tmp_path / "out") == list(files.items())
-
-
-def test_an_upload_that_failed_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write_files(tmp_path, {"0.jpg": jpeg(0)})
-    path = table(tmp_path / "t.tsv", [("0.jpg", "one")])
-    words = ["csv", "--captions", path, "--output", f"file://{tmp_path}/remote/out"]
-    (tmp_path / "remote").write_text("in the way")
-    assert run(*words) == 2
-    (tmp_path / "remote").unlink()
-    assert run(*words) == 0 and pairs_of(tmp_path / "remote" / "out") == [("one", jpeg(0))]
-    assert not list((tmp_path / "cache").rglob("*.tar"))
-
-
-def test_output_and_input_at_an_address(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    memory = fsspec.filesystem("memory")
-    write_files(tmp_path, {f"{n}.jpg": jpeg(n) for n in range(5)})
-    path = table(tmp_path / "t.tsv", [(f"{n}.jpg", str(n)) for n in range(5)])
-    memory.put(str(tmp_path), "/in", recursive=True)
-    words = ["csv", "--captions", "memory://in/t.tsv", "--images", "memory://in", "--shards", "2"]
-    words += ["--output", "memory://out/pairs"]
-    try:
-        assert run(*words) == 0
-        assert "--train-data 'memory://out/pairs/{00000..00001}.tar'" in capsys.readouterr().out
-        assert not list((tmp_path / "cache").rglob("*.tar"))
-        memory.get("/out/pairs", str(tmp_path / "got"), recursive=True)
-        assert (
-            run(
-                "csv",
-                "--captions",
-                path,
-                "--images",
-                tmp_path,
-                "--shards",
-                "2",
-                "--output",
-                tmp_path / "disk",
-            )
-            == 0
-        )
-        stored = [tree(tmp_path / name) for name in ("got", "disk")]
-        assert stored[0].keys() == stored[1].keys()
-        for name in ("00000.tar", "00001.tar", "sizes.json"):
-            assert stored[0][name] == stored[1][name]
-        assert run(*words) == 0 and "5 samples in 2 shards" in capsys.readouterr().out
-        assert run(*words, "--seed", "1") == 2
-        assert "--seed was 0 and is now 1" in capsys.readouterr().err
-    finally:
-        memory.rm("/in", recursive=True)
-        memory.rm("/out", recursive=True)
-        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-
-
 def test_img2dataset_files_at_an_address(tmp_path):
     memory = fsspec.filesystem("memory")
     rows = [({"url": f"http://x/{n}"}, jpeg(n)) for n in range(4)]
@@ -779,12 +684,18 @@ def test_img2dataset_files_at_an_address(tmp_path):
         memory.rm("/i2d", recursive=True)
 
 
-def test_without_images_the_current_folder_comes_first(tmp_path, monkeypatch):
-    write_files(tmp_path / "here", {"0.jpg": jpeg(0)})
-    write_files(tmp_path / "there", {"0.jpg": jpeg(1), "1.jpg": jpeg(2)})
-    path = table(
-        tmp_path / "there" / "t.tsv", [("0.jpg", "as open_clip has it"), ("1.jpg", "else")]
-    )
+def test_without_images_nothing_is_searched(tmp_path, monkeypatch):
+    """What else lies in the current folder or beside the table is none of the build's business."""
+    write_files(tmp_path / "here", {"deep/1.jpg": jpeg(1), "broken.tar": b"no tar"})
+    write_files(tmp_path / "here", {"3.jpg": jpeg(3)})
+    write_tar(tmp_path / "here" / "other.tar", {"0.jpg": jpeg(2), "2.jpg": jpeg(3)})
+    write_files(tmp_path / "there", {"0.jpg": jpeg(0), "3.jpg": jpeg(0), "broken.zip": b"no zip"})
+    rows = [("0.jpg", "beside"), ("1.jpg", "deeper"), ("2.jpg", "in an archive")]
+    rows += [("3.jpg", "as open_clip has it")]
+    path = table(tmp_path / "there" / "t.tsv", rows)
     monkeypatch.chdir(tmp_path / "here")
     assert csv(tmp_path, path) == 0
-    assert pairs_of(tmp_path / "out") == [("as open_clip has it", jpeg(0)), ("else", jpeg(2))]
+    assert pairs_of(tmp_path / "out") == [("beside", jpeg(0)), ("as open_clip has it", jpeg(3))]
+    assert dropped(tmp_path / "out") == [("1.jpg", "missing"), ("2.jpg", "missing")]
+    write_tar(tmp_path / "here" / "further.tar", {})  # a complete build stays what it is
+    assert csv(tmp_path, path) == 0

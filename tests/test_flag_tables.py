@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 from training_helpers import parse_args
 
-from otter_openclip import cli, data
+from otter_openclip import cli
 from otter_openclip.training import flags as train_flags
 
 WORDS, FREE = ("zzz",), ()  # no choice; any text is good
@@ -145,7 +145,7 @@ CONTRADICTIONS = {
 
 def parser_of(command):
     *group, name = command.split()
-    module = import_module((data.COMMANDS if group else cli.COMMANDS)[name].module)
+    module = import_module((cli.DATA_COMMANDS if group else cli.COMMANDS)[name].module)
     parser = cli.Parser(prog=command)
     module.add_arguments(parser)
     return parser
@@ -216,7 +216,7 @@ def test_wrong_values(command, capsys):
 
 
 def test_every_command_is_here():
-    named = {*cli.COMMANDS, *(f"data {name}" for name in data.COMMANDS)} - {"data", "train", "eval"}
+    named = {*cli.COMMANDS, *(f"data {name}" for name in cli.DATA_COMMANDS)} - {"data", "train", "eval"}
     assert COMMANDS.keys() == named
 
 

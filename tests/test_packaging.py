@@ -228,7 +228,7 @@ def test_without_matplotlib_the_contact_sheet_has_pillows_font(monkeypatch, tmp_
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     picture = tmp_path / "picture.png"
     Image.new("RGB", (40, 40), "red").save(picture)
-    contact_sheet.draw([(0, picture.read_bytes(), "a caption", None)], tmp_path / "sheet.png")
+    contact_sheet.draw([(picture.read_bytes(), "a caption")], tmp_path / "sheet.png")
     assert "pip install 'otter-openclip[plots]'" in caplog.text
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert len(sheet.getcolors(10_000)) > 10

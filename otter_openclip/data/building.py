@@ -1,8 +1,9 @@
 """Shards from a plan of their samples: the same bytes for any number of workers, after any kill.
 
-The plan, an SQLite file in OUT/.otter-build, holds the samples, cut into shards by position before any
-image is read, and how far the finished shards go. Workers read images; one process writes the shards,
-in order, each to a temporary name first. ``report.json`` comes last: an output with it is complete.
+A builder lists its rows in the plan, an SQLite file in OUT/.otter-build, with where each row's image is.
+The plan is cut into shards before any image is read, and notes how far the finished shards go. Workers
+read images; one process writes the shards, in order. ``report.json`` comes last: an output with it is
+complete.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import json
 import os
 import shutil
 import sqlite3
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from otter_openclip.data import sources, tables
+from otter_openclip.cli import positive
+from otter_openclip.data import sources
 from otter_openclip.data.decoding import prepare
 from otter_openclip.data.lookup import AMBIGUOUS, MISSING, Downloaded, Paths
 from otter_openclip.data.plan import DROPPED_FILE, Plan, Sample
-from otter_openclip.data.pool import ordered_map
-from otter_openclip.data.unpacking import add_sample
-from otter_openclip.files import write_json, written_whole
-from otter_openclip.shards.faults import SampleError
+from otter_openclip.data.pool import default_workers, ordered_map
+from otter_openclip.files import write_json
+from otter_openclip.shards.read import SampleError
+from otter_openclip.shards.write import write_shard
 
 STATE_FOLDER, REPORT_FILE, UNDECODABLE = ".otter-build", "report.json", "undecodable"
 ENOUGH_SHARDS = 8
@@ -40,34 +41,47 @@ _CHUNK = 16  # images a worker reads at a time
 _NOT_OF_THE_RESULT = ("output", "workers", "max_missing")  # options that a resume may change
 
 
+def add_output(parser: argparse.ArgumentParser, *, shard_size: int) -> None:
+    """Add the options that all builders have."""
+    group = parser.add_argument_group("output")
+    add, one = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    text = "folder to write; the same command goes on with a build that was stopped"
+    add("--output", required=True, type=sources.absolute, metavar="DIR", help=text)
+    text = "scale images down to this shorter side (JPEG quality 95); default: files as they are"
+    add("--resize", type=positive, metavar="PIXELS", help=text)
+    text = f"samples per shard; default {shard_size}"
+    one("--shard-size", type=positive, default=shard_size, metavar="N", help=text)
+    text = "number of shards instead; open_clip needs one for each data-loading worker of all GPUs"
+    one("--shards", type=positive, metavar="N", help=text)
+    text = "processes; default: one per CPU. The result does not depend on it"
+    add("--workers", type=positive, default=default_workers(), metavar="N", help=text)
+
+
 @dataclass
 class Build:
     """What to build, and how; `run` does it."""
 
-    args: argparse.Namespace  # the command and its options, with those of `options.add_output`
+    args: argparse.Namespace  # the command and its options, with those of `add_output`
     inputs: Sequence[str]  # files that the result depends on, beside the archives of ``images``
     images: Paths | Downloaded | None  # opened before the plan is filled
-    fill: Callable[[Plan], None]  # again if the last attempt did not finish it
+    fill: Callable[[Plan], None]
     finish: Callable[[Path, Plan], None]  # writes the small files of the data set
-    encode: Callable[[Any], tuple[str, bytes]]  # a payload's suffix and content
+    suffix: str  # of the file beside an image
+    encode: Callable[[str], bytes]  # from a sample's text in the plan to that file's content
     shard_name: str  # format, from the shard's number
     record: str  # what a name stands for: "row" if it is the picture's path, or URL, photo, image
 
     def __post_init__(self) -> None:
-        self.shown = self.args.output
-        self.remote = "://" in self.shown  # then built in a folder that is uploaded in the end
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = Path(cache, "otter-openclip", sources.digest(self.shown).hex())
-        self.output = folder if self.remote else Path(self.shown)
+        self.output = Path(self.args.output)
         self.state = self.output / STATE_FOLDER
-        # What a resume must repeat.
-        settings = {
-            name.replace("_", "-"): " ".join(value) if isinstance(value, list) else value
+        # What a resume must repeat: the options, and the files' sizes and times.
+        self.begun = {
+            f"--{name.replace('_', '-')}": " ".join(value) if isinstance(value, list) else value
             for name, value in vars(self.args).items()
             if name not in _NOT_OF_THE_RESULT and value is not None and value is not False
         }
         inputs = [*self.inputs, *(self.images.archives if self.images else ())]
-        self.begun = {"settings": settings, "inputs": {p: sources.stamp(p) for p in inputs}}
+        self.begun |= {path: sources.stamp(path) for path in inputs}
 
     def run(self) -> dict[str, Any]:
         """Build, or go on with a build that was stopped, or see that it is complete; the report.
@@ -76,124 +90,98 @@ class Build:
         could be kept, or too many pictures are missing; RuntimeError if another process builds there, or
         a worker was killed; OSError if something cannot be read or written.
         """
-        if self.output.exists() and not self.output.is_dir():
-            raise ValueError(f"{self.output} is a file; give --output a folder")
-        if self.output.is_dir() and any(self.output.iterdir()) and not self.state.is_dir():
+        if "://" in self.args.output:
+            raise ValueError(f"--output {self.args.output}: build into a folder and copy it there")
+        if self.output.exists() and not self.state.is_dir() and any(self.output.iterdir()):
             fault = "holds files that are not of 'otter-openclip data'"
             raise ValueError(f"{self.output} {fault}; choose another --output")
-        if self.remote:
-            with contextlib.suppress(FileNotFoundError):
-                report = json.loads(sources.read([f"{self.shown}/{REPORT_FILE}"]))
-                self._check_same(report)
-                return self._say(report)
         self.state.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.state / "lock", timeout=_LOCK_SECONDS):
                 report = self._complete() or self._build()
-                for path in self.state.glob("plan.db*"):
+                for path in self.state.glob("*.db*"):
                     path.unlink()
                 shutil.rmtree(self.state / "unpacked", ignore_errors=True)
-                if self.remote:
-                    self._upload()
         except Timeout:
             fault = f"another process is building in {self.output}; wait for it or end it"
             raise RuntimeError(fault) from None
-        return self._say(report)
-
-    def _say(self, report: dict[str, Any]) -> dict[str, Any]:
         shards = f"{report['shards']} shard{'s' if report['shards'] > 1 else ''}"
-        print(f"{self.shown}: {report['samples']} samples in {shards}.")
-        for name, what in (("dropped", "Dropped"), ("skipped", "Left out")):
-            if counts := report[name]:
-                print(f"{what}: {_counts(counts)}.")
+        print(f"{self.output}: {report['samples']} samples in {shards}.")
+        if report["skipped"]:
+            print(f"Left out: {_counts(report['skipped'])}.")
         if report["dropped"]:
-            print(f"Which were dropped, and why: {self.shown}/{DROPPED_FILE}")
+            print(f"Dropped: {_counts(report['dropped'])}; see {self.output / DROPPED_FILE}")
         return report
 
-    def _check_same(self, before: dict[str, Any]) -> None:
+    def _check_same(self, before: Mapping[str, Any]) -> None:
         """Raise ValueError if settings or inputs are not those that the build was begun with."""
-        differences = []
-        for kind, values in self.begun.items():
-            for name in before[kind] | values:
-                old, new = (each.get(name, "not given") for each in (before[kind], values))
-                if old != new and kind == "inputs":
-                    differences.append(f"{name} has changed")
-                elif old != new:
-                    flag = name if name == "command" else f"--{name}"
-                    differences.append(f"{flag} was {old} and is now {new}")
-        if differences:
-            fault = f"{self.shown} was begun differently: {'; '.join(differences[:5])}"
-            raise ValueError(f"{fault}. Run it as it was begun, or choose another --output")
+        names = [n for n in before | self.begun if before.get(n) != self.begun.get(n)]
+        if names:
+            was = "; ".join(f"{name} was {before.get(name, 'not given')}" for name in names)
+            fix = "run it as it was begun, or choose another --output"
+            raise ValueError(f"{self.output} was begun differently ({was}); {fix}")
 
     def _complete(self) -> dict[str, Any] | None:
         """The report of a build that is complete."""
-        if not (self.output / REPORT_FILE).exists():
-            return None
-        report = json.loads((self.output / REPORT_FILE).read_text(encoding="utf-8"))
-        if "written" not in report:
-            raise ValueError(f"{self.output} is of an earlier version; choose another --output")
-        self._check_same(report)
-        for name, _, size in report["written"]:
-            if not _is_there(self.output / name, size):
-                fault = f"is gone or is not the shard of {size} bytes that was written"
-                raise ValueError(f"{self.output / name} {fault}; build into a new folder")
+        path = self.output / REPORT_FILE
+        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if report:
+            self._check_same(report.get("begun", {}))
+            for name, _, size in report["written"]:
+                if not _is_there(shard := self.output / name, size):
+                    raise ValueError(f"{shard} is not as it was written; build into a new folder")
         return report
 
     def _build(self) -> dict[str, Any]:
+        path = self.state / "plan.db"
         try:
-            plan = Plan(self.state, self.record)
+            if not path.exists():
+                self._make_plan(path)
+            plan = Plan(path, self.record)
             with contextlib.closing(plan.db):
-                if plan["planned"]:
-                    self._check_same(plan["begun"])
-                    self._check_lost(plan)
-                else:
-                    self._fill(plan)
+                self._check_same(plan.begun)
                 self._write_shards(plan)
                 self._check_lost(plan)
                 plan.write_dropped(self.output)
                 self.finish(self.output, plan)
-                report = plan.report() | self.begun
+                report = plan.report()
         except sqlite3.Error as error:
             fix = "is the disk full? If not, remove it and build again"
-            raise OSError(f"{self.state / 'plan.db'}: {error}; {fix}") from error
+            raise OSError(f"{path}: {error}; {fix}") from error
         write_json(self.output / REPORT_FILE, report)
         return report
 
-    def _fill(self, plan: Plan) -> None:
-        with plan.db:
-            plan.clear(index=plan["begun"] != self.begun)
-            plan["begun"] = self.begun
-        try:
+    def _make_plan(self, path: Path) -> None:
+        """List all samples; what a kill or an error leaves of an unfinished plan is not used."""
+        for unfinished in self.state.glob("unfinished.db*"):
+            unfinished.unlink()
+        plan = Plan(self.state / "unfinished.db", self.record)
+        with contextlib.closing(plan.db), plan.db:
             if self.images:
                 self.images.open(plan.index, self.state / "unpacked")
             self.fill(plan)
+            plan.drop_shared()
+            plan.begun = self.begun
             self._check_lost(plan)
-        except (ValueError, OSError):
-            with plan.db:
-                plan.clear(index=True)  # what is put right now is looked for again
-            raise
-        with plan.db:
-            plan["planned"] = True
+        os.replace(self.state / "unfinished.db", path)
 
     def _check_lost(self, plan: Plan) -> None:
         """Raise ValueError if nothing is left, or more is lost than may be."""
-        report, samples = plan.report(), len(plan)
-        reasons = report["dropped"]
-        listed, most = self.output / DROPPED_FILE, getattr(self.args, "max_missing", None)
+        reasons, planned = plan.report()["dropped"], len(plan)
         lost = {r: reasons[r] for r in (MISSING, AMBIGUOUS, UNDECODABLE) if r in reasons}
-        total = samples + sum(lost.values()) - lost.get(UNDECODABLE, 0)
-        if samples == lost.get(UNDECODABLE, 0):
-            counts = _counts(reasons | report["skipped"]) or "the input lists none"
-            fault = f"no sample could be kept ({counts})"
-            fix = f"see {listed} and check the input and --images"
+        undecodable, most = lost.get(UNDECODABLE, 0), getattr(self.args, "max_missing", None)
+        total, listed = planned + sum(lost.values()) - undecodable, self.output / DROPPED_FILE
+        fault = None
+        if planned == undecodable:
+            counts = _counts(reasons | plan.report()["skipped"]) or "the input lists none"
+            fault = f"no sample could be kept ({counts}); check input and --images, see {listed}"
         elif most is not None and sum(lost.values()) > most(total):
-            fault = f"{_counts(lost, ' and ')} of {total} images, listed in {listed}"
-            again = "and build into a new folder, " if UNDECODABLE in lost else ""
-            fix = f"put them in place {again}or allow it with --max-missing {sum(lost.values())}"
-        else:
-            return
-        plan.write_dropped(self.output)
-        raise ValueError(f"{fault}; {fix}")
+            again = " and build into a new folder" if undecodable else ""
+            fix = f"put them in place{again}, or pass --max-missing {sum(lost.values())}"
+            fault = f"{_counts(lost, ' and ')} of {total} images, listed in {listed}; {fix}"
+        if fault:
+            plan.write_dropped(self.output)
+            raise ValueError(fault)
 
     def _write_shards(self, plan: Plan) -> None:
         """Write the shards that are not there yet."""
@@ -202,21 +190,22 @@ class Build:
         cuts = cut(len(order), args.shard_size, args.shards)
         if len(cuts) <= ENOUGH_SHARDS:
             need = "open_clip needs one for each data-loading worker of all GPUs together"
-            fix = f"--shards {ENOUGH_SHARDS} makes {ENOUGH_SHARDS}"
-            print(f"Shards: {len(cuts) - 1}, for {len(order)} samples. {need}; {fix}")
+            print(
+                f"Shards: {len(cuts) - 1}. {need}; --shards {ENOUGH_SHARDS} makes {ENOUGH_SHARDS}"
+            )
         done = self._done(plan)
         chunks = (
             [plan.sample(int(id)) for id in order[start : start + _CHUNK]]
             for start in range(done, len(order), _CHUNK)
         )
         results = ordered_map(partial(_read, resize=args.resize), chunks, args.workers)
-        read = itertools.chain.from_iterable(results)
-        bar = tqdm(read, "Writing shards", len(order), initial=done, unit="image")
+        images = itertools.chain.from_iterable(results)
+        bar = tqdm(images, "Writing shards", len(order), initial=done, unit="image")
         with contextlib.closing(results), bar:
-            read = iter(bar)
+            images = iter(bar)
             for start, end in itertools.pairwise(cuts):
                 if start >= done:
-                    self._write_shard(plan, end, itertools.islice(read, end - start))
+                    self._write_shard(plan, end, itertools.islice(images, end - start))
 
     def _done(self, plan: Plan) -> int:
         """How far the shards go that are there; what came after a damaged one is done again."""
@@ -231,60 +220,58 @@ class Build:
                 plan.db.execute(f"DELETE FROM {table} WHERE last > ?", (done,))
         return done
 
-    def _write_shard(self, plan: Plan, last: int, read: Iterator[tuple[Sample, str, Any]]) -> None:
+    def _write_shard(self, plan: Plan, last: int, images: Iterator[Image]) -> None:
+        """Write the samples whose image could be read, if there are any, and note the others."""
         (number,) = plan.db.execute("SELECT COUNT(*) FROM shards WHERE samples").fetchone()
         path = self.output / self.shard_name.format(number)
-        kept, gone = 0, []
-        with contextlib.ExitStack() as stack:
-            for sample, suffix, content in read:
-                if isinstance(content, str):
-                    gone.append((sample, suffix, content))
-                    continue
-                if not kept:  # a shard of no samples would leave a loader without any
-                    path.parent.mkdir(exist_ok=True)
-                    file = stack.enter_context(written_whole(path))
-                    tar = stack.enter_context(tarfile.open(fileobj=file, mode="w"))
-                label_suffix, label = self.encode(sample.payload)
-                add_sample(tar, sample.key, {suffix: content, label_suffix: label})
-                kept += 1
+        lost: list[Image] = []
+
+        def readable() -> Iterator[tuple[str, dict[str, bytes]]]:
+            for image in images:
+                sample, suffix, content = image
+                if isinstance(content, bytes):
+                    yield sample.key, {suffix: content, self.suffix: self.encode(sample.text)}
+                else:
+                    lost.append(image)
+
+        samples, count = readable(), 0
+        if first := next(samples, None):  # a shard of no samples would leave a loader without any
+            path.parent.mkdir(exist_ok=True)
+            count = write_shard(path, itertools.chain([first], samples))
         with plan.db:
-            for sample, reason, detail in gone:
-                plan.drop(sample.name, reason, detail, last)
-                plan.db.execute("UPDATE samples SET state = 'gone' WHERE id = ?", (sample.id,))
-            row = str(path.relative_to(self.output)), kept, path.stat().st_size if kept else 0, last
+            for sample, reason, detail in lost:
+                plan.drop(sample.name, reason, detail, id=sample.id, last=last)
+            row = (
+                str(path.relative_to(self.output)),
+                count,
+                path.stat().st_size if count else 0,
+                last,
+            )
             plan.db.execute("INSERT INTO shards VALUES (?, ?, ?, ?)", row)
 
-    def _upload(self) -> None:
-        """Move a complete build to its address, the report last."""
-        system, root = tables.remote(self.shown)
-        files = [p for p in self.output.rglob("*") if p.is_file() and STATE_FOLDER not in p.parts]
-        files.sort(key=lambda path: (path.name == REPORT_FILE, path))
-        for path in tqdm(files, "Uploading", unit="file"):
-            target = f"{root.rstrip('/')}/{path.relative_to(self.output).as_posix()}"
-            system.makedirs(os.path.dirname(target), exist_ok=True)
-            system.put_file(str(path), target)
-        shutil.rmtree(self.output)
+
+# A sample with its image's suffix and content, or with the reason and the detail for having none.
+Image = tuple[Sample, str, bytes | str]
 
 
-def _counts(counts: dict[str, int], joint: str = ", ") -> str:
+def _read(samples: list[Sample], resize: int | None) -> list[Image]:
+    images: list[Image] = []
+    for sample in samples:
+        try:
+            images.append((sample, *prepare(sources.read(sample.file), resize)))
+        except FileNotFoundError as error:
+            images.append((sample, MISSING, str(error.filename or error)))
+        except SampleError as error:
+            images.append((sample, UNDECODABLE, str(error).removeprefix("unreadable image: ")))
+    return images
+
+
+def _counts(counts: Mapping[str, int], joint: str = ", ") -> str:
     return joint.join(f"{count} {reason}" for reason, count in counts.items())
 
 
 def _is_there(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
-
-
-def _read(samples: list[Sample], resize: int | None) -> list[tuple[Sample, str, bytes | str]]:
-    """Each sample with (suffix, content) of its image, or (reason, detail)."""
-    made: list[tuple[Sample, str, bytes | str]] = []
-    for sample in samples:
-        try:
-            made.append((sample, *prepare(sources.read(sample.file), resize)))
-        except FileNotFoundError as error:
-            made.append((sample, MISSING, str(error.filename or error)))
-        except SampleError as error:
-            made.append((sample, UNDECODABLE, str(error).removeprefix("unreadable image: ")))
-    return made
 
 
 def cut(samples: int, shard_size: int, shards: int | None) -> list[int]:

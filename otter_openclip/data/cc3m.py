@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from otter_openclip.data import pairs
-from otter_openclip.data.lookup import NOT_DOWNLOADED, Found
+from otter_openclip.data.lookup import NOT_DOWNLOADED, Picture
 from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import absolute
 from otter_openclip.data.tables import at, lines
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     if (args.report is None) != (args.images is None):
         raise ValueError("--report and --images go together; with --img2dataset neither is needed")
-    images = pairs.images(args, search=False)  # the report has each file's whole path
+    images = pairs.images(args)
 
     def fill(plan: Plan) -> None:
         plan.db.execute("CREATE TEMP TABLE saved (url TEXT PRIMARY KEY, name TEXT)")
@@ -54,10 +54,10 @@ def main(args: argparse.Namespace) -> int:
             plan.db.executemany("INSERT OR IGNORE INTO saved VALUES (?, ?)", saved)
         query = "SELECT name FROM saved WHERE url = ?"
         for caption, url in tqdm(read_captions(args.captions), "Reading captions", unit="caption"):
-            found = Found(None, reason=NOT_DOWNLOADED)
+            picture = Picture(None, reason=NOT_DOWNLOADED)
             if name := plan.db.execute(query, (url,)).fetchone() if args.report else (url,):
-                found = images.find(*name)
-            plan.add(url, found, caption)
+                picture = images.find(*name)
+            plan.add(url, picture, caption)
 
     inputs = [args.captions, *([args.report] if args.report else [])]
     return pairs.build(args, inputs, images, fill, "URL", write_labels)
@@ -93,7 +93,7 @@ def write_labels(output: Path, plan: Plan) -> None:
     The reference has paths relative to its data folder; these are absolute, which its reader joins just
     as well and open_clip needs.
     """
-    rows = ((s.file[0], s.payload) for s in plan.kept() if len(s.file) == 1)
+    rows = ((s.file.path, s.text) for s in plan.written() if s.file.offset is None)
     if (first := next(rows, None)) is None:
         return
     with written_whole(output / LABELS_FILE, "w") as file:

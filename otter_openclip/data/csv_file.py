@@ -1,6 +1,7 @@
 """Any table of image paths and captions as training shards.
 
 The columns are named as for open_clip's --dataset-type csv, and its defaults are the defaults here.
+Without --images a path counts as it is written, from the current folder or else from the table's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from tqdm import tqdm
 
 from otter_openclip.data import pairs, tables
+from otter_openclip.data.lookup import Paths
 from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import absolute
 
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--csv-img-key", default="filepath", metavar="NAME", help="column; default filepath")
     add("--csv-caption-key", default="title", metavar="NAME", help="column; default title")
     add("--no-quotes", action="store_true", help="quotation marks in the table are only that")
-    text = "folders or archives that hold the paths; default: the current folder and the table's"
+    text = "folders or archives that hold the paths; default: the current folder or the table's"
     pairs.add_image_options(parser, text, required=False)
     pairs.add_pair_output(parser)
 
@@ -33,12 +35,14 @@ def main(args: argparse.Namespace) -> int:
     separator = args.csv_separator and args.csv_separator.replace("\\t", "\t")
     if separator is not None and len(separator) != 1:
         raise ValueError(f"--csv-separator must be one character, got {args.csv_separator!r}")
-    images = pairs.images(args, default=[os.getcwd(), os.path.dirname(args.captions)])
     columns = args.csv_img_key, args.csv_caption_key
     rows = tables.table(args.captions, columns, separator, quotes=not args.no_quotes)
+    plain = not (args.images or args.img2dataset)
+    images = Paths([os.getcwd()], search=False) if plain else pairs.images(args)
 
     def fill(plan: Plan) -> None:
         for line, (image, caption) in tqdm(rows, "Reading captions", unit="caption"):
-            plan.add(image, images.find(image), caption, where=f"line {line}")
+            beside = [os.path.join(os.path.dirname(args.captions), image)] if plain else []
+            plan.add(image, images.find(image, *beside), caption, where=f"line {line}")
 
     return pairs.build(args, [args.captions], images, fill, "row")

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from otter_openclip.shards import read as shard_samples
-from otter_openclip.shards.faults import SampleError
+from otter_openclip.shards.read import SampleError
 
 # PIL's name of a format -> suffix. clip_benchmark reads webp, png, jpg and jpeg; open_clip the same.
 # MPO is a JPEG with further pictures behind it.

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from otter_openclip.data import pairs, sources, unpacking
-from otter_openclip.data.lookup import Found
+from otter_openclip.data.lookup import Picture
 from otter_openclip.data.plan import Plan
 
 
@@ -29,9 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     _, files = sources.expand(args.dataset, sources.TABLES, inside="**")
-    # Beside the data lies what datasets' map and filter made of them.
-    made = [f for f in files if os.path.basename(f).startswith("cache-")]
-    files = [f for f in files if f in args.dataset or f not in made]
+    # Beside the data lies, as cache-*, what datasets' map and filter made of them.
+    files = [f for f in files if f in args.dataset or "cache-" != os.path.basename(f)[:6]]
     if not files:
         raise FileNotFoundError(f"--dataset {' '.join(args.dataset)}: no .parquet or .arrow there")
 
@@ -45,15 +44,15 @@ def main(args: argparse.Namespace) -> int:
                     fault = f"no column {key!r} but {', '.join(values)}"
                     raise ValueError(f"{path}: {fault}; --text-key")
                 file = row.file
-                if file is None and (place := values.get("image_path")):
-                    place = os.path.join(os.path.dirname(path), place)
-                    file = [place] if os.path.isfile(place) else None
+                if file is None and (name := values.get("image_path")):
+                    beside = os.path.join(os.path.dirname(path), name)
+                    file = sources.File(beside) if os.path.isfile(beside) else None
                 captions = values[key] if isinstance(values[key], list) else [values[key]]
                 name = f"{path} row {int(row.name)}"
                 for caption in captions or [None]:
                     if not isinstance(caption, str | None):
                         raise ValueError(f"{name}: no text in {key!r}, but {caption!r}; --text-key")
-                    plan.add(name, Found(file), caption or "")
+                    plan.add(name, Picture(file), caption or "")
 
     return pairs.build(args, files, None, fill, "row")
 
@@ -62,8 +61,8 @@ def text_column(values: dict[str, Any], path: str) -> str:
     """The only column whose value is text, texts, or missing; ValueError if there is not one."""
     first = {name: (v or [None])[0] if isinstance(v, list) else v for name, v in values.items()}
     text = [name for name, v in first.items() if isinstance(v, str | None)]
-    found = [name for name in text if name != "image_path"]
-    if len(found) != 1:
-        fault = f"{len(found)} columns of text among {', '.join(values)}; choose with --text-key"
+    text = [name for name in text if name != "image_path"]
+    if len(text) != 1:
+        fault = f"{len(text)} columns of text among {', '.join(values)}; choose with --text-key"
         raise ValueError(f"{path}: {fault}")
-    return found[0]
+    return text[0]

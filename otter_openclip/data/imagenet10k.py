@@ -9,7 +9,6 @@ and classnames.txt holds that form.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 
 from otter_openclip.data import labelled
@@ -33,8 +32,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     names = read_classes(args.classes)
     labels = labelled.read_index_rows(args.labels, len(names))
-    paths = lambda name: (name, f"images/{name}", os.path.basename(name))  # noqa: E731
-    return labelled.build(args, names, labels, paths)
+    return labelled.build(args, names, labels)
 
 
 def read_classes(path: str) -> list[str]:

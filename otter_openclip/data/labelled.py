@@ -12,15 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from otter_openclip.data import options
-from otter_openclip.data.building import Build
+from otter_openclip import cli
+from otter_openclip.data.building import Build, add_output
 from otter_openclip.data.lookup import Paths
 from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import absolute
 from otter_openclip.data.tables import at, lines
-from otter_openclip.evaluation.prompts import CLASSES_FILE, SIMPLE, TEMPLATES_FILE
-from otter_openclip.evaluation.validator import COUNT_FILE, TYPE_FILE
 from otter_openclip.files import write_text
+from otter_openclip.shards.write import CLASSES_FILE, COUNT_FILE, TEMPLATES_FILE, TYPE_FILE
 
 SPLIT = "test"
 
@@ -35,21 +34,29 @@ class Row(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser, classes: str, labels: str, images: str) -> None:
     """Add what both builders take, with their own words on the three inputs."""
-    add, kind = parser.add_argument, options.max_missing
+    add = parser.add_argument
     add("--classes", required=True, type=absolute, metavar="FILE", help=classes)
     add("--labels", required=True, type=absolute, metavar="FILE", help=labels)
     text = f"{images}; .tar, .tar.gz or .zip; braces and wildcards are expanded"
     add("--images", required=True, nargs="+", type=absolute, metavar="PATH", help=text)
     text = "images (or percent, as 0.5%%) that may be missing or undecodable; default 0"
-    add("--max-missing", type=kind, default=kind("0"), metavar="N", help=text)
-    options.add_output(parser, shard_size=1000)
+    add("--max-missing", type=max_missing, default=max_missing("0"), metavar="N", help=text)
+    add_output(parser, shard_size=1000)
+
+
+def max_missing(text: str) -> Callable[[int], float]:
+    """From "25" or "0.5%" to the number of images that may be missing, of so many."""
+    if text.endswith("%"):
+        percent = cli.number(0, 100)(text.removesuffix("%"))
+        return lambda total: total * percent / 100
+    count = cli.number(0, kind=int)(text)
+    return lambda total: count
 
 
 def build(
     args: argparse.Namespace,
     classes: Sequence[str],
     labels: tuple[Sequence[Row], int],
-    paths: Callable[[str], Sequence[str]],
 ) -> int:
     """Build a test set from its parsed metadata; returns the command's exit code.
 
@@ -57,37 +64,38 @@ def build(
         args: the options of `add_arguments`, and ``command``.
         classes: class names as they are to be prompted.
         labels: the images with labels, in order, and the number of those without, left out before.
-        paths: from an image's name to where it may be in a folder or archive.
     """
     images, (rows, without) = Paths(args.images, any_suffix=True), labels
     keys: dict[str, int] = {}
     for image, _, line in rows:
-        if (first := keys.setdefault(_key(image), line)) != line:
-            fault = f"{image} would have the key of line {first}'s image, {_key(image)}; rename one"
+        if (first := keys.setdefault(key_of(image), line)) != line:
+            fault = (
+                f"{image} would have the key of line {first}'s image, {key_of(image)}; rename one"
+            )
             raise at(args.labels, line, fault)
 
-    def encode(labels: Sequence[int]) -> tuple[str, bytes]:
+    def encode(numbers: str) -> bytes:
         """Labels as the ``npy`` uint8 vector that clip_benchmark's multi-label sets hold."""
         vector, buffer = np.zeros(len(classes), np.uint8), io.BytesIO()
-        vector[labels] = 1
+        vector[[int(number) for number in numbers.split()]] = 1
         np.save(buffer, vector)
-        return "npy", buffer.getvalue()
+        return buffer.getvalue()
 
     def fill(plan: Plan) -> None:
         if without:
             plan.skip("without a positive label", without)
         for image, positive, line in tqdm(rows, "Looking for images", unit="image"):
-            found, where = images.find(*paths(image)), f"line {line} of the labels"
-            plan.add(image, found, positive, key=_key(image), where=where)
+            picture, numbers = images.find(image), " ".join(map(str, positive))
+            plan.add(image, picture, numbers, key=key_of(image), where=f"line {line} of the labels")
 
     def finish(folder: Path, plan: Plan) -> None:
         write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in classes))
-        write_text(folder / TEMPLATES_FILE, f"{SIMPLE}\n")
+        write_text(folder / TEMPLATES_FILE, "a photo of {c}.\n")
         write_text(folder / TYPE_FILE, "multilabel\n")
         write_text(folder / SPLIT / COUNT_FILE, f"{plan.report()['shards']}\n")
 
     inputs, name = [args.classes, args.labels], f"{SPLIT}/{{}}.tar"
-    Build(args, inputs, images, fill, finish, encode, name, "image").run()
+    Build(args, inputs, images, fill, finish, "npy", encode, name, "image").run()
     repeated = len(classes) - len(set(classes))
     note = f", of which {repeated} repeat an earlier one's name and stay apart" if repeated else ""
     print(f"{len(classes)} classes{note}.")
@@ -96,7 +104,8 @@ def build(
     return 0
 
 
-def _key(image: str) -> str:
+def key_of(image: str) -> str:
+    """An image's key: its file's name without folder and suffix."""
     return os.path.splitext(os.path.basename(image))[0]
 
 
@@ -114,7 +123,7 @@ def read_index_rows(
     """Lines of an image's name and its class indices, each perhaps with a confidence (``2367:1``).
 
     Returns images with their positive labels, and the number of images without any. ValueError names the
-    line of a label outside the class list, no number, a confidence outside [0, 1], or a repeated image.
+    line of a label outside the class list or no number, or a repeated image.
     """
     rows: dict[str, Row] = {}
     for number, line in lines(path):
@@ -133,8 +142,6 @@ def read_index_rows(
             except ValueError:
                 fault = f"{entry!r} is neither a class index nor index:confidence"
                 raise at(path, number, fault) from None
-            if not 0 <= sure <= 1:
-                raise at(path, number, f"confidence {confidence} is not in [0, 1]")
             if not 0 <= label < classes:
                 fault = f"label {label} is outside the class list of {classes} (0 to {classes - 1})"
                 raise at(path, number, f"{fault}; do the two files belong together?")
@@ -145,5 +152,5 @@ def read_index_rows(
 
 def with_labels(rows: Mapping[str, Row]) -> tuple[list[Row], int]:
     """The rows with a positive label, and the number of the others."""
-    kept = [row for row in rows.values() if row.labels]
-    return kept, len(rows) - len(kept)
+    positive = [row for row in rows.values() if row.labels]
+    return positive, len(rows) - len(positive)

@@ -9,7 +9,6 @@ class descriptions as they are; twelve of them occur twice and stay two classes.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 
 from otter_openclip.data import labelled, tables
@@ -37,16 +36,14 @@ def main(args: argparse.Namespace) -> int:
     mids, names = read_classes(args.classes)
     if _LABEL_COLUMNS[0] not in tables.header(args.labels, _LABEL_COLUMNS)[1]:
         # The reference's goi_images.txt: file name and class indices, separated by tabs.
-        without_suffix = lambda name: os.path.splitext(os.path.basename(name))[0]  # noqa: E731
-        labels = labelled.read_index_rows(args.labels, len(names), without_suffix)
+        labels = labelled.read_index_rows(args.labels, len(names), labelled.key_of)
     elif mids is None:
         fault = f"has no class ids (/m/...), by which {args.labels} names its labels"
         fix = "give the class-descriptions CSV, or goi_images.txt as --labels"
         raise ValueError(f"{args.classes} {fault}; {fix}")
     else:
         labels = read_labels(args.labels, mids, args.classes)
-    paths = lambda name: (f"{name}.jpg", f"{labelled.SPLIT}/{name}.jpg")  # noqa: E731
-    return labelled.build(args, names, labels, paths)
+    return labelled.build(args, names, labels)
 
 
 def read_classes(path: str) -> tuple[dict[str, int] | None, list[str]]:
@@ -60,9 +57,9 @@ def read_classes(path: str) -> tuple[dict[str, int] | None, list[str]]:
         listed = list(tables.lines(path))
         while not listed[-1][1].strip():
             listed.pop()
-        if found := next((number for number, line in listed if _MID.match(line)), None):
+        if wrong := next((number for number, line in listed if _MID.match(line)), None):
             fault = f"a class id, but the header is not {','.join(_CLASS_COLUMNS)}"
-            raise at(path, found, f"{fault}; correct line 1")
+            raise at(path, wrong, f"{fault}; correct line 1")
         return None, [class_name(line, path, number) for number, line in listed]
     rows = tables.table(path, _CLASS_COLUMNS, separator) if headed else tables.rows(path, separator)
     mids: dict[str, int] = {}

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from otter_openclip.cli import number
-from otter_openclip.data.building import Build
+from otter_openclip.data.building import Build, add_output
 from otter_openclip.data.lookup import Downloaded, Paths
-from otter_openclip.data.options import add_output
 from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import absolute
 from otter_openclip.files import write_json
+from otter_openclip.shards.write import SIZES_FILE
 
 
 def add_image_options(parser: argparse.ArgumentParser, images: str, *, required: bool) -> None:
@@ -28,25 +28,18 @@ def add_pair_output(parser: argparse.ArgumentParser) -> None:
     add_output(parser, shard_size=10_000)
     add = parser.add_argument_group("order").add_argument
     text = "shuffles the pairs before they are cut; default 0"
-    add("--seed", type=number(0, kind=int), metavar="N", help=text)
+    add("--seed", type=number(0, kind=int), default=0, metavar="N", help=text)
     text = "keep the input's order (archives on a slow disk are then read from front to back)"
     add("--no-shuffle", action="store_true", help=text)
 
 
 def images(
-    args: argparse.Namespace,
-    fields: Sequence[str] = ("url",),
-    *,
-    any_suffix: bool = False,
-    search: bool = True,
-    default: Sequence[str] = (),
+    args: argparse.Namespace, fields: Sequence[str] = ("url",), *, any_suffix: bool = False
 ) -> Paths | Downloaded:
-    """The pictures of --images or --img2dataset, or of the ``default`` folders, then not searched."""
+    """The pictures of --images or --img2dataset; ``fields`` of its JSON are what rows name them by."""
     if args.img2dataset:
         return Downloaded(args.img2dataset, fields)
-    if not args.images:
-        return Paths(default, search=False, first=True)
-    return Paths(args.images, any_suffix=any_suffix, search=search)
+    return Paths(args.images, any_suffix=any_suffix)
 
 
 def build(
@@ -55,20 +48,18 @@ def build(
     images: Paths | Downloaded | None,
     fill: Callable[[Plan], None],
     record: str,
-    finish: Callable[[Path, Plan], None] = lambda *_: None,
+    finish: Callable[[Path, Plan], None] | None = None,
 ) -> int:
     """Build a training set; returns the exit code. The arguments are those of `building.Build`."""
-    if args.no_shuffle and args.seed is not None:
-        raise ValueError("--no-shuffle has no use for --seed; drop one")
-    args.seed = args.seed or 0
 
-    def write_rest(folder: Path, plan: Plan) -> None:
-        finish(folder, plan)
+    def write_small_files(folder: Path, plan: Plan) -> None:
+        if finish:
+            finish(folder, plan)
         sizes = {name: samples for name, samples, _ in plan.report()["written"]}
-        write_json(folder / "sizes.json", sizes)
+        write_json(folder / SIZES_FILE, sizes)
 
-    encode = lambda caption: ("txt", caption.encode())  # noqa: E731
-    job = Build(args, inputs, images, fill, write_rest, encode, "{:05d}.tar", record)
+    name = "{:05d}.tar"
+    job = Build(args, inputs, images, fill, write_small_files, "txt", str.encode, name, record)
     last = job.run()["shards"] - 1
-    print(f"--train-data '{job.shown}/{f'{{00000..{last:05d}}}' if last else '00000'}.tar'")
+    print(f"--train-data '{job.output}/{f'{{00000..{last:05d}}}' if last else '00000'}.tar'")
     return 0

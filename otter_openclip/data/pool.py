@@ -38,15 +38,12 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
-            # Ctrl-C amid the start of processes would leave some that nobody ends; it comes after it.
-            caught: list[int] = []
-            before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))  # noqa: B023
+            # Ctrl-C while processes are being started would leave some that nobody ends.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 pending.append(pool.submit(function, item))
             finally:
-                signal.signal(signal.SIGINT, before)
-            if caught:
-                raise KeyboardInterrupt
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             if len(pending) > _AHEAD * workers:
                 yield pending.popleft().result()
         while pending:

@@ -1,7 +1,4 @@
-"""Image files in folders, tars and zips; on disk, or wherever fsspec reads.
-
-A *file* is a list: [path], or [archive, offset, size, how] for a part of a tar or zip.
-"""
+"""Image files in folders, tars and zips; on disk, or wherever fsspec reads."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import unquote
@@ -24,7 +21,7 @@ import braceexpand
 from otter_openclip.data import tables
 from otter_openclip.data.decoding import IMAGE_SUFFIXES
 from otter_openclip.shards import read as shard_samples
-from otter_openclip.shards.faults import SampleError
+from otter_openclip.shards.read import SampleError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ARCHIVES = (".tar", ".zip", *COMPRESSED)
@@ -34,23 +31,16 @@ _LOCAL_HEADER = 30  # of a zip's member
 _UTF8 = 1 << 11  # flag: the name's encoding
 
 
-class Member(NamedTuple):
-    """A file of a folder or archive.
+class File(NamedTuple):
+    """Where a file's bytes are: all of ``path``, or what an archive has at ``offset``.
 
-    ``place`` is the offset in an archive, and ``how`` a zip's compression method, or -1 in a tar. In a
-    folder there is only a place, and that only where it is not the folder's path and the name.
+    ``how`` is a zip's compression method, or -1 in a tar.
     """
 
-    name: str
-    place: int | str | None = None
+    path: str
+    offset: int | None = None
     size: int | None = None
     how: int | None = None
-
-    def file(self, source: str) -> list[Any]:
-        """The file that this is in ``source``."""
-        if self.how is None:
-            return [self.place or f"{source}/{self.name}"]
-        return [source, self.place, self.size, self.how]
 
 
 class Sample(NamedTuple):
@@ -58,7 +48,7 @@ class Sample(NamedTuple):
 
     name: str
     metadata: bytes | None = None
-    file: list[Any] | None = None
+    file: File | None = None
 
 
 def expand(
@@ -78,9 +68,9 @@ def expand(
                 archives.append(path)
             elif remote or os.path.isdir(path):
                 folders.append(path)
-                found = [] if remote else glob.glob(f"{glob.escape(path)}/{inside}", recursive=True)
+                files = [] if remote else glob.glob(f"{glob.escape(path)}/{inside}", recursive=True)
                 plain = tuple(suffix for suffix in suffixes if suffix not in COMPRESSED)
-                archives += (each for each in sorted(found) if each.lower().endswith(plain))
+                archives += (file for file in sorted(files) if file.lower().endswith(plain))
             elif not os.path.exists(path):
                 raise FileNotFoundError(f"{path}: no such folder or archive")
             else:
@@ -95,31 +85,27 @@ def named(text: str) -> list[str]:
     return [text] if os.path.lexists(text) else sorted(glob.glob(text)) or [text]
 
 
-def read(file: Sequence[Any]) -> bytes:
+def read(file: File) -> bytes:
     """The bytes of a file; FileNotFoundError if there is none.
 
     SampleError if the archive is shorter than its index says or a zip's member is damaged.
     """
-    path, *part = file
-    if not part:
+    if file.offset is None:
         try:
-            with tables.open_bytes(path) as opened:
+            with tables.open_bytes(file.path) as opened:
                 return opened.read()
         except (NotADirectoryError, IsADirectoryError) as error:
-            raise FileNotFoundError(path) from error
-    offset, size, how = part
-    return _read_at(path, size, offset) if how == _RAW else _unzipped(path, offset, size, how)
-
-
-def _unzipped(path: str, offset: int, size: int, how: int) -> bytes:
-    header = _read_at(path, _LOCAL_HEADER, offset)
-    offset += _LOCAL_HEADER + sum(struct.unpack_from("<HH", header, 26))  # name, extra field
-    content = _read_at(path, size, offset)
+            raise FileNotFoundError(file.path) from error
+    if file.how == _RAW:
+        return _read_at(file.path, file.size, file.offset)
+    header = _read_at(file.path, _LOCAL_HEADER, file.offset)
+    offset = file.offset + _LOCAL_HEADER + sum(struct.unpack_from("<HH", header, 26))
+    content = _read_at(file.path, file.size, offset)
     try:
-        content = zlib.decompress(content, -zlib.MAX_WBITS) if how == _DEFLATED else content
+        content = zlib.decompress(content, -zlib.MAX_WBITS) if file.how == _DEFLATED else content
     except zlib.error as error:
         raise SampleError(f"damaged zip member: {error}") from error
-    behind = _read_at(path, 8, offset + size).removeprefix(b"PK\x07\x08")
+    behind = _read_at(file.path, 8, offset + file.size).removeprefix(b"PK\x07\x08")
     if zlib.crc32(content).to_bytes(4, "little") not in (header[14:18], behind[:4]):
         raise SampleError("damaged zip member: its CRC-32 is another")
     return content
@@ -139,25 +125,24 @@ def _opened(path: str) -> BinaryIO:
 
 def samples(source: str) -> Iterator[Sample]:
     """The images and JSON files of a folder or archive by their names without suffix, in order."""
-    files = (m for m in members(source) if "/._" not in f"/{m.name}")  # macOS's, beside each
-    for name, group in itertools.groupby(files, lambda m: os.path.splitext(m.name)[0]):
-        found = [Sample(name)]
-        seen: set[str] = set()
-        for member in group:
-            if member.name in seen:  # another sample begins, as in training
-                found.append(Sample(name))
-                seen.clear()
-            seen.add(member.name)
-            suffix = os.path.splitext(member.name)[1].lower()
+    files = (m for m in members(source) if "/._" not in f"/{m[0]}")  # macOS's, beside each
+    for stem, group in itertools.groupby(files, lambda member: os.path.splitext(member[0])[0]):
+        sample, seen = Sample(stem), set()
+        for name, file in group:
+            if name in seen:  # another sample begins, as in training
+                yield sample
+                sample, seen = Sample(stem), set()
+            seen.add(name)
+            suffix = os.path.splitext(name)[1].lower()
             if suffix == ".json":
-                found[-1] = found[-1]._replace(metadata=read(member.file(source)))
+                sample = sample._replace(metadata=read(file))
             elif suffix and suffix in IMAGE_SUFFIXES:
-                found[-1] = found[-1]._replace(file=member.file(source))
-        yield from (sample for sample in found if sample.metadata is not None or sample.file)
+                sample = sample._replace(file=file)
+        yield sample
 
 
-def members(source: str) -> Iterator[Member]:
-    """The files below a folder, of an uncompressed tar (and of tars inside it, as ImageNet's) or a zip.
+def members(source: str) -> Iterator[tuple[str, File]]:
+    """(name, file) of all below a folder, in an uncompressed tar and the tars inside it, or in a zip.
 
     OSError if an archive is damaged, ValueError if it does not allow reading by offset.
     """
@@ -165,8 +150,8 @@ def members(source: str) -> Iterator[Member]:
         system, folder = tables.remote(source)
         for path in system.find(folder):
             name = os.path.relpath(path, folder)
-            name = unquote(name) if source.startswith("http") else name
-            yield Member(name, system.unstrip_protocol(path))
+            address = system.unstrip_protocol(path)
+            yield unquote(name) if source.startswith("http") else name, File(address)
     elif os.path.isdir(source):
         seen: set[str] = set()  # links may lead round in circles
         for folder, inner, names in os.walk(source, onerror=_raise, followlinks=True):
@@ -174,15 +159,21 @@ def members(source: str) -> Iterator[Member]:
                 inner.clear()
                 continue
             seen.add(real)
-            for name in sorted(names, key=os.path.splitext):
-                yield Member(os.path.relpath(os.path.join(folder, name), source))
+            for path in (
+                os.path.join(folder, name) for name in sorted(names, key=os.path.splitext)
+            ):
+                yield os.path.relpath(path, source), File(path)
     else:
         with tables.whole(source):
             zipped = source.lower().endswith(".zip")
             yield from _zip_members(source) if zipped else _tar_members(source)
 
 
-def _zip_members(path: str) -> Iterator[Member]:
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _zip_members(path: str) -> Iterator[tuple[str, File]]:
     with zipfile.ZipFile(path) as archive:
         for entry in (entry for entry in archive.infolist() if not entry.is_dir()):
             how = entry.compress_type
@@ -193,25 +184,21 @@ def _zip_members(path: str) -> Iterator[Member]:
                 with contextlib.suppress(UnicodeError):
                     name = name.encode("cp437").decode()
             name = name.replace("\\", "/")  # of Windows
-            yield Member(name, entry.header_offset, entry.compress_size, how)
+            yield name, File(path, entry.header_offset, entry.compress_size, how)
 
 
 def _packed(path: str, fault: str) -> ValueError:
     return ValueError(f"{path}: {fault}; unpack it and give the folder")
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _tar_members(path: str, start: int = 0, *, linked: bool = True) -> Iterator[Member]:
+def _tar_members(path: str, start: int = 0, *, linked: bool = True) -> Iterator[tuple[str, File]]:
     if not os.path.getsize(path):  # a tar of no bytes holds no files
         return
     links: dict[str, list[str]] = {}
     # tarfile takes the file's position as its start, so offsets are the outer file's throughout.
-    with open(path, "rb") as file:
-        file.seek(start)
-        tar = tarfile.open(fileobj=file, mode="r:", tarinfo=shard_samples.Member)
+    with open(path, "rb") as opened:
+        opened.seek(start)
+        tar = tarfile.open(fileobj=opened, mode="r:", tarinfo=shard_samples.Member)
         for entry in shard_samples.members(tar, last=not start):
             if entry.islnk() or entry.issym():
                 beside = os.path.dirname(entry.name) if entry.issym() else ""
@@ -222,16 +209,16 @@ def _tar_members(path: str, start: int = 0, *, linked: bool = True) -> Iterator[
             if entry.issparse():
                 raise _packed(path, f"{entry.name} is a sparse file")
             if not entry.name.lower().endswith(".tar"):
-                yield Member(entry.name, entry.offset_data, entry.size, _RAW)
+                yield entry.name, File(path, entry.offset_data, entry.size, _RAW)
                 continue
-            for member in _tar_members(path, entry.offset_data) if entry.size else ():
-                if member.place + member.size > entry.offset_data + entry.size:
+            for name, file in _tar_members(path, entry.offset_data) if entry.size else ():
+                if file.offset + file.size > entry.offset_data + entry.size:
                     raise tarfile.ReadError(f"{entry.name} inside it is cut short")
-                yield member
-    if links and linked:  # their files' places, which nothing has kept, are looked for again
-        for member in _tar_members(path, start, linked=False):
-            for name in links.get(os.path.normpath(member.name), ()):
-                yield member._replace(name=name)
+                yield name, file
+    if links and linked:  # nothing has kept where their files are, so they are looked for again
+        for target, file in _tar_members(path, start, linked=False):
+            for name in links.get(os.path.normpath(target), ()):
+                yield name, file
 
 
 def absolute(path: str) -> str:

@@ -83,8 +83,7 @@ def lines(path: str, *, ends: bool = False) -> Iterator[tuple[int, str]]:
                 yield number, line
         except UnicodeDecodeError as error:
             fault = f"not UTF-8 text (byte {error.start + 1} is {error.object[error.start]:#x})"
-            fix = "if it is text at all, convert it: iconv -f latin1 (or utf-16) -t utf-8"
-            raise at(path, number, f"{fault}; {fix}") from error
+            raise at(path, number, f"{fault}; convert it: iconv -f latin1 -t utf-8") from error
 
 
 def rows(path: str, separator: str, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:
@@ -114,15 +113,14 @@ def header(path: str, columns: Sequence[str]) -> tuple[str, list[str]]:
     line = next((line for _, line in lines(path) if line.strip()), None)
     if line is None:
         raise ValueError(f"{path} is empty; a table with a header is needed")
-    found = {}
+    fields = {}
     for separator in _SEPARATORS:
         with contextlib.suppress(csv.Error):
-            found[separator] = next(csv.reader([line], delimiter=separator, strict=True))
-    if not found:
-        next(rows(path, ","))  # raises, unless a later line closes the quote
-        raise ValueError(f"{path}:1: the header goes over several lines; {_QUOTES}")
-    best = max(found, key=lambda s: (len(set(columns) & set(found[s])), len(found[s])))
-    return best, found[best]
+            fields[separator] = next(csv.reader([line], delimiter=separator, strict=True))
+    if not fields:
+        raise at(path, 1, f"a quotation mark in the header does not close; {_QUOTES}")
+    best = max(fields, key=lambda s: (len(set(columns) & set(fields[s])), len(fields[s])))
+    return best, fields[best]
 
 
 def table(
@@ -138,9 +136,8 @@ def table(
     line, names = next(everything, (1, []))
     for name in columns:
         if names.count(name) != 1:
-            listed = ", ".join(map(repr, names)) or "nothing"
-            fault = f"no column {name!r} but {listed}" if name not in names else f"two {name!r}"
-            raise at(path, line, f"has {fault}")
+            fault = f"two {name!r}" if name in names else f"no column {name!r}"
+            raise at(path, line, f"has {fault} but {', '.join(map(repr, names))}")
     print(f"{path}: fields separated by {_SEPARATORS.get(separator, repr(separator))}")
     pick = itemgetter(*map(names.index, columns), 0)  # with one more it gives a tuple
 

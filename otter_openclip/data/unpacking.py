@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
-import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
+from otter_openclip.cli import needs
 from otter_openclip.data import sources, tables
 from otter_openclip.files import written_whole
+from otter_openclip.shards.write import write_shard
 
-_ZSTANDARD = b"\x28\xb5\x2f\xfd"
 _ENDS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0")  # of parquet, arrow's files and streams
 
 
 def local(archive: str, folder: Path) -> str:
     """``archive``, or what can be read by offset made of it in ``folder``.
 
-    OSError if it is damaged or its compression is unknown; and as `write_tar`.
+    OSError if it is damaged; and as `table_samples`.
     """
     remote, table = "://" in archive, archive.lower().endswith(sources.TABLES)
     with tables.open_bytes(archive) as file:
         unpack = tables.opener(file)
-        if file.peek(4).startswith(_ZSTANDARD):  # type: ignore[attr-defined]
-            raise OSError(f"{archive}: Zstandard; decompress it (unzstd) and give the .tar")
         if not (unpack or remote or table):
             return archive
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,10 +34,10 @@ def local(archive: str, folder: Path) -> str:
         target = folder / f"{key}-{os.path.basename(archive)}"  # the name is in errors
         if target.exists():
             return str(target)
+        if table:
+            write_shard(target, table_samples(file, archive))
+            return str(target)
         with written_whole(target) as out:
-            if table:
-                write_tar(file, out, archive)
-                return str(target)
             size = None if remote else os.path.getsize(archive)
             title = f"Unpacking {os.path.basename(archive)}"
             bar = tqdm.wrapattr(file, "read", size, desc=title)
@@ -49,19 +46,16 @@ def local(archive: str, folder: Path) -> str:
         return str(target)
 
 
-def write_tar(table: IO[bytes], out: IO[bytes], name: str) -> None:
-    """Write the rows of the parquet or arrow ``table`` called ``name`` as a tar of images and JSON.
+def table_samples(table: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The rows of the parquet or arrow ``table`` called ``name``, each as an image and JSON.
 
     The images lie in a column of bytes (img2dataset) or of {bytes, path} (Hugging Face datasets).
-    ValueError if there is not one such column, or two of one name; OSError if the table is damaged, or
-    pyarrow is missing.
+    ValueError if there is not one such column, or two of one name; OSError if the table is damaged;
+    RuntimeError if pyarrow is missing.
     """
-    try:
-        import pyarrow
-        from pyarrow import ipc, parquet, types
-    except ImportError as error:
-        fix = "pip install 'otter-openclip[parquet]'"
-        raise OSError(f"{name}: pyarrow, which reads it, is not installed; {fix}") from error
+    needs("pyarrow", "parquet")
+    import pyarrow
+    from pyarrow import ipc, parquet, types
 
     def is_image(kind: Any) -> bool:
         inner = {field.name: field.type for field in kind} if types.is_struct(kind) else {}
@@ -85,22 +79,12 @@ def write_tar(table: IO[bytes], out: IO[bytes], name: str) -> None:
         if len(set(schema.names)) < len(schema):
             raise ValueError(f"{name}: two columns of one name among {listed}; rename one")
         rows = (row for batch in batches for row in batch.to_pylist())
-        with tarfile.open(fileobj=out, mode="w") as tar:
-            bar = tqdm(rows, f"Unpacking {os.path.basename(name)}", unit="row")
-            for number, row in enumerate(bar):
-                image = row.pop(images[0])
-                if isinstance(image, dict):
-                    row["image_path"], image = image.get("path"), image.get("bytes")
-                parts = {"json": json.dumps(row, default=str).encode()}
-                add_sample(tar, f"{number:09d}", parts | ({"jpg": image} if image else {}))
+        for number, row in enumerate(tqdm(rows, f"Unpacking {os.path.basename(name)}", unit="row")):
+            image = row.pop(images[0])
+            if isinstance(image, dict):
+                row["image_path"], image = image.get("path"), image.get("bytes")
+            files = {"json": json.dumps(row, default=str).encode()}
+            yield f"{number:09d}", files | ({"jpg": image} if image else {})
         table.seek(-8, os.SEEK_END)
         if not table.read().endswith(_ENDS):  # pyarrow takes a stream that stops for one that ends
             raise EOFError("its end is not there")
-
-
-def add_sample(tar: tarfile.TarFile, key: str, parts: Mapping[str, bytes]) -> None:
-    """Write a sample as webdataset's TarWriter does, which takes torch, 2 s and 600 MB, to import."""
-    for suffix, content in sorted(parts.items()):
-        member = tarfile.TarInfo(f"{key}.{suffix}")  # no owner, no date: the same bytes every time
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from tqdm import tqdm
 
 from otter_openclip.data import pairs, tables
-from otter_openclip.data.lookup import Found
+from otter_openclip.data.lookup import Picture
 from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import absolute
 
@@ -66,10 +66,10 @@ def main(args: argparse.Namespace) -> int:
             elif not caption:
                 plan.skip("without a caption")
             else:
-                found = images.find(*([url] if args.img2dataset else file_names(url)))
-                if not found.whole and _of_another_url(found.name, url):
-                    found = Found(None)
-                plan.add(url, found, caption)
+                picture = images.find(*([url] if args.img2dataset else file_names(url)))
+                if not picture.whole and _of_another_url(picture.name, url):
+                    picture = Picture(None)
+                plan.add(url, picture, caption)
 
     return pairs.build(args, args.tables, images, fill, "URL")
 

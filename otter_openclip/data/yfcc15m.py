@@ -69,9 +69,9 @@ def main(args: argparse.Namespace) -> int:
             texts = clean(row["title"]), clean(row["description"])
             caption = ". ".join(texts) if "".join(texts).strip() else ""
             plan.add(photo, images.find(*names), caption, key=photo)
-        (rest,) = execute("SELECT COUNT(*) FROM wanted WHERE NOT seen").fetchone()
-        if rest:
-            plan.skip("without metadata", rest)
+        (without,) = execute("SELECT COUNT(*) FROM wanted WHERE NOT seen").fetchone()
+        if without:
+            plan.skip("without metadata", without)
 
     return pairs.build(args, [args.subset, *args.metadata], images, fill, "photo")
 
@@ -103,8 +103,7 @@ def read_metadata(path: str) -> Iterator[dict[str, str]]:
     for number, line in lines(path):
         if line.startswith("{"):
             try:
-                values = json.loads(line)
-                row = {name: "" if value is None else str(value) for name, value in values.items()}
+                row = {k: "" if v is None else str(v) for k, v in json.loads(line).items()}
                 "".join(row[name] for name in _NEEDED).encode()  # JSON can name what is no text
             except (ValueError, KeyError) as error:
                 fault = f"no JSON object with {', '.join(_NEEDED)} ({error})"

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from otter_openclip.evaluation.classifier import Autocast
-from otter_openclip.evaluation.prompts import CLASSES_FILE
 from otter_openclip.replacing import replaced
 from otter_openclip.shards import read as shard_samples
-from otter_openclip.shards.faults import Fault, SampleError
+from otter_openclip.shards.read import Fault, SampleError
+from otter_openclip.shards.write import CLASSES_FILE
 
 Batch = tuple[Tensor, list[np.ndarray], list[tuple[int, int]]]  # images, labels, (shard, sample)
 

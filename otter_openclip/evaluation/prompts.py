@@ -9,10 +9,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from otter_openclip.shards.faults import Fault
+from otter_openclip.shards.read import Fault
+from otter_openclip.shards.write import TEMPLATES_FILE
 
-CLASSES_FILE = "classnames.txt"
-TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 SIMPLE = "a photo of {c}."
 
 

@@ -27,9 +27,9 @@ from otter_openclip.evaluation.classifier import class_features
 from otter_openclip.evaluation.labelled_images import ImageError, LabelledImages, encode_images
 from otter_openclip.evaluation.metrics import KS, multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts, read_templates
-from otter_openclip.evaluation.validator import COUNT_FILE
 from otter_openclip.files import written_whole
 from otter_openclip.preprocessing import reference_transforms
+from otter_openclip.shards.write import COUNT_FILE
 
 NAMED_DATASETS = ("goi", "imagenet10k")
 

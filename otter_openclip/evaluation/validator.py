@@ -7,25 +7,26 @@ as they are read. Imports no torch.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from otter_openclip.evaluation.prompts import (
-    CLASSES_FILE,
     SIMPLE,
-    TEMPLATES_FILE,
     name_faults,
     repeated_names,
     template_faults,
 )
-from otter_openclip.shards.faults import Fault
+from otter_openclip.shards.read import Fault
+from otter_openclip.shards.write import (
+    CLASSES_FILE,
+    COUNT_FILE,
+    SIZES_FILE,
+    TEMPLATES_FILE,
+    TYPE_FILE,
+)
 
-TYPE_FILE = "dataset_type.txt"
-COUNT_FILE = "nshards.txt"
-SIZES_FILE = "sizes.json"  # open_clip's, beside shards of training pairs
 # What clip_benchmark reads of each sample beside its image; it takes any other type for classification.
 _SUFFIXES = {"multilabel": "npy", "retrieval": "txt", "classification": "cls", "": "cls"}
 
@@ -177,25 +178,3 @@ def is_evaluation(folder: Path) -> bool:
     files = (CLASSES_FILE, TEMPLATES_FILE, TYPE_FILE)
     beside = any((folder.parent / name).exists() for name in files)
     return beside and not (folder / SIZES_FILE).exists()
-
-
-def size_faults(folder: Path, counted: Mapping[str, int]) -> Iterator[Fault]:
-    """What is wrong with a ``sizes.json``, by the samples ``counted`` in shards of its folder."""
-    path = folder / SIZES_FILE
-    if not path.exists():
-        return
-    try:
-        sizes = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        yield Fault(str(path), "", f"cannot be read as JSON ({error}); write it again")
-        return
-    if not isinstance(sizes, dict):
-        yield Fault(str(path), "", "is no object of shard names and numbers of samples")
-        return
-    for name, samples in counted.items():
-        if (listed := sizes.get(name)) != samples:
-            text = f"{samples} samples, where {SIZES_FILE} has {listed!r}"
-            yield Fault(str(folder / name), "", text)
-    for name in sizes.keys() - counted.keys():
-        if not (folder / name).exists():
-            yield Fault(str(folder / name), "", f"counted in {SIZES_FILE} but gone")

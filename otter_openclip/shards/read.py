@@ -1,6 +1,6 @@
 """Samples of webdataset shards as stock loaders read them, and what is wrong with one.
 
-Imports neither torch nor webdataset, which imports it.
+The one reader of tars. It imports neither torch nor webdataset, which imports torch.
 """
 
 from __future__ import annotations
@@ -12,18 +12,34 @@ import re
 import tarfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image
-
-from otter_openclip.shards.faults import SampleError
 
 IMAGES = ("webp", "png", "jpg", "jpeg")  # the first that a sample has, for clip_benchmark
 TRAINING_IMAGES = ("jpg", "png", "jpeg", "webp")  # for open_clip
 _KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's
 _ORIENTATION = 0x0112  # EXIF's tag
-_SKIPPED = re.compile(r"__[^/]*__($|/)")  # likewise
+_SKIPPED = re.compile(r"__[^/]*__($|/)")  # names of webdataset's own, which are no samples
+_JOINTS = {"line ": ", ", "no ": " has ", "is ": " ", "cannot ": " "}
+
+
+class Fault(NamedTuple):
+    """A fault of ``file``, or of a sample in it; ``text`` says what it is and how to mend it."""
+
+    file: str
+    sample: str
+    text: str
+
+    def __str__(self) -> str:
+        where = f"{self.file}: sample {self.sample}" if self.sample else self.file
+        joint = next((j for begin, j in _JOINTS.items() if self.text.startswith(begin)), ": ")
+        return f"{where}{joint}{self.text}"
+
+
+class SampleError(ValueError):
+    """A sample that loaders would refuse or misread; the message is a fault's text."""
 
 
 class Member(tarfile.TarInfo):
@@ -70,11 +86,10 @@ def members(tar: tarfile.TarFile, *, last: bool = True) -> Iterator[tarfile.TarI
         yield member
     if not getattr(tar, "ended", False):
         raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
-    while last and (rest := tar.fileobj.read(1 << 20)):
-        if rest.strip(b"\0"):
-            raise tarfile.ReadError(
-                "behind its end more follows, another tar perhaps, which is not read"
-            )
+    while last and (behind := tar.fileobj.read(1 << 20)):
+        if behind.strip(b"\0"):
+            text = "behind its end more follows, another tar perhaps, which is not read"
+            raise tarfile.ReadError(text)
 
 
 def _grouped(tar: tarfile.TarFile, strict: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -123,8 +138,8 @@ def labels(
     if suffix not in files:
         if suffix == "npy":
             raise SampleError("no npy with its label vector")
-        instead = "; as it has npy, write multilabel into dataset_type.txt" * ("npy" in files)
-        raise SampleError(f"no cls with its label{instead}")
+        multilabel = "; as it has npy, write multilabel into dataset_type.txt"
+        raise SampleError(f"no cls with its label{multilabel if 'npy' in files else ''}")
     if suffix == "cls":
         content = files["cls"].strip()
         if not re.fullmatch(rb"\d{1,9}", content) or int(content) >= (classes or 1e9):
@@ -136,23 +151,18 @@ def labels(
     except Exception as error:  # NumPy raises many types on damaged bytes
         raise SampleError(f"the npy cannot be read (unreadable labels: {error})") from error
     if vector.ndim != 1 or classes not in (None, len(vector)):
-        of = (
-            f"there are {classes} class names; {names_file} has {classes}"
-            if classes
-            else "1-D is due"
-        )
-        raise SampleError(
-            f"label vector of shape {vector.shape}, but {of}"
-            + (", and must have one for each entry" if classes else "")
-        )
+        due = "1-D is due"
+        if classes:
+            due = f"there are {classes} class names; {names_file} has {classes}, and must have one "
+            due += "for each entry"
+        raise SampleError(f"label vector of shape {vector.shape}, but {due}")
     if vector.dtype.kind not in "biuf":
         raise SampleError(f"label vector of {vector.dtype}, where numbers are due")
-    found = vector.nonzero()[0]
-    if not (vector[found] == 1).all():
-        raise SampleError(
-            f"label vector with values other than 0 and 1, e.g. {vector[found][vector[found] != 1][0]}"
-        )
-    return found.astype(np.int32)
+    positive = vector.nonzero()[0]
+    wrong = vector[positive][vector[positive] != 1]
+    if len(wrong):
+        raise SampleError(f"label vector with values other than 0 and 1, e.g. {wrong[0]}")
+    return positive.astype(np.int32)
 
 
 def image_file(files: Mapping[str, bytes], order: Sequence[str] = IMAGES) -> bytes:

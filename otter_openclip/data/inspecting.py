@@ -1,7 +1,7 @@
-"""Look at webdataset shards: counts, caption lengths, image sizes, unreadable samples, a contact sheet.
+"""What `data inspect` finds: figures of shards, the faults of each sample, a contact sheet.
 
-Takes shards of image-caption pairs and clip_benchmark's evaluation sets. Every image is decoded as for
-training. The exit code is 1 if something is wrong with the shards, and every fault is named.
+Training pairs are judged here; what is beside an evaluation set's shards is for `evaluation` to judge,
+which `otter_openclip.inspect_command` hands in.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import glob
 import io
+import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from heapq import heappush, heappushpop, nlargest
@@ -28,10 +29,10 @@ from otter_openclip.cli import positive
 from otter_openclip.data.contact_sheet import FORMATS, THUMBNAIL, draw
 from otter_openclip.data.pool import default_workers, ordered_map
 from otter_openclip.data.sources import COMPRESSED, named
-from otter_openclip.evaluation.validator import Folder, is_evaluation, size_faults
 from otter_openclip.files import make_room, write_json
 from otter_openclip.shards import read as shard_samples
-from otter_openclip.shards.faults import Fault, SampleError
+from otter_openclip.shards.read import Fault, SampleError
+from otter_openclip.shards.write import SIZES_FILE
 
 SHOWN = 10
 TARS = (".tar", *COMPRESSED)
@@ -53,34 +54,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=positive, default=workers, metavar="N", help="default: one per CPU")
 
 
-def main(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+def inspect(args: argparse.Namespace, evaluation_set: Callable[[Path], Any]) -> int:
+    """Run the command; ``evaluation_set`` has what lies beside a folder of an evaluation set's shards.
+
+    That is an `evaluation.validator.Folder`, or None for a folder of training pairs.
+    """
     paths = find_shards(args.shards)
     if Path(args.sheet).suffix.lower() not in FORMATS:
         raise ValueError(f"--sheet {args.sheet}: take one of {', '.join(FORMATS[:-1])}")
     for file in filter(None, (args.sheet, args.json)):
         make_room(Path(file))
-    folders = dict.fromkeys(path.parent for path in paths)
-    folders = {p: Folder(p.parent, p.name) if is_evaluation(p) else None for p in folders}
-    jobs = [(path, folders[path.parent]) for path in paths]
+    sets = {folder: evaluation_set(folder) for folder in dict.fromkeys(p.parent for p in paths)}
+    jobs = [(path, sets[path.parent]) for path in paths]
     looks = ordered_map(partial(Look, pictures=args.pictures), jobs, args.workers)
     looks = list(tqdm(looks, "Reading shards", len(paths), unit="shard"))
-    faults, remarks = across(looks, folders)
+    faults, remarks = judge(looks, sets)
     figures = summarise(looks)
-    print(_table(figures, next((f.names for f in folders.values() if f and f.names), None)))
-    for kind, found in (("remark", remarks), ("fault", faults)):
-        print(*(f"{kind}: {text}\n" for text in found[:SHOWN]), sep="", end="")
+    print(_table(figures, next((s.names for s in sets.values() if s and s.names), None)))
+    for kind, listed in (("remark", remarks), ("fault", faults)):
+        print(*(f"{kind}: {text}\n" for text in listed[:SHOWN]), sep="", end="")
     if len(faults) > SHOWN:
-        print(f"... {len(faults)} faults in all" + "; --json FILE lists them" * (not args.json))
+        print(f"... {len(faults)} faults in all{'' if args.json else '; --json FILE lists them'}")
     elif not faults:
         print("No faults: every sample can be read.")
     if args.json:
         rows = [dict(zip(("shard", "sample", "fault"), fault, strict=True)) for fault in faults]
         write_json(Path(args.json), {**figures, "faults": rows, "remarks": list(map(str, remarks))})
-    thumbnails = [(*t, folders[shard.path.parent]) for shard in looks for t in shard.thumbnails]
-    chosen = nlargest(args.pictures, thumbnails, key=lambda thumbnail: thumbnail[0])
+    pictures = chain.from_iterable(shard.pictures for shard in looks)
+    chosen = nlargest(args.pictures, pictures, key=lambda picture: picture[0])
     if chosen:
-        draw(chosen, Path(args.sheet))
+        draw([(png, text) for _, png, text in chosen], Path(args.sheet))
         print(f"{len(chosen)} of them, drawn by lot: {args.sheet}")
     else:
         print(f"No image to draw: {args.sheet} is not written.")
@@ -89,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
 
 def find_shards(patterns: Iterable[str]) -> list[Path]:
     """The tars that ``patterns`` stand for; FileNotFoundError if one of them stands for none."""
-    found: list[Path] = []
+    shards: list[Path] = []
     for text in chain.from_iterable(map(braceexpand, patterns)):
         paths = []
         for name in filter(os.path.exists, named(text)):
@@ -98,52 +101,53 @@ def find_shards(patterns: Iterable[str]) -> list[Path]:
             paths += tars if os.path.isdir(name) else [name]
         if not paths:
             raise FileNotFoundError(f"{text}: no such tar, or no .tar in it")
-        found += sorted(map(Path, paths), key=lambda p: (p.parent, len(p.name), p.name))
-    return list(dict.fromkeys(found))
+        shards += sorted(map(Path, paths), key=lambda p: (p.parent, len(p.name), p.name))
+    return list(dict.fromkeys(shards))
 
 
 class Look:
-    """What a shard holds: numbers of each sample, and some thumbnails (lot, PNG, caption or labels)."""
+    """What a shard holds: numbers of each sample, and some pictures (lot, PNG, caption or labels)."""
 
-    def __init__(self, job: tuple[Path, Folder | None], pictures: int) -> None:
-        """Read a shard, of a webdataset ``Folder`` or, if that is None, of training pairs."""
-        self.path, folder = job
-        self.samples, self.turned, self.pictures = 0, 0, pictures
+    def __init__(self, job: tuple[Path, Any], pictures: int) -> None:
+        """Read a shard, of an evaluation set or, if that is None, of training pairs."""
+        self.path, self.set = job
+        self.samples, self.turned, self._most = 0, 0, pictures
         self.sizes = {name: array("q") for name in SIZES}
         self.keys = array("Q")
         self.formats: Counter[str] = Counter()
         self.classes: set[int] = set()
         self.faults: list[Fault] = []
-        self.thumbnails: list[tuple[Any, bytes, str | list[int] | None]] = []
+        self.pictures: list[tuple[Any, bytes, str]] = []
         try:
-            for key, files in shard_samples.samples(self.path, strict=folder is not None):
+            for key, files in shard_samples.samples(self.path, strict=self.set is not None):
                 digest = blake2b(key.encode(), digest_size=8).digest()
                 self.keys.append(int.from_bytes(digest, "little"))
-                self.samples, self.beside = self.samples + 1, None
-                for read in (self._read_beside, self._read_image):
+                self.samples, self._text = self.samples + 1, ""
+                for read in (self._read_text, self._read_image):
                     try:
-                        read(files, folder)
+                        read(files)
                     except SampleError as error:
                         self.faults.append(Fault(str(self.path), key, str(error)))
         except OSError as error:
             self.faults.append(Fault(str(self.path), "", str(error)))
 
-    def _read_beside(self, files: Mapping[str, bytes], folder: Folder | None) -> None:
-        kinds = [folder.suffix] if folder else [s for s in ("txt", "npy", "cls") if s in files]
+    def _read_text(self, files: Mapping[str, bytes]) -> None:
+        kinds = [self.set.suffix] if self.set else [s for s in ("txt", "npy", "cls") if s in files]
         if not kinds:
             raise SampleError("neither caption (txt) nor labels (npy, cls)")
         if kinds[0] == "txt":
-            self.beside = shard_samples.caption(files)
-            self.sizes["caption_characters"].append(len(self.beside))
-            self.sizes["caption_words"].append(len(self.beside.split()))
+            self._text = shard_samples.caption(files)
+            self.sizes["caption_characters"].append(len(self._text))
+            self.sizes["caption_words"].append(len(self._text.split()))
         else:
-            labels = shard_samples.labels(files, kinds[0], folder and folder.classes)
-            self.beside = labels.tolist()
+            labels = shard_samples.labels(files, kinds[0], self.set and self.set.classes).tolist()
+            names = self.set and self.set.names
+            self._text = "; ".join(names[label] if names else str(label) for label in labels)
             self.sizes["labels_per_image"].append(len(labels))
-            self.classes.update(self.beside)
+            self.classes.update(labels)
 
-    def _read_image(self, files: Mapping[str, bytes], folder: Folder | None) -> None:
-        order = shard_samples.IMAGES if folder else shard_samples.TRAINING_IMAGES
+    def _read_image(self, files: Mapping[str, bytes]) -> None:
+        order = shard_samples.IMAGES if self.set else shard_samples.TRAINING_IMAGES
         content = shard_samples.image_file(files, order)
         self.sizes["image_bytes"].append(len(content))
         image = shard_samples.opened(content)
@@ -152,34 +156,59 @@ class Look:
         self.sizes["image_width"].append(decoded.width)
         self.sizes["image_height"].append(decoded.height)
         self.turned += shard_samples.orientation(image) != 1
-        lot, full = (self.keys[-1], self.samples), len(self.thumbnails) >= self.pictures
-        if not full or lot > self.thumbnails[0][0]:  # the same ones every time
+        lot, full = (self.keys[-1], self.samples), len(self.pictures) >= self._most
+        if not full or lot > self.pictures[0][0]:  # the same ones every time
             decoded.thumbnail((THUMBNAIL, THUMBNAIL))
             decoded.save(png := io.BytesIO(), "PNG")
-            (heappushpop if full else heappush)(self.thumbnails, (lot, png.getvalue(), self.beside))
+            (heappushpop if full else heappush)(self.pictures, (lot, png.getvalue(), self._text))
         shard_samples.check_range(image)
 
 
-def across(
-    looks: Sequence[Look], folders: Mapping[Path, Folder | None]
-) -> tuple[list[Fault], list[Fault]]:
+def judge(looks: Sequence[Look], sets: Mapping[Path, Any]) -> tuple[list[Fault], list[Fault]]:
     """All faults, and remarks on what neither training nor evaluation refuses."""
     faults, remarks = [fault for shard in looks for fault in shard.faults], []
-    keys, counts = np.unique(np.concatenate([shard.keys for shard in looks]), return_counts=True)
-    for shard in looks:
-        if again := np.isin(shard.keys, keys[counts > 1]).sum():
-            fault = Fault(str(shard.path), "", f"{again} samples whose key occurs more than once")
-            (remarks if folders[shard.path.parent] else faults).append(fault)
-        if none := shard.sizes["labels_per_image"].count(0):
-            remarks.append(Fault(str(shard.path), "", f"{none} images with no positive label"))
-    for parent, folder in folders.items():
-        sizes = {shard.path.name: shard.samples for shard in looks if shard.path.parent == parent}
-        if folder is None:
-            faults += size_faults(parent, sizes)
+    for folder, labelled in sets.items():
+        shards = [shard for shard in looks if shard.path.parent == folder]
+        # Keys of several folders may be alike: all number their samples from 0.
+        every = np.concatenate([shard.keys for shard in shards])
+        keys, counts = np.unique(every, return_counts=True)
+        for shard in shards:
+            if again := np.isin(shard.keys, keys[counts > 1]).sum():
+                fault = Fault(
+                    str(shard.path), "", f"{again} samples whose key occurs more than once"
+                )
+                (remarks if labelled else faults).append(fault)
+            if none := shard.sizes["labels_per_image"].count(0):
+                remarks.append(Fault(str(shard.path), "", f"{none} images with no positive label"))
+        sizes = {shard.path.name: shard.samples for shard in shards}
+        if labelled:
+            faults += [*labelled.faults, *labelled.count_faults(sum(sizes.values()))]
+            remarks += labelled.remarks
         else:
-            faults += [*folder.faults, *folder.count_faults(sum(sizes.values()))]
-            remarks += folder.remarks
+            faults += size_faults(folder, sizes)
     return faults, remarks
+
+
+def size_faults(folder: Path, counted: Mapping[str, int]) -> Iterator[Fault]:
+    """What is wrong with a ``sizes.json``, by the samples ``counted`` in shards of its folder."""
+    path = folder / SIZES_FILE
+    if not path.exists():
+        return
+    try:
+        sizes = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        yield Fault(str(path), "", f"cannot be read as JSON ({error}); write it again")
+        return
+    if not isinstance(sizes, dict):
+        yield Fault(str(path), "", "is no object of shard names and numbers of samples")
+        return
+    for name, samples in counted.items():
+        if (listed := sizes.get(name)) != samples:
+            text = f"{samples} samples, where {SIZES_FILE} has {listed!r}"
+            yield Fault(str(folder / name), "", text)
+    for name in sizes.keys() - counted.keys():
+        if not (folder / name).exists():
+            yield Fault(str(folder / name), "", f"counted in {SIZES_FILE} but gone")
 
 
 def summarise(looks: Sequence[Look]) -> dict[str, Any]:
@@ -189,8 +218,8 @@ def summarise(looks: Sequence[Look]) -> dict[str, Any]:
     sizes |= {name: np.concatenate([shard.sizes[name] for shard in looks]) for name in SIZES}
     for name, v in sizes.items():
         if len(v):
-            found = v.min(), np.median(v), v.mean(), np.quantile(v, 0.95), v.max()
-            figures[name] = dict(zip(STATISTICS, map(float, found), strict=True))
+            values = v.min(), np.median(v), v.mean(), np.quantile(v, 0.95), v.max()
+            figures[name] = dict(zip(STATISTICS, map(float, values), strict=True))
     formats = sum((shard.formats for shard in looks), Counter())
     figures["formats"] = dict(formats.most_common())
     if classes := set().union(*(shard.classes for shard in looks)):
@@ -201,9 +230,8 @@ def summarise(looks: Sequence[Look]) -> dict[str, Any]:
 
 
 def _table(figures: Mapping[str, Any], names: Sequence[str] | None) -> str:
-    lines = [
-        "{samples} samples in {shards} shard".format(**figures) + "s" * (figures["shards"] > 1)
-    ]
+    shards = "shards" if figures["shards"] > 1 else "shard"
+    lines = [f"{figures['samples']} samples in {figures['shards']} {shards}"]
     if seen := figures.get("classes_with_an_image"):
         lines.append(f"{seen}{f' of {len(names)}' if names else ''} classes have an image")
     if turned := figures.get("turned_by_exif"):
