@@ -198,11 +198,14 @@ class DistillationLoss(_PairLoss):
         Raises: ValueError if the features' shapes do not fit each other.
         """
         student = (image_features, text_features)
-        if dist_image_features is None and dist_text_features is None:
+        if dist_image_features is None or dist_text_features is None:
+            if dist_image_features is not dist_text_features:
+                raise ValueError(
+                    "dist_image_features and dist_text_features go together: give both or none"
+                )
             dist_image_features, dist_text_features = student
-        teacher = (dist_image_features, dist_text_features)
-        check_features(*student, *teacher)
         teacher = (dist_image_features.detach(), dist_text_features.detach())
+        check_features(*student, *teacher)
         distill_scale = self.distill_scale(logit_scale)
         if self.impl == "plain" or not fast.covers(self):
             with float32_math(image_features.device.type):

@@ -53,7 +53,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def check_features(images: Tensor, texts: Tensor, *teacher: Tensor | None) -> None:
+def check_features(images: Tensor, texts: Tensor, *teacher: Tensor) -> None:
     """Raise ValueError unless student and teacher have a row for each of the same B pairs."""
     if images.ndim != 2 or images.shape != texts.shape:
         raise ValueError(

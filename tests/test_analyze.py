@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from data_helpers import jpeg, write_tar
+from training_helpers import train
 
 from otter_openclip import cli
 from otter_openclip.analysis import charts, matching, neighbours, pair_report, verdict
@@ -205,10 +206,10 @@ def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path):
     reader = Reader(str(tmp_path / "{0..2}.tar"), 100)
     pairs = [pair for pair in reader if pair.shard == str(path)]
     assert all(pair.image.mode == "RGB" for pair in pairs)
-    # Training takes an empty caption, and counts none of the others.
+    # Training takes an empty caption, and none of the others; a place is among all samples.
     assert [(pair.index, pair.key[-1], pair.caption) for pair in pairs][-2:] == [
         (2, "2", "caption 2"),
-        (3, "e", ""),
+        (6, "e", ""),
     ]
     reasons = dict(reader.passed_over)
     assert reasons.pop("unreadable image: not an image that Pillow can read") == 1
@@ -398,3 +399,24 @@ def test_charts_of_extreme_figures():
     assert charts.matchings(empty, 2).startswith("<svg")
     curve = {"lambda": matching.LAMBDAS.tolist(), "entropy": [0.0] * 13}
     assert charts.entropies({"2": {"curve": curve}}, 0.15).startswith("<svg")
+
+
+@pytest.mark.parametrize("lock", ["--lock-image", "--lock-text"])
+def test_features_of_a_training_run_are_not_computed_again(
+    pairs, hf_model, tmp_path, lock, capsys, monkeypatch
+):
+    start = open_clip.create_model(hf_model)
+    torch.save(start.state_dict(), tmp_path / "start.pt")
+    words = ["--loss", "infonce", "--model", hf_model, "--pretrained", str(tmp_path / "start.pt")]
+    words += [lock, "--feature-cache", str(tmp_path / "cache"), "--epochs", "1"]
+    words += ["--lock-text-freeze-layer-norm"] * (lock == "--lock-text")
+    train(pairs, tmp_path / "run", *words)
+    shards = str(pairs / "{00000..00001}.tar")
+    model = load_model(hf_model, str(tmp_path / "start.pt"), "cpu")
+    live = embed(model, Reader(shards, 72), 72)
+    part = {"--lock-image": "visual.trunk", "--lock-text": "text.transformer"}[lock]
+    monkeypatch.setattr(model.network.get_submodule(part), "forward", None)
+    again = embed(model, Reader(shards, 72), 72, str(tmp_path / "cache"))
+    assert f"72 of 144 features are those of {tmp_path / 'cache'}" in capsys.readouterr().out
+    torch.testing.assert_close(again.images, live.images, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again.texts, live.texts, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import forks
 import pytest
 from patched import ROOT
 
-from otter_openclip import cli, flags
+from otter_openclip import cli
 
 HEAVY = ("matplotlib", "open_clip", "open_clip_train", "clip_benchmark", "torch", "webdataset")
 
@@ -160,8 +160,8 @@ def test_the_nearest_name_is_suggested(words, message, capsys):
 
 def test_messages_that_name_nothing_near_stay():
     for message in ("invalid choice: 'zzz' (choose from 'a', 'b')", "expected one argument"):
-        assert flags.name_nearest(message, ["--alpha"]) == message
+        assert cli.name_nearest(message, ["--alpha"]) == message
     quoted = "invalid choice: 'otterr' (choose from 'ls', 'otter')"
     bare = "invalid choice: 'otterr' (choose from ls, otter)"  # Python 3.12 and later
     for message in (quoted, bare):
-        assert flags.name_nearest(message, []) == f"{message} (did you mean otter?)"
+        assert cli.name_nearest(message, []) == f"{message} (did you mean otter?)"

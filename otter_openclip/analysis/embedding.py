@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import open_clip
 import torch
 from open_clip.factory import LOCAL_DIR_PREFIX
@@ -16,6 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from otter_openclip.analysis.reading import Pair
+from otter_openclip.frozen.encode import Column
+from otter_openclip.frozen.loader import image_column, text_column
+from otter_openclip.frozen.prefix import inner_parts, install
 
 THUMBNAIL = 160  # pixels along the longer side
 _BATCH = 64
@@ -72,22 +77,71 @@ def load_model(name: str, pretrained: str | None, device: str) -> Model:
     return Model(network.eval(), transform, tokenizer, device)
 
 
+class _Inputs:
+    """Inputs of the towers: what frozen ones gave in a training run, as far as that is kept."""
+
+    def __init__(self, model: Model, folder: str | None) -> None:
+        self.model, self.reused = model, 0
+        self.columns: dict[str, Column] = {}
+        if folder is None:
+            return
+        names = inner_parts(model.network)
+        install(model.network, names)
+        path, device = Path(folder), torch.device(model.device)
+        if "visual" in names:
+            column = image_column(
+                model.network, names["visual"], path, model.transform, device=device
+            )
+            self.columns["visual"] = column
+        if "text" in names:
+            column = text_column(model.network, names["text"], path, model.tokenizer, device=device)
+            self.columns["text"] = column
+
+    def images(self, pairs: list[Pair]) -> Tensor:
+        """Features, or transformed images."""
+        features = self._kept("visual", pairs)
+        if features is not None:
+            return features
+        return torch.stack([self.model.transform(pair.image) for pair in pairs])
+
+    def texts(self, pairs: list[Pair]) -> Tensor:
+        """Features, or tokens."""
+        features = self._kept("text", pairs)
+        if features is not None:
+            return features
+        return self.model.tokenizer([pair.caption for pair in pairs])
+
+    def _kept(self, tower: str, pairs: list[Pair]) -> Tensor | None:
+        if tower not in self.columns:
+            return None
+        files = self.columns[tower].files
+        shards = {pair.shard for pair in pairs}
+        if not all(os.path.exists(shard) for shard in shards) or files.missing(list(shards)):
+            return None
+        features = {shard: files.read(shard) for shard in shards}
+        rows = np.stack([features[pair.shard][pair.index, 0] for pair in pairs])
+        self.reused += len(pairs)
+        return torch.from_numpy(rows).float()
+
+
 @torch.no_grad()
-def embed(model: Model, pairs: Iterable[Pair], total: int) -> Embedded:
-    """Encode ``pairs``; ``total`` is how many there are at most.
+def embed(model: Model, pairs: Iterable[Pair], total: int, folder: str | None = None) -> Embedded:
+    """Encode ``pairs``; ``total`` is how many there are at most, ``folder`` a ``--feature-cache``.
 
     Raises:
         ValueError: if features are not finite.
     """
+    inputs = _Inputs(model, folder)
     images, texts = [], []
     shown: list[tuple[Any, ...]] = []
     pairs = iter(pairs)
     with tqdm(total=total, desc="Encoding pairs", unit="pair") as bar:
         while batch := list(itertools.islice(pairs, _BATCH)):
-            inputs = torch.stack([model.transform(pair.image) for pair in batch])
-            tokens = model.tokenizer([pair.caption for pair in batch])
-            images.append(model.network.encode_image(inputs.to(model.device), True).float().cpu())
-            texts.append(model.network.encode_text(tokens.to(model.device), True).float().cpu())
+            pixels, tokens = (
+                x.to(model.device) for x in (inputs.images(batch), inputs.texts(batch))
+            )
+            images.append(model.network.encode_image(pixels, True).float().cpu())
+            texts.append(model.network.encode_text(tokens, True).float().cpu())
             if not (images[-1].isfinite().all() and texts[-1].isfinite().all()):
                 raise ValueError("the model gives features that are not finite; check its weights")
             shown += [
@@ -95,6 +149,8 @@ def embed(model: Model, pairs: Iterable[Pair], total: int) -> Embedded:
                 for pair in batch
             ]
             bar.update(len(batch))
+    if folder is not None:
+        print(f"{inputs.reused} of {2 * bar.n} features are those of {folder}")
     return Embedded(torch.cat(images), torch.cat(texts), *map(list, zip(*shown, strict=True)))
 
 

@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     reader = Reader(args.train_data, args.samples)
     make_room(output / "report.html")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pairs = embed(load_model(args.model, args.pretrained, device), reader, args.samples)
+    model = load_model(args.model, args.pretrained, device)
+    pairs = embed(model, reader, args.samples, args.feature_cache)
     data = {
         "train_data": args.train_data,
         "pairs": len(pairs.captions),

@@ -31,7 +31,7 @@ class Pair(NamedTuple):
     """A picture and its caption."""
 
     shard: str  # path or address
-    index: int  # its place among the shard's pairs, which are the samples that training uses
+    index: int  # its place among the shard's samples
     key: str  # its name in the shard
     caption: str
     image: Image.Image  # RGB
@@ -90,11 +90,10 @@ class Reader:
 
     def _pairs(self, url: str) -> Iterator[Pair]:
         """The pairs of a shard, up to where it can be read."""
-        index = 0
         try:
             file = gopen(url)
             try:
-                for key, files in samples(url, file=file):
+                for index, (key, files) in enumerate(samples(url, file=file)):
                     try:
                         content = image_file(files, TRAINING_IMAGES)
                         image = rgb(opened(content))
@@ -105,7 +104,6 @@ class Reader:
                         continue
                     digest = hashlib.blake2b(content, digest_size=16).digest()
                     yield Pair(url, index, key, text, image, digest)
-                    index += 1
             finally:
                 with contextlib.suppress(Exception):  # Of a pipe that is not read to its end.
                     file.close()

@@ -36,17 +36,24 @@ def find_prefixes(model: nn.Module) -> dict[str, str]:
 
     The text tower of an ``open_clip.CLIP`` is no module: ``--force-custom-text`` makes it one.
     """
-    found = {}
+    prefixes = {}
+    for tower, part in inner_parts(model).items():
+        locked = [name for name in (tower, part) if _is_locked(model.get_submodule(name))]
+        if locked:
+            prefixes[tower] = locked[0]
+    return prefixes
+
+
+def inner_parts(model: nn.Module) -> dict[str, str]:
+    """Tower -> the name of its trunk or transformer, which open_clip locks, or of the whole tower."""
+    parts = {}
     for tower in TOWERS:
         module = getattr(model, tower, None)
-        if not isinstance(module, nn.Module):
-            continue
-        inner = {TimmModel: "trunk", HFTextEncoder: "transformer"}.get(type(module))
-        if _is_locked(module):
-            found[tower] = tower
-        elif inner is not None and _is_locked(getattr(module, inner)) and not _pools_a_map(module):
-            found[tower] = f"{tower}.{inner}"
-    return found
+        if isinstance(module, nn.Module):
+            inner = {TimmModel: "trunk", HFTextEncoder: "transformer"}.get(type(module))
+            whole = inner is None or _pools_a_map(module)
+            parts[tower] = tower if whole else f"{tower}.{inner}"
+    return parts
 
 
 def no_prefix_message(model: nn.Module, tower: str) -> str:
