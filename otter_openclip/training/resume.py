@@ -7,8 +7,9 @@ import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import filelock
 import fsspec
 import torch
 from open_clip_train.distributed import broadcast_object, is_master
@@ -16,14 +17,13 @@ from torch import Tensor, nn
 
 from otter_openclip.checkpoints.contents import misfits, read_file, without_wrappers
 from otter_openclip.checkpoints.newest import epoch_of, newest_checkpoint, whole_before
-from otter_openclip.files import claim
 
 # Taken before anything is replaced.
 _stock_load_optimizer = torch.optim.Optimizer.load_state_dict
 
 
-def claim_folder(args: Namespace) -> IO[Any] | None:
-    """Keep other runs out of the run's folder for as long as what is returned is open.
+def claim_folder(args: Namespace) -> filelock.BaseFileLock | None:
+    """Keep other runs out of the run's folder until what is returned is released or goes.
 
     Raises:
         ValueError: if one is at work there.
@@ -31,12 +31,16 @@ def claim_folder(args: Namespace) -> IO[Any] | None:
     if not is_master(args):
         return None
     folder = Path(args.logs, args.name)
+    # A later run in this process may take what an earlier one has not let go of yet.
+    lock = filelock.FileLock(folder / ".lock", is_singleton=True)
     try:
-        return claim(folder / ".lock")
-    except FileExistsError as error:
+        # Loader processes inherit the lock and outlive a killed run by up to 5 s.
+        lock.acquire(timeout=10)
+    except filelock.Timeout as error:
         raise ValueError(
-            f"another run ({error}) writes to {folder}; wait for its end, or pass another --name"
+            f"another run writes to {folder}; wait for its end, or pass another --name"
         ) from error
+    return lock
 
 
 def latest(args: Namespace) -> str | None:
