@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run what is missing and write the figures, also when interrupted; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_efficiency")
     add = parser.add_argument
-    add("--output", required=True, metavar="OUT", help="results and features")
+    add("--output", required=True, metavar="OUT", help="results, and the halves")
     add("--towers", required=True, type=Path, metavar="DIR", help="of otter-openclip towers")
     add("--data", action="append", default=[], metavar="NAME=TRAIN_DIR,EVAL_DIR")
     add("--glyphs", action="store_true", help="also the demo's glyphs, made into OUT")
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="data-efficiency-", dir=memory) as scratch:
         sources = [Source(*place, out / "halves") for place in places]
-        study = Study(args, Workplace(sources, args.towers, out, Path(scratch)), out / "runs.jsonl")
+        study = Study(args, Workplace(sources, args.towers, Path(scratch)), out / "runs.jsonl")
         try:
             study.run()
         finally:

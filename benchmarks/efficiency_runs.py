@@ -1,7 +1,7 @@
 """One run of ``benchmarks.data_efficiency``: its pairs, the real training command, what it measured.
 
-The command runs in this process. Shards, logs and the one checkpoint lie in a scratch folder; what
-frozen towers give is kept (``--feature-cache``) and shared by all runs.
+The command runs in this process. Shards, what frozen towers give for them (``--feature-cache``), logs and
+the one checkpoint lie in a scratch folder; runs on the same pairs share shards and features.
 """
 
 from __future__ import annotations
@@ -179,10 +179,10 @@ def quietly() -> Iterator[None]:
 class Workplace:
     """Where runs are done, one at a time."""
 
-    def __init__(self, sources: Sequence[Source], towers: Path, kept: Path, scratch: Path) -> None:
-        """What towers give is kept in ``kept``; ``scratch`` is in use while runs are done."""
+    def __init__(self, sources: Sequence[Source], towers: Path, scratch: Path) -> None:
+        """The folder ``scratch`` is in use while runs are done."""
         self.sources = {source.name: source for source in sources}
-        self.towers, self.kept, self.scratch = towers.resolve(), kept.resolve(), scratch
+        self.towers, self.scratch = towers.resolve(), scratch
         parts = sorted([*towers.glob("*.json"), *towers.glob("*.safetensors")])
         contents = [path.read_bytes() for path in parts]
         self.digest = hashlib.sha256(b"".join(contents)).hexdigest()[:12]
@@ -225,7 +225,7 @@ class Workplace:
             *("--beta1", "0.9", "--beta2", "0.999", "--eps", "1e-8"),
             *("--workers", "0", "--seed", str(run.seed), "--save-frequency", "0"),
             *("--log-every-n-steps", "1000000", "--lock-text", "--lock-text-freeze-layer-norm"),
-            *("--feature-cache", str(self.kept / "features"), *image),
+            *("--feature-cache", str(self.scratch / "group" / "features"), *image),
             *("--zeroshot-data", str(self.sources[run.data].halves[run.half])),
         ]
         if run.loss in ("kd", "otter"):

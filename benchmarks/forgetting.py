@@ -97,7 +97,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forgetting")
     add = parser.add_argument
     add("--towers", required=True, type=Path, help="that otter-openclip towers wrote")
-    add("--kept", required=True, type=Path, help="what the towers give is kept here")
     for name in NAMES:
         add(f"--{name}", required=True, metavar="TRAIN_DIR,EVAL_DIR")
     add("--pairs", type=int, nargs=2, default=[6000, 3000])
@@ -109,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="forgetting-") as name:
         scratch = Path(name)
         sources = [Source(x, *getattr(args, x).split(","), scratch / "halves") for x in NAMES]
-        rows = study(args, Workplace(sources, args.towers, args.kept, scratch))
+        rows = study(args, Workplace(sources, args.towers, scratch))
     print(common.table(report(rows)))
     settings = {name: getattr(args, name) for name in ("pairs", "batch", "steps", "seeds")}
     common.save("forgetting", {"machine": common.machine(), "settings": settings, "rows": rows})

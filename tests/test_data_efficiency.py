@@ -142,12 +142,12 @@ def stop_after(count):
     return do
 
 
-def test_forgetting(model, pairs, labelled, tmp_path, monkeypatch, capsys):
+def test_forgetting(model, pairs, labelled, monkeypatch, capsys):
     """The second model alone is the run's own; half of it is between the two."""
     saved = {}
     monkeypatch.setattr(common, "save", lambda name, found: saved.update(found))
     folders = f"{pairs},{labelled}"
-    line = f"--towers {model} --kept {tmp_path}/kept --first {folders} --second {folders}"
+    line = f"--towers {model} --first {folders} --second {folders}"
     words = [*line.split(), "--pairs", "48", "24", "--batch", "12", "--steps", "3", "--seeds", "1"]
     assert forgetting.main(words) == 0
     assert len(saved["rows"]) == 5 and "otter" in capsys.readouterr().out
