@@ -1,7 +1,7 @@
 """One run of ``benchmarks.data_efficiency``: its pairs, the real training command, what it measured.
 
-The command runs in this process. Shards, what frozen towers give for them (``--feature-cache``), logs and
-the one checkpoint lie in a scratch folder; runs on the same pairs share shards and features.
+The command runs in this process. Shards, what frozen towers give for them (``--feature-cache``), logs
+and the one checkpoint lie in a scratch folder; runs on the same pairs share shards and features.
 """
 
 from __future__ import annotations

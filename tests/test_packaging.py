@@ -103,10 +103,10 @@ from pathlib import Path
 import clip_benchmark.cli
 import otter_openclip
 from otter_openclip import cli
-from otter_openclip.compare import pipeline
+from otter_openclip.compare import demo
 
 assert otter_openclip.__file__.startswith(sys.prefix), otter_openclip.__file__
-pipeline.find_towers = lambda: {towers}
+demo.find_towers = lambda: {towers}
 
 def run(line):
     assert cli.main(line.split()) == 0, line
@@ -147,9 +147,9 @@ def test_demo_train_export_and_eval_from_the_wheel_in_an_empty_folder(installed,
     assert report["clip_benchmark"].keys() == {"infonce", "otter"}
     assert "on unseen characters agrees with ours (by" in out
     assert [len(names) for names in report["examples"]["nearest"]["otter"]] == [5, 5, 5]
-    assert {path.name for path in (output / "features").iterdir()} and (
-        [path.name for path in (output / "logs/otter/checkpoints").iterdir()] == ["epoch_2.pt"]
-    )
+    assert any((output / "features").iterdir())
+    checkpoints = {path.name for path in (output / "logs/otter/checkpoints").iterdir()}
+    assert checkpoints == {"best.pt", "epoch_2.pt", "results.jsonl"}
     with Image.open(output / "demo.png") as picture:
         assert picture.width > 1000
     metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]

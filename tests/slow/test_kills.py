@@ -63,6 +63,6 @@ def kill(command: Command, run: Running, number: int, rng: random.Random) -> boo
     code = run.wait()
     if number == signal.SIGTERM and not ranks:
         assert code in (0, 128 + signal.SIGTERM), run.said
-        assert not temporary(run.out)
+        assert not temporary(run.out), run.said
     assert not run.left()
     return True
