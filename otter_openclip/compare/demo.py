@@ -296,6 +296,9 @@ def _examples(folder: Path, seed: int) -> list[Example]:
 
 def _clip_benchmark(runs: Sequence[Run], test: Path, output: Path) -> dict[str, float]:
     """Loss -> mAP of the exported model by stock clip_benchmark; nothing for one label a picture."""
+    kind = test / "dataset_type.txt"
+    if not kind.is_file() or kind.read_text().strip() != "multilabel":
+        return {}
     results = output / "results"
     results.mkdir()
     words = [
@@ -309,8 +312,7 @@ def _clip_benchmark(runs: Sequence[Run], test: Path, output: Path) -> dict[str, 
     _command(words, log, "clip_benchmark", folder=output / "exports")
     files = {run.loss: results / f"local-dir:{run.loss}.json" for run in runs}
     metrics = {loss: json.loads(file.read_text())["metrics"] for loss, file in files.items()}
-    name = "mean_average_precision"
-    return {loss: values[name] for loss, values in metrics.items() if name in values}
+    return {loss: values["mean_average_precision"] for loss, values in metrics.items()}
 
 
 def _verdict(runs: Sequence[Run], title: str, theirs: dict[str, float]) -> str:
