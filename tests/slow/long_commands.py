@@ -64,6 +64,7 @@ def execute(words: list[str], out: Connection, largest_file: int) -> None:
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that is no such fork
     sys.argv = words
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
@@ -98,10 +99,12 @@ class Running:
             time.sleep(0.01)
         return self.process.exitcode
 
-    def seen(self, count: int) -> bool:
-        """Wait until so many new names are below the output; whether the command still runs then."""
+    def waits(self, *, count: int | None = None, seconds: float = 0) -> bool:
+        """Wait so long, or until so many new names are below the output; whether it still runs then."""
+        until = time.monotonic() + seconds
         while self.runs():
-            if len(names(self.out) - self.before) >= count:
+            new = len(names(self.out) - self.before)
+            if time.monotonic() > until if count is None else new >= count:
                 return True
             time.sleep(0.001)
         return False
@@ -136,9 +139,9 @@ def names(folder: Path) -> set[str]:
     }
 
 
-def temporary(folder: Path) -> list[str]:
+def temporary(folder: Path) -> set[str]:
     """What a command may not leave after SIGTERM or an error."""
-    return [name for name in names(folder) if name.endswith((".tmp", ".unfinished"))]
+    return {name for name in names(folder) if name.endswith((".tmp", ".unfinished"))}
 
 
 def checkpoints(out: Path, pattern: str = "epoch_*.pt") -> dict[str, Any]:

@@ -24,7 +24,7 @@ from otter_openclip.model_folders.towers import make_towers
 
 pytestmark = pytest.mark.slow
 EPOCH = 18  # steps: 72 pairs
-EPOCHS = max(4, int(os.environ.get("OTTER_STEPS", 1500)) // EPOCH)
+EPOCHS = max(4, int(os.environ.get("OTTER_STEPS", 900)) // EPOCH)
 MORE_MEMORY = 8 * 2**20  # bytes, from the middle to the end
 LOCKS = ("--lock-image", "--lock-text", "--lock-text-freeze-layer-norm", "--feature-cache")
 
