@@ -4,9 +4,7 @@
 
 * ``plain``: ``OtterLoss(impl="plain")``, the published formulas written out;
 * ``dense`` and ``streaming``: the same loss by the other implementations;
-* ``clip`` and ``distill``: open_clip's ``ClipLoss`` and ``DistillClipLoss``;
-
-then the transport plan alone against POT and geomloss (``pip install .[benchmarks]``).
+* ``clip`` and ``distill``: open_clip's ``ClipLoss`` and ``DistillClipLoss``.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import torch
 from open_clip.loss import ClipLoss, DistillClipLoss
 
 from benchmarks import common
-from otter_openclip import OtterLoss, sinkhorn
+from otter_openclip import OtterLoss
 
 WIDTH = 512
 LOSSES = ("plain", "dense", "streaming", "clip", "distill")
@@ -83,60 +81,13 @@ def compare(
     return rows
 
 
-def plan_alone(
-    count: int, rounds: int, epsilon: float = 0.15, iterations: int = 5
-) -> list[dict[str, Any]]:
-    """Our plan against POT's and geomloss's on one cost, with the marginal errors they reach."""
-    import ot
-    from geomloss import ot as geomloss
-
-    _, _, images, texts = common.features(count, WIDTH)
-    cost = -(images @ images.T + texts @ texts.T + images @ texts.T)
-    cost.fill_diagonal_(3.0)
-    mass = torch.full((count,), 1 / count)
-    settings = {"numItermax": iterations, "stopThr": 0.0, "warn": False}
-
-    def error(plan: Any) -> float:
-        plan = torch.as_tensor(plan)
-        both = (plan.sum(dim) * count - 1 for dim in (0, 1))
-        return float(sum(x.abs().mean() for x in both) / 2)
-
-    ours = error(sinkhorn(cost, epsilon, iterations))
-    updates = iterations
-    while error(geomloss.solve(cost, reg=epsilon, max_iter=updates).plan) > ours and updates < 80:
-        updates *= 2
-    calls = {
-        "otter_openclip.transport": lambda: sinkhorn(cost, epsilon, iterations),
-        "POT, torch": lambda: ot.sinkhorn(mass, mass, cost, epsilon, **settings),
-        "POT, numpy": lambda: ot.sinkhorn(
-            mass.numpy(), mass.numpy(), cost.numpy(), epsilon, **settings
-        ),
-        f"geomloss, {updates} updates": lambda: (
-            geomloss.solve(cost, reg=epsilon, max_iter=updates).plan
-        ),
-    }
-    seconds = common.paired(calls, rounds, label=f"plan alone, N = {count}")
-    first = next(iter(calls))
-    return [
-        {
-            "N": count,
-            "plan": name,
-            "seconds": statistics.median(seconds[name]),
-            "of ours": common.ratio(seconds[name], seconds[first]),
-            "marginal error": error(call()),
-        }
-        for name, call in calls.items()
-    ]
-
-
 def main() -> None:
-    """Run everything asked for; prints tables and writes JSON."""
+    """Print the tables and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = [512, 1024, 2048, 4096, 8192, 16384]
     text = "N, any number of them"
     parser.add_argument("--counts", type=int, nargs="*", default=sizes, help=text)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--plan", type=int, default=4096, help="N of the plan alone; 0: leave out")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--name", default="loss", help="of the file in benchmarks/results")
@@ -144,9 +95,6 @@ def main() -> None:
     results: dict[str, Any] = {"machine": common.machine(args.device), "D": WIDTH}
     results["dtype"] = args.dtype
     results["loss"] = compare(args.counts, args.rounds, args.device, getattr(torch, args.dtype))
-    if args.plan:
-        results["plan"] = plan_alone(args.plan, args.rounds)
-        print(common.table(results["plan"]))
     print(f"Wrote {common.save(args.name, results)}")
 
 
