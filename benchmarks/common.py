@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +114,6 @@ def peak_memory(
     found = queue.get()
     process.join()
     return found
-
-
-def growth(sizes: Iterable[float], values: Iterable[float]) -> float:
-    """Exponent of the power law through (size, value), least squares in logarithms."""
-    x, y = (torch.tensor(list(v), dtype=torch.float64).log() for v in (sizes, values))
-    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
 
 
 def product_rate(rows: int, columns: int, width: int, device: str = "cpu") -> float:

@@ -1,4 +1,4 @@
-"""The loss of this checkout against another one's, side by side: time and memory over N.
+"""The loss of this checkout against another one's, side by side: time over N.
 
 ``python -m benchmarks.compare OTHER`` starts a process for each, which work in turn. Needs of both:
 ``OtterLoss(epsilon=..., impl=...)``.
@@ -26,13 +26,13 @@ WIDTH = 512
 
 
 def work() -> None:
-    """Time forward and backward for each line of stdin: N, implementation, epsilon, measure memory."""
+    """Time forward and backward for each line of stdin: N, implementation, epsilon."""
     import torch
 
     from otter_openclip import OtterLoss
 
     for line in sys.stdin:
-        count, impl, epsilon, memory = json.loads(line)
+        count, impl, epsilon = json.loads(line)
         images, texts, *teacher = common.features(count, WIDTH)
         images.requires_grad_(), texts.requires_grad_()
         loss, scale = OtterLoss(epsilon=epsilon, impl=impl), torch.tensor(30.0, requires_grad=True)
@@ -40,13 +40,12 @@ def work() -> None:
         def call(loss: Any = loss, inputs: Any = (images, texts, scale, *teacher)) -> None:
             sum(loss(*inputs)).backward()
 
-        if not memory:
-            call()
-        print(json.dumps(common.peak_here(call)), flush=True)
+        call()
+        print(json.dumps(common.peak_here(call)["seconds"]), flush=True)
 
 
-def ask(process: subprocess.Popen, *setting: Any) -> dict[str, float]:
-    """One measurement in a worker."""
+def ask(process: subprocess.Popen, *setting: Any) -> float:
+    """Seconds of one measurement in a worker."""
     process.stdin.write(json.dumps(setting) + "\n")
     process.stdin.flush()
     return json.loads(process.stdout.readline())
@@ -82,21 +81,14 @@ def main() -> None:
         workers = {k: stack.enter_context(start(path)) for k, path in checkouts.items()}
         for setting in tqdm(settings):
             rounds = [
-                {key: ask(worker, *setting, False)["seconds"] for key, worker in workers.items()}
+                {key: ask(worker, *setting) for key, worker in workers.items()}
                 for _ in range(args.rounds)
             ]
-            memory = {}
-            for key, path in checkouts.items():  # in a process that has done nothing else
-                with start(path) as fresh:
-                    ask(fresh, 64, *setting[1:], False)
-                    memory[key] = ask(fresh, *setting, True)["added"] / 1e6
-                    fresh.stdin.close()
             rows.append(
                 {
                     **dict(zip(("N", "impl", "epsilon"), setting, strict=True)),
                     **{f"{k} s": statistics.median(r[k] for r in rounds) for k in workers},
                     "this / other": statistics.median(r["this"] / r["other"] for r in rounds),
-                    **{f"{key} MB": value for key, value in memory.items()},
                 }
             )
         for worker in workers.values():

@@ -11,43 +11,40 @@ default settings: what else OTTER could be given is shown apart, as ablations, a
 --tuning-pairs, and once more at the most pairs without noise (for a transfer, by its own photos).
 
 Every result is one line of OUT/runs.jsonl, written at once: the same command goes on where the last one
-stopped, and several may work at once on different --data of one OUT, all with the same --ablate.
-``OUT/report`` has the tables, plots and figures of the --data given, so far.
+stopped, as long as the data are the same. OUT/data_efficiency.json has the figures of what there is.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
 import json
 import os
 import random
 import shutil
-import signal
-import sys
+import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import transformers
-import webdataset
 from tqdm import tqdm
 
-from benchmarks import common, efficiency_report
-from benchmarks.efficiency_runs import IMAGES, Run, Source, Workplace, files_digest
+from benchmarks import common
+from benchmarks.efficiency_runs import Run, Source, Workplace
 from otter_openclip.compare import dataset as glyphs
+from otter_openclip.drawing import LABELS
+from otter_openclip.files import write_json
 
 LOSSES = ("infonce", "ls", "kd", "otter")
-TITLES = efficiency_report.NAMES
+METRICS = {"mAP": "mAP"} | {f"F@{k}": f"flat_hit@{k}" for k in (1, 2, 5, 10)}
 TUNING_SEED = 100
-TUNED_NOISE = (0.0, 0.4)
+CLEAN = 0.0
+TUNED_NOISE = (CLEAN, 0.4)
 ABLATION_SEEDS = 3
-# Of otter, each beside its defaults. Within 100 steps a decay above 0.92 is never reached.
+# Of OTTER, each beside its defaults. Within 100 steps a decay above 0.92 is never reached.
 ABLATIONS = {
     **{f"lambda {x}": ("--sinkhorn-lambda", x) for x in ("0.02", "0.04", "0.08", "0.3")},
     **{f"alpha {x}": ("--alpha", x) for x in ("0.25", "0.75")},
@@ -59,185 +56,117 @@ ABLATIONS = {
     "no text-text term": ("--tt-coef", "0"),
 }
 # At the most pairs, without noise: what OTTER costs there, and what could change it.
-MOST_PAIRS = (
-    *("alpha 0.25", "alpha 0.75", "lambda 0.04", "lambda 0.3"),
-    *("pair itself kept", "no image-image term", "no text-text term"),
-)
+MOST_PAIRS = ("alpha 0.25", "alpha 0.75", "lambda 0.04", "lambda 0.3", "pair itself kept")
+MOST_PAIRS += ("no image-image term", "no text-text term")
 LONGER = 3  # times the steps
 SOFTMAX = ("--vv-coef", "1", "--tt-coef", "1", "--distill-T-t", str(round(1 / 0.15, 3)))
 LARGE_BATCHES = (1024, 2048)
 GLYPHS = 6000, 1000  # training pairs, test characters
-PATHS = ("output", "data", "transfer", "towers")  # of this machine: not in the report
+IMAGE_LRS, IMAGE_SEEDS = (3e-4, 1e-3), 2
+IMAGE = {"train_image": 112, "batch": 128, "steps": 40}  # of --train-image
+PATHS = ("output", "data", "transfer", "towers")  # of this machine: not in the results
 
-
-class OutOfTime(Exception):
-    """``--hours`` are over before what a stage needs was there."""
-
-
-class Results:
-    """A result a line, by key; a line that a kill cut off is passed over."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.found = path, {}
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            self.found[row["key"]] = row["result"]
-
-    def add(self, key: str, result: dict[str, Any]) -> None:
-        """Keep a result, at once: in one write, so that others may add theirs."""
-        self.found[key] = result
-        line = "\n" + json.dumps({"key": key, "result": result}) + "\n"  # the last may be torn
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line.encode())
-            os.fsync(file.fileno())
+Results = dict[Run, dict[str, float]]
 
 
 class Study:
     """What is run, in which order; results by kind in ``found``."""
 
-    def __init__(self, args: argparse.Namespace, place: Workplace, results: Results) -> None:
-        self.args, self.place, self.results = args, place, results
+    def __init__(self, args: argparse.Namespace, place: Workplace, path: Path) -> None:
+        self.args, self.place, self.path = args, place, path
         self.transfers = [text.partition("=")[0] for text in args.transfer]
         self.names = [name for name in place.sources if name not in self.transfers]
-        self.first = args.ablate or self.names[0]
-        self.found: dict[str, dict[Run, dict[str, Any]]] = {}
+        self.found: dict[str, Results] = defaultdict(dict)
         self.tuned: dict[tuple[str, int, float], dict[str, Run]] = {}
-        self.checks: dict[str, Any] = {}
-        self.started, self.bar = time.monotonic(), None
+        self.bar = tqdm(unit="run")
+        self.results: dict[str, dict[str, float]] = {}
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            if line.endswith("}}"):  # a kill may have torn a line; that run is made again
+                row = json.loads(line)
+                self.results[row["key"]] = row["result"]
 
-    def stages(self) -> list[tuple[str, Any, int]]:
-        """Title, call and number of runs of each."""
-        args, first, losses, found = self.args, self.first, len(LOSSES), []
-        grid = len(args.lrs) * len(args.steps) * len(args.scales)
-        tuning = losses * (grid + len(args.decays) - 1)
-
-        def add(title: str, count: int, call: Callable[..., None], *arguments: Any) -> None:
-            found.append((title, partial(call, *arguments), count))
-
+    def run(self) -> None:
+        """Do all that is missing."""
+        args, first, seeds = self.args, self.names[0], range(self.args.seeds)
         for name in self.names:
-            add(f"{name}: encode and check", 1, self.check, name)
             for noise in TUNED_NOISE:
-                title = f"{name}: tune, noise {noise:.0%}"
-                add(title, tuning, self.tune, name, self.tuning_pairs(name), noise)
-            count = len(self.sizes(name)) * len(args.noise) * args.seeds * losses
-            add(f"{name}: pairs and noise", count, self.final, name)
-        if first not in self.names:
-            return found
-        cells = len(list(self._cells()))
-        add(f"{first}: steps", cells * len(args.course) * losses, self.course, first)
-        count = cells * self._row_count(self.tuning_pairs(first), ABLATIONS) + cells
-        add(f"{first}: ablations", count, self.ablations, first)
+                self.tune(name, self.tuning_pairs(name), noise)
+            for seed, noise, pairs, loss in product(seeds, args.noise, self.sizes(name), LOSSES):
+                run = self.chosen(name, noise, loss, seed=seed, pairs=pairs)
+                self.ensure(name, [run])
+        cells = list(product(seeds[:ABLATION_SEEDS], TUNED_NOISE))
+        for (seed, noise), steps, loss in product(cells, args.course, LOSSES):
+            self.ensure("steps", [self.chosen(first, noise, loss, seed=seed, steps=steps)])
+        for seed, noise in cells:
+            pairs = self.tuning_pairs(first)
+            rows = self.variants(first, seed, noise, pairs, ABLATIONS)
+            softmax = rows["OTTER"]._replace(loss="kd", flags=SOFTMAX)
+            self.ensure_all(rows | {"softmax of the same similarities, pair kept": softmax})
         for name in self.transfers:
-            count = cells * len(self.sizes(name)) * losses
-            add(f"{name}: encode and check", 1, self.check, name)
-            add(f"{name}: as tuned on {first}", count, self.transfer, name)
+            for (seed, noise), pairs, loss in product(cells, self.sizes(name), LOSSES):
+                run = self.chosen(first, noise, loss, seed=seed, pairs=pairs, data=name)
+                self.ensure(f"{name}, tuned on {first}", [run])
         for name in self.place.sources:
-            seeds, most = cells // len(TUNED_NOISE), max(self.sizes(name))
-            longer = losses + 2 * (LARGE_BATCHES[-1] <= most)
-            count = seeds * (longer + self._row_count(most, MOST_PAIRS))
-            add(f"{name}: {most:,} pairs", count, self.most_pairs, name)
-        for name in self.place.sources:
-            title = f"{name}: tuned at {max(self.sizes(name)):,} pairs"
-            add(title, tuning + args.seeds * losses, self.tuned_at_most, name)
-        if args.train_image:
-            count = losses * (len(args.image_lrs) + args.image_seeds)
-            add(f"{first}: image tower too", count, self.train_image, first)
-        return found
+            most = max(self.sizes(name))
+            for seed in seeds[:ABLATION_SEEDS]:
+                rows = self.variants(name, seed, CLEAN, most, MOST_PAIRS)
+                for title in [*LABELS.values(), *(t for t in rows if t.endswith(" batch 2048"))]:
+                    longer = rows[title]._replace(steps=LONGER * rows[title].steps)
+                    rows[f"{title}, {LONGER} times the steps"] = longer
+                self.ensure_all(rows)
+            self.tune(name, most, CLEAN)
+            for seed, loss in product(seeds, LOSSES):
+                run = self.chosen(name, CLEAN, loss, at=most, seed=seed)
+                self.ensure(f"{name}, tuned at {most:,} pairs", [run])
+        for loss in LOSSES if args.train_image else ():
+            tuned = self.chosen(first, CLEAN, loss, **IMAGE)
+            best = self.best("image tuning", [tuned._replace(lr=lr) for lr in IMAGE_LRS])
+            self.ensure("image tower", [best._replace(seed=seed) for seed in range(IMAGE_SEEDS)])
 
-    def run(self) -> list[tuple[str, int, int]]:
-        """Do all that is missing; returns the stages that are left with runs done and runs in all."""
-        stages, left = self.stages(), []
-        with tqdm(total=sum(count for *_, count in stages), unit="run", smoothing=0.1) as self.bar:
-            for title, call, count in stages:
-                self.bar.set_description(title)
-                self.done = 0
-                with contextlib.suppress(OutOfTime):  # later stages may have been done
-                    call()
-                if self.done < count:
-                    left.append((title, self.done, count))
-        return left
-
-    def ensure(
-        self, kind: str, runs: Iterable[Run], *extra: str, shown: bool = False
-    ) -> list[tuple[Run, dict[str, Any]]]:
-        """Each run with its result; those that are not there are run, as ``Workplace.do`` says.
-
-        When ``--hours`` are over they are left out.
-        """
-        pairs = []
+    def ensure(self, kind: str, runs: Iterable[Run]) -> list[Run]:
+        """Run those that have no result yet; gives all."""
+        runs = list(runs)
         for run in runs:
-            key = self.place.key(run) + (" checked" if extra else "")
-            if key in self.results.found:
-                self.bar.total -= 1  # only what is left counts for the time that is left
-                self.bar.refresh()
-            elif time.monotonic() - self.started > 3600 * self.args.hours:
-                continue
-            else:
-                self.results.add(key, self.place.do(run, *extra, shown=shown))
+            key = self.place.key(run)
+            if key not in self.results:
+                self.bar.set_description(f"{run.data}, {kind}")
+                self.results[key] = self.place.do(run)
+                line = "\n" + json.dumps({"key": key, "result": self.results[key]}) + "\n"
+                with self.path.open("ab", buffering=0) as file:
+                    file.write(line.encode())
+                    os.fsync(file.fileno())
                 self.bar.update()
-            self.done += 1
-            pairs.append((run, self.results.found[key]))
-            self.found.setdefault(kind, {})[run] = self.results.found[key]
-        return pairs
+            self.found[kind][run] = self.results[key]
+        return runs
 
-    def all_of(
-        self, kind: str, runs: Sequence[Run], *extra: str, shown: bool = False
-    ) -> list[tuple[Run, dict[str, Any]]]:
-        """As ``ensure``, for what needs every one of them; OutOfTime if some are left out."""
-        found = self.ensure(kind, runs, *extra, shown=shown)
-        if len(found) < len(runs):
-            raise OutOfTime
-        return found
+    def ensure_all(self, rows: dict[str, Run]) -> None:
+        """As ``ensure``, each under its title."""
+        for title, run in rows.items():
+            self.ensure(f"ablation: {title}", [run])
+
+    def best(self, kind: str, runs: Iterable[Run]) -> Run:
+        """The run with the highest mAP on the validation half, of equal ones the first."""
+        runs = self.ensure(kind, [run._replace(half="validation") for run in runs])
+        return max(runs, key=lambda run: self.found[kind][run]["mAP"])._replace(half="test")
 
     def sizes(self, name: str) -> list[int]:
         """Numbers of pairs to draw of a data set: no more than it has."""
-        return sorted(
-            {min(pairs, len(self.place.sources[name].samples)) for pairs in self.args.pairs}
-        )
+        most = len(self.place.sources[name].pairs)
+        return sorted({min(pairs, most) for pairs in self.args.pairs})
 
     def tuning_pairs(self, name: str) -> int:
         """Number of pairs that settings are chosen with."""
-        return min(self.args.tuning_pairs, len(self.place.sources[name].samples))
-
-    def check(self, name: str) -> None:
-        """Encode all pairs in a short run, and compare its metrics with ``--zeroshot-data``'s."""
-        source = self.place.sources[name]
-        size = len(source.samples)
-        run = Run(name, size, 0.0, 0, "otter", 1e-3, 2, 3.9, 0.2, min(64, size))
-        extra = ("--zeroshot-data", str(source.labelled))
-        ((_, result),) = self.all_of("check", [run], *extra, shown=True)
-        ours, theirs = result["student"]["all"], result["command"]
-        pairs = {k: (v, theirs[f"zeroshot-{k}"]) for k, v in ours.items() if k != "mAP"}
-        off = max(abs(one - other) for one, other in pairs.values())
-        self.checks[name] = {
-            "ours, --zeroshot-data": pairs,
-            "largest difference": off,
-            "seconds, encoding included": result["train_seconds"],
-        }
-        if off > 2e-3:
-            raise RuntimeError(f"{name}: the command's own evaluation gives other figures: {pairs}")
+        return min(self.args.tuning_pairs, len(self.place.sources[name].pairs))
 
     def tune(self, name: str, pairs: int, noise: float) -> None:
-        """Each loss's best setting by mAP on the validation half: the grid, then the weight decay."""
+        """Each loss's best setting: the grid, then the weight decay."""
         args, tuned = self.args, self.tuned.setdefault((name, pairs, noise), {})
-        base = Run(name, pairs, noise, TUNING_SEED, "", 0, 0, 0, 0, args.batch)
-        first = args.decays[0]
-        grid = list(itertools.product(args.scales, args.lrs, args.steps))
-        runs = {
-            loss: [
-                base._replace(loss=loss, scale=scale, lr=lr, steps=steps, decay=first)
-                for scale, lr, steps in grid
-            ]
-            for loss in LOSSES
-        }
+        base = Run(name, pairs, noise, TUNING_SEED, "", 0, 0, 0, args.decays[0], args.batch)
+        grid = list(product(args.scales, args.lrs, args.steps))
         for loss in LOSSES:
-            found = self.all_of("tuning", runs[loss])
-            chosen = best(found)
-            further = [chosen._replace(decay=decay) for decay in args.decays[1:]]
-            tuned[loss] = best([*found, *self.all_of("tuning", further)])
+            runs = [base._replace(loss=loss, scale=s, lr=lr, steps=steps) for s, lr, steps in grid]
+            best = self.best("tuning", runs)
+            tuned[loss] = self.best("tuning", [best._replace(decay=x) for x in args.decays])
 
     def chosen(
         self, name: str, noise: float, loss: str, *, at: int | None = None, **changes: Any
@@ -248,198 +177,83 @@ class Study:
         """
         at = self.tuning_pairs(name) if at is None else at
         nearest = min(TUNED_NOISE, key=lambda tuned: (round(abs(tuned - noise), 9), -tuned))
-        if (tuned := self.tuned.get((name, at, nearest), {}).get(loss)) is None:
-            raise OutOfTime
-        return tuned._replace(noise=noise, **changes)
+        return self.tuned[name, at, nearest][loss]._replace(noise=noise, **changes)
 
-    def final(self, name: str) -> None:
-        """The tuned losses over pairs, noise and seeds; the seed also draws pairs and heads."""
-        product = itertools.product(
-            range(self.args.seeds), self.args.noise, self.sizes(name), LOSSES
-        )
-        for seed, noise, pairs, loss in product:
-            self.ensure("final", [self.chosen(name, noise, loss, seed=seed, pairs=pairs)])
-
-    def _cells(self) -> itertools.product:
-        return itertools.product(range(min(ABLATION_SEEDS, self.args.seeds)), TUNED_NOISE)
-
-    def course(self, name: str) -> None:
-        """The tuned losses with fewer and more steps."""
-        for seed, noise in self._cells():
-            for steps, loss in itertools.product(self.args.course, LOSSES):
-                run = self.chosen(name, noise, loss, seed=seed, steps=steps)
-                self.ensure("course", [run])
-
-    def _rows(
+    def variants(
         self, name: str, seed: int, noise: float, pairs: int, titles: Iterable[str]
     ) -> dict[str, Run]:
         """The tuned losses, OTTER with the ``ABLATIONS`` of these titles, and larger batches."""
-        of = self.first if name in self.transfers else name
+        tuned_on = self.names[0] if name in self.transfers else name
         change = {"seed": seed, "pairs": pairs, "data": name}
-        tuned = {loss: self.chosen(of, noise, loss, **change) for loss in LOSSES}
-        rows = {TITLES[loss]: run for loss, run in tuned.items()}
+        tuned = {loss: self.chosen(tuned_on, noise, loss, **change) for loss in LOSSES}
+        rows = {LABELS[loss]: run for loss, run in tuned.items()}
         for title in titles:
             rows[f"OTTER, {title}"] = tuned["otter"]._replace(flags=ABLATIONS[title])
-        for batch, loss in itertools.product(LARGE_BATCHES, ("infonce", "otter")):
+        for batch, loss in product(LARGE_BATCHES, ("infonce", "otter")):
             if batch <= pairs:
-                rows[f"{TITLES[loss]}, batch {batch}"] = tuned[loss]._replace(batch=batch)
+                rows[f"{LABELS[loss]}, batch {batch}"] = tuned[loss]._replace(batch=batch)
         return rows
 
-    def _row_count(self, pairs: int, titles: Sequence[str]) -> int:
-        return len(LOSSES) + len(titles) + 2 * sum(batch <= pairs for batch in LARGE_BATCHES)
 
-    def ablations(self, name: str) -> None:
-        """OTTER's own settings, and larger batches, where the defaults were tuned."""
-        for seed, noise in self._cells():
-            rows = self._rows(name, seed, noise, self.tuning_pairs(name), ABLATIONS)
-            rows["softmax of the same similarities, pair kept"] = rows["OTTER"]._replace(
-                loss="kd", flags=SOFTMAX
-            )
-            self._ablate(rows)
-
-    def most_pairs(self, name: str) -> None:
-        """The same at the most pairs, without noise, and all losses and the largest batch for longer."""
-        for seed in range(min(ABLATION_SEEDS, self.args.seeds)):
-            rows = self._rows(name, seed, TUNED_NOISE[0], max(self.sizes(name)), MOST_PAIRS)
-            largest = f", batch {LARGE_BATCHES[-1]}"
-            longer = [
-                title for title in rows if title in TITLES.values() or title.endswith(largest)
-            ]
-            for title in longer:
-                steps = LONGER * rows[title].steps
-                rows[f"{title}, {LONGER} times the steps"] = rows[title]._replace(steps=steps)
-            self._ablate(rows)
-
-    def _ablate(self, rows: dict[str, Run]) -> None:
-        for title, run in rows.items():
-            self.ensure(f"ablation: {title}", [run])
-
-    def transfer(self, name: str) -> None:
-        """Models of the first data, as tuned there, judged on other photos."""
-        for (seed, noise), pairs in itertools.product(self._cells(), self.sizes(name)):
-            change = {"seed": seed, "pairs": pairs, "data": name}
-            runs = [self.chosen(self.first, noise, loss, **change) for loss in LOSSES]
-            self.ensure(f"page: {name}, tuned on {self.first}", runs)
-
-    def tuned_at_most(self, name: str) -> None:
-        """The losses tuned at the most pairs, without noise."""
-        most, noise = max(self.sizes(name)), TUNED_NOISE[0]
-        self.tune(name, most, noise)
-        for seed, loss in itertools.product(range(self.args.seeds), LOSSES):
-            run = self.chosen(name, noise, loss, at=most, seed=seed)
-            self.ensure(f"page: {name}, tuned at {most:,} pairs", [run])
-
-    def train_image(self, name: str) -> None:
-        """The image tower trained as well, live and clean: its own learning rate, the rest as tuned."""
-        args = self.args
-        image = {"train_image": args.image_size_trained, "batch": args.image_batch}
-        image |= {"steps": args.image_steps}
-        noise = TUNED_NOISE[0]
-        runs = {
-            loss: [self.chosen(name, noise, loss, lr=lr, **image) for lr in args.image_lrs]
-            for loss in LOSSES
-        }
-        lrs = {loss: best(self.all_of("image tuning", runs[loss])).lr for loss in LOSSES}
-        for seed, loss in itertools.product(range(args.image_seeds), LOSSES):
-            run = self.chosen(name, noise, loss, seed=seed, lr=lrs[loss], **image)
-            self.ensure("image", [run])
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and the sample's standard deviation, 0 of one value; to a thousandth."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return round(statistics.fmean(values), 3), round(deviation, 3)
 
 
-def best(found: Sequence[tuple[Run, dict[str, Any]]]) -> Run:
-    """The run with the highest mAP on the validation half, of equal ones the first."""
-    return max(found, key=lambda pair: pair[1]["student"]["val"]["mAP"])[0]
+def rows(results: Results, base: Results) -> list[dict[str, Any]]:
+    """A row for each setting, over its seeds: percents as (mean, deviation).
+
+    ``gain`` is the mAP less that of ``base``'s InfoNCE on the same pairs, seed by seed; ``ahead`` the
+    seeds on which it is higher.
+    """
+    cells: dict[Run, list[Run]] = defaultdict(list)
+    for run in results:
+        cells[run._replace(seed=-1)].append(run)
+    infonce = {run[:4]: result["mAP"] for run, result in base.items() if run.loss == "infonce"}
+    table = []
+    for setting, runs in cells.items():
+        row = setting._asdict() | {"seed": None, "seeds": len(runs)}
+        for name, metric in METRICS.items():
+            row[name] = mean_std([100 * results[run][metric] for run in runs])
+        gains = [100 * (results[r]["mAP"] - infonce[r[:4]]) for r in runs if r[:4] in infonce]
+        if gains:
+            row |= {"gain": mean_std(gains), "ahead": sum(gain > 0 for gain in gains)}
+        table.append(row)
+    return table
 
 
-def glyph_source(folder: Path) -> Source:
-    """The demo's glyphs: half-named pairs, and full names of characters never seen in training."""
-    if not folder.is_dir():
-        building = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(building, ignore_errors=True)
-        rng = random.Random(0)
-        pairs, test = GLYPHS
-        split = glyphs.split_glyphs(rng, train=pairs, test=test)
-        glyphs.write_training_shards(split.train, building / "train", rng)
-        glyphs.write_test_set(split.unseen_characters, building / "eval")
-        building.rename(folder)
-    return Source("glyphs", folder / "train", folder / "eval")
+def report(found: dict[str, Results]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each kind; an ablation's gain is over InfoNCE as tuned on the same pairs."""
+    tuned = found.get(f"ablation: {LABELS['infonce']}", {})
+    return {
+        kind: rows(results, tuned if kind.startswith("ablation") else results)
+        for kind, results in found.items()
+        if not kind.endswith("tuning")
+    }
 
 
-def as_multilabel(folder: Path, out: Path) -> Path:
-    """The evaluation set ``folder``; of one with a class a picture, a copy in ``out`` with vectors."""
-    kind = folder / "dataset_type.txt"
-    if kind.is_file() and kind.read_text().strip().lower() != "classification":
-        return folder
-    copy = out / "multilabel" / files_digest(sorted(folder.rglob("*")))
-    if copy.is_dir():
-        return copy
-    building = copy.with_name(f"{copy.name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    (building / "test").mkdir(parents=True)
-    vectors = np.eye(len((folder / "classnames.txt").read_text().splitlines()), dtype=np.uint8)
-    for shard in range(int((folder / "test" / "nshards.txt").read_text())):
-        samples = []
-        path = folder / "test" / f"{shard}.tar"
-        for sample in webdataset.WebDataset(str(path), shardshuffle=False):
-            image = next((kind for kind in IMAGES if kind in sample), None)
-            label = int(sample.get("cls", -1))
-            if image is None or not 0 <= label < len(vectors):
-                raise ValueError(
-                    f"{path}: sample {sample['__key__']} needs an image and a .cls from 0 to "
-                    f"{len(vectors) - 1}, the lines of classnames.txt; build the shard again"
-                )
-            samples.append({image: sample[image], "npy": glyphs.npy(vectors[label])})
-        glyphs.write_tar(building / "test" / path.name, samples)
-    for path in [*folder.glob("*.txt"), folder / "test" / "nshards.txt"]:
-        shutil.copy(path, building / path.relative_to(folder))
-    (building / "dataset_type.txt").write_text("multilabel")
-    building.rename(copy)
-    return copy
+def write_glyphs(folder: Path) -> str:
+    """The demo's glyphs, half-named pairs and full names of unseen characters, as --data."""
+    shutil.rmtree(folder, ignore_errors=True)
+    rng = random.Random(0)
+    pairs, test = GLYPHS
+    split = glyphs.split_glyphs(rng, train=pairs, test=test)
+    glyphs.write_training_shards(split.train, folder / "train", rng)
+    glyphs.write_test_set(split.unseen_characters, folder / "eval")
+    return f"glyphs={folder / 'train'},{folder / 'eval'}"
 
 
-def sources(args: argparse.Namespace, out: Path) -> list[Source]:
-    """The data sets in the order they were given, then the transfers of the first."""
-    found = []
-    for text in args.data:
-        name, _, folders = text.partition("=")
-        if len(parts := folders.split(",")) != 2:
-            raise ValueError(f"--data {text} must be NAME=TRAIN_DIR,EVAL_DIR")
-        found.append(Source(name, *parts))
-    if args.glyphs:
-        found.append(glyph_source(out / "glyphs"))
-    if not found:
-        raise ValueError("no data: give --data NAME=TRAIN_DIR,EVAL_DIR, --glyphs or both")
-    first = next((x for x in found if x.name == (args.ablate or found[0].name)), None)
-    for text in args.transfer:
-        name, equals, folder = text.partition("=")
-        if not equals or first is None:
-            raise ValueError(
-                f"--transfer {text} must be NAME=EVAL_DIR, and the data of --ablate be given"
-            )
-        found.append(Source(name, first.pairs, folder))
-    if len({source.name for source in found}) < len(found):
-        raise ValueError("two --data of one name; the figures need different ones")
-    for source in found:
-        source.labelled = as_multilabel(source.labelled, out)
-        if args.batch > (pairs := min(*args.pairs, args.tuning_pairs, len(source.samples))):
-            raise ValueError(f"--batch {args.batch} is more than {pairs} pairs of {source.name}")
-    return found
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def main(argv: list[str] | None = None) -> int:
+    """Run what is missing and write the figures, also when interrupted; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_efficiency")
     add = parser.add_argument
-    add("--output", required=True, metavar="OUT", help="results, features and the report")
-    add("--towers", required=True, metavar="DIR", help="that otter-openclip towers wrote")
+    add("--output", required=True, metavar="OUT", help="results, and the halves")
+    add("--towers", required=True, type=Path, metavar="DIR", help="of otter-openclip towers")
     add("--data", action="append", default=[], metavar="NAME=TRAIN_DIR,EVAL_DIR")
     add("--glyphs", action="store_true", help="also the demo's glyphs, made into OUT")
-    add(
-        "--transfer",
-        action="append",
-        default=[],
-        metavar="NAME=EVAL_DIR",
-        help="judge models of the data of --ablate on these photos too",
-    )
+    text = "judge models of the first data on these photos too"
+    add("--transfer", action="append", default=[], metavar="NAME=EVAL_DIR", help=text)
     add("--pairs", type=int, nargs="+", default=[1500, 3000, 6000])
     add("--noise", type=float, nargs="+", default=[0.0, 0.2, 0.4], help="captions shuffled")
     add("--seeds", type=int, default=5)
@@ -449,47 +263,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, nargs="+", default=[30, 100, 300])
     add("--scales", type=float, nargs="+", default=[2.0, 3.9], help="logs, of both at the start")
     add("--decays", type=float, nargs="+", default=[0.2, 1.0, 5.0], help="the first in the grid")
-    add("--course", type=int, nargs="+", default=[10, 30, 100, 300, 1000], help="steps of its plot")
-    add(
-        "--ablate", metavar="NAME", help="data of steps, ablations and transfer; default: the first"
-    )
+    add("--course", type=int, nargs="+", default=[10, 30, 100, 300, 1000], help="steps to compare")
     add("--train-image", action="store_true", help="also train the image tower, live")
-    add("--image-size-trained", type=int, default=112)
-    add("--image-batch", type=int, default=128)
-    add("--image-steps", type=int, default=40)
-    add("--image-lrs", type=float, nargs="+", default=[3e-4, 1e-3])
-    add("--image-seeds", type=int, default=2)
-    add("--hours", type=float, default=float("inf"), help="start no run after so many")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing and write the report; returns the exit code."""
-    args = parse(argv)
+    args = parser.parse_args(argv)
     transformers.logging.disable_default_handler()  # it prints a configuration in every run
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
-    if not (Path(args.towers) / "open_clip_config.json").is_file():
-        raise ValueError(f"--towers {args.towers} is not a folder that otter-openclip towers wrote")
-    data = sources(args, out)
+    data = [*args.data, *([write_glyphs(out / "glyphs")] if args.glyphs else [])]
+    places = [text.replace("=", ",").split(",") for text in data]
+    for text in args.transfer:
+        name, folder = text.split("=")
+        places.append([name, places[0][1], folder])
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="data-efficiency-", dir=memory) as scratch:
-        place = Workplace(data, Path(args.towers), out, Path(scratch))
-        study = Study(args, place, Results(out / "runs.jsonl"))
-        left = study.run()
-    settings = {name: value for name, value in vars(args).items() if name not in PATHS}
-    info = {"machine": common.machine(), "settings": settings, "missing": left}
-    found = {kind: list(results.items()) for kind, results in study.found.items()}
-    efficiency_report.write(out / "report", found, study.tuned, study.checks, info)
-    print(f"{len(study.results.found)} results in {study.results.path}; {out / 'report'}")
-    for title, done, count in left:
-        print(f"missing: {title}: {count - done} of {count} runs")
+        sources = [Source(*place, out / "halves") for place in places]
+        study = Study(args, Workplace(sources, args.towers, Path(scratch)), out / "runs.jsonl")
+        try:
+            study.run()
+        finally:
+            settings = {name: value for name, value in vars(args).items() if name not in PATHS}
+            tuned = [run._asdict() for chosen in study.tuned.values() for run in chosen.values()]
+            found = {"machine": common.machine(), "settings": settings, "tuned": tuned}
+            write_json(out / "data_efficiency.json", found | report(study.found))
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave no scratch in memory
-    try:
-        raise SystemExit(main())
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    raise SystemExit(main())

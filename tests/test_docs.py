@@ -29,8 +29,7 @@ from open_clip_train import train as loop
 
 from otter_openclip import cli
 from otter_openclip.losses import DistillationLoss
-from otter_openclip.training import open_clip_v3
-from otter_openclip.training.plugin import TrainingPlugin
+from otter_openclip.training import launcher, plugin
 
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 by_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -154,7 +153,7 @@ def _run(words, capfd):
             root.removeHandler(handler)
 
 
-NEEDS_FILES = ("local-dir:", "pretrained=", "open_clip_v4")
+NEEDS_FILES = ("local-dir:", "pretrained=")
 
 
 @by_page
@@ -165,10 +164,9 @@ def test_python_of_the_pages_runs(page):
             exec(compiled, {})
 
 
-# Of other programs, and of open_clip 4.x.
+# Of other programs.
 OTHERS = """--logs-specs --output_format --url_col --resize_mode --resize_only_if_bigger --3way --exclude
---from --spec --fsdp --use-naflex --torchcompile-strategy --bucket-prefetch-pools --train-image --hours
---ablate --kills --unshallow --no-SWITCH --global_ot""".split()
+--from --spec --train-image --unshallow --no-SWITCH --global_ot""".split()
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +229,9 @@ def test_the_table_of_the_seam_names_what_there_is():
             module, _, attribute = name.rpartition(".")
             assert hasattr(places.get(module, torch.nn.parallel), attribute), name
             replaced.add(attribute)
-    public = {name for name, value in vars(TrainingPlugin).items() if inspect.isfunction(value)}
+    public = {name for name, value in vars(plugin.Plugin).items() if inspect.isfunction(value)}
     assert hooks <= public and len(hooks) == 10
-    run = open_clip_v3._Run(TrainingPlugin())
+    run = launcher.Run(plugin.Plugin())
     assert {name for _, name, _ in run.replacements()} == replaced
 
 

@@ -1,10 +1,13 @@
 """Files appear whole or not at all; links and devices stay what they are."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from otter_openclip.files import replace_together, written_whole
+from otter_openclip.files import written_whole
 
 
 def test_whole_or_not_at_all(tmp_path):
@@ -17,6 +20,43 @@ def test_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"a\n" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+WRITER = """
+import sys
+from pathlib import Path
+from otter_openclip.files import write_text
+for number in range(200):
+    write_text(Path(sys.argv[1]), sys.argv[2] * 50_000)
+"""
+
+
+def test_two_processes_write_one_file(tmp_path):
+    """No write fails, a reader sees the whole text of one of them, and nothing is left over."""
+    path = tmp_path / "file"
+    path.write_text("a" * 50_000)
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, path, text]) for text in "ab"]
+    while any(writer.poll() is None for writer in writers):
+        text = path.read_text()
+        assert len(text) == 50_000 and len(set(text)) == 1
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    """Of the same file only, and only once the process is gone: checkpoints are large."""
+    path = tmp_path / "file"
+    code = "import sys, time; from otter_openclip.files import written_whole as w\n"
+    code += "with w(sys.argv[1], 'w') as file: print('open', flush=True); time.sleep(60)"
+    line = [sys.executable, "-c", code, path]
+    with subprocess.Popen(line, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout.readline() == b"open\n"
+        for left in (2, 1):
+            with written_whole(path, "w") as file:
+                file.write("a")
+            assert len(list(tmp_path.iterdir())) == left
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+
+
 def test_the_error_of_a_full_disk_names_the_file():
     """Python names it when a file is opened, not when it is written."""
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
@@ -24,16 +64,13 @@ def test_the_error_of_a_full_disk_names_the_file():
             file.write(b"a")
 
 
-def test_a_link_is_followed_but_by_replace_together(tmp_path):
+def test_a_link_is_followed(tmp_path):
     (tmp_path / "target").write_text("old")
     link = tmp_path / "link"
     link.symlink_to("target")
     with written_whole(link, "w") as file:
         file.write("new")
     assert link.is_symlink() and (tmp_path / "target").read_text() == "new"
-    replace_together([(link, b"new", b"other")])  # may lead into a cache that others use
-    assert not link.is_symlink() and link.read_text() == "other"
-    assert (tmp_path / "target").read_text() == "new"
 
 
 def test_a_pipe_is_written_to(tmp_path):

@@ -23,7 +23,7 @@ PAIRS = OUTPUT | {"--seed": SEEDS, "--no-shuffle": FREE}
 PICTURES = {"--images": FREE, "--img2dataset": FREE}
 LABELLED = {"--classes": FREE, "--labels": FREE, "--images": FREE}
 LABELS_GIVEN = ["--classes", "a", "--labels", "b", "--images", "c", "--output", "d"]
-LABELLED |= {"--max-missing": ("-1", "1.5", "some", "nan%")} | OUTPUT
+LABELLED |= {"--max-missing": ("-1", "1.5", "some")} | OUTPUT
 
 # Words that are complete, then every flag with wrong values.
 COMMANDS = {
@@ -175,7 +175,7 @@ def choosy(action):
 
 def wrong_words(action, flag, values, *, lists=True):
     """(words, what the message says) for a flag; with ``lists`` two lists of values are wrong."""
-    good = next(iter(action.choices)) if action.choices else "1" if action.type else "text"
+    good = next(iter(action.choices)) if action.choices else "2" if action.type else "text"
     several = action.nargs if isinstance(action.nargs, int) else 1
     if action.nargs == 0:
         yield [f"{flag}=yes"], "yes"

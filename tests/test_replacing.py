@@ -1,7 +1,6 @@
-"""The helper that replaces other packages' names, and what it says when a release does not fit."""
+"""The helper that replaces other packages' names."""
 
 import builtins
-import sys
 import types
 
 import pytest
@@ -32,19 +31,3 @@ def test_a_name_that_is_gone_is_named_and_nothing_stays_replaced(stock):
         with replaced((stock, "function", None), (stock, "gone", None)):
             pass
     assert stock.function is function
-
-
-def test_a_call_with_other_arguments_names_the_stock_function(stock):
-    with replaced((stock, "function", lambda value: value)):
-        with pytest.raises(RuntimeError, match=r"stock\.function is called with other arguments"):
-            stock.function(1, more=2)
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take notes from Python 3.11 on")
-def test_an_error_inside_names_the_stock_function(stock):
-    def fail(value):
-        return value.missing
-
-    with replaced((stock, "function", fail)), pytest.raises(AttributeError) as caught:
-        stock.function(1)
-    assert "raised in place of stock.function" in caught.value.__notes__[0]

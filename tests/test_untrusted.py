@@ -14,6 +14,7 @@ from data_helpers import samples, write_tar
 from training_helpers import flags, train
 
 from otter_openclip import cli
+from otter_openclip.untrusted import no_code_from_files
 
 EVAL = ["--pretrained", "", "--dataset", "wds/made", "--task", "zeroshot_classification"]
 EVAL += ["--num_workers", "0", "--batch_size", "8", "--no_amp"]
@@ -55,6 +56,19 @@ def test_the_plant_works(tmp_path):
     mark = tmp_path / "ran"
     torch.load(planted_file(tmp_path / "a.pt", mark), weights_only=False)
     assert mark.exists()
+
+
+@pytest.mark.parametrize("keywords", [{}, {"weights_only": False}, {"weights_only": None}])
+def test_no_caller_can_allow_code(mark, tmp_path, keywords):
+    """timm 1.0.17 asks for ``weights_only=False``."""
+    path = planted_file(tmp_path / "a.pt", mark)
+    with no_code_from_files():
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            torch.load(path, "cpu", **keywords)
+        with pytest.raises((RuntimeError, TypeError)):  # of the stock one
+            torch.load(path, "cpu", pickle, False)
+        with pytest.raises((RuntimeError, pickle.UnpicklingError)):
+            timm.models.load_state_dict(path)
 
 
 def said(capsys, line):

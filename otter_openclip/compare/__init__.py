@@ -1,7 +1,7 @@
 """The course of InfoNCE and OTTER on two frozen pretrained towers, on glyphs or on your own pairs.
 
-Makes the data, unless they are given, trains with the real command on cached features, evaluates the
-checkpoints of each run, and writes a table and a picture. It reports what it measured, whoever wins.
+Makes the data, unless they are given, trains and evaluates with the real command on cached features, and
+writes a table and a picture. It reports what it measured, whoever wins.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
     needs("matplotlib", "demo")
     # Torch reads it when it is imported: threads must not spin while another process needs the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from otter_openclip.compare.pipeline import run  # heavy imports
+    from otter_openclip.compare.demo import run  # heavy imports
 
     settings = {"all_losses": args.all, "quick": args.quick, "data": args.data, "test": args.eval}
     return run(args.output, seed=args.seed, **settings)

@@ -1,16 +1,17 @@
-"""Glyphs as training pairs and as two zero-shot test sets, in webdataset form."""
+"""What the demo trains and tests on, in webdataset form: glyphs, or the user's own pairs."""
 
 from __future__ import annotations
 
 import io
 import json
 import random
-import tarfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import webdataset
+from open_clip_train.data import filter_no_caption_or_no_image, tarfile_to_samples_nothrow
 from PIL import Image
 from tqdm import tqdm
 
@@ -94,6 +95,33 @@ def make_glyphs(folder: Path, seed: int, *, pairs: int, test: int) -> Data:
     return Data(sorted((folder / "train").glob("*.tar")), len(split.train), tests)
 
 
+def find_pairs(data: str, test: str, *, least: int, most: int) -> Data:
+    """The shards in the folder ``data``, as many as ``most`` pairs need, and the test set's folder.
+
+    Raises:
+        ValueError: if ``data`` has no shards, or fewer than ``least`` pairs. ``test`` is not opened.
+    """
+    test_set = Path(test).resolve()
+    every = sorted(Path(data).resolve().glob("*.tar"), key=lambda path: (len(path.name), path.name))
+    if not every:
+        raise ValueError(
+            f"--data {data}: no such folder, or no .tar in it; otter-openclip data makes such shards"
+        )
+    shards, pairs = [], 0
+    for shard in tqdm(every, "Counting pairs", unit="shard", leave=False):
+        samples = tarfile_to_samples_nothrow(iter([{"url": str(shard)}]))  # open_clip's own reading
+        pairs += sum(map(filter_no_caption_or_no_image, samples))
+        shards.append(shard)
+        if pairs >= most:
+            break
+    if pairs < least:
+        raise ValueError(
+            f"--data {data}: {pairs} pairs of an image (jpg, png, jpeg, webp) and a caption (txt) in "
+            f"{len(every)} shards are fewer than a batch of {least}"
+        )
+    return Data(shards, pairs, {f"{test_set.parent.name}/{test_set.name}": test_set})
+
+
 def thin(name: str, rng: random.Random) -> str:
     """Keep a random half of a name's words, in order, at least one."""
     words = name.split()
@@ -150,9 +178,6 @@ def npy(array: np.ndarray) -> bytes:
 
 def write_tar(path: Path, samples: Iterable[dict[str, bytes]]) -> None:
     """Write samples (suffix -> content) as a webdataset shard."""
-    with tarfile.open(path, "w") as tar:
-        for i, sample in enumerate(samples):
-            for suffix, content in sample.items():
-                member = tarfile.TarInfo(f"{i:06d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    with webdataset.TarWriter(str(path), mtime=0) as tar:
+        for number, sample in enumerate(samples):
+            tar.write({"__key__": f"{number:06d}", **sample})

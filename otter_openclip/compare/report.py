@@ -11,7 +11,6 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from otter_openclip.compare.course import KS, Example
 from otter_openclip.drawing import COLOURS, LABELS, draw_block, strongest_block
 from otter_openclip.files import written_whole
 
@@ -19,14 +18,22 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 RIGHT = "#2e7d46"
+KS = (1, 5, 10)
 METRICS = {"flat_hit@5": "F@5 (%)", "mean_average_precision": "mAP (%)"}
 BLOCK = 12
+
+
+class Example(NamedTuple):
+    """A test picture, with the names of its classes."""
+
+    picture: Image.Image
+    names: list[str]
 
 
 class Run(NamedTuple):
     """One loss's run; shares are in [0, 1].
 
-    ``course`` has for each checkpoint its ``step`` and, under ``tests``, each test set's metrics.
+    ``course`` has for each evaluation its ``step`` and, under ``tests``, each test set's metrics.
     """
 
     loss: str
@@ -34,7 +41,7 @@ class Run(NamedTuple):
     course: list[dict[str, Any]]
 
     def best(self, test: str) -> dict[str, Any]:
-        """The checkpoint with the highest mAP on ``test``, the first of equal ones."""
+        """The evaluation with the highest mAP on ``test``, the first of equal ones."""
         return max(self.course, key=lambda at: at["tests"][test]["mean_average_precision"])
 
 
@@ -46,7 +53,7 @@ def print_table(runs: Sequence[Run]) -> None:
     head = f"{f'F@{ks}':>16} {'mAP':>5}"
     print(
         f"\nF@{ks}: a true class is among the {ks} nearest; mAP: mean average precision. In percent.\n"
-        "Best: of each loss's checkpoints the one with the highest mAP on this same test set, picked\n"
+        "Best: of each loss's evaluations the one with the highest mAP on this same test set, picked\n"
         "alike for every loss; it flatters all of them. The first train time has the encoding.\n\n"
         f"{'':<{width}} {'':<8}   {'at the end':^23}   {'at the best':^23}\n"
         f"{'test':<{width}} {'loss':<8} | {head} | {head} {'step':>5} {'train':>6}"
@@ -124,10 +131,11 @@ def _draw_examples(
         picture.set_xticks([]), picture.set_yticks([])
         names.set_axis_off()
         lines = []
-        for loss, found in nearest.items():
+        for loss, called in nearest.items():
             lines.append((LABELS[loss], COLOURS[loss], "bold"))
-            right = [RIGHT if name in example.names else "black" for name in found[i]]
-            lines += [(f"  {n}", c, "normal") for n, c in zip(found[i], right, strict=True)]
+            for name in called[i]:
+                colour = RIGHT if name in example.names else "black"
+                lines.append((f"  {name}", colour, "normal"))
         for place, (text, colour, weight) in enumerate(lines):
             at = 1 - (place + 0.5) / len(lines)
             text = text if len(text) <= 46 else f"{text[:45]}…"

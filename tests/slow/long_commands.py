@@ -1,0 +1,276 @@
+"""The long commands on small inputs, in processes that can be killed, and what counts of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import resource
+import runpy
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import timm
+import torch
+from data_helpers import jpeg, write_files, write_tar
+from training_helpers import load
+from transformers import AutoModel
+
+from otter_openclip.model_folders.towers import make_towers
+
+OUT = "OUT"  # in a command line, the folder that it writes into
+END_SECONDS = 120.0
+GONE_SECONDS = 15.0  # loader processes look for their parent every 5 s
+PICTURES = 120
+# Commands run in forks of a process that has imported what takes seconds to import.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["open_clip_train.main", "clip_benchmark.cli", "transformers", "pytest"]
+)
+
+
+class Command(NamedTuple):
+    """A command line.
+
+    Attributes:
+        words: a module and its arguments.
+        contents: of a folder, what is there under its final name, and must be that of the undisturbed
+            command as soon as it is there.
+        last: of a folder, what else counts once the command has ended.
+        again: words that it gets when it is run again.
+    """
+
+    words: Sequence[str | Path]
+    contents: Callable[[Path], dict[str, Any]]
+    last: Callable[[Path], dict[str, Any]] = lambda out: {}
+    again: Sequence[str] = ()
+
+
+def execute(words: list[str], out: Connection, largest_file: int) -> None:
+    """What the process does: ``python -m WORDS`` in a session of its own."""
+    os.setsid()
+    for descriptor in (1, 2):
+        os.dup2(out.fileno(), descriptor)
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that is no such fork
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+class Running:
+    """A command's process."""
+
+    def __init__(self, command: Command, out: Path, *, again: bool, largest_file: int = 0) -> None:
+        """Start it; ``largest_file`` is a disk's room for each file, in bytes."""
+        out.mkdir(exist_ok=True)
+        self.out, self.before, self.said = out, names(out), ""
+        words = [str(w).replace(OUT, str(out)) for w in (*command.words, *command.again * again)]
+        self._output, output = FORKS.Pipe(duplex=False)
+        self.process = FORKS.Process(target=execute, args=(words, output, largest_file))
+        self.process.start()
+        output.close()
+
+    def runs(self) -> bool:
+        """Whether it has not ended; what it printed is taken, or it would wait for that."""
+        descriptor, running = self._output.fileno(), self.process.is_alive()
+        while select.select([descriptor], [], [], 0)[0] and (text := os.read(descriptor, 65536)):
+            self.said += text.decode(errors="replace")
+        return running
+
+    def wait(self) -> int:
+        """Its exit code; a failure of the test if it does not end."""
+        until = time.monotonic() + END_SECONDS
+        while self.runs():
+            if time.monotonic() > until:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                pytest.fail(f"the command does not end: {self.said}")
+            time.sleep(0.01)
+        return self.process.exitcode
+
+    def waits(self, *, count: int | None = None, seconds: float = 0) -> bool:
+        """Wait so long, or until so many new names are below the output; whether it still runs then."""
+        until = time.monotonic() + seconds
+        while self.runs():
+            new = len(names(self.out) - self.before)
+            if time.monotonic() > until if count is None else new >= count:
+                return True
+            time.sleep(0.001)
+        return False
+
+    def ranks(self) -> list[int]:
+        """The processes that torchrun started."""
+        return [pid for pid, parent, _ in processes() if parent == self.process.pid]
+
+    def left(self) -> list[int]:
+        """Processes of the session that have not ended within some seconds."""
+        until = time.monotonic() + GONE_SECONDS
+        while True:
+            left = [pid for pid, _, session in processes() if session == self.process.pid]
+            if not left or time.monotonic() > until:
+                return left
+            time.sleep(0.05)
+
+
+def processes() -> Iterator[tuple[int, int, int]]:
+    """Number, parent and session of each process that has not ended."""
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+            if fields[0] not in "ZX":
+                yield int(entry), int(fields[1]), int(fields[3])
+
+
+def names(folder: Path) -> set[str]:
+    """All that is below a folder, which may change meanwhile."""
+    return {
+        os.path.join(at, name) for at, folders, files in os.walk(folder) for name in folders + files
+    }
+
+
+def temporary(folder: Path) -> set[str]:
+    """What a command may not leave after SIGTERM or an error."""
+    return {name for name in names(folder) if name.endswith((".tmp", ".unfinished"))}
+
+
+def checkpoints(out: Path, pattern: str = "epoch_*.pt") -> dict[str, Any]:
+    """The checkpoints of a run."""
+    return {path.name: load(path) for path in out.glob(f"logs/run/checkpoints/{pattern}")}
+
+
+def exported(out: Path) -> dict[str, Any]:
+    """An exported folder's files; one names its own folder."""
+    files = [path for path in (out / "exported").rglob("*") if path.is_file()]
+    return {path.name: path.read_bytes().replace(bytes(out), b"OUT") for path in files}
+
+
+def results(out: Path) -> dict[str, Any]:
+    """What an evaluation measured."""
+    path = out / "results.json"
+    return {path.name: json.loads(path.read_text())["metrics"]} if path.exists() else {}
+
+
+def built(out: Path) -> dict[str, Any]:
+    """A builder's files but its hidden state and what was not renamed yet."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and ".otter-build" not in path.parts and path.suffix != ".tmp"
+    }
+
+
+def make_commands(folder: Path, pairs: Path, labelled: Path, towers: dict) -> dict[str, Command]:
+    """All commands, by name."""
+    model = make_towers(folder / "model", image_size=32, context_length=8, **towers)
+    program = ("otter_openclip.cli",)
+    train = (
+        *("train", "--loss", "otter", "--model", f"local-dir:{model}", "--logs", "OUT/logs"),
+        *("--train-data", pairs / "{00000..00001}.tar", "--batch-size", "12", "--name", "run"),
+        *("--epochs", "4", "--warmup", "1", "--lr", "1e-2"),
+    )
+    latest = ("--resume", "latest")
+    most_recent = ("--save-most-recent", "--delete-previous-checkpoint", "--workers", "1")
+    cached = ("--lock-image", "--lock-text", "--lock-text-freeze-layer-norm", "--workers", "0")
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--")
+    ranks = ("--workers", "0", "--local-loss", "--gather-with-grad")
+    export = ("--model", f"local-dir:{model}")
+    last = partial(checkpoints, pattern="epoch_latest.pt")
+
+    first = Running(Command([*program, *train, "--workers", "0"], checkpoints), folder, again=False)
+    assert first.wait() == 0, first.said
+    trained = folder / "logs" / "run" / "checkpoints" / "epoch_4.pt"
+    data = make_data(folder / "data")
+    evaluate = (
+        *("eval", "--model", f"local-dir:{model}", "--pretrained", "", "--dataset", "wds/made"),
+        *("--dataset_root", labelled, "--task", "zeroshot_classification", "--num_workers", "0"),
+        *("--batch_size", "8", "--no_amp", "--output", "OUT/results.json"),
+    )
+    convert = ("convert", make_reference(folder, towers["text"]), "OUT/exported", "--overwrite")
+    return {
+        "training": Command(
+            [*program, *train, "--workers", "0", "--zeroshot-data", labelled],
+            checkpoints,
+            partial(checkpoints, pattern="best.pt"),
+            latest,
+        ),
+        "most recent": Command([*program, *train, *most_recent], lambda out: {}, last, latest),
+        "cached": Command(
+            [*program, *train, *cached, "--feature-cache", "OUT/features"],
+            checkpoints,
+            again=latest,
+        ),
+        "ranks": Command(
+            [*torchrun, "otter_openclip.train", *train[1:], *ranks], checkpoints, again=latest
+        ),
+        "export": Command(
+            [*program, "export", trained, "OUT/exported", "--overwrite", *export], exported
+        ),
+        "convert": Command([*program, *convert, "--text-model", towers["text"]], exported),
+        "eval": Command([*program, *evaluate], results),
+        **{
+            f"data, {name}": Command([*program, "data", *words, "--output", "OUT"], built)
+            for name, words in data.items()
+        },
+    }
+
+
+def make_reference(folder: Path, text: Path) -> Path:
+    """A checkpoint in the format of facebookresearch/OTTER."""
+    torch.manual_seed(0)
+    tower = AutoModel.from_pretrained(text, add_pooling_layer=False)
+    image = timm.create_model("test_resnet", num_classes=tower.config.hidden_size)
+    state = {f"image_encoder.model.{k}": v for k, v in image.state_dict().items()}
+    state |= {f"text_encoder.model.{k}": v for k, v in tower.state_dict().items()}
+    state["contrastive_loss.loss.T"] = torch.tensor(4.0)
+    args = {"image_arch": "test_resnet", "text_arch": "made", "max_token_length": 8}
+    args["embedding_dim"] = tower.config.hidden_size
+    path = folder / "reference.pth.tar"
+    torch.save({"epoch": 1, "state_dict": state, "args": args}, path)
+    return path
+
+
+def make_data(folder: Path) -> dict[str, list[str | Path]]:
+    """Pictures and tables, some pictures missing or cut short; the builders' words by name."""
+    pictures = {f"{n}.jpg": jpeg(n, (640, 480)) for n in range(PICTURES) if n % 13 != 5}
+    pictures |= {name: content[:-900] for name, content in [*pictures.items()][7::17]}
+    rows = [f"{n}.jpg\ta picture of {n}" for n in range(PICTURES)]
+    write_files(folder, {"table.tsv": "\n".join(["filepath\ttitle", *rows]).encode()})
+    archive = write_tar(folder / "pictures.tar.gz", pictures, "w:gz")
+    labels = ["ImageID,Source,LabelName,Confidence"]
+    labels += [f"{n:016x},verification,/m/0{n % 5},1" for n in range(PICTURES)]
+    classes = ["LabelName,DisplayName", *(f"/m/0{n},class {n}" for n in range(5))]
+    tables = {"labels.csv": "\n".join(labels).encode(), "classes.csv": "\n".join(classes).encode()}
+    write_files(folder, tables)
+    images = {f"{int(name[:-4]):016x}.jpg": content for name, content in pictures.items()}
+    common = ["--resize", "200", "--shard-size", "10", "--workers", "2"]
+    csv = ["csv", "--captions", folder / "table.tsv", *common]
+    return {
+        "folder": [*csv, "--images", write_files(folder / "pictures", pictures)],
+        "archive": [*csv, "--images", archive],
+        "labels": [
+            *("open-images", "--classes", folder / "classes.csv", *common),
+            *("--labels", folder / "labels.csv", "--max-missing", "50%"),
+            *("--images", write_files(folder / "images", images)),
+        ],
+    }
+
+
+NAMES = ("training", "most recent", "cached", "ranks", "export", "convert", "eval")
+NAMES += ("data, folder", "data, archive", "data, labels")
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory, pairs, labelled, towers) -> dict[str, Command]:
+    """The commands of ``NAMES``."""
+    return make_commands(tmp_path_factory.mktemp("inputs"), pairs, labelled, towers)
