@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import textwrap
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ from otter_openclip.training.student_with_teacher import (
 )
 from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due, evaluated
 
+_LONGEST = 1000  # characters of a message; torch's of weights that do not fit list every key
 # Entry of the data dict that stands for --zeroshot-data.
 ZEROSHOT_DATA = "zeroshot-data"
 
@@ -84,8 +86,9 @@ class ClipPlugin:
         self._best: BestCheckpoint | None = None
 
     def refuse(self, fault: Any, error: Exception | None = None) -> NoReturn:
-        """End the command with one line."""
-        raise SystemExit(f"{self._prog}: error: {fault}") from error
+        """End the command with one line, however many torch or transformers needs."""
+        text = textwrap.shorten(str(fault), _LONGEST, placeholder=" ...")
+        raise SystemExit(f"{self._prog}: error: {text}") from error
 
     @contextlib.contextmanager
     def faults_named(self) -> Iterator[None]:
