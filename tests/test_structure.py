@@ -1,18 +1,67 @@
-"""What holds for the package as a whole."""
+"""What holds for the package as a whole: which room imports which, and what modules are called."""
 
 from __future__ import annotations
 
+import ast
+import builtins
 import re
 from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "otter_openclip"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+NAMES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in MODULES}
+
+# Room -> the rooms that it may import. All may import what is in none, and that no room but ``fast``.
+ROOMS = {
+    "shards": set(),
+    "checkpoints": set(),
+    "fast": set(),
+    "model_configs": set(),
+    "frozen": {"shards"},
+    "data": {"shards"},
+    "evaluation": {"shards", "checkpoints"},
+    "analysis": {"shards", "frozen"},
+    "model_folders": {"checkpoints"},
+    "training": {"shards", "checkpoints", "frozen", "evaluation"},
+    "compare": {"shards", "checkpoints", "model_folders", "evaluation"},
+}
+# Where a command or a name leads to its room.
+DOORS = {"__init__": {"model_configs"}, "train": {"training"}}
+DOORS["inspect_command"] = {"data", "evaluation"}
 
 
-def test_no_two_modules_are_called_alike():
+def imports(path: Path, *, everywhere: bool = True) -> set[str]:
+    """The package's modules that a file imports, by their names within the package."""
+    found, tree = set(), ast.parse(path.read_text())
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name):
+            inside = node.module.removeprefix(PACKAGE.name).lstrip(".")
+            for alias in node.names:
+                name = f"{inside}.{alias.name}".lstrip(".")
+                found.add(name if {name, f"{name}.__init__"} & NAMES.keys() else inside)
+    return {f"{name}.__init__" if f"{name}.__init__" in NAMES else name for name in found - {""}}
+
+
+def test_rooms_import_those_below_them():
+    for name, path in NAMES.items():
+        room = name.split(".")[0] if "." in name else None
+        allowed = DOORS.get(name, {"fast"}) if room is None else ROOMS[room] | {room, "fast"}
+        used = {other.split(".")[0] for other in imports(path) if "." in other}
+        assert used <= allowed, name
+
+
+def test_there_are_no_circles():
+    """A command's flags know where its work is, which they import when it begins."""
+    graph = {name: imports(path, everywhere=False) for name, path in NAMES.items()}
+    TopologicalSorter(graph).prepare()
+
+
+def test_what_modules_are_called():
     counts = Counter(path.name for path in MODULES if path.name != "__init__.py")
     assert [name for name, count in counts.items() if count > 1] == []
+    assert [path for path in MODULES if hasattr(builtins, path.stem) and path.stem[0] != "_"] == []
 
 
 def test_other_packages_are_not_changed_by_a_test_library():
