@@ -2,7 +2,8 @@
 
 Every figure is of the real command, run as a process of its own on made-up pictures, live and cached
 in turn. Without ``--towers`` they have the shapes of EfficientNet-Lite0 and all-MiniLM-L6-v2 and random
-weights, which cost what pretrained ones cost.
+weights, which cost what pretrained ones cost. Large sets are made: their features are repeated, and
+their shards, which a second start does not open, hold nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from benchmarks import common
+from otter_openclip.frozen.store import FeatureFiles
 from otter_openclip.model_folders.towers import make_towers
 
 LOCKS = {
@@ -108,12 +110,14 @@ def train(
         *extra,
     ]
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    began = time.monotonic()
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    began = started = time.monotonic()
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    text = ""
+    with subprocess.Popen(command, env=environment, **output) as process:
+        for line in process.stdout:
+            text += line
+            started = time.monotonic() if "Start epoch" in line else started
         _, status, usage = os.wait4(process.pid, 0)
-        log.seek(0)
-        text = log.read()
     if status:
         raise RuntimeError(f"{' '.join(command)} failed:\n{text[-3000:]}")
     seconds = [float(found) for found in re.findall(r"Batch \(t\): ([\d.]+)", text)]
@@ -121,6 +125,7 @@ def train(
         "step": statistics.median(seconds[1:]),
         "peak": usage.ru_maxrss * 1024,
         "wall": time.monotonic() - began,
+        "start": started - began,
     }
 
 
@@ -134,6 +139,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[512, 8192])
     parser.add_argument("--locks", choices=LOCKS, nargs="+", default=[*LOCKS])
     parser.add_argument("--rounds", type=int, default=3, help="of OTTER against CLIP")
+    parser.add_argument("--made", type=int, nargs="+", default=[6_000, 60_000, 600_000])
     parser.add_argument(
         "--save", action="store_true", help="write benchmarks/results/features.json"
     )
@@ -142,6 +148,7 @@ def main() -> None:
         found = measure(Path(folder), args)
     print(common.table(found["runs"]))
     print(common.table(found["step"]))
+    print(common.table(found["made"]))
     if args.save:
         print(common.save("features", found))
 
@@ -160,7 +167,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             first = train(*arguments, 6, *caching)
             cached = train(*arguments, 6, *caching)
             live = train(*arguments, 3)
-            disk = sum(file.stat().st_size for file in cache.rglob("*.safetensors"))
+            disk = sum(file.stat().st_size for file in cache.rglob("*.npy"))
             rows.append(
                 {
                     "locked": lock,
@@ -180,6 +187,36 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "samples": count,
         "runs": rows,
         "step": steps(folder, model, data, args),
+        "made": [second_start(folder, model, data, args, pairs) for pairs in args.made],
+    }
+
+
+def second_start(
+    folder: Path, model: Path, data: str, args: argparse.Namespace, pairs: int
+) -> dict[str, Any]:
+    """A start with all features of so many made pairs, and its steps; both towers locked."""
+    cache, batch, per_shard = folder / "cache-both", args.batches[0], 2_000
+    arguments = (folder / "logs", model)
+    if not cache.exists():
+        train(*arguments, data, "otter", "both", batch, 3, "--feature-cache", str(cache))
+    shards = folder / f"made-{pairs}"
+    shards.mkdir()
+    rows = {path.parent: np.load(path) for path in cache.rglob("00000-*.npy")}
+    for number in tqdm(range(pairs // per_shard), f"Making {pairs} pairs", leave=False):
+        shard = shards / f"{number:05d}.tar"
+        shard.write_bytes(bytes(number + 1))  # of a size of its own
+        for column, features in rows.items():
+            repeated = np.resize(features, (per_shard, *features.shape[1:]))
+            FeatureFiles(column).write(str(shard), repeated)
+    made = str(shards / f"{{00000..{pairs // per_shard - 1:05d}}}.tar")
+    steps = max(4, min(pairs // batch, 100))
+    run = train(*arguments, made, "otter", "both", batch, steps, "--feature-cache", str(cache))
+    peak = run["peak"] / 2**20
+    return {
+        "pairs": pairs,
+        "start s": run["start"],
+        "samples/s": batch / run["step"],
+        "peak MiB": peak,
     }
 
 

@@ -1,8 +1,8 @@
 """A whole training step of ``--loss otter`` against ``--loss clip``, in turn in one process.
 
-Both are what the training command runs for a batch that is already on the device: forward under its
-autocast, loss, backward, optimizer and, for OTTER, the EMA teacher. The floor is 4/3: a step of CLIP is
-about three forwards, and the teacher adds one.
+All are what the training command runs for a batch that is already on the device: forward under its
+autocast, loss, backward, optimizer and, for OTTER, the EMA teacher. Its floor is 4/3: a step of CLIP is
+about three forwards, and the teacher adds one, but not with ``--ema-decay 0``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from open_clip.loss import ClipLoss
 from open_clip_train.precision import get_autocast
 
 from benchmarks import common
-from otter_openclip import EmaTeacher, OtterLoss
-from otter_openclip.training.student_with_teacher import StudentWithTeacher, as_teacher
+from otter_openclip import OtterLoss
+from otter_openclip.training.student_with_teacher import MovingAverage, StudentWithTeacher, Teacher
+
+OWN = "otter --ema-decay 0"
 
 
 class Step:
@@ -39,12 +41,14 @@ class Step:
 
     def build(self, loss: str, device: str) -> list[torch.nn.Parameter]:
         """Make loss, teacher and what is trained; returns all parameters."""
-        self.teacher = None
+        self.teacher = Teacher()
         self.loss, self.model = ClipLoss(), self.student
-        if loss == "otter":
+        if loss != "clip":
             self.loss = OtterLoss().to(device)
-            self.teacher = EmaTeacher(self.student)
-            self.model = StudentWithTeacher(self.student, as_teacher(self.teacher.module))
+            if loss == "otter":
+                args = argparse.Namespace(ema_decay=0.999)
+                self.teacher = MovingAverage(args, self.student, {}, eval_mode=False)
+            self.model = StudentWithTeacher(self.student, self.teacher)
         self.model.train()
         return [*self.student.parameters(), *self.loss.parameters()]
 
@@ -58,8 +62,7 @@ class Step:
         self.optimizer.zero_grad()
         self.forward().backward()
         self.optimizer.step()
-        if self.teacher is not None:
-            self.teacher.update(self.student)
+        self.teacher.update(self.student)
         with torch.no_grad():
             self.student.logit_scale.clamp_(0, math.log(100))
 
@@ -70,8 +73,8 @@ class Step:
         scale = torch.tensor(14.0, device=self.images.device)
 
         def teach() -> None:
-            with self.autocast(), torch.no_grad():
-                self.teacher.module(self.images, self.texts)
+            with self.autocast():
+                self.teacher.features(self.images, self.texts)
 
         def student() -> None:
             with self.autocast(), torch.no_grad():
@@ -89,7 +92,7 @@ def compare(
     name: str, batch: int, rounds: int, device: str, precision: str
 ) -> list[dict[str, Any]]:
     """Rows for the two steps and for OTTER's additions."""
-    steps = {loss: Step(loss, name, batch, device, precision) for loss in ("clip", "otter")}
+    steps = {loss: Step(loss, name, batch, device, precision) for loss in ("clip", "otter", OWN)}
     seconds = common.paired(dict(steps), rounds, device, f"{name}, steps")
     parts = common.paired(steps["otter"].parts(), rounds, device, f"{name}, parts")
     clip = statistics.median(seconds["clip"])
@@ -123,7 +126,13 @@ def draw(rows: list[dict[str, Any]], path: Any) -> None:
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    shown = ["step, --loss clip", "step, --loss otter", "teacher forward", "loss", "EMA update"]
+    shown = [
+        "step, --loss clip",
+        "step, --loss otter",
+        f"step, --loss {OWN}",
+        "teacher forward",
+        "loss",
+    ]
     for i, what in enumerate(shown):
         values = [
             next(r["of clip"] for r in rows if (r["model"], r["what"]) == (m, what)) for m in models
