@@ -7,7 +7,6 @@ import shutil
 import tarfile
 from collections import Counter
 from io import BytesIO
-from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -509,16 +508,17 @@ def test_a_damaged_file_is_named(cached, tmp_path, damage):
         cached("again", "--workers", "0")
 
 
-def test_columns_of_a_shard_with_nothing_usable(tmp_path):
-    """Its rows say so, whatever the tower's width."""
-    parts = [(None, np.array([False, False])), (None, np.array([False]))]
-    assert not usable(encode._joined(parts)).any() and len(encode._joined(parts)) == 3
-    rows = np.ones((1, 1, 4), np.float32)
-    joined = encode._joined([*parts, (rows, np.array([False, True]))])
-    assert usable(joined).tolist() == [False] * 4 + [True]
-    tokens = SimpleNamespace(numpy=lambda: np.ones((1, 1, 4), np.int64))
-    ids = encode.Column("tokens", tmp_path, "k", None).rows(tokens)
-    assert usable(encode._joined([(ids, np.array([True, False]))])).tolist() == [True, False]
+def test_a_shard_without_samples_or_with_nothing_usable(cached, pairs, tmp_path):
+    data = shards(pairs, tmp_path / "data", change=lambda _, __, kind, old: old)
+    for number, suffix in ((2, None), (3, "json")):
+        with tarfile.open(data / f"{number:05d}.tar", "w") as tar:
+            member = tarfile.TarInfo(f"a.{suffix}")
+            if suffix:
+                tar.addfile(member, BytesIO())
+    words = ["--train-data", f"{data}/{{00000..00003}}.tar", "--train-num-samples", "72"]
+    assert cached("run", *words, "--workers", "0")[1] == {"image": 4, "text": 4}
+    for file in tmp_path.glob("cache/*/0000[23]-*.npy"):
+        assert not usable(np.load(file)).any()
 
 
 def test_log_says_what_is_made(cached, caplog):

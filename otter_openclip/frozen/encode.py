@@ -21,12 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from open_clip import get_input_dtype
+from open_clip_train.precision import get_autocast
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from otter_openclip.frozen import prefix
-from otter_openclip.frozen.store import FeatureFiles, in_half, unusable
+from otter_openclip.frozen.store import FeatureFiles, in_half
 from otter_openclip.shards import read
 
 ROUND = 30.0  # seconds of encoding after which the ranks hear of each other
@@ -89,37 +92,37 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
 
 
 class ImageInputs:
-    """Reads images: (views, 3, H, W) of a sample's files, None if it has none that can be read."""
+    """Reads images: (views, 3, H, W) of a sample's files, and whether they are of a picture."""
 
     def __init__(self, transform: Callable[[Any], Tensor], views: int = 1) -> None:
         """``transform`` gives (3, H, W); several views are random, by numbers of each image's own."""
         self.transform, self.views = transform, views
 
-    def __call__(self, files: Mapping[str, bytes], seed: int) -> Tensor | None:
-        """``seed`` is where the random numbers of several views begin."""
+    def __call__(self, files: Mapping[str, bytes], seed: int) -> tuple[Tensor, bool]:
+        """``seed`` is where the random numbers begin; a black image stands for one that is not there."""
         try:
             image = read.rgb(read.opened(read.image_file(files, read.TRAINING_IMAGES)))
         except read.SampleError as error:
             logging.warning(f"An image is left out: {error}")
-            return None
+            return torch.stack([self.transform(Image.new("RGB", (64, 64)))] * self.views), False
         if self.views == 1:
-            return self.transform(image)[None]
+            return self.transform(image)[None], True
         with _seeded(seed):
-            return torch.stack([self.transform(image) for _ in range(self.views)])
+            return torch.stack([self.transform(image) for _ in range(self.views)]), True
 
 
 class TokenInputs:
-    """Reads captions: (1, context) tokens of a sample's files, None without UTF-8 text."""
+    """Reads captions: (1, context) tokens of a sample's files, and whether they are of a text."""
 
     def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, files: Mapping[str, bytes], seed: int) -> Tensor | None:
-        """``seed`` is not needed."""
+    def __call__(self, files: Mapping[str, bytes], _: int) -> tuple[Tensor, bool]:
+        """Of no UTF-8 text the tokens are those of an empty one."""
         try:
-            return self.tokenizer([files["txt"].decode()])
+            return self.tokenizer([files["txt"].decode()]), True
         except (KeyError, UnicodeDecodeError):
-            return None
+            return self.tokenizer([""]), False
 
 
 @contextlib.contextmanager
@@ -144,38 +147,40 @@ class Column:
         inputs: ImageInputs | TokenInputs,
         encode: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Keep it in ``folder``, in a folder named by ``kind`` and ``key``, a fingerprint."""
+        """Keep it below ``folder``, in a folder named by ``kind`` and ``key``, a fingerprint."""
         self.kind, self.inputs, self.encode = kind, inputs, encode
         self.files = FeatureFiles(folder / f"{kind}-{key}")
 
-    def rows(self, inputs: Tensor) -> np.ndarray:
-        """(samples, views, width) of the inputs (samples, views, ...); ValueError if not finite."""
+    def rows(self, inputs: Tensor, good: Tensor) -> np.ndarray:
+        """(samples, views, width) of the inputs (samples, views, ...), those not ``good`` marked.
+
+        Raises: ValueError if features are not finite.
+        """
         if self.encode is None:
-            return inputs.numpy().astype(np.int32)
+            rows = inputs.to(torch.int32)
+            rows[~good] = -1
+            return rows.numpy()
         features = self.encode(inputs.flatten(0, 1))
         if features.ndim != 2 or not features.isfinite().all():
             fault = "is not finite" if features.ndim == 2 else "is no vector a sample"
             raise ValueError(
                 f"what the {self.kind} tower gives {fault}; check its weights, or use --precision fp32"
             )
-        return features.float().view(*inputs.shape[:2], -1).numpy()
+        rows = features.float().view(*inputs.shape[:2], -1)
+        rows[~good] = torch.nan
+        return rows.numpy()
 
 
 class TowerEncoder:
     """Runs the frozen prefix of one tower, in eval mode and without gradients."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        tower: str,
-        name: str,
-        device: torch.device,
-        autocast: Callable[[], contextlib.AbstractContextManager],
-        dtype: torch.dtype | None,
+        self, model: nn.Module, tower: str, name: str, device: torch.device, precision: str
     ) -> None:
-        """``autocast`` and the images' ``dtype`` as open_clip's loop has them for ``--precision``."""
-        self.model, self.tower, self.name = model, tower, name
-        self.device, self.autocast, self.dtype = device, autocast, dtype
+        """``precision`` is open_clip's ``--precision``, with the autocast of its loop."""
+        self.model, self.tower, self.name, self.device = model, tower, name, device
+        self.autocast = get_autocast(precision, device_type=device.type)
+        self.dtype = get_input_dtype(precision)
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -193,7 +198,7 @@ class TowerEncoder:
 
 
 class _Batches(IterableDataset):
-    """Inputs of the samples of some shards: (shard, kind -> (inputs, which samples), size, last)."""
+    """Batches of shards: the shard, by kind inputs and which are good, and whether it is the last."""
 
     def __init__(
         self, shards: Sequence[str], columns: Mapping[str, list[Column]], size: int
@@ -201,17 +206,25 @@ class _Batches(IterableDataset):
         """``columns`` are those that each of the ``shards`` lacks."""
         self.shards, self.columns, self.size = shards, columns, size
 
-    def __iter__(self) -> Iterator[tuple[str, dict[str, Any], int, bool]]:
+    def __iter__(self) -> Iterator[tuple[str, dict[str, tuple[Tensor, Tensor]], bool]]:
         info = get_worker_info()
         for shard in self.shards if info is None else self.shards[info.id :: info.num_workers]:
-            batch: list[dict[str, Tensor | None]] = []
+            batch: list[dict[str, tuple[Tensor, bool]]] = []
             for number, files in enumerate(_samples(shard)):
                 if len(batch) == self.size:
-                    yield shard, *_stacked(batch), False
+                    yield shard, _stacked(batch), False
                     batch = []
                 seed = zlib.crc32(f"{Path(shard).name} {number}".encode())
                 batch.append({c.kind: c.inputs(files, seed) for c in self.columns[shard]})
-            yield shard, *_stacked(batch), True
+            yield shard, _stacked(batch), True
+
+
+def _stacked(batch: list[dict[str, tuple[Tensor, bool]]]) -> dict[str, tuple[Tensor, Tensor]]:
+    stacked = {}
+    for kind in batch[0] if batch else ():
+        inputs, good = zip(*(sample[kind] for sample in batch), strict=True)
+        stacked[kind] = torch.stack(inputs), torch.tensor(good)
+    return stacked
 
 
 def _samples(shard: str) -> Iterator[dict[str, bytes]]:
@@ -221,15 +234,6 @@ def _samples(shard: str) -> Iterator[dict[str, bytes]]:
             yield files
     except OSError as error:
         logging.warning(f"{shard} {error}")
-
-
-def _stacked(batch: list[dict[str, Tensor | None]]) -> tuple[dict[str, Any], int]:
-    stacked = {}
-    for kind in batch[0] if batch else ():
-        good = [sample[kind] is not None for sample in batch]
-        inputs = [sample[kind] for sample in batch if sample[kind] is not None]
-        stacked[kind] = torch.stack(inputs) if inputs else None, good
-    return stacked, len(batch)
 
 
 def fill(
@@ -299,41 +303,26 @@ def _encode(
         num_workers=min(workers, len(shards)),
         generator=torch.Generator(),
     )
-    parts: dict[tuple[str, str], list[Any]] = {}
+    parts: dict[tuple[str, str], list[np.ndarray]] = {}
     said: dict[str, str] = {}
     began = time.monotonic()
     with tqdm(desc="Encoding", unit="sample", disable=not show) as bar:
-        for shard, stacked, count, last in loader:
+        for shard, stacked, last in loader:
             for column in lacking[shard]:
                 part = parts.setdefault((shard, column.kind), [])
-                if count:
-                    inputs, good = stacked[column.kind]
-                    part.append((None if inputs is None else column.rows(inputs), np.array(good)))
+                if column.kind in stacked:
+                    part.append(column.rows(*stacked[column.kind]))
                 if last:
-                    rows = _joined(parts.pop((shard, column.kind)))
+                    rows = np.concatenate(parts.pop((shard, column.kind)) or [np.zeros((0, 1, 1))])
                     if column.encode is not None:
                         rows, said[column.kind] = in_half(rows)
                     column.files.write(shard, rows)
-            bar.update(count)
+            bar.update(max((len(good) for _, good in stacked.values()), default=0))
             if time.monotonic() - began > ROUND:
                 yield
                 began = time.monotonic()
     for kind, text in said.items():
         logging.info(f"Features of the {kind} tower are kept in {text}")
-
-
-def _joined(parts: list[tuple[np.ndarray | None, np.ndarray]]) -> np.ndarray:
-    """The rows of all samples, those that have none being marked as unusable."""
-    made = [rows for rows, _ in parts if rows is not None]
-    if not made:
-        return np.full((sum(len(good) for _, good in parts), 1, 1), np.nan, np.float32)
-    joined = []
-    for rows, good in parts:
-        every = unusable(len(good), made[0])
-        if rows is not None:
-            every[good] = rows
-        joined.append(every)
-    return np.concatenate(joined)
 
 
 def _together(work: Iterator[None], device: torch.device, world_size: int) -> None:

@@ -15,7 +15,6 @@ import open_clip
 import torch
 import webdataset as wds
 from open_clip_train.data import DataInfo, expand_urls, tarfile_to_samples_nothrow
-from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
 
 from otter_openclip.frozen.encode import (
@@ -56,7 +55,7 @@ def image_column(
         "precision": precision,
     }
     key = tower_fingerprint(model, "visual", name, settings)
-    encoder = _encoder(model, "visual", name, device, precision)
+    encoder = TowerEncoder(model, "visual", name, device, precision)
     return Column("image", folder, key, ImageInputs(transform, views), encoder)
 
 
@@ -74,15 +73,8 @@ def text_column(
     if name is None:
         return Column("tokens", folder, fingerprint(settings), TokenInputs(tokenizer))
     key = tower_fingerprint(model, "text", name, settings | {"precision": precision})
-    encoder = _encoder(model, "text", name, device, precision)
+    encoder = TowerEncoder(model, "text", name, device, precision)
     return Column("text", folder, key, TokenInputs(tokenizer), encoder)
-
-
-def _encoder(
-    model: nn.Module, tower: str, name: str, device: torch.device, precision: str
-) -> TowerEncoder:
-    autocast = get_autocast(precision, device_type=device.type)
-    return TowerEncoder(model, tower, name, device, autocast, open_clip.get_input_dtype(precision))
 
 
 def use_features(

@@ -2,7 +2,7 @@
 
 A prefix is a timm trunk under its head, a Hugging Face transformer with its pooling under its
 projection, or a whole tower, of which every parameter is locked. ``install`` lets a model take its
-output in place of images or tokens; what it is given tells them apart, so evaluation goes on as ever.
+output in place of images or tokens; what it is inputs tells them apart, so evaluation goes on as ever.
 """
 
 from __future__ import annotations
@@ -74,44 +74,44 @@ def no_prefix_message(model: nn.Module, tower: str) -> str:
 class _Whole:
     """A whole tower is the prefix."""
 
-    def prefix(self, given: Tensor) -> Tensor:
-        return super().forward(given)
+    def prefix(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs)
 
-    def rest(self, features: Tensor) -> Tensor:
+    def head_of(self, features: Tensor) -> Tensor:
         return features
 
 
 class _TimmTrunk:
     """``open_clip.timm_model.TimmModel`` is a trunk, then a head."""
 
-    def prefix(self, given: Tensor) -> Tensor:
-        return self.trunk(given)
+    def prefix(self, inputs: Tensor) -> Tensor:
+        return self.trunk(inputs)
 
-    def rest(self, features: Tensor) -> Tensor:
+    def head_of(self, features: Tensor) -> Tensor:
         return self.head(features)
 
 
 class _Transformer:
     """``open_clip.hf_model.HFTextEncoder`` is a transformer, a pooling, then a projection."""
 
-    def prefix(self, given: Tensor) -> Tensor:
-        mask = (given != self.config.pad_token_id).long()
-        return self.pooler(self.transformer(input_ids=given, attention_mask=mask), mask)
+    def prefix(self, inputs: Tensor) -> Tensor:
+        mask = (inputs != self.config.pad_token_id).long()
+        return self.pooler(self.transformer(input_ids=inputs, attention_mask=mask), mask)
 
-    def rest(self, features: Tensor) -> Tensor:
+    def head_of(self, features: Tensor) -> Tensor:
         return self.proj(features)
 
 
-def is_output(given: Tensor) -> bool:
+def is_output(inputs: Tensor) -> bool:
     """Whether it is a prefix's output: images have four dimensions, tokens are whole numbers."""
-    return given.ndim != 4 and given.is_floating_point()
+    return inputs.ndim != 4 and inputs.is_floating_point()
 
 
 class _PassedBy:
-    def forward(self, given: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if is_output(given):
-            return self.rest(given)
-        return super().forward(given, *args, **kwargs)
+    def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if is_output(inputs):
+            return self.head_of(inputs)
+        return super().forward(inputs, *args, **kwargs)
 
 
 def install(model: nn.Module, prefixes: dict[str, str]) -> None:
@@ -130,14 +130,14 @@ def installed(model: nn.Module, tower: str) -> str | None:
 
 
 @torch.no_grad()
-def run(model: nn.Module, tower: str, given: Tensor) -> Tensor:
+def run(model: nn.Module, tower: str, inputs: Tensor) -> Tensor:
     """(B, F) output of the tower's prefix for images or tokens; the prefix should be in eval mode."""
     prefix = getattr(model, tower).prefix
-    if given.ndim == 4 and given.device.type == "cpu":
+    if inputs.ndim == 4 and inputs.device.type == "cpu":
         # EfficientNet-Lite0 takes half the time in small pieces with the channels last.
-        pieces = given.contiguous(memory_format=torch.channels_last).split(_CPU_PIECE)
+        pieces = inputs.contiguous(memory_format=torch.channels_last).split(_CPU_PIECE)
         return torch.cat([prefix(piece) for piece in pieces])
-    return prefix(given)
+    return prefix(inputs)
 
 
 @contextlib.contextmanager

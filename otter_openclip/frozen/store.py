@@ -77,11 +77,6 @@ def usable(rows: np.ndarray) -> np.ndarray:
     return first >= 0 if first.dtype.kind == "i" else ~np.isnan(first)
 
 
-def unusable(count: int, like: np.ndarray) -> np.ndarray:
-    """(count, views, width) rows that say of their samples that they cannot be used."""
-    return np.full((count, *like.shape[1:]), -1 if like.dtype.kind == "i" else np.nan, like.dtype)
-
-
 def in_half(rows: np.ndarray) -> tuple[np.ndarray, str]:
     """Features in float16 where that is near enough, else as they are; and what was found, in words."""
     half = rows.astype(np.float16)

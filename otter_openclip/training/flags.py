@@ -10,7 +10,7 @@ import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -35,114 +35,102 @@ ZEROSHOT_WEIGHTS = ("student", "teacher")
 TABLES = (".csv", ".tsv")
 
 
-# flag -> (losses it applies to, default or {loss: default}, argparse keywords)
-_FLAGS: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
-    "--alpha": (
-        TEACHER_LOSSES,
-        0.5,
-        {"type": number(0, 1), "help": "weight of the contrastive term (paper: alpha)"},
+class _Flag(NamedTuple):
+    """A flag of some losses; what is not given has the default, or the one of the run's loss."""
+
+    losses: tuple[str, ...]
+    default: Any
+    help: str
+    keywords: dict[str, Any]
+
+
+def _flag(losses: tuple[str, ...], default: Any, text: str, **keywords: Any) -> _Flag:
+    return _Flag(losses, default, text, keywords)
+
+
+_OTTER = ("otter",)
+_COEFS = {"kd": 0.0, "otter": 1.0}
+_FLAGS = {
+    "--alpha": _flag(
+        TEACHER_LOSSES, 0.5, "weight of the contrastive term (paper: alpha)", type=number(0, 1)
     ),
-    "--label-smoothing": (
-        ("ls",),
-        0.1,
-        {"type": number(0, 1), "help": "target mass spread over the other pairs (paper: epsilon)"},
+    "--label-smoothing": _flag(
+        ("ls",), 0.1, "target mass spread over the other pairs (paper: epsilon)", type=number(0, 1)
     ),
-    "--ema-decay": (
+    "--ema-decay": _flag(
         ("clip", *TEACHER_LOSSES),
         dict.fromkeys(TEACHER_LOSSES, 0.999),
-        {
-            "type": number(0, 1),
-            "help": "upper bound of the EMA teacher's decay; 0 takes the student itself as the teacher; "
-            "with --loss clip an EMA that nothing learns from",
-        },
+        "upper bound of the EMA teacher's decay; 0 takes the student itself as the teacher; with "
+        "--loss clip an EMA that nothing learns from",
+        type=number(0, 1),
     ),
-    "--sinkhorn-lambda": (
-        ("otter",),
+    "--sinkhorn-lambda": _flag(
+        _OTTER,
         0.15,
-        {
-            "type": number(MIN_LAMBDA, math.inf),
-            "help": "entropic regularisation of the transport plan (paper: lambda)",
-        },
+        "entropic regularisation of the transport plan (paper: lambda)",
+        type=number(MIN_LAMBDA, math.inf),
     ),
-    "--sinkhorn-iter": (
-        ("otter",),
-        5,
-        {"type": number(1, math.inf, int), "help": "Sinkhorn updates"},
-    ),
-    "--vv-coef": (
+    "--sinkhorn-iter": _flag(_OTTER, 5, "Sinkhorn updates", type=number(1, math.inf, int)),
+    "--vv-coef": _flag(
         TEACHER_LOSSES,
-        {"kd": 0.0, "otter": 1.0},
-        {"type": number(0, MAX_COEF), "help": "weight of image-image similarity (paper: gamma_v)"},
+        _COEFS,
+        "weight of image-image similarity (paper: gamma_v)",
+        type=number(0, MAX_COEF),
     ),
-    "--tt-coef": (
+    "--tt-coef": _flag(
         TEACHER_LOSSES,
-        {"kd": 0.0, "otter": 1.0},
-        {"type": number(0, MAX_COEF), "help": "weight of text-text similarity (paper: gamma_t)"},
+        _COEFS,
+        "weight of text-text similarity (paper: gamma_t)",
+        type=number(0, MAX_COEF),
     ),
-    "--keep-diag": (
-        ("otter",),
-        False,
-        {"action": "store_true", "help": "let the plan put mass on the pair itself"},
+    "--keep-diag": _flag(
+        _OTTER, False, "let the plan put mass on the pair itself", action="store_true"
     ),
-    "--ot-scope": (
-        ("otter",),
+    "--ot-scope": _flag(
+        _OTTER,
         "global",
-        {
-            "choices": OT_SCOPES,
-            "help": "one transport problem over all ranks, or one per rank",
-        },
+        "one transport problem over all ranks, or one per rank",
+        choices=OT_SCOPES,
     ),
-    "--loss-impl": (
+    "--loss-impl": _flag(
         TEACHER_LOSSES,
         "auto",
-        {
-            "choices": IMPLEMENTATIONS,
-            "help": "hold the loss's matrices (dense), or compute them anew by tiles (streaming); auto "
-            "holds them while they take at most an eighth of the device's memory; plain is the formulas "
-            "as the paper has them",
-        },
+        "hold the loss's matrices (dense), or compute them anew by tiles (streaming); auto holds them "
+        "while they take at most an eighth of the device's memory; plain is the formulas as the paper "
+        "has them",
+        choices=IMPLEMENTATIONS,
     ),
-    "--distill-T-t": (
+    "--distill-T-t": _flag(
         ("kd",),
         100.0,
-        {
-            "type": number(0, MAX_COEF, open_low=True),
-            "help": "scale of the teacher's similarities (paper: T_t)",
-        },
+        "scale of the teacher's similarities (paper: T_t)",
+        type=number(0, MAX_COEF, open_low=True),
     ),
-    "--share-logit-scale": (
+    "--share-logit-scale": _flag(
         TEACHER_LOSSES,
         False,
-        {
-            "action": "store_true",
-            "help": "use the model's logit scale for the distillation term too, instead of its own",
-        },
+        "use the model's logit scale for the distillation term too, instead of its own",
+        action="store_true",
     ),
-    "--init-distill-logit-scale": (
+    "--init-distill-logit-scale": _flag(
         TEACHER_LOSSES,
         INITIAL_LOG_SCALE,
-        {
-            "type": number(0, MAX_LOG_SCALE),
-            "metavar": "LOG",
-            "help": "log of the distillation term's own scale at the start of training",
-        },
+        "log of the distillation term's own scale at the start of training",
+        type=number(0, MAX_LOG_SCALE),
+        metavar="LOG",
     ),
-    "--feature-dropout": (
+    "--feature-dropout": _flag(
         TRAINED_LOSSES,
         0.0,
-        {
-            "type": number(0, 0.99),
-            "metavar": "P",
-            "help": "share of what frozen towers give that the student does not see; the teacher does",
-        },
+        "share of what frozen towers give that the student does not see; the teacher does",
+        type=number(0, 0.99),
+        metavar="P",
     ),
-    "--teacher-mode": (
+    "--teacher-mode": _flag(
         TEACHER_LOSSES,
         "train",
-        {
-            "choices": TEACHER_MODES,
-            "help": "mode the EMA teacher runs in: dropout and batch-norm as in the reference, or not",
-        },
+        "mode the EMA teacher runs in: dropout and batch-norm as in the reference, or not",
+        choices=TEACHER_MODES,
     ),
 }
 
@@ -203,10 +191,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="augmented views of each image to keep in --feature-cache; by default one without "
         "augmentation",
     )
-    for flag, (losses, default, keywords) in _FLAGS.items():
-        keywords = dict(keywords)
-        keywords["help"] += f"; default {_shown(default)} (--loss {', '.join(losses)})"
-        group.add_argument(flag, default=None, **keywords)
+    for name, flag in _FLAGS.items():
+        text = f"{flag.help}; default {_shown(flag.default)} (--loss {', '.join(flag.losses)})"
+        group.add_argument(name, default=None, help=text, **flag.keywords)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -315,14 +302,14 @@ def _cache_faults(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _settle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for flag, (losses, default, _) in _FLAGS.items():
-        value = getattr(args, _dest(flag))
+    for name, (losses, default, *_) in _FLAGS.items():
+        value = getattr(args, _dest(name))
         if value is None or value is False:
             per_loss = isinstance(default, dict)
-            setattr(args, _dest(flag), default.get(args.loss) if per_loss else default)
+            setattr(args, _dest(name), default.get(args.loss) if per_loss else default)
         elif args.loss not in losses:
             wanted = " or ".join(f"--loss {loss}" for loss in losses)
-            parser.error(f"{flag} has no meaning with --loss {args.loss}; it needs {wanted}")
+            parser.error(f"{name} has no meaning with --loss {args.loss}; it needs {wanted}")
     args.feature_views = args.feature_views or 1
     # The fixed teacher is created by the plugin, so that it also works with --accum-freq; open_clip
     # itself must not see it.
@@ -364,8 +351,8 @@ def _settle_precision(args: argparse.Namespace, default: str) -> None:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that define the run's objective, as stored in a checkpoint."""
     used = {
-        _dest(flag): getattr(args, _dest(flag))
-        for flag, (losses, _, _) in _FLAGS.items()
-        if args.loss in losses and flag not in _NOT_OF_THE_OBJECTIVE
+        _dest(name): getattr(args, _dest(name))
+        for name, flag in _FLAGS.items()
+        if args.loss in flag.losses and name not in _NOT_OF_THE_OBJECTIVE
     }
     return {"loss": args.loss, **used}
