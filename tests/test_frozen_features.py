@@ -437,6 +437,7 @@ HEAD = ["--model", "tiny-still", "--feature-cache", "cache"]
         (["--lock-image", "--feature-views", "0"], "must be at least 1"),
         (["--lock-image", "--dataset-type", "synthetic"], "otter-openclip data csv makes them"),
         (["--lock-image", "--train-data", "t.csv"], "otter-openclip data csv makes them"),
+        (["--lock-image", "--distill-model", "RN50"], "does not go with --distill-model"),
         (["--feature-cahce", "x"], "did you mean --feature-cache"),
         (["--feature-dropout", "1.5"], "at most 0.99, got 1.5"),
     ],

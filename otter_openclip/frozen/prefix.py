@@ -67,7 +67,7 @@ def no_prefix_message(model: nn.Module, tower: str) -> str:
     trained = next((key for key, param in module.named_parameters() if param.requires_grad), None)
     return (
         f"what is frozen of the {name} tower is neither its whole trunk nor the tower: {trained} is "
-        "trained; lock all of it, or drop --feature-cache"
+        "trained; lock all of it"
     )
 
 

@@ -279,6 +279,8 @@ def _mixed_faults(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _cache_faults(args: argparse.Namespace) -> Iterator[str]:
+    if args.distill_model is not None:  # known only after hours of encoding otherwise
+        yield "--feature-cache does not go with --distill-model, which takes images; drop one of them"
     if not (args.lock_image or args.lock_text):
         yield (
             "--feature-cache keeps what locked towers give, but none is: add --lock-image, --lock-text "

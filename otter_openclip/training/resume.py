@@ -59,7 +59,7 @@ class Resume:
         Raises:
             ValueError: if it is damaged, naming one beside it that is whole.
         """
-        checkpoint = _read(path)
+        checkpoint = read_resumed(path)
         if "epoch" in checkpoint:  # weights alone can be evaluated
             self._checkpoint = {key: checkpoint.get(key) for key in (ENTRY, TEACHER)}
         return _fitted(args, checkpoint)
@@ -149,7 +149,7 @@ def _fitted(args: Namespace, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]
     return {**checkpoint, "state_dict": state}
 
 
-def _read(path: str) -> Mapping[str, Any]:
+def read_resumed(path: str) -> Mapping[str, Any]:
     """The checkpoint to resume from, local or remote, read without running any of its code."""
     if "://" in path:
         with fsspec.open(path, "rb") as file:
