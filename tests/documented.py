@@ -101,7 +101,8 @@ def _module(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> str
     else:
         assert name.startswith("benchmarks."), name
         source = (ROOT / f"{name.replace('.', '/')}.py").read_text()
-        assert {word for word in words if word[:2] == "--"} <= set(FLAG.findall(source)), words
+        named = [word[2:] for word in words if word.startswith("--")]
+        assert all(re.search(rf"\b{word}\b", source) for word in named), words
     return name
 
 

@@ -162,7 +162,7 @@ def test_python_of_the_pages_runs(page):
 
 # Of other programs.
 OTHERS = """--logs-specs --output_format --url_col --resize_mode --resize_only_if_bigger --3way --exclude
---from --spec --unshallow --no-SWITCH --global_ot""".split()
+--from --spec --unshallow --no-SWITCH --global_ot --image-head --text-head""".split()
 
 
 @pytest.fixture(scope="module")
