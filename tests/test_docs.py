@@ -23,7 +23,7 @@ import pytest
 import timm
 import torch
 from documented import FENCE, FLAG, PAGES, ROOT, blocks, commands, commands_of, parse
-from open_clip_train import params
+from open_clip_train import data, params
 
 from otter_openclip import cli
 from otter_openclip.losses import DistillationLoss
@@ -185,11 +185,12 @@ def test_flags_in_the_text_exist(page, known_flags):
 
 
 def test_messages_of_troubleshooting_are_the_codes():
-    """Each line quoted there has a fixed part of a message of the package."""
+    """Each line quoted there has a fixed part of a message of the package, or of open_clip's loader."""
+    sources = [path.read_text() for path in ROOT.glob("otter_openclip/**/*.py")]
     strings = [
         node.value
-        for path in (ROOT / "otter_openclip" / "training").glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for source in [*sources, inspect.getsource(data)]
+        for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 20
     ]
     for block in blocks(ROOT / "docs" / "troubleshooting.md", "output"):
