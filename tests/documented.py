@@ -19,15 +19,9 @@ from otter_openclip import cli
 from otter_openclip.evaluation import evaluator
 from otter_openclip.training import flags
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "patches" / "README.md"]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-SHELLS = ("sh", "bash", "console")
 FLAG = re.compile(r'"(--[\w-]+)"')  # as sources name them
 # Not ours, and not installed for tests: only that they are spelt like a command line is known.
 FOREIGN = ("cd", "export", "git", "img2dataset", "sed", "tensorboard")
@@ -41,17 +35,13 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 def commands(page: Path) -> list[list[str]]:
     """The words of every command of the page; a last ``...`` stands for flags of the reader's."""
-    return [words for block in blocks(page, *SHELLS) for words in commands_of(block)]
+    return [words for block in blocks(page, "sh", "bash") for words in commands_of(block)]
 
 
 def commands_of(block: str) -> Iterator[list[str]]:
     """The words of every command of a fence."""
-    for line in re.sub(r"\\\n", " ", block).splitlines():
-        words = shlex.split(line, comments=True)
-        while "&&" in words:
-            yield words[: words.index("&&")]
-            words = words[words.index("&&") + 1 :]
-        if words:
+    for line in re.split("\n|&&", block.replace("\\\n", " ")):
+        if words := shlex.split(line, comments=True):
             yield words
 
 
@@ -141,8 +131,8 @@ def _ours(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
 
 def _check_install(words: list[str]) -> None:
     assert words[0] == "install"
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = (ROOT / "pyproject.toml").read_text()
     for word in words[1:]:
         name, _, extras = word.rstrip("]").partition("[")
-        assert name in (".", project["name"]), word
-        assert set(filter(None, extras.split(","))) <= set(project["optional-dependencies"]), word
+        assert name in (".", "otter-openclip"), word
+        assert all(f"\n{extra} = [" in project for extra in extras.split(",") if extra), word

@@ -29,8 +29,7 @@ from otter_openclip import cli
 from otter_openclip.losses import DistillationLoss
 from otter_openclip.training import launcher, plugin
 
-IDS = [str(page.relative_to(ROOT)) for page in PAGES]
-by_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +50,7 @@ def test_a_mistyped_command_does_not(monkeypatch):
     for line in (
         "otter-openclip train --loss otter --sinkhorn-lamda 0.1",
         "torchrun --nproc_per_nodes 8 -m -- otter_openclip.train --loss otter",
-        "torchrun --nproc_per_node 8 -m -- otter_openclip.train --loss oter",
         "clip_benchmark eval --datasets goi",
-        "clip_benchmark build results --outpt results.csv",
         "otter-openclip eval --kss 5",
         "otter-openclip data csv --captoins pairs.tsv --output out",
         "otter-openclip exprt a b",
@@ -133,20 +130,17 @@ def test_pages_can_be_followed(pages, place, monkeypatch, capfd):
             assert cli.main(line.split()) == 0
         for words in commands(path):
             if not NOT_RUN & set(words):
-                _run(quick(words), capfd)
+                _run(quick(words), capfd, monkeypatch)
         for code in blocks(path, "python"):
             code = code.replace("ViT-B-32", "tiny-vit").replace("laion2b_s34b_b79k", "tiny-vit.pt")
             exec(compile(code, page, "exec"), {})
 
 
-def _run(words, capfd):
+def _run(words, capfd, monkeypatch):
     root = logging.getLogger()
-    handlers = list(root.handlers)
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(root, "handlers", list(root.handlers))  # open_clip adds to them
         assert cli.main(words[1:]) == 0, (words, capfd.readouterr().err[-2000:])
-    finally:
-        for handler in set(root.handlers) - set(handlers):
-            root.removeHandler(handler)
 
 
 NEEDS_FILES = ("local-dir:", "pretrained=")
@@ -227,13 +221,8 @@ def test_costs_are_those_of_the_results():
 
 
 def test_pages_are_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
-    long = {
-        page.name: lines
-        for page in PAGES
-        if (lines := len(page.read_text().splitlines())) > 200 and page.name != "evidence.md"
-    }
-    assert not long
+    long = {page.name for page in PAGES if len(page.read_text().splitlines()) > 150}
+    assert long == {"evidence.md"}
 
 
 def test_a_name_of_the_code_is_found_or_refused():
