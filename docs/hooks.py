@@ -75,8 +75,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _sources(page: File) -> set[str]:
-    found = NAMED_CODE.findall(page.content_string)
-    return {file for file, _ in found if (PACKAGE / file).exists()}
+    named = NAMED_CODE.findall(page.content_string)
+    return {file for file, _ in named if (PACKAGE / file).exists()}
 
 
 def _source_page(file: str) -> str:

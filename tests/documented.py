@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import clip_benchmark.cli
 import pytest
@@ -16,22 +16,16 @@ import torch.distributed.run
 import training_helpers
 
 from otter_openclip import cli
-from otter_openclip.cli import Command
 from otter_openclip.evaluation import evaluator
 from otter_openclip.training import flags
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "patches" / "README.md"]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-SHELLS = ("sh", "bash", "console")
+FLAG = re.compile(r'"(--[\w-]+)"')  # as sources name them
 # Not ours, and not installed for tests: only that they are spelt like a command line is known.
 FOREIGN = ("cd", "export", "git", "img2dataset", "sed", "tensorboard")
-OURS_IN_STOCK = ("goi", "imagenet10k", "zeroshot_multilabel")  # of a patched clip_benchmark
+OURS_IN_STOCK = {"goi", "imagenet10k", "zeroshot_multilabel"}  # of a patched clip_benchmark
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -41,16 +35,13 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 def commands(page: Path) -> list[list[str]]:
     """The words of every command of the page; a last ``...`` stands for flags of the reader's."""
-    return [words for block in blocks(page, *SHELLS) for words in _commands(block)]
+    return [words for block in blocks(page, "sh", "bash") for words in commands_of(block)]
 
 
-def _commands(block: str) -> Iterator[list[str]]:
-    for line in re.sub(r"\\\n", " ", block).splitlines():
-        words = shlex.split(line, comments=True)
-        while "&&" in words:
-            yield words[: words.index("&&")]
-            words = words[words.index("&&") + 1 :]
-        if words:
+def commands_of(block: str) -> Iterator[list[str]]:
+    """The words of every command of a fence."""
+    for line in re.split("\n|&&", block.replace("\\\n", " ")):
+        if words := shlex.split(line, comments=True):
             yield words
 
 
@@ -61,122 +52,87 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
         SystemExit: with another code than 0, as the program, for flags that it does not take.
         AssertionError: for a program, file, target or extra that does not exist.
     """
-    words = [word for word in words if word != "..."]
-    while re.match(r"[A-Z_]+=", words[0]):
-        words = words[1:]
-    program, rest = words[0], words[1:]
-    if program in FOREIGN:
-        return program
+    program, *words = [word for word in words if word != "..." and not re.match("[A-Z_]+=", word)]
     if program == "srun":
-        return parse(rest, monkeypatch)
+        return parse(words, monkeypatch)
     if program == "sbatch":
-        assert (ROOT / rest[0]).is_file(), rest[0]
-        return parse(["otter-openclip", "train", "--config", *rest[1:]], monkeypatch)
+        assert (ROOT / words[0]).is_file(), words[0]
+        return parse(["otter-openclip", "train", "--config", *words[1:]], monkeypatch)
     if program == "torchrun":
-        args = torch.distributed.run.get_args_parser().parse_args(rest)
+        args = torch.distributed.run.get_args_parser().parse_args(words)
         assert args.module
         module = ["python", "-m", args.training_script, *args.training_script_args]
         return parse(module, monkeypatch)
     if program == "make":
-        assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.M), rest
-        return program
-    if program == "pip":
-        _check_install(rest)
-        return program
-    if program == "python":
-        assert rest[0] == "-m", rest
-        return _module(rest[1], rest[2:], monkeypatch)
-    if program == "clip_benchmark":
-        return _clip_benchmark(rest, monkeypatch)
-    assert program == "otter-openclip", program
-    return _ours(rest, monkeypatch)
+        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M), words
+    elif program == "pip":
+        _check_install(words)
+    elif program == "python":
+        assert words[0] == "-m", words
+        return _module(words[1], words[2:], monkeypatch)
+    elif program == "clip_benchmark":
+        return _clip_benchmark(words, monkeypatch)
+    elif program not in FOREIGN:
+        assert program == "otter-openclip", program
+        return _ours(words, monkeypatch)
+    return program
 
 
-def _module(name: str, rest: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    if name in (
-        "otter_openclip.train",
-        "open_clip_train.main",
-    ):  # the latter patched: the same flags
-        return _ours(["train", *rest], monkeypatch)
+def _module(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    if name in ("otter_openclip.train", "open_clip_train.main"):  # patched, it has the same flags
+        return _ours(["train", *words], monkeypatch)
     if name == "otter_openclip.cli":
-        return _ours(rest, monkeypatch)
+        return _ours(words, monkeypatch)
     if name == "clip_benchmark.cli":
-        return _clip_benchmark(rest, monkeypatch)
+        return _clip_benchmark(words, monkeypatch)
     if name == "pytest":
-        files = [word for word in rest if word not in ("-m", "slow")]
-        assert all((ROOT / word).is_file() for word in files), rest
-        return name
-    assert name.startswith("benchmarks."), name
-    _until_parsed(importlib.import_module(name).main, ["benchmark", *rest], monkeypatch)
+        files = [word for word in words if word not in ("-m", "slow")]
+        assert all((ROOT / word).is_file() for word in files), words
+    else:
+        assert name.startswith("benchmarks."), name
+        source = (ROOT / f"{name.replace('.', '/')}.py").read_text()
+        named = [word[2:] for word in words if word.startswith("--")]
+        assert all(re.search(rf"\b{word}\b", source) for word in named), words
     return name
 
 
-class _Parsed(Exception):
-    pass
-
-
-def _until_parsed(main, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run ``main`` up to where its command line is parsed."""
-    stock = argparse.ArgumentParser.parse_args
-
-    def parse_args(self, *args, **kwargs):
-        stock(self, *args, **kwargs)
-        raise _Parsed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-        with pytest.raises(_Parsed):
-            main()
-
-
-def _clip_benchmark(rest: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    if set(rest) & set(
-        OURS_IN_STOCK
-    ):  # its patched parser has the flags of ours, and one more task
-        return _ours([w.replace("_multilabel", "_classification") for w in rest], monkeypatch)
-    _exit_0(clip_benchmark.cli.get_parser_args, ["clip_benchmark", *rest], monkeypatch)
+def _clip_benchmark(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    if OURS_IN_STOCK & set(words):  # its patched parser has the flags of ours, and one more task
+        return _ours([w.replace("_multilabel", "_classification") for w in words], monkeypatch)
+    _exit_0(clip_benchmark.cli.get_parser_args, ["clip_benchmark", *words], monkeypatch)
     return "clip_benchmark"
 
 
-def _exit_0(parse, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        try:
-            parse()
-        except SystemExit as stop:  # --help
-            if stop.code:
-                raise
+def _exit_0(parse: Callable[[], Any], argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", argv)
+    try:
+        parse()
+    except SystemExit as stop:  # --help
+        if stop.code:
+            raise
 
 
-def _ours(rest: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+def _ours(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    name = words[0]
     with monkeypatch.context() as patch:
-        if rest[0] == "train":
+        if name == "train":
             patch.setattr(flags, "check_folders", lambda folder: None)  # of --zeroshot-data
-            training_helpers.parse_args(*rest[1:])
-        elif rest[0] == "eval":
-            _exit_0(evaluator._get_parser_args, ["otter-openclip", *rest], patch)
+            training_helpers.parse_args(*words[1:])
+        elif name == "eval":
+            _exit_0(evaluator._get_parser_args, ["otter-openclip", *words], patch)
         else:
-            _without_work(cli.COMMANDS, rest[0], patch)
-            assert cli.main(rest) == 0
-    return f"otter-openclip {rest[0]}"
+            table = cli.DATA_COMMANDS if name == "data" else cli.COMMANDS
+            command = table.get(words[1] if name == "data" else name)
+            assert command is not None, words
+            patch.setattr(importlib.import_module(command.module), "main", lambda args: 0)
+            assert cli.main(words) == 0
+    return f"otter-openclip {name}"
 
 
-def _without_work(commands: Mapping[str, Command], name: str, patch: pytest.MonkeyPatch) -> None:
-    """Let a command parse its line, and do nothing."""
-    assert name in commands, name
-    module = importlib.import_module(commands[name].module)
-    if hasattr(module, "COMMANDS"):
-        for inner in module.COMMANDS:
-            _without_work(module.COMMANDS, inner, patch)
-    else:
-        patch.setattr(module, "main", lambda args: 0)
-
-
-def _check_install(rest: list[str]) -> None:
-    assert rest[0] == "install"
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for word in rest[1:]:
+def _check_install(words: list[str]) -> None:
+    assert words[0] == "install"
+    project = (ROOT / "pyproject.toml").read_text()
+    for word in words[1:]:
         name, _, extras = word.rstrip("]").partition("[")
-        assert name in (".", project["name"]), word
-        assert set(filter(None, extras.split(","))) <= set(project["optional-dependencies"]), word
+        assert name in (".", "otter-openclip"), word
+        assert all(f"\n{extra} = [" in project for extra in extras.split(",") if extra), word
