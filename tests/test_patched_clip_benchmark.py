@@ -14,18 +14,9 @@ import forks
 import pytest
 from conftest import COLOURS, SHAPES, picture
 from data_helpers import jpeg
-from patched import (
-    ROOT,
-    copy_packages,
-    declare,
-    hashes,
-    our_entry_points,
-    patch,
-)
+from patched import ROOT, copy_packages, declare, our_entry_points, patch
 from test_eval import NAMES, exported, png, shards, vector, write_data
 
-PATCH = ROOT / "patches" / "clip_benchmark-1.6.2.patch"
-INFO = "clip_benchmark-1.6.2.dist-info"
 GROUPS = ("clip_benchmark.datasets", "clip_benchmark.evaluators")
 OURS = {group: our_entry_points()[group] for group in GROUPS}
 
@@ -90,50 +81,6 @@ def line(model, data, *flags, dataset="wds/made", output="out.json"):
 
 def result(folder, name="out.json"):
     return json.loads((folder / name).read_text())
-
-
-# The patch as such -------------------------------------------------------------------------------
-
-
-def test_applied_and_reverted_beside_site_packages(tmp_path):
-    site = copy_packages("clip_benchmark", tmp_path / "site")
-    before = hashes(site)
-    patch("clip_benchmark", site)
-    after = hashes(site)
-    assert {name for name in after if before.get(name) != after[name]} == {
-        "clip_benchmark/cli.py",
-        "clip_benchmark/datasets/builder.py",
-        "clip_benchmark/plugins.py",
-        f"{INFO}/METADATA",
-    }
-    needs = importlib.metadata.Distribution.at(site / INFO).requires
-    stock = importlib.metadata.requires("clip_benchmark")
-    assert [need for need in needs if need not in stock] == ["requests"]
-    assert [need for need in needs if need in stock] == stock
-    patch("clip_benchmark", site, "--revert")
-    assert hashes(site) == before
-
-
-def test_applied_and_reverted_in_a_checkout(tmp_path):
-    checkout = copy_packages("clip_benchmark", tmp_path / "checkout")
-    shutil.rmtree(checkout / INFO)
-    (checkout / "setup.py").write_text("setup(name='clip_benchmark', version='1.6.2')\n")
-    listed = ["torch>=1.8.1", "torchvision>=0.8.9", "tqdm>=2", "scikit-learn>=1.0,<2"]
-    listed += ["open_clip_torch>=0.2.1", "pycocoevalcap", "webdataset>=0.2.31", "transformers"]
-    (checkout / "requirements.txt").write_text("\n".join([*listed, ""]))
-    before = hashes(checkout)
-
-    patch("clip_benchmark", checkout)
-    lines = (checkout / "requirements.txt").read_text().splitlines()
-    assert sorted(lines) == sorted([*listed, "requests"])
-    patch("clip_benchmark", checkout, "--revert")
-    assert hashes(checkout) == before
-
-
-def test_the_patch_is_a_general_one():
-    text = PATCH.read_text().lower()
-    for word in ("otter", "goi", "imagenet10k", "zeroshot_multilabel", "flat_hit"):
-        assert word not in text
 
 
 def test_entry_points_lead_somewhere():
