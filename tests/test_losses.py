@@ -225,13 +225,11 @@ def test_a_single_pair_is_finite():
         (lambda: LabelSmoothingLoss(1.5), "smoothing must lie in .*1.5"),
         (lambda: DistillationLoss(alpha=-1), "alpha must lie in .*-1"),
         (lambda: DistillationLoss(teacher_scale=float("inf")), "teacher_scale"),
-        (lambda: OtterLoss(epsilon=0), "epsilon must lie in .*0.001.*got 0"),
         (lambda: OtterLoss(epsilon=1e-40), "epsilon must lie in .*0.001.*got 1e-40"),
         (lambda: OtterLoss(iterations=2.5), "iterations must be .*2.5"),
-        (lambda: OtterLoss(iterations=float("nan")), "iterations must be .*nan"),
         (lambda: OtterLoss(vv_coef=1e38), "vv_coef must lie in .*1e.38"),
-        (lambda: DistillationLoss(teacher_scale=1e31), "teacher_scale must lie in .*1e.31"),
         (lambda: OtterLoss(ot_scope="node"), "ot_scope must be one of global, local, got 'node'"),
+        (lambda: OtterLoss(impl="fast"), "impl must be one of auto, dense, streaming, plain, got"),
     ],
 )
 def test_bad_settings_are_named(make, message):
