@@ -15,7 +15,7 @@ import pytest
 from conftest import COLOURS, picture
 from data_helpers import jpeg
 from patched import ROOT, copy_packages, declare, our_entry_points, patch
-from test_eval import exported, png, shards, vector, write_data
+from test_eval import exported, png, shards, single_label, vector, write_data
 
 GROUPS = ("clip_benchmark.datasets", "clip_benchmark.evaluators")
 OURS = {group: our_entry_points()[group] for group in GROUPS}
@@ -179,7 +179,8 @@ def test_flags_are_there_with_the_task(run):
 
 def test_images_and_templates_that_need_a_flag(run, model, tmp_path):
     files = shards()
-    files[2] |= {"bad.jpg": jpeg(3, (90, 80))[:-900], "bad.npy": vector([1])}
+    whole = jpeg(3, (90, 80))
+    files[2] |= {"bad.jpg": whole[: len(whole) // 2], "bad.npy": vector([1])}
     bad = write_data(tmp_path / "eval" / "goi", files)
     (bad / "zeroshot_classification_templates.txt").unlink()
     words = line(model, tmp_path / "eval", dataset="goi")
@@ -206,8 +207,8 @@ def test_errors(run, model, data, tmp_path, dataset, flags, message):
     assert not (tmp_path / "out.json").exists()
 
 
-def test_only_multilabel_datasets(run, model, pairs, tmp_path):
-    words = line(model, pairs, "--task", "zeroshot_multilabel")
+def test_only_multilabel_datasets(run, model, tmp_path):
+    words = line(model, single_label(tmp_path / "single"), "--task", "zeroshot_multilabel")
     _, said = run(*words, code=1)
     assert "wds/made is no multi-label webdataset" in said.splitlines()[-1]
 
