@@ -39,9 +39,9 @@ def counted():
 
     def wrap(name, stock):
         def call(*args, **keywords):
-            given = args[name in ("all_gather", "all_to_all_single")]
-            given = given if isinstance(given, list | tuple) else [given]
-            calls.append((name, sum(x.numel() for x in given)))
+            sent = args[name in ("all_gather", "all_to_all_single")]
+            tensors = sent if isinstance(sent, list | tuple) else [sent]
+            calls.append((name, sum(x.numel() for x in tensors)))
             return stock(*args, **keywords)
 
         return call

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from otter_openclip import DistillationLoss, LabelSmoothingLoss, OtterLoss
 
@@ -71,3 +72,13 @@ def assert_close(found, expected, tolerance):
         atol = tolerance * max(value.abs().max().item(), 0.1)
         difference = (found[name].double() - value.double()).abs().max().item()
         assert difference <= atol, f"{name}: {difference:.3g} off, {atol:.3g} allowed"
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, as Apple's MPS: no tensor of it may be made."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            assert not (isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64), func
+        return made

@@ -14,18 +14,15 @@ else:
     import tomli as tomllib
 
 from otter_openclip import cli
+from otter_openclip.patching import PROJECTS
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {
-    "open_clip": ("open_clip", "open_clip_train"),
-    "clip_benchmark": ("clip_benchmark",),
-}
 
 
 def copy_packages(package: str, folder: Path) -> Path:
     """Copy the installed ``package`` as the patch command needs it: its folders and its metadata."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in PACKAGES[package]:
+    for name in PROJECTS[package].packages:
         (origin,) = importlib.util.find_spec(name).submodule_search_locations
         shutil.copytree(origin, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for metadata in Path(origin).parent.glob(f"{package}*.dist-info"):
@@ -33,9 +30,9 @@ def copy_packages(package: str, folder: Path) -> Path:
     return folder
 
 
-def patch(package: str, folder: Path, action: str = "--apply") -> None:
+def patch(package: str, folder: Path) -> None:
     """Run ``otter-openclip patch`` on the copy in ``folder``."""
-    assert cli.main(["patch", package, action, "--target", str(folder)]) == 0
+    assert cli.main(["patch", package, "--apply", "--target", str(folder)]) == 0
 
 
 def hashes(folder: Path) -> dict[str, str]:

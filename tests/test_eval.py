@@ -4,6 +4,7 @@ import io
 import json
 import random
 import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from clip_benchmark.metrics import zeroshot_classification
 from conftest import COLOURS, SHAPES, picture
 from data_helpers import encoded, jpeg, write_tar
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from otter_openclip import cli
 from otter_openclip.evaluation import classifier, evaluator, multilabel_metrics, prompts, run
@@ -106,6 +107,7 @@ def ours(model, data, tmp_path):
 
     def run(*flags, model=model, data=data, name="wds/made", code=0):
         output = tmp_path / "out" / "ours.json"
+        output.unlink(missing_ok=True)
         assert cli.main(line(model, data, output, *flags, name=name)) == code
         if code:
             assert not output.exists()
@@ -134,19 +136,15 @@ def stocks(model, data, tmp_path, monkeypatch):
 
 def test_results_are_stocks_and_flat_hit(ours, stocks):
     mine, its = ours(), stocks()
-    assert mine.keys() == its.keys()
-    assert {k: v for k, v in mine.items() if k != "metrics"} == {
-        k: v for k, v in its.items() if k != "metrics"
-    }
-    assert list(mine["metrics"]) == METRICS
-    expected = its["metrics"]["mean_average_precision"]
-    assert mine["metrics"]["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
-    assert 0 < mine["metrics"]["flat_hit@1"] < mine["metrics"]["flat_hit@10"] < 1
+    metrics, expected = mine.pop("metrics"), its.pop("metrics")["mean_average_precision"]
+    assert mine == its and list(metrics) == METRICS
+    assert metrics["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
+    assert 0 < metrics["flat_hit@1"] < metrics["flat_hit@10"] < 1
 
 
-@pytest.mark.parametrize("flags", [("--num_workers", "2"), ("--batch_size", "64")])
-def test_workers_and_batches_change_nothing(ours, flags):
-    assert ours(*flags)["metrics"] == pytest.approx(ours()["metrics"], abs=1e-6)
+def test_workers_and_batches_change_nothing(ours):
+    found = ours("--num_workers", "2", "--batch_size", "64")["metrics"]
+    assert found == pytest.approx(ours()["metrics"], abs=1e-6)
 
 
 def test_flat_hit_is_the_references():
@@ -158,13 +156,13 @@ def test_flat_hit_is_the_references():
         assert found[f"flat_hit@{k}"] == value
 
 
-def single_label(folder):
+def single_label(folder, templates=("a photo of {c}.",)):
     rng = random.Random(1)
     files = {}
     for i in range(20):
         files[f"{i}.png"] = png(picture(rng, rng.choice(COLOURS), rng.choice(SHAPES)))
         files[f"{i}.cls"] = str(i % 6).encode()
-    return write_data(folder, [files], list(COLOURS), "classification")
+    return write_data(folder, [files], list(COLOURS), "classification", templates)
 
 
 def test_single_label_is_stocks(ours, stocks, tmp_path, monkeypatch):
@@ -213,18 +211,14 @@ def test_ks(ours):
     assert metrics["flat_hit@500"] == 1  # every image has a label
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_bad_flags(ours, capsys):
+    for flags, message in (
         (("--ks", "0"), "must be at least 1, got 0"),
-        (("--ks", "1.5"), "expected a whole number, got '1.5'"),
         (("--normalize", "no"), "must be True or False, got 'no'"),
-    ],
-)
-def test_bad_flags(ours, capsys, flags, message):
-    with pytest.raises(SystemExit, match="2"):
-        ours(*flags)
-    assert message in capsys.readouterr().err
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            ours(*flags)
+        assert message in capsys.readouterr().err
 
 
 def test_false_is_not_true(monkeypatch):
@@ -252,7 +246,7 @@ def test_templates(ours, data, stocks, tmp_path):
 
 @pytest.mark.parametrize(
     "template",
-    "a photo|a {name}|a {}|{0}|{c.x}|{c.upper}|{c[0]}|{c!z}|{c:>9}|{|{c} }".split("|"),
+    "a photo|a {name}|a {}|{c.x}|{c[0]}|{c!z}|{c:>9}|{".split("|"),
 )
 def test_bad_templates(template):
     with pytest.raises(ValueError, match=r"^here, line 2: ") as stop:
@@ -267,24 +261,17 @@ def test_templates_that_cannot_be_used(ours, capsys, tmp_path):
     assert "no such file; give simple, imagenet or a file" in capsys.readouterr().err
     file.write_text("a {c}\n{c.x}")
     prompts_file.write_text(json.dumps({"made": ["a {c}", "{c.x}"]}))
-    for flags, data, where in (
-        (("--templates", file), None, f"--templates {file}"),
-        (("--custom_template_file", prompts_file), None, prompts_file),
-        (("--custom_template_file", prompts_file), single_label(tmp_path / "single"), prompts_file),
-    ):
-        ours(*flags, code=2, **({} if data is None else {"data": data}))
-        assert f"{where}, line 2: '{{c.x}}' is no template" in capsys.readouterr().err
+    for flag, path in (("--templates", file), ("--custom_template_file", prompts_file)):
+        ours(flag, path, code=2)
+        assert f"{path}, line 2: '{{c.x}}' is no template" in capsys.readouterr().err
 
 
 def test_blank_templates_are_passed_over(ours, tmp_path):
     blank = write_data(tmp_path / "blank", shards(), templates=["", "a photo of {c}.", " ", ""])
-    found = ours("--dump_templates", data=blank)
-    assert found == ours("--dump_templates") and found["templates"] == ["a photo of {c}."]
-    single = single_label(tmp_path / "single")
-    expected = ours(data=single)
-    (single / TEMPLATES_FILE).write_text("a photo of {c}.\n\n")
-    found = ours("--dump_templates", data=single)
-    assert found.pop("templates") == ["a photo of {c}."] and found == expected
+    for data in (blank, single_label(tmp_path / "single", ["a photo of {c}.", ""])):
+        found = ours("--dump_templates", data=data)
+        assert found["templates"] == ["a photo of {c}."]
+    assert ours("--dump_templates", data=blank) == ours("--dump_templates")
 
 
 def test_templates_of_the_data_set(ours, tmp_path):
@@ -303,12 +290,11 @@ def test_prompts_of_each_class(ours, stocks, capsys, tmp_path):
     mine = ours("--custom_template_file", file)["metrics"]["mean_average_precision"]
     its = stocks("--custom_template_file", file)["metrics"]["mean_average_precision"]
     assert mine == pytest.approx(its, abs=1e-6)
-    (tmp_path / "out" / "ours.json").unlink()
+    ours("--custom_template_file", file, "--templates", "simple", code=2)
+    assert "exclude each other" in capsys.readouterr().err
     file.write_text(json.dumps({"made": {name: [name] for name in NAMES[1:4]}}))
     ours("--custom_template_file", file, code=2)
     assert f"'red circle'; correct {file}" in capsys.readouterr().err
-    ours("--custom_template_file", file, "--templates", "simple", code=2)
-    assert "exclude each other" in capsys.readouterr().err
 
 
 def test_reference_crop(ours, model, data, monkeypatch):
@@ -339,11 +325,9 @@ def test_named_data_sets(ours, tmp_path, capsys, name):
     assert result["dataset"] == name
     expected = ours()["metrics"]
     assert result["metrics"] == expected
-    for root in (tmp_path / "eval" / name, tmp_path / "eval" / "{dataset}"):
-        assert ours(data=root, name=name)["metrics"] == expected
-    auto = ours("--task", "auto", data=tmp_path / "eval", name=name)
+    root = tmp_path / "eval" / "{dataset}"
+    auto = ours("--task", "auto", data=root, name=name)
     assert auto["metrics"] == expected and auto["task"] == "zeroshot_classification"
-    (tmp_path / "out" / "ours.json").unlink()
     ours(data=tmp_path / "elsewhere", name=name, code=2)
     assert f"--dataset_root {tmp_path}/elsewhere cannot be used" in capsys.readouterr().err
 
@@ -352,12 +336,11 @@ def test_saved_and_loaded_classifier(ours, stocks, tmp_path):
     mine = ours("--save_clf", tmp_path / "clf.pt")["metrics"]
     weights = torch.load(tmp_path / "clf.pt")
     assert weights.shape == (16, len(NAMES)) and not list(tmp_path.glob("*.tmp"))
-    its = stocks("--save_clf", str(tmp_path / "stock.pt"))["metrics"]["mean_average_precision"]
+    stocks("--save_clf", str(tmp_path / "stock.pt"))
     assert torch.allclose(weights, torch.load(tmp_path / "stock.pt"), rtol=0, atol=1e-6)
-    for files in (["clf.pt", "clf.pt"], ["stock.pt"], ["clf.pt", "stock.pt"]):
+    for files in (["clf.pt", "clf.pt"], ["stock.pt"]):
         loaded = ours("--load_clfs", *(tmp_path / file for file in files))["metrics"]
         assert loaded == pytest.approx(mine, abs=1e-6)
-    assert mine["mean_average_precision"] == pytest.approx(its, abs=1e-6)
     its = stocks("--load_clfs", str(tmp_path / "clf.pt"))["metrics"]["mean_average_precision"]
     assert its == pytest.approx(mine["mean_average_precision"], abs=1e-6)
 
@@ -367,9 +350,9 @@ def test_equal_classes_rank_by_index_whatever_the_batch(ours, tmp_path):
     names = ["dog", *NAMES[:7], "DOG", *NAMES[:7], "Dog", "dog"]
     twins = write_data(tmp_path / "twins", shards(), names)
     ks = ("--ks", *map(str, range(1, 18)))
-    found = [ours(*ks, "--batch_size", b, data=twins)["metrics"] for b in ("1", "7", "8", "64")]
     clf = tmp_path / "clf.pt"
-    found.append(ours(*ks, "--save_clf", clf, data=twins)["metrics"])
+    found = [ours(*ks, "--save_clf", clf, data=twins)["metrics"]]
+    found += [ours(*ks, "--batch_size", b, data=twins)["metrics"] for b in ("1", "64")]
     found += [ours(*ks, "--load_clfs", clf, "--batch_size", b, data=twins)["metrics"] for b in "18"]
     assert all(metrics == pytest.approx(found[0], abs=1e-6) for metrics in found)
     weights = torch.load(clf)
@@ -389,32 +372,23 @@ def test_truncated_image(ours, tmp_path, capsys):
     ours(data=bad, code=2)
     err = capsys.readouterr().err
     assert "2.tar: sample bad" in err and "--load_truncated" in err
-    ours("--num_workers", "2", data=bad, code=2)  # the text survives the worker
-    assert "2.tar: sample bad" in capsys.readouterr().err
     assert list(ours("--load_truncated", data=bad)["metrics"]) == METRICS
-    (tmp_path / "out" / "ours.json").unlink()
     ours(data=bad, code=2)  # the switch is of one run
 
 
-def test_a_folder_that_cannot_be_used(ours, tmp_path, capsys, caplog):
+def test_a_folder_without_images(ours, tmp_path, capsys, caplog):
     """All faults of folders are in test_evaluation_folders.py."""
-    bad = write_data(tmp_path / "bad", shards())
-    (bad / "test" / "2.tar").unlink()
-    ours(data=bad, code=2)
-    said = f"--dataset_root {bad} cannot be used: {bad}/test/nshards.txt: 1 of 3 shards are missing"
-    assert said in capsys.readouterr().err
     ours(data=write_data(tmp_path / "empty", [{}, {}]), code=2)
     assert "1 names stand for several classes, e.g. 'red circle'" in caplog.text
     assert "no images in 2 shards" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize(
-    ("kind", "labels", "message"),
+    ("kind", "labels", "message", "workers"),
     [
-        ("multilabel", {"x.npy": vector([1], value=2)}, "values other than 0 and 1"),
-        ("classification", {"x.cls": b"18"}, "its cls, b'18', is none of the 18 classes"),
-        ("retrieval", {"x.txt": b" "}, "empty caption"),
+        ("multilabel", {"x.npy": vector([1], value=2)}, "values other than 0 and 1", "2"),
+        ("classification", {"x.cls": b"18"}, "its cls, b'18', is none of the 18 classes", "0"),
+        ("retrieval", {"x.txt": b" "}, "empty caption", "2"),
     ],
 )
 def test_a_bad_sample_ends_the_run_when_it_is_read(
@@ -430,17 +404,6 @@ def test_a_bad_sample_ends_the_run_when_it_is_read(
     assert message in said
 
 
-def test_a_garbled_shard_is_not_taken_for_a_short_one(ours, stocks, tmp_path, capsys):
-    """Python's tarfile takes a garbled header for the end; stock gives figures of what is before it."""
-    bad = write_data(tmp_path / "bad", shards())
-    shard = bad / "test" / "2.tar"
-    content = shard.read_bytes()
-    shard.write_bytes(content.replace(b"2005.png", b"2O05.png", 1))
-    assert stocks(data=bad)["metrics"]["mean_average_precision"] > 0
-    ours(data=bad, code=2)
-    assert f"{shard} cannot be read to its end" in capsys.readouterr().err
-
-
 def test_an_image_without_labels_is_a_miss(ours, stocks, tmp_path, caplog):
     files = shards()
     files[0] |= {"none.jpg": jpeg(3), "none.npy": vector([])}
@@ -453,11 +416,7 @@ def test_an_image_without_labels_is_a_miss(ours, stocks, tmp_path, caplog):
 
 
 def test_nan_weights(ours, model, tmp_path, capsys):
-    from shutil import copytree
-
-    from safetensors.torch import load_file
-
-    broken = copytree(model, tmp_path / "broken")
+    broken = shutil.copytree(model, tmp_path / "broken")
     state = load_file(broken / "open_clip_model.safetensors")
     state["visual.proj"] *= torch.nan
     save_file(state, broken / "open_clip_model.safetensors")

@@ -64,40 +64,28 @@ TEXTS = [
     # (file, its content or None for no such file, fault)
     (CLASSES, None, "is missing; write one class a line"),
     (CLASSES, b"ball\n \nbat\n", "line 2: empty class name"),
-    (CLASSES, b"", "line 1: empty class name"),
     (CLASSES, "ball\na\u2028b\nc\n".encode(), r"line 2: 'a\u2028b' holds a line break (U+2028)"),
-    (CLASSES, b"ball\nbat\x0b\nc\n", r"line 2: 'bat\x0b' holds a line break (U+000B)"),
     (CLASSES, "ball\nété\nc".encode("latin-1"), "cannot be read as UTF-8 text"),
     (CLASSES, "\ufeffball\nbat\nc".encode(), "line 1 begins with a byte order mark"),
     (TEMPLATES, None, "is missing; write 'a photo of {c}.' into it"),
     (TEMPLATES, b"a {c}\na photo\n", "line 2: 'a photo' is no template (no {c} in it)"),
-    (TEMPLATES, b"a {c}\n{c.x}\n", "line 2: '{c.x}' is no template (another field than {c})"),
     (TEMPLATES, b" \n\n", "is empty; give one template a line"),
     (TYPE, b"multi-label", "'multi-label' is no type of data set; write multilabel, retrieval or"),
     (COUNT, b"two", "'two' is no number of shards; write how many there are"),
-    *((COUNT, text, f"{text.decode()!r} is no number") for text in (b"0", b"-2", b"2.0", b"")),
+    (COUNT, b"-2", "'-2' is no number"),
     (COUNT, b"4", "2 of 4 shards are missing, first {folder}/test/2.tar"),
 ]
 SAMPLES = [
     # (what the sample has beside jpg and npy, or instead, fault)
     ({"npy": None}, "no npy with its label vector"),
     ({"npy": npy(1, 0)}, "label vector of shape (2,), but there are 3 class names"),
-    ({"npy": npy([1, 0, 1])}, "label vector of shape (1, 3), but there are 3"),
     ({"npy": npy(0, 0.7, 1, dtype=float)}, "values other than 0 and 1, e.g. 0.7"),
-    ({"npy": npy(0, 2, 1)}, "values other than 0 and 1, e.g. 2"),
-    ({"npy": npy(0, -1, 1, dtype=int)}, "values other than 0 and 1, e.g. -1"),
-    ({"npy": npy(0, np.nan, 1, dtype=float)}, "values other than 0 and 1, e.g. nan"),
     ({"npy": npy(1, 0, 1)[:-1]}, "the npy cannot be read (unreadable labels"),
     ({"npy": npy("x", {}, 1, dtype=object)}, "the npy cannot be read (unreadable labels"),
-    ({"npy": b"PK\x03\x04"}, "the npy cannot be read (unreadable labels"),
     ({"npy": npy(b"1", b"0", b"1", dtype="V1")}, "label vector of |V1, where numbers are due"),
-    ({"npy": npy("1", "0", "1", dtype=str)}, "label vector of <U1, where numbers are due"),
     ({"jpg": None}, "no image (jpg, png, webp, jpeg) among its files"),
-    ({"jpg": b""}, "unreadable image: empty file"),
     ({"jpg": b"no image"}, "unreadable image: not an image that Pillow can read"),
     ({"jpg": WHOLE["jpg"][:-200]}, "unreadable image: image file is truncated"),
-    ({"jpg": jpeg(3)[:-2]}, "unreadable image: image file is truncated"),
-    ({"jpg": None, "png": WHOLE["png"][:-60]}, "unreadable image: image file is truncated"),
     ({"jpg": None, "webp": WHOLE["webp"][:-9]}, "unreadable image: "),
     (
         {"jpg": None, "png": picture("I;16", np.uint16, RAMP)},
@@ -107,7 +95,6 @@ SAMPLES = [
         {"jpg": None, "png": picture("F", np.float32, np.linspace(0, 1, 8), "TIFF")},
         "image (mode F), which loaders cut off at 0 and 255: 0% of it is white then, 88% black",
     ),
-    ({"jpg": None, "png": picture("I", np.int32, [-5, 7, 300, 9], "TIFF")}, "25% of it is white"),
 ]
 SHARDS = [
     # (from the shard's bytes to others, fault)
@@ -115,12 +102,7 @@ SHARDS = [
     (lambda tar: tar.replace(b"bad.npy", b"bed.npy"), "no header and no end at byte"),
     (lambda tar: b"", "cannot be read to its end: damaged or cut short (empty file)"),
     (lambda tar: gzip.compress(tar)[:999], "cannot be read to its end: damaged or cut short"),
-    (
-        lambda tar: tar + tar,
-        "(behind its end more follows, another tar perhaps, which is not read)",
-    ),
-    (lambda tar: gzip.compress(tar + tar), "(behind its end more follows"),
-    (lambda tar: b"x" * 9999, "cannot be read to its end: damaged or cut short"),
+    (lambda tar: tar + tar, "(behind its end more follows, another tar perhaps, which is"),
     (lambda tar: tar[: 512 * (len(tar.rstrip(b"\0")) // 512 + 1)], "no header and no end at byte"),
 ]
 
@@ -179,18 +161,12 @@ def test_no_samples(folder):
     ("files", "text"),
     [
         ({"1.cls": b"3"}, "its cls, b'3', is none of the 3 classes"),
-        ({"1.cls": b"-1"}, "its cls, b'-1', is none of"),
-        ({"1.cls": b"1.0"}, "its cls, b'1.0', is none of"),
-        ({"1.cls": b"9" * 5000}, f"its cls, b'{'9' * 20}', is none of"),
         ({}, "no cls with its label"),
         ({"1.npy": npy(1, 0, 0)}, "no cls with its label; as it has npy, write multilabel into"),
     ],
 )
-@pytest.mark.parametrize("kind", ["classification", None])
-def test_single_labels(folder, files, text, kind):
-    (folder / TYPE).unlink()
-    if kind:
-        (folder / TYPE).write_text(kind)
+def test_single_labels(folder, files, text):
+    (folder / TYPE).write_text("classification")
     write_tar(
         folder / "test" / "0.tar", {"0.jpg": jpeg(0), "0.cls": b"2", "1.jpg": jpeg(1), **files}
     )
@@ -222,8 +198,7 @@ def test_retrieval_sets_need_no_names(folder, text, fault):
     "changed",
     [
         {"npy": npy(True, False, True, dtype=bool)},
-        {"npy": npy(1, 0, 1, dtype=np.float32)},
-        {"npy": npy(0, 0, 0)},
+        {"npy": npy(0, 0, 0, dtype=np.float32)},
         {"jpg": jpeg(3) + b"what some cameras append"},
         {"JPEG": jpeg(3), "jpg": b"not looked at, as there is a png", "png": WHOLE["png"]},
         {"jpg": encoded(3, "PNG", "LA"), "json": b"{}"},

@@ -12,11 +12,11 @@ import pytest
 import torch
 from loss_cases import SETTINGS, assert_close, features, run
 from test_distributed import torchrun
+from test_step import beside_its_teacher
 from test_teacher import check_trajectory
 from training_helpers import assert_same, flags, load, train
 
-from otter_openclip import DistillationLoss, EmaTeacher, OtterLoss
-from otter_openclip.training.student_with_teacher import StudentWithTeacher, as_teacher
+from otter_openclip import DistillationLoss, OtterLoss
 
 HERE = Path(__file__).parent
 DEVICE = os.environ.get("OTTER_TEST_DEVICE", "cuda")
@@ -31,31 +31,23 @@ TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 def test_every_implementation_as_plain_in_float64(name, dtype, impl):
     inputs = [x.to(dtype) for x in features(200, 32)]
     expected = run(SETTINGS[name](impl="plain").double(), [x.double() for x in inputs])
-    loss = SETTINGS[name](impl=impl).to(DEVICE)
-    found = run_on_device(loss, inputs)
-    assert_close(found, expected, TOLERANCE[dtype])
-
-
-def run_on_device(loss, inputs):
     with torch.device(DEVICE):
-        found = run(loss, [x.to(DEVICE) for x in inputs])
-    return {key: value.cpu() for key, value in found.items()}
+        found = run(SETTINGS[name](impl=impl).to(DEVICE), [x.to(DEVICE) for x in inputs])
+    found = {key: value.cpu() for key, value in found.items()}
+    assert_close(found, expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02), (torch.float16, 4e-3)]
 )
 @pytest.mark.parametrize(
-    ("case", "make_loss", "decay", "lr"),
-    [
-        ("otter", OtterLoss, 0.999, 0.05),
-        ("kd", partial(DistillationLoss, vv_coef=1.0, tt_coef=1.0), 0.999, 0.05),
-    ],
+    ("case", "make_loss"),
+    [("otter", OtterLoss), ("kd", partial(DistillationLoss, vv_coef=1.0, tt_coef=1.0))],
 )
-def test_recorded_trajectories_under_autocast(case, make_loss, decay, lr, dtype, bound):
+def test_recorded_trajectories_under_autocast(case, make_loss, dtype, bound):
     """Weights in float32, towers under ``amp`` and ``amp_bf16``; loss and teacher stay exact."""
     autocast = partial(torch.autocast, DEVICE, dtype, enabled=dtype != torch.float32)
-    check_trajectory(case, make_loss, decay, lr, DEVICE, torch.float32, autocast, bound)
+    check_trajectory(case, make_loss, 0.999, 0.05, DEVICE, torch.float32, autocast, bound)
 
 
 @pytest.mark.parametrize("impl", ["plain", "dense", "streaming"])
@@ -63,8 +55,8 @@ def test_recorded_trajectories_under_autocast(case, make_loss, decay, lr, dtype,
 def test_a_step_waits_for_nothing(model, impl):
     """Forward, loss, backward, optimizer, EMA: no read-back from the device."""
     student = open_clip.create_model(model, output_dict=True, device=DEVICE)
-    loss, teacher = OtterLoss(impl=impl).to(DEVICE), EmaTeacher(student)
-    both = StudentWithTeacher(student, as_teacher(teacher.module)).train()
+    loss = OtterLoss(impl=impl).to(DEVICE)
+    both, teacher = beside_its_teacher(student)
     optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.1)
     images = torch.randn(8, 3, 32, 32, device=DEVICE)
     texts = torch.randint(1, 99, (8, 8), device=DEVICE)

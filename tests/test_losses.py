@@ -98,15 +98,16 @@ def test_reference_values_and_gradients(case, impl, device):
 @pytest.mark.parametrize("teacher_norm", [1.0, 4.0])
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-2, 0.15, 1.0, 10.0])
 def test_any_lambda_norm_and_duplicates(epsilon, teacher_norm):
-    images, texts, teacher_images, teacher_texts = features(48, 16)
-    teacher_images, teacher_texts = teacher_norm * teacher_images, teacher_norm * teacher_texts
-    teacher_images[7], teacher_texts[7] = teacher_images[3], teacher_texts[3]
-    teacher_texts[11] = teacher_texts[5]
+    images, texts, *teacher = features(48, 16)
+    teacher = [teacher_norm * x for x in teacher]
+    for x in teacher:
+        x[7] = x[3]
+    teacher[1][11] = teacher[1][5]
     exact = OtterLoss(epsilon=epsilon, impl="plain").double()
-    expected = sum(exact(images, texts, torch.tensor(20.0), teacher_images, teacher_texts)).detach()
+    expected = sum(exact(images, texts, torch.tensor(20.0), *teacher)).detach()
     leaves = [x.float().requires_grad_() for x in (images, texts)]
     loss = OtterLoss(epsilon=epsilon)
-    value = sum(loss(*leaves, torch.tensor(20.0), teacher_images.float(), teacher_texts.float()))
+    value = sum(loss(*leaves, torch.tensor(20.0), *(x.float() for x in teacher)))
     value.backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
     # float32 input alone moves S / epsilon by 1e-7 * norm^2 / epsilon.
@@ -158,12 +159,12 @@ def test_statistics_of_the_targets():
 
 
 def test_shared_scale_is_the_models():
-    inputs = [x.float() for x in features(12)]
+    images, texts, *teacher = (x.float() for x in features(12))
     scale = torch.tensor(3.9).exp()
-    own, shared = OtterLoss(), OtterLoss(share_logit_scale=True)
+    shared = OtterLoss(share_logit_scale=True)
     assert shared.distill_logit_scale is None and not list(shared.parameters())
-    call = (*inputs[:2], scale, *inputs[2:])
-    torch.testing.assert_close(own(*call)[1], shared(*call)[1])
+    expected = OtterLoss()(images, texts, scale, *teacher)
+    torch.testing.assert_close(shared(images, texts, scale, *teacher), expected)
 
 
 def test_targets_carry_no_gradient():
@@ -171,18 +172,6 @@ def test_targets_carry_no_gradient():
     sum(OtterLoss()(images, texts, torch.tensor(9.0), teacher_images, teacher_texts)).backward()
     assert teacher_images.grad is None and teacher_texts.grad is None
     assert images.grad.abs().sum() > 0
-
-
-def test_permuting_pairs_permutes_gradients():
-    inputs = [x.float() for x in features(20)]
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
-    gradients = []
-    for permutation in (torch.arange(20), order):
-        images, texts, *teacher = (x[permutation] for x in inputs)
-        images.requires_grad_()
-        sum(OtterLoss()(images, texts, torch.tensor(9.0), *teacher)).backward()
-        gradients.append(images.grad)
-    torch.testing.assert_close(gradients[0][order], gradients[1], rtol=1e-4, atol=1e-6)
 
 
 def test_swapping_modalities_changes_nothing():
@@ -198,18 +187,15 @@ def test_a_scale_of_one_number_is_a_scale(impl):
     """open_clip's ``nonscalar_logit_scale``; and a plain number."""
     inputs = [x.float() for x in features(6)]
     results = []
-    for scale in (torch.tensor(9.0), torch.tensor([9.0]), 9.0):
-        if isinstance(scale, torch.Tensor):
-            scale.requires_grad_()
+    for scale in (torch.tensor(9.0, requires_grad=True), torch.tensor([9.0], requires_grad=True)):
         images = inputs[0].clone().requires_grad_()
         loss = sum(OtterLoss(impl=impl)(images, inputs[1], scale, *inputs[2:]))
         loss.sum().backward()
+        assert scale.grad.shape == scale.shape and scale.grad.abs().sum() > 0
         results.append((loss.detach().reshape(()), images.grad))
-        if isinstance(scale, torch.Tensor):
-            assert scale.grad.shape == scale.shape and scale.grad.abs().sum() > 0
-    for value, gradient in results[1:]:
-        torch.testing.assert_close(value, results[0][0])
-        torch.testing.assert_close(gradient, results[0][1])
+    torch.testing.assert_close(*results)
+    plain = sum(OtterLoss(impl=impl)(*inputs[:2], 9.0, *inputs[2:]))
+    torch.testing.assert_close(plain.detach(), results[0][0])
 
 
 def test_a_single_pair_is_finite():
@@ -225,13 +211,11 @@ def test_a_single_pair_is_finite():
         (lambda: LabelSmoothingLoss(1.5), "smoothing must lie in .*1.5"),
         (lambda: DistillationLoss(alpha=-1), "alpha must lie in .*-1"),
         (lambda: DistillationLoss(teacher_scale=float("inf")), "teacher_scale"),
-        (lambda: OtterLoss(epsilon=0), "epsilon must lie in .*0.001.*got 0"),
         (lambda: OtterLoss(epsilon=1e-40), "epsilon must lie in .*0.001.*got 1e-40"),
         (lambda: OtterLoss(iterations=2.5), "iterations must be .*2.5"),
-        (lambda: OtterLoss(iterations=float("nan")), "iterations must be .*nan"),
         (lambda: OtterLoss(vv_coef=1e38), "vv_coef must lie in .*1e.38"),
-        (lambda: DistillationLoss(teacher_scale=1e31), "teacher_scale must lie in .*1e.31"),
         (lambda: OtterLoss(ot_scope="node"), "ot_scope must be one of global, local, got 'node'"),
+        (lambda: OtterLoss(impl="fast"), "impl must be one of auto, dense, streaming, plain, got"),
     ],
 )
 def test_bad_settings_are_named(make, message):
@@ -251,7 +235,7 @@ def test_shapes_that_do_not_fit_are_named():
 @pytest.mark.parametrize("make", [OtterLoss, DistillationLoss])
 def test_without_a_teacher_the_student_is_its_own(make, impl):
     torch.manual_seed(0)
-    student = [torch.nn.functional.normalize(torch.randn(9, 5), dim=1) for _ in "vt"]
+    student = [F.normalize(torch.randn(9, 5), dim=1) for _ in "vt"]
     results = []
     for teacher in ([], [x.detach().clone() for x in student]):
         inputs = [x.clone().requires_grad_() for x in student]

@@ -1,12 +1,20 @@
 """A training step's cost where it can be checked without a clock."""
 
+from argparse import Namespace
+
 import open_clip
 import pytest
 import torch
 
 from benchmarks.scaling import gathered_cost, without_features
-from otter_openclip import DistillationLoss, EmaTeacher, LabelSmoothingLoss, OtterLoss
-from otter_openclip.training.student_with_teacher import StudentWithTeacher
+from otter_openclip import DistillationLoss, LabelSmoothingLoss, OtterLoss
+from otter_openclip.training.student_with_teacher import MovingAverage, StudentWithTeacher
+
+
+def beside_its_teacher(student):
+    """The module that is trained, and the moving average in it."""
+    teacher = MovingAverage(Namespace(ema_decay=0.999), student, {}, eval_mode=False)
+    return StudentWithTeacher(student, teacher).train(), teacher.ema
 
 
 @pytest.mark.parametrize(
@@ -23,13 +31,11 @@ from otter_openclip.training.student_with_teacher import StudentWithTeacher
 @pytest.mark.parametrize("model", ["tiny-vit", "tiny-rn"])
 def test_a_step_reads_nothing_back_from_the_device(model, make, monkeypatch):
     """On tensors without data any read-back (``item``, ``bool``, ``nonzero``, ...) is an error."""
-    stock = (
-        torch.Generator
-    )  # which timm's EMA makes for its device; there is none of tensors without data
+    stock = torch.Generator  # timm's EMA makes one, which tensors without data have not
     monkeypatch.setattr(torch, "Generator", lambda device=None: stock())
     student = open_clip.create_model(model, output_dict=True).to("meta")
-    loss, teacher = make().to("meta"), EmaTeacher(student)
-    both = StudentWithTeacher(student, teacher.module).train()
+    loss = make().to("meta")
+    both, teacher = beside_its_teacher(student)
     parameters = [*student.parameters(), *loss.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
     optimizer.register_step_post_hook(lambda *_: teacher.update(student))
@@ -46,8 +52,7 @@ def test_a_step_reads_nothing_back_from_the_device(model, make, monkeypatch):
 
 def test_the_teacher_keeps_no_autograd_state_and_one_fused_update(monkeypatch):
     student = open_clip.create_model("tiny-vit", output_dict=True)
-    teacher = EmaTeacher(student)
-    both = StudentWithTeacher(student, teacher.module).train()
+    both, teacher = beside_its_teacher(student)
     output = both(torch.randn(2, 3, 32, 32), torch.randint(0, 9, (2, 8)))
     assert output["image_features"].grad_fn is not None
     for key in ("dist_image_features", "dist_text_features"):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -129,7 +130,7 @@ class Run:
         """The first model is the student."""
         try:
             made = _stock_create_model(*args, **kwargs)
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
             self.plugin.refuse(f"--model {args[0]}: {error}", error)
         if self._model_made:  # the second is open_clip's own --distill-model
             return made
