@@ -123,9 +123,8 @@ def test_weights(mark, tmp_path, folder, labelled, pairs, capsys, towers_line):
     ):
         assert f"{bad} cannot be read as a checkpoint" in said(capsys, line)
     resume = ["train", *flags(pairs, tmp_path / "logs", "--resume", bad)]
-    assert f"{bad} cannot be read" in said(capsys, [*resume, "--loss", "otter"])
-    with pytest.raises(pickle.UnpicklingError):  # open_clip's own reading
-        cli.main([*resume, "--loss", "clip", "--name", "clip"])
+    for loss in ("otter", "clip"):
+        assert f"{bad} cannot be read" in said(capsys, [*resume, "--loss", loss, "--name", loss])
     evaluate = line_of("eval", folder, tmp_path / "r.json", labelled, pairs)
     unread = "weights cannot be read: Weights only load failed"
     assert unread in said(capsys, [*evaluate, "--load_clfs", bad])
