@@ -426,6 +426,7 @@ def test_shards_that_cannot_be_told_apart_are_refused(cached, pairs, tmp_path):
 
 
 HEAD = ["--model", "tiny-still", "--feature-cache", "cache"]
+DISTILL = ["--distill-model", "RN50", "--distill-pretrained", "x"]
 
 
 @pytest.mark.parametrize(
@@ -437,7 +438,7 @@ HEAD = ["--model", "tiny-still", "--feature-cache", "cache"]
         (["--lock-image", "--feature-views", "0"], "must be at least 1"),
         (["--lock-image", "--dataset-type", "synthetic"], "otter-openclip data csv makes them"),
         (["--lock-image", "--train-data", "t.csv"], "otter-openclip data csv makes them"),
-        (["--lock-image", "--distill-model", "RN50"], "does not go with --distill-model"),
+        (["--lock-image", *DISTILL], "does not go with --distill-model"),
         (["--feature-cahce", "x"], "did you mean --feature-cache"),
         (["--feature-dropout", "1.5"], "at most 0.99, got 1.5"),
     ],
