@@ -110,24 +110,3 @@ def ranks(statistics: Mapping[str, Any]) -> Markup:
     words = f"at chance: {statistics['at_chance']:.0%}"
     chart.text(0.98, level, words, "note end", 0, -6 if level < 0.9 else 14)
     return chart.svg()
-
-
-def entropies(batches: Mapping[str, Any], default: float) -> Markup:
-    """OTTER's targets' entropy over lambda, a line for each batch size."""
-    chart = _Chart("Entropy of OTTER's targets over lambda")
-    curves = [statistics["curve"] for statistics in batches.values()]
-    lambdas = np.array(curves[0]["lambda"])
-    top = max(math.ceil(max(max(curve["entropy"]) for curve in curves)), 1)
-
-    def across(value: float) -> float:
-        return math.log(value / lambdas[0]) / math.log(lambdas[-1] / lambdas[0])
-
-    ticks = (0.01, 0.03, 0.1, 0.3, 1.0)
-    up = [(y / top, str(y)) for y in range(0, top + 1, 2 if top > 5 else 1)]
-    chart.axes([(across(x), f"{x:g}") for x in ticks], up, "lambda", "nats")
-    chart.path([(across(default), 0), (across(default), 1)], "mark")
-    chart.text(across(default), 1, "default", "note", 5, 9)
-    for number, curve in enumerate(curves):
-        points = [(across(x), y / top) for x, y in zip(lambdas, curve["entropy"], strict=True)]
-        chart.path(points, f"line line{number % 3}")
-    return chart.svg()

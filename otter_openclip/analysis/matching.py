@@ -17,8 +17,6 @@ from otter_openclip.losses import DistillationLoss, OtterLoss
 LIKELY = 0.2  # the paper's "likely to be matched"
 DECADES = -8  # the histogram's smallest probability, as a power of ten
 EDGES = np.logspace(DECADES, 0, 4 * -DECADES + 1)
-LAMBDAS = np.geomspace(0.01, 1.0, 13)
-_CURVE_ROWS = 2048  # of pairs that the curve over lambda is taken from
 
 
 def in_batches(images: Tensor, texts: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
@@ -30,14 +28,7 @@ def in_batches(images: Tensor, texts: Tensor, size: int) -> list[tuple[Tensor, T
 def batch_statistics(images: Tensor, texts: Tensor, size: int) -> dict[str, Any]:
     """Everything about batches of ``size``."""
     batches = in_batches(images, texts, size)
-    entropies = []
-    for epsilon in LAMBDAS:
-        loss = OtterLoss(epsilon=float(epsilon))
-        some = batches[: max(1, _CURVE_ROWS // size)]
-        entropies.append(float(np.mean([_target(loss, batch)["entropy"] for batch in some])))
-    curve = {"lambda": LAMBDAS.tolist(), "entropy": entropies}
-    means = _mean([_of_batch(*batch) for batch in batches])
-    return {"batches": len(batches), **means, "curve": curve}
+    return {"batches": len(batches), **_mean([_of_batch(*batch) for batch in batches])}
 
 
 def _of_batch(images: Tensor, texts: Tensor) -> dict[str, Any]:

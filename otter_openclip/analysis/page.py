@@ -66,7 +66,6 @@ def render(
         targets=_TARGETS,
         examples=_examples(pairs, size),
         charts=charts,
-        default_lambda=OtterLoss().epsilon,
     )
 
 
