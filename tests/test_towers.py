@@ -329,13 +329,6 @@ def test_an_overwrite_does_not_delete_the_text_tower(parts, tmp_path):
     assert make(parts, out, overwrite=True) == out
 
 
-def test_a_folder_given_as_a_model_name(parts, pairs, tmp_path, capsys):
-    out = make(parts, tmp_path / "out")
-    with pytest.raises(SystemExit):
-        cli.main(["train", "--model", str(out), "--train-data", str(pairs / "00000.tar")])
-    assert f"did you mean local-dir:{out}?" in capsys.readouterr().err
-
-
 ONLINE = """
 import os, socket, sys
 from huggingface_hub import constants
