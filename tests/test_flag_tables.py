@@ -45,7 +45,6 @@ COMMANDS = {
             "--image-std": POSITIVE,
             "--image-interpolation": WORDS,
             "--image-resize-mode": WORDS,
-            "--reference-crop": FREE,
         },
     ),
     "convert": (

@@ -17,7 +17,6 @@ from otter_openclip.model_folders.assembly import build_model, check_timm_name, 
 from otter_openclip.model_folders.convert_command import WEIGHTS
 from otter_openclip.model_folders.folder import check_out, check_state, load_model, write_folder
 from otter_openclip.numerics import check_choice
-from otter_openclip.preprocessing import CROP_PCT
 from otter_openclip.untrusted import no_code_from_files
 
 # models/model_factory.py of the reference
@@ -113,7 +112,7 @@ def convert_checkpoint(
             f"{text_model} has no tokenizer, so {out} gets none: open_clip.get_tokenizer will fail on "
             "it. Put the tokenizer's files there and convert again with --overwrite"
         )
-    write_folder(out, model, config, state, tokenizer, {"crop_pct": CROP_PCT})
+    write_folder(out, model, config, state, tokenizer)
     return out
 
 

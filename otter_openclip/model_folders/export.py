@@ -29,7 +29,6 @@ from otter_openclip.model_folders.folder import (
 )
 from otter_openclip.model_folders.publish import push
 from otter_openclip.numerics import check_choice
-from otter_openclip.preprocessing import CROP_PCT
 from otter_openclip.untrusted import no_code_from_files
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
@@ -112,7 +111,6 @@ def export_checkpoint(
     )
     tokenizer = open_clip.get_tokenizer(model, context_length=flags.get("force_context_length"))
 
-    noted = {"crop_pct": CROP_PCT} if flags.get("reference_crop") else None
     card = model_card(
         push_to_hub or out.resolve().name,
         f"local-dir:{out.name}" if push_to_hub is None else f"hf-hub:{push_to_hub}",
@@ -122,12 +120,7 @@ def export_checkpoint(
         licence=license,
         results=evaluated,
     )
-    write_folder(out, trained, config, state, tokenizer, noted, {CARD_FILE: card})
-    if noted:
-        report(
-            "Stock open_clip's preprocessing has no resize larger than the crop and ignores crop_pct: "
-            "for the reference's, evaluate with --reference_crop"
-        )
+    write_folder(out, trained, config, state, tokenizer, {CARD_FILE: card})
     if push_to_hub is not None:
         report(push(out, push_to_hub, private=private))
     return out
