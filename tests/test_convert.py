@@ -196,13 +196,13 @@ class Payload:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dim": 24}, "the embedding (24) is wider than the text tower (16)"),
-        ({"dim": 12, "add": {"text_encoder.fc.weight": torch.ones(12, WIDTH)}}, "not full rank"),
-        ({"dim": 12, "drop": ".*output.LayerNorm.*"}, "has no encoder.layer.N.output.LayerNorm"),
+        ({"dim": 24}, "of its text tower cannot take it over"),
+        ({"dim": 12, "add": {"text_encoder.fc.weight": torch.ones(12, WIDTH)}}, "of full rank"),
+        ({"dim": 12, "drop": ".*output.LayerNorm.*"}, "needs a tower of BERT's kind"),
         ({"weights": "teacher"}, "has no teacher: only the reference's runs with --ema_distill"),
         ({"text_model": None}, "declutr-sci-base cannot be read"),
         ({"text_model": None, "text_arch": "gpt"}, "pass --text-model NAME_OR_DIR"),
-        ({"image_arch": "resnet51"}, "has no model 'resnet51'"),
+        ({"image_arch": "resnet51"}, "Unknown model (resnet51)"),
         ({"image_arch": "resnet18"}, "does not fit resnet18 + "),
         ({"drop": "text_encoder.model.encoder.*"}, "Pass --text-model"),
         ({"drop": ".*image_encoder.*"}, "use otter-openclip export"),

@@ -182,9 +182,6 @@ def test_overwrite_deletes_nothing_but_an_earlier_export(made_run, tmp_path, cap
     assert "which --overwrite would delete" in capsys.readouterr().err
     (made_run / "open_clip_config.json").unlink()
     assert files(made_run) == before
-    (tmp_path / "file").touch()
-    assert cli.main(["export", str(made_run), str(tmp_path / "file" / "out")]) == 2
-    assert "is a file" in capsys.readouterr().err
 
 
 def test_earlier_export_survives_a_failed_rename(made_run, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What ``convert`` and ``towers`` put a model together from: timm's names, the whole, a tokenizer."""
+"""What ``convert`` and ``towers`` put together: the model of a configuration, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import timm
 from open_clip.factory import LOCAL_DIR_PREFIX
 from open_clip.tokenizer import HFTokenizer
 from torch import nn
 
-from otter_openclip.cli import nearest
 from otter_openclip.model_folders.folder import CONFIG_FILE, errors_only
 
 # Any of these makes a folder one with a tokenizer in it.
@@ -26,14 +24,6 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-
-
-def check_timm_name(name: str, what: str) -> None:
-    """Raise ValueError that suggests the nearest name unless timm has the architecture ``name``."""
-    if not timm.is_model(name):
-        near = nearest(name.split(".")[0], timm.list_models())
-        hint = f"; the nearest is {near[0]}" if near else ""
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}, {what}{hint}")
 
 
 def build_model(
@@ -78,8 +68,7 @@ def read_tokenizer(
     """The text tower's tokenizer; None if it is a folder without one.
 
     Raises:
-        ValueError: if it cannot be read, has more tokens than the tower's ``vocab_size``, or leaves no
-            room for words in ``context_length`` tokens.
+        ValueError: if it cannot be read, or has more tokens than the tower's ``vocab_size``.
     """
     folder = Path(text_model)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -88,15 +77,9 @@ def read_tokenizer(
         tokenizer = HFTokenizer(text_model, context_length=context_length)
     except Exception as error:  # Each file format, and the network, has errors of its own.
         raise unreadable(text_model, flag, error) from error
-    inner = tokenizer.tokenizer
-    if context_length <= (added := inner.num_special_tokens_to_add()):
+    if (tokens := len(tokenizer.tokenizer)) > vocab_size:
         raise ValueError(
-            f"a context length of {context_length} leaves no room for words: the tokenizer of "
-            f"{text_model} puts {added} tokens around them; take {added + 1} or more"
-        )
-    if len(inner) > vocab_size:
-        raise ValueError(
-            f"the tokenizer of {text_model} has {len(inner)} tokens, the text tower {vocab_size}; "
+            f"the tokenizer of {text_model} has {tokens} tokens, the text tower {vocab_size}; "
             f"pass {flag} with the one it was trained with"
         )
     return tokenizer

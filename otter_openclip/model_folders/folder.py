@@ -125,9 +125,7 @@ def _write_config(
 def check_out(out: Path, overwrite: bool, *inputs: Path) -> None:
     """Refuse an ``out`` whose replacement would lose ``inputs`` or anything but an earlier export."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        if (parent := next(p for p in out.absolute().parents if p.exists())).is_dir():
-            return
-        raise FileExistsError(f"{parent} is a file, so {out} cannot be made; choose another folder")
+        return
     if not overwrite:
         raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
     if not (out / CONFIG_FILE).is_file():

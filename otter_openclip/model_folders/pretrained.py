@@ -27,8 +27,8 @@ def read_trunk(image: str, weights: str | Path | None) -> nn.Module:
     except Exception as error:  # There may be no such tag, no weights, no network, no space.
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(
-            f"timm has no weights of {image} at hand ({reason}); pass --image-weights FILE, or allow "
-            "access to the Hugging Face hub"
+            f"timm cannot build {image}, or has no weights of it at hand ({reason}); pass "
+            "--image-weights FILE, or allow access to the Hugging Face hub"
         ) from error
     with_classifier = trunk.state_dict()
     trunk.reset_classifier(0)
