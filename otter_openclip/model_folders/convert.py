@@ -14,9 +14,7 @@ from torch import Tensor
 
 from otter_openclip.checkpoints.contents import read_file
 from otter_openclip.model_folders.assembly import build_model, read_tokenizer
-from otter_openclip.model_folders.convert_command import WEIGHTS
 from otter_openclip.model_folders.folder import check_out, check_state, load_model, write_folder
-from otter_openclip.numerics import check_choice
 from otter_openclip.untrusted import no_code_from_files
 
 # models/model_factory.py of the reference
@@ -84,7 +82,6 @@ def convert_checkpoint(
     path, out = Path(checkpoint), Path(out)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; give the reference's last.pth.tar")
-    check_choice("weights", weights, WEIGHTS)
     check_out(out, overwrite, path)
     contents = read_file(path)
     args = _stored_args(contents, path)
