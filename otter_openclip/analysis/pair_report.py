@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         "pairs": len(pairs.captions),
         "pairs_in_all": reader.pairs_in_all,
         "passed_over": [
-            {"reason": reason, "samples": number, "first": reader.places[reason]}
+            {"reason": reason, "samples": number}
             for reason, number in reader.passed_over.most_common()
         ],
     }
