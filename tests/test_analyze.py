@@ -343,13 +343,7 @@ return {broken: images.filter(i => !i.naturalWidth).length, images: images.lengt
   wide: root.scrollWidth - root.clientWidth, colour: getComputedStyle(document.body).backgroundColor,
   beyond: [...document.querySelectorAll("td, th, p, .card, h1, h3")].filter(
     e => e.getClientRects().length && e.getBoundingClientRect().right > innerWidth + 1).length,
-  tables: [...document.querySelectorAll("table[data-sort]")].map(t => t.rows.length)};
-"""
-SORT = """
-const button = arguments[0], cell = button.closest("th"), body = button.closest("table").tBodies[0];
-button.click();
-return [cell.ariaSort, cell.classList.contains("n"),
-        [...body.rows].map(row => row.cells[cell.cellIndex].dataset.value)];
+  tables: [...document.querySelectorAll("table")].map(t => t.rows.length)};
 """
 
 
@@ -369,20 +363,8 @@ def test_the_page_in_a_browser(page, browser):
             assert seen["wide"] == 0 and seen["beyond"] == 0, (width, seen)
             assert len(seen["tables"]) >= 5
             colours.append(seen["colour"])
-            toggle = browser.find_element("id", "theme")
-            assert toggle.text == {"light": "Dark", "dark": "Light"}[scheme]
-            toggle.click()
-            colours.append(browser.execute_script(LOOK)["colour"])
-        for button in browser.find_elements("css selector", "th button"):
-            for direction in (True, False):
-                sort, numbers, values = browser.execute_script(SORT, button)
-                assert sort == ("descending" if direction == numbers else "ascending")
-                values = list(map(float, values)) if numbers else values
-                if numbers:
-                    assert values == sorted(values, reverse=sort == "descending")
-                assert len(values) > 1
     light, dark = colours[:2]
-    assert light != dark and colours == [light, dark, dark, light] * 2
+    assert light != dark and colours == [light, dark] * 2
     assert HOSTILE.split(" \u202e")[0] in browser.find_element("tag name", "body").text
     assert browser.get_log("browser") == []
 
