@@ -200,7 +200,6 @@ def test_weights_that_do_not_fit_are_named(parts, tmp_path):
         ),
         "longer.pt": (renamed(state) | {"more": torch.ones(1)}, neither),
         "unordered.safetensors": (renamed(state), neither),
-        "nan.pt": (state | {names[0]: state[names[0]] * torch.nan}, f"NaN.*first {names[0]}"),
     }
     first = "embeddings.word_embeddings.weight"
     text_files = {
@@ -367,16 +366,14 @@ print(tuple(model.encode_text(open_clip.get_tokenizer(name)(["a red circle"])).s
 
 def test_the_folder_trains_with_both_towers_locked_and_exports(parts, pairs, tmp_path):
     out = make(parts, tmp_path / "towers", "test_efficientnet", image_size=32)
-    name = f"local-dir:{out}"
-    words = ["--loss", "otter", "--model", name, "--epochs", "1", "--lock-image", "--lock-text"]
-    words += ["--lock-text-freeze-layer-norm"]
+    words = ["--loss", "otter", "--model", f"local-dir:{out}", "--epochs", "1", "--lock-image"]
+    words += ["--lock-text", "--lock-text-freeze-layer-norm"]
     checkpoints = train(pairs, tmp_path / "logs", *words)
     before, after = stock(out)[0].state_dict(), load(checkpoints / "epoch_1.pt")["state_dict"]
     learned = {key for key in before if not torch.equal(before[key], after[key])}
-    statistics = {key for key in learned if "running_" in key or "num_batches" in key}
-    assert learned - statistics == {"visual.head.proj.weight", "text.proj.weight", "logit_scale"}
+    assert learned == {"visual.head.proj.weight", "text.proj.weight", "logit_scale"}
 
-    exported = export_checkpoint(checkpoints.parent, tmp_path / "exported", model=name)
+    exported = export_checkpoint(checkpoints.parent, tmp_path / "exported")
     shutil.rmtree(out)
     model, preprocess, _ = stock(exported)
     assert torch.equal(model.text.proj.weight, after["text.proj.weight"])
