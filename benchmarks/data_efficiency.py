@@ -35,7 +35,7 @@ from tqdm import tqdm
 from benchmarks import common
 from benchmarks.efficiency_runs import Run, Source, Workplace
 from otter_openclip.compare import dataset as glyphs
-from otter_openclip.drawing import LABELS
+from otter_openclip.compare.report import LABELS
 from otter_openclip.files import write_json
 
 LOSSES = ("infonce", "ls", "kd", "otter")

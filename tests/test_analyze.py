@@ -76,23 +76,18 @@ def test_matching_statistics_are_the_formulas():
     assert kd["off_pair"] == pytest.approx(1 - expected["diagonal"], rel=1e-3)
     assert statistics["targets"]["infonce"] == {"entropy": 0.0, "top_share": 1.0, "off_pair": 0.0}
 
-    def plan(a, b, epsilon):
-        kernel = np.where(off, np.exp((a @ a.T + b @ b.T + a @ b.T) / epsilon), 0)
+    def plan(a, b):
+        kernel = np.where(off, np.exp((a @ a.T + b @ b.T + a @ b.T) / 0.15), 0)
         for _ in range(5):
             kernel /= kernel.sum(axis=1, keepdims=True)
             kernel /= kernel.sum(axis=0, keepdims=True)
         return kernel / kernel.sum(axis=1, keepdims=True)
 
     otter = statistics["targets"]["otter"]
-    plans = [plan(a, b, 0.15) for a, b in zip(v, t, strict=True)]
+    plans = [plan(a, b) for a, b in zip(v, t, strict=True)]
     assert otter["entropy"] == pytest.approx(np.mean([entropy(x) for x in plans]), rel=1e-3)
     assert otter["top_share"] == pytest.approx(np.mean([x.max(1).mean() for x in plans]), rel=1e-3)
-    assert otter["off_pair"] == 1 > statistics["targets"]["otter_keep_diag"]["off_pair"] > 0
-    curve = [
-        np.mean([entropy(plan(a, b, x)) for a, b in zip(v, t, strict=True)])
-        for x in matching.LAMBDAS
-    ]
-    assert statistics["curve"]["entropy"] == pytest.approx(curve, rel=1e-3)
+    assert otter["off_pair"] == 1
 
 
 def test_ranks_of_own_pictures_and_what_fits_better(monkeypatch):
@@ -215,10 +210,10 @@ def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path):
     assert reasons.pop("unreadable image: not an image that Pillow can read") == 1
     assert reasons.pop("no txt with its caption") == 1
     assert reasons.pop("no image (jpg, png, webp, jpeg) among its files") == 1
-    assert reasons.pop("shard: No such file or directory") == 1
+    assert reasons.pop(f"{tmp_path}/2.tar: No such file or directory") == 1
     ((cut, number),) = reasons.items()
-    assert cut.startswith("shard: cannot be read to its end: damaged or cut short") and number == 1
-    assert reader.places["no txt with its caption"] == f"{path}: y"
+    damaged = f"{tmp_path}/1.tar: cannot be read to its end: damaged or cut short"
+    assert cut.startswith(damaged) and number == 1
 
 
 def test_a_pipe_and_a_compressed_shard_are_read(tmp_path):
@@ -252,7 +247,7 @@ def test_the_command_with_fewer_pairs_than_a_batch(weights, tmp_path, capsys):
         "Too few pairs for batches of 512, 1,024, 2,048; one batch of all 31 takes their place"
         in out
     )
-    assert "1 samples were passed over, most often (1): unreadable image: empty file." in out
+    assert "Samples were passed over, most often (1): unreadable image: empty file." in out
     stats = json.loads((output / "stats.json").read_text())
     assert list(stats["batches"]) == ["31"] and stats["data"]["pairs_in_all"] == 31
     assert stats["model"] == {"name": "tiny-vit", "pretrained": str(weights)}
@@ -264,14 +259,14 @@ def test_the_command_with_fewer_pairs_than_a_batch(weights, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "tiny-vit"], "without --pretrained has random weights; pass a tag"),
-        (["--model", "tiny-vt", "--pretrained", "{weights}"], "tiny-vt .*cannot be loaded: "),
-        (["--model", "local-dir:{tmp}/no"], "cannot be loaded: Directory .* not found"),
+        (["--model", "tiny-vit"], "without --pretrained has random weights"),
+        (["--model", "tiny-vt", "--pretrained", "{weights}"], "config for 'tiny-vt' not found"),
+        (["--model", "local-dir:{tmp}/no"], "Directory .* not found"),
         (["--model", "local-dir:x", "--pretrained", "{weights}"], "brings its own weights"),
-        (["--model", "tiny-rn", "--pretrained", "{weights}"], "Missing key.*visual.bn1"),
-        (["--model", "{tmp}"], "local-dir:{tmp} cannot be loaded: "),
+        (["--model", "tiny-rn", "--pretrained", "{weights}"], "Missing key[^$]*visual.bn1"),
+        (["--model", "{tmp}"], "config file missing: {tmp}"),
         (["--train-data", "t.csv"], "t.csv is a table; build shards of it with .* data csv"),
-        (["--train-data", "no.tar"], r"gave 0 usable .*: 1 with: shard: No such file"),
+        (["--train-data", "no.tar"], r"gave 0 usable .*: 1 with: no.tar: No such file"),
         (["--train-data", "{tmp}/one.tar"], "gave 1 usable pairs, .*over: 1 with: no image"),
         (["--output", "{weights}"], "report.html is a folder, or not in one that can be written"),
     ],
@@ -307,8 +302,8 @@ def page(tmp_path):
     pictures = [jpeg(i % 290, (160, 107)) for i in range(300)]
     keys, places = [b"%d" % (i % 290) for i in range(300)], [f"{HOSTILE}: {i}" for i in range(300)]
     passed = [
-        {"reason": HOSTILE * 3, "samples": 3, "first": "x" * 300},
-        {"reason": "b", "samples": 20, "first": "y"},
+        {"reason": HOSTILE * 3, "samples": 3},
+        {"reason": "b", "samples": 20},
     ]
     stats = {
         "data": {
@@ -348,13 +343,7 @@ return {broken: images.filter(i => !i.naturalWidth).length, images: images.lengt
   wide: root.scrollWidth - root.clientWidth, colour: getComputedStyle(document.body).backgroundColor,
   beyond: [...document.querySelectorAll("td, th, p, .card, h1, h3")].filter(
     e => e.getClientRects().length && e.getBoundingClientRect().right > innerWidth + 1).length,
-  tables: [...document.querySelectorAll("table[data-sort]")].map(t => t.rows.length)};
-"""
-SORT = """
-const button = arguments[0], cell = button.closest("th"), body = button.closest("table").tBodies[0];
-button.click();
-return [cell.ariaSort, cell.classList.contains("n"),
-        [...body.rows].map(row => row.cells[cell.cellIndex].dataset.value)];
+  tables: [...document.querySelectorAll("table")].map(t => t.rows.length)};
 """
 
 
@@ -374,20 +363,8 @@ def test_the_page_in_a_browser(page, browser):
             assert seen["wide"] == 0 and seen["beyond"] == 0, (width, seen)
             assert len(seen["tables"]) >= 5
             colours.append(seen["colour"])
-            toggle = browser.find_element("id", "theme")
-            assert toggle.text == {"light": "Dark", "dark": "Light"}[scheme]
-            toggle.click()
-            colours.append(browser.execute_script(LOOK)["colour"])
-        for button in browser.find_elements("css selector", "th button"):
-            for direction in (True, False):
-                sort, numbers, values = browser.execute_script(SORT, button)
-                assert sort == ("descending" if direction == numbers else "ascending")
-                values = list(map(float, values)) if numbers else values
-                if numbers:
-                    assert values == sorted(values, reverse=sort == "descending")
-                assert len(values) > 1
     light, dark = colours[:2]
-    assert light != dark and colours == [light, dark, dark, light] * 2
+    assert light != dark and colours == [light, dark] * 2
     assert HOSTILE.split(" \u202e")[0] in browser.find_element("tag name", "body").text
     assert browser.get_log("browser") == []
 
@@ -397,8 +374,6 @@ def test_charts_of_extreme_figures():
     assert "at chance: 100%" in charts.ranks(flat)
     empty = {"diagonal": [0.0] * 32, "off_diagonal": [0.0] * 31 + [0.25]}
     assert charts.matchings(empty, 2).startswith("<svg")
-    curve = {"lambda": matching.LAMBDAS.tolist(), "entropy": [0.0] * 13}
-    assert charts.entropies({"2": {"curve": curve}}, 0.15).startswith("<svg")
 
 
 @pytest.mark.parametrize("lock", ["--lock-image", "--lock-text"])

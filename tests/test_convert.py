@@ -161,7 +161,6 @@ def test_the_command_and_its_folder(tower, tmp_path, capsys, monkeypatch):
     assert cli.main(words) == 2 and "--overwrite" in capsys.readouterr().err
     assert cli.main([*words, "--overwrite"]) == 0
     config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
-    assert config["preprocess_cfg"]["crop_pct"] == 224 / 256
     assert config["preprocess_cfg"]["interpolation"] == "bicubic"
     assert config["model_cfg"]["text_cfg"]["hf_model_name"] == str(tmp_path / "out")
     model = open_clip.create_model("local-dir:out")
@@ -197,20 +196,19 @@ class Payload:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dim": 24}, "the embedding (24) is wider than the text tower (16)"),
-        ({"dim": 12, "add": {"text_encoder.fc.weight": torch.ones(12, WIDTH)}}, "not full rank"),
-        ({"dim": 12, "drop": ".*output.LayerNorm.*"}, "has no encoder.layer.N.output.LayerNorm"),
+        ({"dim": 24}, "of its text tower cannot take it over"),
+        ({"dim": 12, "add": {"text_encoder.fc.weight": torch.ones(12, WIDTH)}}, "of full rank"),
+        ({"dim": 12, "drop": ".*output.LayerNorm.*"}, "needs a tower of BERT's kind"),
         ({"weights": "teacher"}, "has no teacher: only the reference's runs with --ema_distill"),
         ({"text_model": None}, "declutr-sci-base cannot be read"),
         ({"text_model": None, "text_arch": "gpt"}, "pass --text-model NAME_OR_DIR"),
-        ({"image_arch": "resnet51"}, "has no model 'resnet51'"),
+        ({"image_arch": "resnet51"}, "Unknown model (resnet51)"),
         ({"image_arch": "resnet18"}, "does not fit resnet18 + "),
         ({"drop": "text_encoder.model.encoder.*"}, "Pass --text-model"),
         ({"drop": ".*image_encoder.*"}, "use otter-openclip export"),
         ({"drop": ".*fc.*"}, "has no fc head"),
         ({"drop": ".*[.]T"}, 'Missing key(s) in state_dict: "logit_scale"'),
         ({"add": {"momentum.w": torch.ones(1)}}, 'Unexpected key(s) in state_dict: "momentum.w"'),
-        ({"add": {"image_encoder.model.nan": torch.tensor(torch.nan)}}, "its run diverged"),
         ({"payload": Payload()}, "cannot be read as a checkpoint (UnpicklingError"),
     ],
 )  # fmt: skip

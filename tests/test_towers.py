@@ -200,7 +200,6 @@ def test_weights_that_do_not_fit_are_named(parts, tmp_path):
         ),
         "longer.pt": (renamed(state) | {"more": torch.ones(1)}, neither),
         "unordered.safetensors": (renamed(state), neither),
-        "nan.pt": (state | {names[0]: state[names[0]] * torch.nan}, f"NaN.*first {names[0]}"),
     }
     first = "embeddings.word_embeddings.weight"
     text_files = {
@@ -248,42 +247,30 @@ def test_of_an_encoder_and_a_decoder_the_encoder_is_the_tower(parts, tmp_path):
     assert torch.equal(tower.state_dict()[attention], source.encoder.state_dict()[attention])
 
 
-def broken(parts, folder, change):
-    """A copy of the text folder with one thing wrong."""
-    shutil.copytree(parts / "text", folder)
-    if change == "no tokenizer":
-        for file in [*folder.glob("token*"), *folder.glob("vocab*")]:
-            file.unlink()
-    elif change == "no config":
-        (folder / "config.json").unlink()
-    elif change == "no weights":
-        (folder / "model.safetensors").unlink()
-    else:
-        tokens = {key: change.pop(key) for key in list(change) if key == "pad_token"}
-        for name, changed in (("config.json", change), ("tokenizer_config.json", tokens)):
-            config = json.loads((folder / name).read_text())
-            (folder / name).write_text(json.dumps(config | changed))
-    return folder
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("no tokenizer", "no tokenizer in the folder .*text"),
-        ("no config", "text cannot be read .*--text with a folder"),
-        ("no weights", "cannot be read .*--text with a folder"),
+        ("[tv]o*", "no tokenizer in the folder .*text"),
+        ("config.json", "text cannot be read .*--text with a folder"),
+        ("model.safetensors", "cannot be read .*--text with a folder"),
         ({"model_type": "distilbert"}, "cannot build .*text .*; it takes text towers of BERT's"),
         ({"num_hidden_layers": 3}, "not those of its config.json: encoder.layer.2.* is missing"),
         ({"num_hidden_layers": 1}, "encoder.layer.1.* is missing, .* or one too many"),
         ({"intermediate_size": 8}, "dense.* is missing, of another shape"),
         ({"vocab_size": 9}, "has 14 tokens, the text tower 9"),
         ({"pad_token_id": 3}, "pads with 0, but its config.json says pad_token_id 3"),
-        ({"pad_token_id": None, "pad_token": None}, "not have a padding token"),
         ({"hidden_size": "wide"}, "text cannot be read .*hidden_size|cannot build .*text "),
     ],
 )
 def test_text_folders_that_cannot_be_used(parts, tmp_path, change, message):
-    text = broken(parts, tmp_path / "text", change.copy() if isinstance(change, dict) else change)
+    """``change`` is of the config.json, or says which files are removed."""
+    text = shutil.copytree(parts / "text", tmp_path / "text")
+    if isinstance(change, str):
+        for file in text.glob(change):
+            file.unlink()
+    else:
+        config = json.loads((text / "config.json").read_text())
+        (text / "config.json").write_text(json.dumps(config | change))
     with pytest.raises((ValueError, OSError), match=message):
         make(parts, tmp_path / "out", text=text)
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
@@ -292,24 +279,18 @@ def test_text_folders_that_cannot_be_used(parts, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image": "test_resnt"}, "has no model 'test_resnt', .*nearest is test_resnet"),
-        ({"image_weights": None}, "no weights of test_resnet at hand .*--image-weights"),
+        ({"image": "test_resnt"}, "cannot build test_resnt, .*Unknown model"),
+        ({"image_weights": None}, "no weights of it at hand .*--image-weights"),
         ({"image_weights": "nowhere.pt"}, "nowhere.pt cannot be read"),
         ({"text": "nobody/nothing"}, "text tower nobody/nothing cannot be read"),
         ({"image": "test_vit", "image_size": 100}, "test_vit cannot take images of 100 px"),
         ({"embed_dim": 32, "text_head": "none"}, "text tower has 64 and the embedding 32"),
         ({"image_head": "none"}, "image tower has 96 and the embedding 64; use linear"),
-        ({"text_head": "liner"}, "text_head must be one of linear, mlp, none, got 'liner'"),
-        ({"text_pooler": "max"}, "text_pooler must be one of mean, cls, own"),
-        ({"context_length": 2}, "2 leaves no room for words: .* puts 2 tokens around them"),
         ({"context_length": 13}, "context_length 13 is more than the 12 tokens"),
     ],
 )
 def test_settings_that_cannot_be(parts, tmp_path, settings, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    image = settings.get("image", "test_resnet")
-    if image == "test_resnt":
-        settings = settings | {"image_weights": parts / "test_resnet.pt"}
     with pytest.raises((ValueError, OSError), match=message):
         make(parts, tmp_path / "out", **settings)
     assert list(tmp_path.iterdir()) == []
@@ -329,13 +310,6 @@ def test_an_overwrite_does_not_delete_the_text_tower(parts, tmp_path):
     assert make(parts, out, overwrite=True) == out
 
 
-def test_a_folder_given_as_a_model_name(parts, pairs, tmp_path, capsys):
-    out = make(parts, tmp_path / "out")
-    with pytest.raises(SystemExit):
-        cli.main(["train", "--model", str(out), "--train-data", str(pairs / "00000.tar")])
-    assert f"did you mean local-dir:{out}?" in capsys.readouterr().err
-
-
 ONLINE = """
 import os, socket, sys
 from huggingface_hub import constants
@@ -346,7 +320,7 @@ socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
 """
 
 
-def test_local_files_need_no_network_and_the_folder_neither_parts_nor_this_package(parts, tmp_path):
+def test_local_files_need_no_network_and_the_folder_not_its_parts(parts, tmp_path):
     shutil.copytree(parts, tmp_path / "parts")
     words = "towers out --image test_resnet --image-weights parts/test_resnet.pt --text parts/text"
     words = ["sh", *words.replace("parts/", f"{tmp_path}/parts/").split()]
@@ -356,17 +330,8 @@ def test_local_files_need_no_network_and_the_folder_neither_parts_nor_this_packa
     assert done.returncode == 0, done.stderr
     assert "After a move, set hf_model_name" in done.stderr
     shutil.rmtree(tmp_path / "parts")
-    blocked = tmp_path / "blocked" / "otter_openclip"
-    blocked.mkdir(parents=True)
-    (blocked / "__init__.py").write_text("raise ImportError('blocked')\n")
-    code = """
-import open_clip
-name = "local-dir:" + sys.argv[1]
-model = open_clip.create_model(name)
-print(tuple(model.encode_text(open_clip.get_tokenizer(name)(["a red circle"])).shape))
-"""
-    done = forks.run("-c", ONLINE + code, tmp_path / "out", path=[blocked.parent])
-    assert done.stdout == "(1, 64)\n", done.stderr
+    model, _, tokenizer = stock(tmp_path / "out")
+    assert model.encode_text(tokenizer(["a red circle"])).shape == (1, 64)
     # Moved, it needs the one line that the warning names.
     moved = shutil.move(tmp_path / "out", tmp_path / "moved")
     with pytest.raises(OSError, match="out"):
@@ -380,16 +345,14 @@ print(tuple(model.encode_text(open_clip.get_tokenizer(name)(["a red circle"])).s
 
 def test_the_folder_trains_with_both_towers_locked_and_exports(parts, pairs, tmp_path):
     out = make(parts, tmp_path / "towers", "test_efficientnet", image_size=32)
-    name = f"local-dir:{out}"
-    words = ["--loss", "otter", "--model", name, "--epochs", "1", "--lock-image", "--lock-text"]
-    words += ["--lock-text-freeze-layer-norm"]
+    words = ["--loss", "otter", "--model", f"local-dir:{out}", "--epochs", "1", "--lock-image"]
+    words += ["--lock-text", "--lock-text-freeze-layer-norm"]
     checkpoints = train(pairs, tmp_path / "logs", *words)
     before, after = stock(out)[0].state_dict(), load(checkpoints / "epoch_1.pt")["state_dict"]
     learned = {key for key in before if not torch.equal(before[key], after[key])}
-    statistics = {key for key in learned if "running_" in key or "num_batches" in key}
-    assert learned - statistics == {"visual.head.proj.weight", "text.proj.weight", "logit_scale"}
+    assert learned == {"visual.head.proj.weight", "text.proj.weight", "logit_scale"}
 
-    exported = export_checkpoint(checkpoints.parent, tmp_path / "exported", model=name)
+    exported = export_checkpoint(checkpoints.parent, tmp_path / "exported")
     shutil.rmtree(out)
     model, preprocess, _ = stock(exported)
     assert torch.equal(model.text.proj.weight, after["text.proj.weight"])

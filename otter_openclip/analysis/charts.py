@@ -13,7 +13,6 @@ from otter_openclip.analysis.matching import DECADES
 
 WIDTH, HEIGHT = 360, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 10, 24, 36
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class _Chart:
@@ -77,13 +76,9 @@ def matchings(histogram: Mapping[str, Sequence[float]], size: int) -> Markup:
     chart = _Chart(f"Histogram of matching probabilities in batches of {size}")
     top = math.ceil(math.log10(max(max(counts) for counts in histogram.values()))) or 1
     decades = range(0, top + 1, 2 if top > 4 else 1)
-    up = [
-        (d / top, f"10{str(d).translate(_SUPERSCRIPT)}" if d > 1 else str(10**d)) for d in decades
-    ]
-    powers = {d: f"10{str(d).translate(_SUPERSCRIPT)}" for d in range(DECADES, 0, 2)}
-    across = [(1 - d / DECADES, words) for d, words in powers.items()]
-    across[0] = (0.02, f"≤ {powers[DECADES]}")
-    chart.axes([*across, (1.0, "1")], up, "probability (softmax at scale 100)", "entries a batch")
+    up = [(d / top, f"1e{d}") for d in decades]
+    across = [(1 - d / DECADES, f"1e{d}") for d in range(DECADES, 1, 2)]
+    chart.axes(across, up, "probability (softmax at scale 100)", "entries a batch")
     for name, kind in (("off_diagonal", "off"), ("diagonal", "on")):
         heights = [math.log10(max(count, 1)) / top for count in histogram[name]]
         # One entry in several batches is less than one a batch: it stays visible as a sliver.
@@ -109,25 +104,4 @@ def ranks(statistics: Mapping[str, Any]) -> Markup:
     chart.path([(0, level), (1, level)], "mark")
     words = f"at chance: {statistics['at_chance']:.0%}"
     chart.text(0.98, level, words, "note end", 0, -6 if level < 0.9 else 14)
-    return chart.svg()
-
-
-def entropies(batches: Mapping[str, Any], default: float) -> Markup:
-    """OTTER's targets' entropy over lambda, a line for each batch size."""
-    chart = _Chart("Entropy of OTTER's targets over lambda")
-    curves = [statistics["curve"] for statistics in batches.values()]
-    lambdas = np.array(curves[0]["lambda"])
-    top = max(math.ceil(max(max(curve["entropy"]) for curve in curves)), 1)
-
-    def across(value: float) -> float:
-        return math.log(value / lambdas[0]) / math.log(lambdas[-1] / lambdas[0])
-
-    ticks = (0.01, 0.03, 0.1, 0.3, 1.0)
-    up = [(y / top, str(y)) for y in range(0, top + 1, 2 if top > 5 else 1)]
-    chart.axes([(across(x), f"{x:g}") for x in ticks], up, "lambda", "nats")
-    chart.path([(across(default), 0), (across(default), 1)], "mark")
-    chart.text(across(default), 1, "default", "note", 5, 9)
-    for number, curve in enumerate(curves):
-        points = [(across(x), y / top) for x, y in zip(lambdas, curve["entropy"], strict=True)]
-        chart.path(points, f"line line{number % 3}")
     return chart.svg()

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from otter_openclip.analysis.reading import Pair
-from otter_openclip.frozen.encode import Column
 from otter_openclip.frozen.loader import image_column, text_column
 from otter_openclip.frozen.prefix import inner_parts, install
+from otter_openclip.frozen.store import FeatureFiles
 
 THUMBNAIL = 160  # pixels along the longer side
 _BATCH = 64
@@ -50,7 +50,7 @@ def load_model(name: str, pretrained: str | None, device: str) -> Model:
     """An open_clip model; ``name`` may also be a folder that ``export`` or ``towers`` wrote.
 
     Raises:
-        ValueError: if there is no such model, or it has no weights.
+        ValueError: if it would have random weights, or other ones than ``pretrained``.
     """
     if Path(name).is_dir():
         name = f"{LOCAL_DIR_PREFIX}{name}"
@@ -60,68 +60,38 @@ def load_model(name: str, pretrained: str | None, device: str) -> Model:
             "export the checkpoint (otter-openclip export) and give that folder as --model"
         )
     if ":" not in name and not pretrained:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise ValueError(
-            f"--model {name} without --pretrained has random weights; pass a tag ({tags}), a "
-            "checkpoint's file, or a folder as --model"
+            f"--model {name} without --pretrained has random weights; pass a tag, a checkpoint's file, "
+            "or a folder as --model"
         )
-    try:
-        network, _, transform = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained, device=device
-        )
-        tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # Of files, the network, names and tags: of many types.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        weights = f" --pretrained {pretrained}" if pretrained else ""
-        raise ValueError(f"--model {name}{weights} cannot be loaded: {reason[:300]}") from error
-    return Model(network.eval(), transform, tokenizer, device)
+    network, _, transform = open_clip.create_model_and_transforms(
+        name, pretrained=pretrained, device=device
+    )
+    return Model(network.eval(), transform, open_clip.get_tokenizer(name), device)
 
 
-class _Inputs:
-    """Inputs of the towers: what frozen ones gave in a training run, as far as that is kept."""
+def _feature_files(model: Model, folder: str | None) -> dict[str, FeatureFiles]:
+    """Tower -> where training runs keep what it gives; ``model`` takes that for inputs from now on."""
+    if folder is None:
+        return {}
+    network, place, device = model.network, Path(folder), torch.device(model.device)
+    names = inner_parts(network)
+    install(network, names)
+    makers = {"visual": (image_column, model.transform), "text": (text_column, model.tokenizer)}
+    files = {}
+    for tower, name in names.items():
+        column, inputs = makers[tower]
+        files[tower] = column(network, name, place, inputs, device=device).files
+    return files
 
-    def __init__(self, model: Model, folder: str | None) -> None:
-        self.model, self.reused = model, 0
-        self.columns: dict[str, Column] = {}
-        if folder is None:
-            return
-        names = inner_parts(model.network)
-        install(model.network, names)
-        path, device = Path(folder), torch.device(model.device)
-        if "visual" in names:
-            column = image_column(
-                model.network, names["visual"], path, model.transform, device=device
-            )
-            self.columns["visual"] = column
-        if "text" in names:
-            column = text_column(model.network, names["text"], path, model.tokenizer, device=device)
-            self.columns["text"] = column
 
-    def images(self, pairs: list[Pair]) -> Tensor:
-        """Features, or transformed images."""
-        features = self._kept("visual", pairs)
-        if features is not None:
-            return features
-        return torch.stack([self.model.transform(pair.image) for pair in pairs])
-
-    def texts(self, pairs: list[Pair]) -> Tensor:
-        """Features, or tokens."""
-        features = self._kept("text", pairs)
-        if features is not None:
-            return features
-        return self.model.tokenizer([pair.caption for pair in pairs])
-
-    def _kept(self, tower: str, pairs: list[Pair]) -> Tensor | None:
-        if tower not in self.columns:
-            return None
-        files = self.columns[tower].files
-        shards = {pair.shard for pair in pairs}
-        if not all(os.path.exists(shard) for shard in shards) or files.missing(list(shards)):
-            return None
-        features = {shard: files.read(shard) for shard in shards}
-        rows = np.stack([features[pair.shard][pair.index, 0] for pair in pairs])
-        self.reused += len(pairs)
-        return torch.from_numpy(rows).float()
+def _features(files: FeatureFiles | None, pairs: list[Pair]) -> Tensor | None:
+    """What the ``files`` have of the ``pairs``; None unless they have all of their shards."""
+    shards = {pair.shard for pair in pairs}
+    if files is None or not all(map(os.path.exists, shards)) or files.missing(list(shards)):
+        return None
+    rows = [files.read(pair.shard)[pair.index, 0] for pair in pairs]
+    return torch.from_numpy(np.stack(rows)).float()
 
 
 @torch.no_grad()
@@ -131,17 +101,20 @@ def embed(model: Model, pairs: Iterable[Pair], total: int, folder: str | None = 
     Raises:
         ValueError: if features are not finite.
     """
-    inputs = _Inputs(model, folder)
-    images, texts = [], []
+    files = _feature_files(model, folder)
+    images, texts, reused = [], [], 0
     shown: list[tuple[Any, ...]] = []
     pairs = iter(pairs)
     with tqdm(total=total, desc="Encoding pairs", unit="pair") as bar:
         while batch := list(itertools.islice(pairs, _BATCH)):
-            pixels, tokens = (
-                x.to(model.device) for x in (inputs.images(batch), inputs.texts(batch))
-            )
-            images.append(model.network.encode_image(pixels, True).float().cpu())
-            texts.append(model.network.encode_text(tokens, True).float().cpu())
+            pixels, tokens = (_features(files.get(tower), batch) for tower in ("visual", "text"))
+            reused += len(batch) * sum(x is not None for x in (pixels, tokens))
+            if pixels is None:
+                pixels = torch.stack([model.transform(pair.image) for pair in batch])
+            if tokens is None:
+                tokens = model.tokenizer([pair.caption for pair in batch])
+            images.append(model.network.encode_image(pixels.to(model.device), True).float().cpu())
+            texts.append(model.network.encode_text(tokens.to(model.device), True).float().cpu())
             if not (images[-1].isfinite().all() and texts[-1].isfinite().all()):
                 raise ValueError("the model gives features that are not finite; check its weights")
             shown += [
@@ -150,7 +123,7 @@ def embed(model: Model, pairs: Iterable[Pair], total: int, folder: str | None = 
             ]
             bar.update(len(batch))
     if folder is not None:
-        print(f"{inputs.reused} of {2 * bar.n} features are those of {folder}")
+        print(f"{reused} of {2 * bar.n} features are those of {folder}")
     return Embedded(torch.cat(images), torch.cat(texts), *map(list, zip(*shown, strict=True)))
 
 

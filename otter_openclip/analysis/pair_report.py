@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import Tensor
 from tqdm import tqdm
 
+from otter_openclip.analysis import charts
 from otter_openclip.analysis.embedding import Embedded, embed, load_model
-from otter_openclip.analysis.matching import batch_statistics
+from otter_openclip.analysis.matching import batch_statistics, in_batches
 from otter_openclip.analysis.neighbours import (
     FAR,
     NEAR,
@@ -21,13 +25,15 @@ from otter_openclip.analysis.neighbours import (
     by_similarity,
     duplicates,
 )
-from otter_openclip.analysis.page import render
 from otter_openclip.analysis.reading import Reader
 from otter_openclip.analysis.verdict import Verdict, verdict
 from otter_openclip.files import make_room, write_json, write_text
+from otter_openclip.losses import DistillationLoss, OtterLoss
 
 SHOWN = 24  # pairs in each list of the page
 LISTED = 1000  # suspects in stats.json
+_EXAMPLES, _TOP = 8, 3  # pictures whose targets are listed, and captions of each
+_CAPTION = 280  # characters that are shown
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         "pairs": len(pairs.captions),
         "pairs_in_all": reader.pairs_in_all,
         "passed_over": [
-            {"reason": reason, "samples": number, "first": reader.places[reason]}
+            {"reason": reason, "samples": number}
             for reason, number in reader.passed_over.most_common()
         ],
     }
@@ -96,7 +102,7 @@ def report(output: Path, pairs: Embedded, stats: dict[str, Any], sizes: Sequence
         stats["suspects"] = [_suspect(pairs, ranking, *pair) for pair in suspects]
     stats["duplicates"] = {name: _duplicates(pairs, copy) for name, copy in copies.items()}
     write_json(output / "stats.json", stats)
-    write_text(output / "report.html", render(stats, pairs, suspects[:SHOWN], copies, sizes[0]))
+    write_text(output / "report.html", _page(stats, pairs, suspects[:SHOWN], copies))
     return judged
 
 
@@ -119,11 +125,9 @@ def _notes(args: argparse.Namespace, data: dict[str, Any], sizes: list[int]) -> 
         listed = ", ".join(f"{size:,}" for size in left_out)
         instead = f"; one batch of all {count:,} takes their place" if sizes == [count] else ""
         notes.append(f"Too few pairs for batches of {listed}{instead}.")
-    if data["passed_over"]:
-        most = data["passed_over"][0]
-        number = sum(entry["samples"] for entry in data["passed_over"])
+    for entry in data["passed_over"][:1]:
         notes.append(
-            f"{number:,} samples were passed over, most often ({most['samples']:,}): {most['reason']}."
+            f"Samples were passed over, most often ({entry['samples']:,}): {entry['reason']}."
         )
     return notes
 
@@ -157,3 +161,66 @@ def _duplicates(pairs: Embedded, copies: Duplicates) -> dict[str, Any]:
         "groups": [[pairs.places[i] for i in group[:SHOWN]] for group in copies.groups],
         "pairs": [[value, pairs.places[i], pairs.places[j]] for value, i, j in copies.pairs],
     }
+
+
+def _page(
+    stats: dict[str, Any],
+    pairs: Embedded,
+    suspects: Sequence[tuple[int, int]],
+    copies: dict[str, Duplicates],
+) -> str:
+    """``report.jinja`` filled in; ``suspects`` are numbers of captions and of what fits them better."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "number": _number, "shortened": _shortened}
+    size = min(map(int, stats["batches"]))
+    return environment.get_template("report.jinja").render(
+        stats=stats,
+        verdict=stats["verdict"],
+        pairs=pairs,
+        pictures=[base64.b64encode(thumbnail).decode() for thumbnail in pairs.thumbnails],
+        suspects=list(zip(suspects, stats.get("suspects", []), strict=False)),
+        copies=copies,
+        size=size,
+        examples=_examples(pairs, size),
+        charts=charts,
+    )
+
+
+def _examples(pairs: Embedded, size: int) -> list[dict[str, Any]]:
+    """Of pictures of the first batch, from the most concentrated plan to the most spread."""
+    batch = in_batches(pairs.images, pairs.texts, size)[0]
+    matching = DistillationLoss().targets(*batch)[0]
+    plan = OtterLoss().targets(*batch)[0]
+    order = plan.amax(dim=1).argsort(descending=True)
+    chosen = order[torch.linspace(0, size - 1, min(_EXAMPLES, size)).long()].tolist()
+    return [
+        {"number": i, "lists": [("KD", _top(matching[i])), ("OTTER", _top(plan[i]))]}
+        for i in chosen
+    ]
+
+
+def _top(row: Tensor) -> list[tuple[int, float]]:
+    masses, places = row.topk(min(_TOP, len(row)))
+    return list(zip(places.tolist(), masses.tolist(), strict=True))
+
+
+def _percent(share: float) -> str:
+    """In percent, with a digit behind the point where that says more."""
+    return f"{share:.0%}" if share >= 0.0995 or share == 0 else f"{share:.1%}"
+
+
+def _number(value: float) -> str:
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.1e}"
+
+
+def _shortened(caption: str) -> str:
+    caption = " ".join(caption.split()) or "(empty)"
+    return caption if len(caption) <= _CAPTION else f"{caption[: _CAPTION - 1]}…"

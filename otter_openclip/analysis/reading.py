@@ -43,7 +43,6 @@ class Reader:
 
     Attributes:
         passed_over: reason -> number of samples.
-        places: reason -> the first sample it was met at.
         pairs_in_all: of the data; None if that is not known.
     """
 
@@ -55,7 +54,6 @@ class Reader:
             )
         self.shards, self.count = shards, count
         self.passed_over: Counter[str] = Counter()
-        self.places: dict[str, str] = {}
         self.pairs_in_all: int | None = None
 
     def __iter__(self) -> Iterator[Pair]:
@@ -100,7 +98,7 @@ class Reader:
                         # Training takes an empty caption as it is.
                         text = caption(files) if files.get("txt", b"none").strip() else ""
                     except SampleError as error:
-                        self._pass_over(f"{url}: {key}", str(error))
+                        self.passed_over[str(error)] += 1
                         continue
                     digest = hashlib.blake2b(content, digest_size=16).digest()
                     yield Pair(url, index, key, text, image, digest)
@@ -108,8 +106,4 @@ class Reader:
                 with contextlib.suppress(Exception):  # Of a pipe that is not read to its end.
                     file.close()
         except Exception as error:  # gopen, curl and tarfile each have their own.
-            self._pass_over(url, f"shard: {getattr(error, 'strerror', None) or error}")
-
-    def _pass_over(self, place: str, reason: str) -> None:
-        self.passed_over[reason] += 1
-        self.places.setdefault(reason, place)
+            self.passed_over[f"{url}: {getattr(error, 'strerror', None) or error}"] += 1

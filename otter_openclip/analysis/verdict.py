@@ -82,27 +82,19 @@ def verdict(stats: Mapping[str, Any]) -> Verdict:
     if few:
         remarks.append(f"Only {data['pairs']:,} pairs were looked at.")
     nearest = ranks["similarity"]["own_is_nearest"]
-    apart = neighbours - similarity > APART
-    by_heart = apart or (nearest > BY_HEART and not few)
-    if apart:
+    by_heart = neighbours - similarity > APART or (nearest > BY_HEART and not few)
+    if by_heart:
         remarks.append(
-            f"The model's similarity finds {similarity:.0%} at chance, neighbours find "
-            f"{neighbours:.0%}: either captions here are too varied to have neighbours, or the model "
-            "knows these very pairs by heart."
+            "The model may know these very pairs by heart, or the captions are too varied to have "
+            f"neighbours: {nearest:.0%} have their own picture first among {data['pairs']:,}; at chance "
+            f"are {similarity:.0%} by similarity, {neighbours:.0%} by neighbours."
         )
-    elif by_heart:
-        remarks.append(
-            f"{nearest:.0%} of captions have their own picture first among {data['pairs']:,}: the "
-            "model may know these very pairs by heart."
-        )
-    remarks.append(
+    remarks += [
         "A model that was trained on these very pairs finds much less noise than there is, or none: use "
-        "one that has not seen them."
-    )
-    remarks.append(
+        "one that has not seen them.",
         "What is known of OTTER is from photos and two frozen pretrained towers, all losses tuned "
-        "alike. Names of single things (glyphs) did not gain there."
-    )
+        "alike. Names of single things (glyphs) did not gain there.",
+    ]
     share, error = ranks[judge]["at_chance"], ranks[judge]["standard_error"]
     level = 0 if share < CLEAN else 1 if share < NOISY else 2
     answer = ("Hardly", "Some of them", "Yes, many")[level]

@@ -9,18 +9,21 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image
 
-from otter_openclip.drawing import COLOURS, LABELS, draw_block, strongest_block
 from otter_openclip.files import written_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+LABELS = {"infonce": "InfoNCE", "ls": "LS", "kd": "KD", "otter": "OTTER"}
+COLOURS = {"infonce": "#8a8f98", "ls": "#d9a441", "kd": "#4f8fc0", "otter": "#c2452d"}
 RIGHT = "#2e7d46"
 KS = (1, 5, 10)
 METRICS = {"flat_hit@5": "F@5 (%)", "mean_average_precision": "mAP (%)"}
 BLOCK = 12
+_THUMBNAIL = 100
 
 
 class Example(NamedTuple):
@@ -142,6 +145,17 @@ def _draw_examples(
             names.text(0, at, text, color=colour, weight=weight, fontsize=8, va="center")
 
 
+def strongest_block(targets: np.ndarray, size: int) -> np.ndarray:
+    """Indices of ``size`` pairs, grown greedily from the strongest match."""
+    mass = targets + targets.T
+    chosen = list(np.unravel_index(np.argmax(mass), mass.shape))
+    while len(chosen) < size:
+        gain = mass[chosen].sum(axis=0)
+        gain[chosen] = -np.inf
+        chosen.append(int(np.argmax(gain)))
+    return np.asarray(chosen[:size])
+
+
 def _draw_targets(
     figure: Any,
     axes: plt.Axes,
@@ -149,9 +163,23 @@ def _draw_targets(
     images: Sequence[Image.Image],
     captions: Sequence[str],
 ) -> None:
+    """The pairs that match each other most, pictures as rows and captions as columns."""
     chosen = strongest_block(targets, min(BLOCK, len(targets)))
-    block = targets[np.ix_(chosen, chosen)]
-    drawn = draw_block(axes, block, [images[i] for i in chosen], [captions[i] for i in chosen])
+    places = range(len(chosen))
+    drawn = axes.imshow(targets[np.ix_(chosen, chosen)], cmap="magma_r", vmin=0)
+    # A caption may hold dollars that are no formula.
+    text = {"rotation_mode": "anchor", "fontsize": 7, "parse_math": False}
+    words = [textwrap.shorten(captions[i], 26, placeholder="…") for i in chosen]
+    axes.set_xticks(places, words, rotation=55, ha="right", **text)
+    axes.set_yticks(places, [""] * len(chosen))
+    axes.tick_params(length=0)
+    for row, i in enumerate(chosen):
+        thumbnail = images[i].convert("RGB").resize((_THUMBNAIL, _THUMBNAIL))
+        picture = OffsetImage(np.asarray(thumbnail), zoom=20 / _THUMBNAIL)
+        offset = {"xybox": (-14, 0), "boxcoords": "offset points", "frameon": False}
+        axes.add_artist(AnnotationBbox(picture, (-0.5, row), **offset))
+    axes.set_xlabel("caption in the batch")
+    axes.set_ylabel("picture in the batch", labelpad=26)
     figure.colorbar(drawn, ax=axes, shrink=0.75, label="target mass (rows sum to 1 over the batch)")
     whose = f"{len(chosen)} of the batch's {len(targets)} pairs, those that match each other most"
     axes.set_title(f"OTTER's targets: {whose}", fontsize=10)

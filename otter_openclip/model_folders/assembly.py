@@ -1,4 +1,7 @@
-"""What ``convert`` and ``towers`` put a model together from: timm's names, the whole, a tokenizer."""
+"""What ``convert`` and ``towers`` put together: a configuration's model, a tokenizer, weights.
+
+Weights of a timm tower and of a Hugging Face tower are loaded, or refused by name.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ import open_clip
 import timm
 from open_clip.factory import LOCAL_DIR_PREFIX
 from open_clip.tokenizer import HFTokenizer
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from otter_openclip.cli import nearest
-from otter_openclip.model_folders.folder import CONFIG_FILE, errors_only
+from otter_openclip.checkpoints.contents import load_weights, read_file
+from otter_openclip.model_folders.folder import CONFIG_FILE, check_state, errors_only
 
 # Any of these makes a folder one with a tokenizer in it.
 TOKENIZER_FILES = (
@@ -26,14 +30,11 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-
-
-def check_timm_name(name: str, what: str) -> None:
-    """Raise ValueError that suggests the nearest name unless timm has the architecture ``name``."""
-    if not timm.is_model(name):
-        near = nearest(name.split(".")[0], timm.list_models())
-        hint = f"; the nearest is {near[0]}" if near else ""
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}, {what}{hint}")
+_COUNTER = "num_batches_tracked"  # Older files have none; nothing but training reads it.
+# What a tensor is called in every architecture: weight and bias of a norm have the same shape.
+_KINDS = {"weight", "bias", "running_mean", "running_var", _COUNTER}
+# What files of text towers have that is no weight, or the weight of a pooler that is not asked for.
+_UNUSED = ("position_ids", "token_type_ids", "pooler.dense.weight", "pooler.dense.bias")
 
 
 def build_model(
@@ -78,8 +79,7 @@ def read_tokenizer(
     """The text tower's tokenizer; None if it is a folder without one.
 
     Raises:
-        ValueError: if it cannot be read, has more tokens than the tower's ``vocab_size``, or leaves no
-            room for words in ``context_length`` tokens.
+        ValueError: if it cannot be read, or has more tokens than the tower's ``vocab_size``.
     """
     folder = Path(text_model)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -88,15 +88,135 @@ def read_tokenizer(
         tokenizer = HFTokenizer(text_model, context_length=context_length)
     except Exception as error:  # Each file format, and the network, has errors of its own.
         raise unreadable(text_model, flag, error) from error
-    inner = tokenizer.tokenizer
-    if context_length <= (added := inner.num_special_tokens_to_add()):
+    if (tokens := len(tokenizer.tokenizer)) > vocab_size:
         raise ValueError(
-            f"a context length of {context_length} leaves no room for words: the tokenizer of "
-            f"{text_model} puts {added} tokens around them; take {added + 1} or more"
-        )
-    if len(inner) > vocab_size:
-        raise ValueError(
-            f"the tokenizer of {text_model} has {len(inner)} tokens, the text tower {vocab_size}; "
+            f"the tokenizer of {text_model} has {tokens} tokens, the text tower {vocab_size}; "
             f"pass {flag} with the one it was trained with"
         )
     return tokenizer
+
+
+def read_trunk(image: str, weights: str | Path | None) -> nn.Module:
+    """timm's tower without its classifier, pretrained, in eval mode."""
+    try:
+        trunk = timm.create_model(image, pretrained=weights is None)
+    except Exception as error:  # There may be no such tag, no weights, no network, no space.
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"timm cannot build {image}, or has no weights of it at hand ({reason}); pass "
+            "--image-weights FILE, or allow access to the Hugging Face hub"
+        ) from error
+    with_classifier = trunk.state_dict()
+    trunk.reset_classifier(0)
+    if weights is not None:
+        _load_trunk(trunk, with_classifier, Path(weights), image)
+    return trunk.eval()
+
+
+def _load_trunk(
+    trunk: nn.Module, with_classifier: Mapping[str, Tensor], path: Path, image: str
+) -> None:
+    """Load the file's weights by name, or else in order if all shapes agree one to one."""
+    state = _read_state(path, "image tower")
+    try:
+        _load_by_name(trunk, state, tuple(with_classifier.keys() - trunk.state_dict().keys()))
+    except ValueError as error:
+        in_order = None
+        if path.suffix != ".safetensors":  # They do not keep the order.
+            in_order = _in_order(state, with_classifier) or _in_order(state, trunk.state_dict())
+        if in_order is None:
+            raise ValueError(
+                f"{path} does not fit {image}, by name ({error}) or in the order of a .pt file"
+            ) from error
+        load_weights(trunk, {key: in_order[key] for key in in_order if key in trunk.state_dict()})
+
+
+def _load_by_name(module: nn.Module, state: Mapping[str, Tensor], unused: tuple[str, ...]) -> None:
+    """Load ``state``, whose names may stand behind a prefix: what lies outside of it is left out.
+
+    So are names that end with one of ``unused`` and are not the module's.
+    """
+    names = module.state_dict().keys()
+    first = next(iter(names))
+    prefixes = {key.removesuffix(first) for key in state if f".{key}".endswith(f".{first}")}
+    # A decoder may have the names too: it comes last, so that the encoder is taken.
+    ordered = sorted(prefixes, reverse=True) or [""]
+    prefix = max(ordered, key=lambda prefix: sum(prefix + name in state for name in names))
+    inside = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+    load_weights(module, {k: v for k, v in inside.items() if k in names or not k.endswith(unused)})
+
+
+def _in_order(state: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """``state`` under the ``names`` of tensors at the same places; None unless each shape fits."""
+    if not any(key.endswith(_COUNTER) for key in state):
+        names = {name: like for name, like in names.items() if not name.endswith(_COUNTER)}
+    if len(state) != len(names):
+        return None
+    for (key, value), (name, like) in zip(state.items(), names.items(), strict=True):
+        kinds = {text.rpartition(".")[2] for text in (key, name)}
+        if value.shape != like.shape or (len(kinds) == 2 and kinds <= _KINDS):
+            return None
+    return dict(zip(names, state.values(), strict=True))
+
+
+def text_config(text: str) -> tuple[str, PretrainedConfig, int]:
+    """Name (of a folder, the absolute path), configuration and width of the text tower."""
+    if Path(text).is_dir():
+        text = str(Path(text).resolve())
+    try:
+        config = AutoConfig.from_pretrained(text)
+    except Exception as error:  # Files, network, values of every wrong kind.
+        raise unreadable(text, "--text", error) from error
+    return text, config, config.hidden_size
+
+
+def load_text_tower(
+    transformer: nn.Module, text: str, weights: str | Path | None, pooler: str
+) -> None:
+    """Load the file ``weights``, or else what ``text`` has, into the ``transformer``.
+
+    Raises:
+        ValueError: naming weights that are missing or do not fit.
+    """
+    if weights is None:
+        state = _pretrained_text(text, transformer.config, pooler)
+    else:
+        state = _read_state(Path(weights), "text tower")
+    try:
+        _load_by_name(transformer, state, _UNUSED)
+    except ValueError as error:
+        raise ValueError(
+            f"the weights of {weights or text} do not fit the text tower of {text}: {error}"
+        ) from error
+
+
+def _read_state(path: Path, what: str) -> dict[str, Tensor]:
+    contents = read_file(path)
+    for key in ("state_dict", "model"):
+        if isinstance(contents.get(key), Mapping):
+            contents = contents[key]
+    return check_state(contents, path, what)
+
+
+def _pretrained_text(text: str, config: PretrainedConfig, pooler: str) -> dict[str, Tensor]:
+    """The weights that transformers finds, without those that it would draw."""
+    both = getattr(config, "is_encoder_decoder", False)
+    pooled = {} if both else {"add_pooling_layer": pooler == "own"}
+    try:
+        with errors_only():
+            tower, loading = AutoModel.from_pretrained(
+                text, output_loading_info=True, ignore_mismatched_sizes=True, **pooled
+            )
+    except Exception as error:  # Files, network, formats.
+        raise unreadable(text, "--text", error) from error
+    # An entry is a name, or begins with one: transformers says the shapes since version 5.
+    drawn = [*loading["missing_keys"], *loading["mismatched_keys"]]
+    drawn = [entry if isinstance(entry, str) else entry[0] for entry in drawn]
+    parts = [name for name, _ in tower.named_children()]
+    further = [key for key in loading["unexpected_keys"] if key.split(".")[0] in parts]
+    if wrong := drawn + [key for key in further if not key.endswith(_UNUSED)]:
+        raise ValueError(
+            f"the weights of {text} are not those of its config.json: {wrong[0]} is missing, of "
+            "another shape, or one too many"
+        )
+    return tower.state_dict()

@@ -51,7 +51,8 @@ def read_results(paths: Sequence[str | Path]) -> list[EvalResult]:
             contents = json.loads(Path(path).read_text(encoding="utf-8"))
             dataset, metrics = contents["dataset"].removeprefix("wds/"), contents["metrics"]
             task = TASKS.get(contents["task"], contents["task"])
-            numbers = {name: value for name, value in metrics.items() if _is_number(value)}
+            numbers = {name: x for name, x in metrics.items() if isinstance(x, int | float)}
+            numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"--results {path}: not a result file of otter-openclip eval or clip_benchmark eval "
@@ -71,10 +72,6 @@ def read_results(paths: Sequence[str | Path]) -> list[EvalResult]:
                 )
             )
     return evaluated
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_settings(params: Mapping[str, str], entry: Mapping[str, Any]) -> dict[str, str]:

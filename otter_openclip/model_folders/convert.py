@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 from otter_openclip.checkpoints.contents import read_file
-from otter_openclip.model_folders.assembly import build_model, check_timm_name, read_tokenizer
-from otter_openclip.model_folders.convert_command import WEIGHTS
+from otter_openclip.model_folders.assembly import build_model, read_tokenizer
 from otter_openclip.model_folders.folder import check_out, check_state, load_model, write_folder
-from otter_openclip.numerics import check_choice
-from otter_openclip.preprocessing import CROP_PCT
 from otter_openclip.untrusted import no_code_from_files
 
 # models/model_factory.py of the reference
@@ -85,7 +82,6 @@ def convert_checkpoint(
     path, out = Path(checkpoint), Path(out)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; give the reference's last.pth.tar")
-    check_choice("weights", weights, WEIGHTS)
     check_out(out, overwrite, path)
     contents = read_file(path)
     args = _stored_args(contents, path)
@@ -113,7 +109,7 @@ def convert_checkpoint(
             f"{text_model} has no tokenizer, so {out} gets none: open_clip.get_tokenizer will fail on "
             "it. Put the tokenizer's files there and convert again with --overwrite"
         )
-    write_folder(out, model, config, state, tokenizer, {"crop_pct": CROP_PCT})
+    write_folder(out, model, config, state, tokenizer)
     return out
 
 
@@ -149,13 +145,12 @@ def _select(contents: Mapping[str, Any], path: Path, weights: str) -> dict[str, 
 
 
 def _text_model(text_model: str | None, text_arch: str) -> str:
+    text_model = text_model or TEXT_TOWERS.get(text_arch)
     if text_model is None:
-        if text_arch not in TEXT_TOWERS:
-            raise ValueError(
-                f"the checkpoint's text_arch {text_arch!r} is none of the reference's "
-                f"({', '.join(TEXT_TOWERS)}); pass --text-model NAME_OR_DIR"
-            )
-        return TEXT_TOWERS[text_arch]
+        raise ValueError(
+            f"the checkpoint's text_arch {text_arch!r} is none of the reference's; pass --text-model "
+            "NAME_OR_DIR"
+        )
     return str(Path(text_model).resolve()) if Path(text_model).is_dir() else text_model
 
 
@@ -175,30 +170,23 @@ def _without_projection_bias(
     bias = state.pop("text_encoder.fc.bias", None)
     if bias is None or not bias.any():
         return state
-    weight = state["text_encoder.fc.weight"].double()
+    weight, bias = state["text_encoder.fc.weight"].double(), bias.double()
     norms = [match for match in map(_LAST_NORM.fullmatch, state) if match]
-    outputs, inputs = weight.shape
-    why = "the projection has not full rank"
-    if outputs > inputs:
-        why = f"the embedding ({outputs}) is wider than the text tower ({inputs})"
     if norms:
         key = max(norms, key=lambda match: int(match[1]))[0]
         before = state[key]
-        shifted = before.double() + torch.linalg.pinv(weight) @ bias.double()
-        state[key] = shifted.to(before.dtype)
-        error = weight @ (state[key].double() - before.double()) - bias.double()
-        if error.norm() <= BIAS_TOLERANCE * bias.double().norm():
+        state[key] = (before.double() + torch.linalg.pinv(weight) @ bias).to(before.dtype)
+        error = weight @ (state[key].double() - before.double()) - bias
+        if error.norm() <= BIAS_TOLERANCE * bias.norm():
             report(
                 f"The bias of its text projection is now part of {key}: open_clip's projections "
                 "have none"
             )
             return state
-    else:
-        why = "its text tower has no encoder.layer.N.output.LayerNorm, as BERT's and RoBERTa's have"
     raise ValueError(
-        f"{path} cannot be converted: its text projection (text_encoder.fc) has a bias, open_clip has "
-        f"none, and the last layer norm of its text tower cannot take it over: {why}. Checkpoints whose "
-        "text tower is at least as wide as the embedding can be converted"
+        f"{path} cannot be converted: its text projection has a bias, open_clip has none, and the last "
+        "layer norm of its text tower cannot take it over: that needs a tower of BERT's kind, at least "
+        "as wide as the embedding, and a projection of full rank"
     )
 
 
@@ -206,14 +194,9 @@ def _config(
     args: Mapping[str, Any], state: Mapping[str, Tensor], text_model: str, path: Path
 ) -> dict[str, Any]:
     """open_clip's model configuration, from the stored args."""
-    projection = state.get("text_encoder.fc.weight")
     head = state.get("image_encoder.model.fc.weight")
     if head is None:
-        raise ValueError(
-            f"{path} cannot be converted: its image tower {args['image_arch']} has no fc head; the "
-            "reference's towers are ResNets of timm"
-        )
-    check_timm_name(args["image_arch"], "the checkpoint's image_arch")
+        raise ValueError(f"{path} cannot be converted: its image tower has no fc head")
     return {
         "embed_dim": len(head),
         "vision_cfg": {
@@ -229,7 +212,7 @@ def _config(
             "hf_tokenizer_name": text_model,
             "hf_model_pretrained": False,
             # The reference projects, then averages over tokens: the order makes no difference.
-            "hf_proj_type": None if projection is None else "linear",
+            "hf_proj_type": "linear" if "text_encoder.fc.weight" in state else None,
             "hf_pooler_type": "mean_pooler",
             "context_length": args["max_token_length"],
         },

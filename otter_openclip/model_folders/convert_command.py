@@ -41,14 +41,8 @@ def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     from otter_openclip.model_folders.convert import convert_checkpoint  # heavy imports
 
-    out = convert_checkpoint(
-        args.checkpoint,
-        args.out,
-        weights=args.weights,
-        text_model=args.text_model,
-        overwrite=args.overwrite,
-        report=print,
-    )
+    settings = {name: value for name, value in vars(args).items() if name != "command"}
+    out = convert_checkpoint(report=print, **settings)
     print(f"Wrote {out}; re-loaded with open_clip, every tensor is the converted one.")
     print(f"  open_clip.create_model_and_transforms('local-dir:{out}')")
     print(

@@ -29,7 +29,6 @@ from otter_openclip.model_folders.folder import (
 )
 from otter_openclip.model_folders.publish import push
 from otter_openclip.numerics import check_choice
-from otter_openclip.preprocessing import CROP_PCT
 from otter_openclip.untrusted import no_code_from_files
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
@@ -112,7 +111,6 @@ def export_checkpoint(
     )
     tokenizer = open_clip.get_tokenizer(model, context_length=flags.get("force_context_length"))
 
-    noted = {"crop_pct": CROP_PCT} if flags.get("reference_crop") else None
     card = model_card(
         push_to_hub or out.resolve().name,
         f"local-dir:{out.name}" if push_to_hub is None else f"hf-hub:{push_to_hub}",
@@ -122,12 +120,7 @@ def export_checkpoint(
         licence=license,
         results=evaluated,
     )
-    write_folder(out, trained, config, state, tokenizer, noted, {CARD_FILE: card})
-    if noted:
-        report(
-            "Stock open_clip's preprocessing has no resize larger than the crop and ignores crop_pct: "
-            "for the reference's, evaluate with --reference_crop"
-        )
+    write_folder(out, trained, config, state, tokenizer, {CARD_FILE: card})
     if push_to_hub is not None:
         report(push(out, push_to_hub, private=private))
     return out
@@ -149,11 +142,12 @@ def _settings(
     path: Path, model: str | None, arguments: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     """Model name and flags: the arguments, then params.txt's, then of the run's --pretrained tag."""
-    unknown = arguments.keys() - {dest(flag) for flag in MODEL_FLAGS}
-    if unknown:
+    names = [dest(flag) for flag in MODEL_FLAGS]
+    if unknown := arguments.keys() - set(names):
         raise TypeError(f"export_checkpoint has no argument {', '.join(sorted(unknown))}")
-    recorded = _read_params(path)
-    trained_as, tag = recorded.pop("model", None), recorded.pop("pretrained", None)
+    params = _params_lines(path)
+    trained_as, tag = params.get("model"), params.get("pretrained")
+    recorded = {name: _literal(params[name]) for name in names if name in params}
     if (model or trained_as) is None:
         raise ValueError(
             f"no params.txt beside {path} names its model; pass --model with the name used in training"
@@ -167,21 +161,16 @@ def _settings(
     return model or trained_as, flags
 
 
-def _read_params(path: Path) -> dict[str, Any]:
-    """Model, ``--pretrained`` and model flags from the ``params.txt`` that training leaves."""
-    params: dict[str, Any] = {}
-    for name, text in _params_lines(path).items():
-        if name in ("model", "pretrained"):
-            params[name] = text
-        elif f"--{name.replace('_', '-')}" in MODEL_FLAGS:
-            try:
-                params[name] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                params[name] = text
-    return params
+def _literal(text: str) -> Any:
+    """A value of ``params.txt``, where words stand without quotes."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _params_lines(path: Path) -> dict[str, str]:
+    """What the ``params.txt`` says that training leaves; nothing if there is none."""
     for folder in (path.absolute().parent, path.resolve().parent):  # a link may lead to the run
         file = folder.parent / "params.txt"
         if folder.name == "checkpoints" and file.is_file():
@@ -227,14 +216,9 @@ def _weights_of(contents: Mapping[str, Any], path: Path, weights: str) -> dict[s
 
 def _model_config(model: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """The model's JSON with training's ``--force`` flags written into it."""
-    try:
-        config = open_clip.get_model_config(
-            model if parse_model_name(model)[0] else model.replace("/", "-")
-        )
-    except Exception as error:  # Of files, JSON, and the network.
-        raise ValueError(
-            f"--model {model} has no configuration that can be read: {error}"
-        ) from error
+    config = open_clip.get_model_config(
+        model if parse_model_name(model)[0] else model.replace("/", "-")
+    )
     if config is None:
         near = ", ".join(nearest(model, open_clip.list_models(), 3, 0.5))
         hint = f"did you mean {near}?" if near else "a folder is given as local-dir:FOLDER"
@@ -271,20 +255,8 @@ def _check_frozen_norms(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _build(model: str, flags: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
     """The model as training made it: same architecture, same preprocessing, random weights."""
     extra = {k: config[k] for k in ("init_logit_bias",) if k in config}
+    untrained = dict.fromkeys(("load_weights", "pretrained_image", "pretrained_text"), False)
     with errors_only():
-        trained, _, _ = open_clip.create_model_and_transforms(
-            model,
-            load_weights=False,
-            pretrained_image=False,
-            pretrained_text=False,
-            force_image_size=flags.get("force_image_size"),
-            force_context_length=flags.get("force_context_length"),
-            force_quick_gelu=flags.get("force_quick_gelu", False),
-            force_custom_text=flags.get("force_custom_text", False),
-            image_mean=flags.get("image_mean"),
-            image_std=flags.get("image_std"),
-            image_interpolation=flags.get("image_interpolation"),
-            image_resize_mode=flags.get("image_resize_mode"),
-            **extra,
-        )
+        # The flags are called as the arguments are.
+        trained, _, _ = open_clip.create_model_and_transforms(model, **untrained, **flags, **extra)
     return trained.eval()

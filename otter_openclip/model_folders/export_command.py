@@ -29,11 +29,6 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "--image-std": {"type": number(0, open_low=True), "nargs": "+"},
     "--image-interpolation": {"choices": ["bicubic", "bilinear", "random"]},
     "--image-resize-mode": {"choices": ["shortest", "longest", "squash"]},
-    "--reference-crop": {
-        "action": "store_true",
-        "default": None,
-        "help": "trained with it: noted in the config as crop_pct, which stock open_clip ignores",
-    },
 }
 
 
@@ -92,21 +87,8 @@ def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     from otter_openclip.model_folders.export import export_checkpoint  # heavy imports
 
-    names = [dest(flag) for flag in MODEL_FLAGS]
-    flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    out = export_checkpoint(
-        args.checkpoint,
-        args.out,
-        model=args.model,
-        weights=args.weights,
-        overwrite=args.overwrite,
-        license=args.license,
-        results=args.results,
-        push_to_hub=args.push_to_hub,
-        private=args.private,
-        report=print,
-        **flags,
-    )
+    settings = {name: value for name, value in vars(args).items() if name != "command"}
+    out = export_checkpoint(report=print, **settings)
     print(f"Wrote {out}; re-loaded with open_clip, every tensor is the checkpoint's.")
     print(f"  open_clip.create_model_and_transforms('local-dir:{out}')")
     return 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import secrets
 import shutil
@@ -41,7 +40,6 @@ def write_folder(
     config: dict[str, Any],
     state: Mapping[str, Tensor],
     tokenizer: Any | None,
-    preprocess: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``out``, or nothing.
@@ -57,8 +55,6 @@ def write_folder(
         config: its open_clip configuration, the JSON's ``model_cfg``.
         state: what the weights were loaded from, whose dtype they are written in.
         tokenizer: open_clip tokenizer, or None to write the folder without one.
-        preprocess: entries added to the JSON's ``preprocess_cfg``; stock open_clip ignores those it
-            does not know.
         files: texts to write beside them, by name.
 
     Raises:
@@ -90,10 +86,10 @@ def write_folder(
             tower_config.name_or_path = ""  # transformers 4 saves it, a folder's path perhaps
             tower_config.save_pretrained(temporary)
         local = bool(tower) and Path(tower).is_dir()
-        _write_config(temporary, model, config, preprocess, temporary if local else None)
+        _write_config(temporary, model, config, temporary if local else None)
         _verify(temporary, model, tokenizer)
         if local:
-            _write_config(temporary, model, config, preprocess, target)
+            _write_config(temporary, model, config, target)
         for path in temporary.rglob("*"):
             sync(path)
         sync(temporary)
@@ -117,7 +113,6 @@ def _write_config(
     folder: Path,
     model: nn.Module,
     config: Mapping[str, Any],
-    preprocess: Mapping[str, Any] | None,
     tower: Path | None,
 ) -> None:
     """Write the JSON, with the text tower's ``config.json`` in the folder ``tower`` unless None."""
@@ -125,18 +120,12 @@ def _write_config(
     if tower is not None:
         config["text_cfg"] |= {"hf_model_name": str(tower), "hf_tokenizer_name": str(tower)}
     save_config_for_hf(model, folder / CONFIG_FILE, config)
-    if preprocess:
-        written = json.loads((folder / CONFIG_FILE).read_text())
-        written["preprocess_cfg"].update(preprocess)
-        (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2))
 
 
 def check_out(out: Path, overwrite: bool, *inputs: Path) -> None:
     """Refuse an ``out`` whose replacement would lose ``inputs`` or anything but an earlier export."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        if (parent := next(p for p in out.absolute().parents if p.exists())).is_dir():
-            return
-        raise FileExistsError(f"{parent} is a file, so {out} cannot be made; choose another folder")
+        return
     if not overwrite:
         raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
     if not (out / CONFIG_FILE).is_file():
@@ -199,35 +188,25 @@ def _verify(folder: Path, trained: nn.Module, tokenizer: Any) -> None:
         raise RuntimeError(
             f"stock open_clip cannot load the written folder ({reason}); nothing was exported"
         ) from error
-    tensors, again = trained.state_dict(), loaded.state_dict()
-    bad = sorted(
-        key
-        for key in tensors.keys() | again.keys()
-        if key not in tensors or key not in again or not torch.equal(tensors[key], again[key])
-    )
-    if bad:
-        raise RuntimeError(
-            f"what open_clip loads from the written folder differs from the checkpoint in {len(bad)} "
-            f"tensors, first {bad[0]}; nothing was exported"
-        )
     if tokenizer is None:
         tokens = tokens_again = torch.arange(1, 9).remainder(trained.vocab_size)[None]
     else:
         tokens, tokens_again = _tokens(tokenizer), _tokens(open_clip.get_tokenizer(name))
+    tensors, again = trained.state_dict(), loaded.state_dict()
+    features = zip(_features(trained, tokens), _features(loaded, tokens), strict=True)
     same = {
+        "tensors": tensors.keys() == again.keys()
+        and all(torch.equal(tensors[key], again[key]) for key in tensors),
         "preprocessing": _preprocessing(trained) == _preprocessing(loaded),
-        "the tokenizer": torch.equal(tokens, tokens_again),
+        "tokens": torch.equal(tokens, tokens_again),
         # Equal weights do not make equal models: the activation, for one, has none.
-        "the features": all(
-            map(torch.equal, _features(trained, tokens), _features(loaded, tokens))
-        ),
+        "features": all(torch.equal(*pair) for pair in features),
     }
-    for what, equal in same.items():
-        if not equal:
-            raise RuntimeError(
-                f"what open_clip loads from the written folder differs from training in {what}; "
-                "nothing was exported"
-            )
+    if different := [what for what, equal in same.items() if not equal]:
+        raise RuntimeError(
+            "what open_clip loads from the written folder differs from training in "
+            f"{different[0]}; nothing was exported"
+        )
 
 
 def _preprocessing(model: nn.Module) -> dict[str, Any]:

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from otter_openclip.model_folders.assembly import build_model, check_timm_name, read_tokenizer
+from otter_openclip.model_folders.assembly import (
+    build_model,
+    load_text_tower,
+    read_tokenizer,
+    read_trunk,
+    text_config,
+)
 from otter_openclip.model_folders.folder import check_out, write_folder
-from otter_openclip.model_folders.pretrained import load_text_tower, read_trunk, text_config
-from otter_openclip.model_folders.towers_command import CONTEXT_LENGTH, HEADS, POOLERS
-from otter_openclip.numerics import check_choice
+from otter_openclip.model_folders.towers_command import CONTEXT_LENGTH, POOLERS
 from otter_openclip.preprocessing import size_pair
 from otter_openclip.untrusted import no_code_from_files
 
@@ -83,10 +87,6 @@ def make_towers(
     image = image.removeprefix("hf-hub:").removeprefix("timm/")
     inputs = [Path(name) for name in (image_weights, text_weights, text) if name is not None]
     check_out(out, overwrite, *filter(Path.exists, inputs))
-    check_choice("text_pooler", text_pooler, tuple(POOLERS))
-    check_choice("image_head", image_head, HEADS)
-    check_choice("text_head", text_head, HEADS)
-    check_timm_name(image, "given as image")
     text, hf_config, width = text_config(text)
     embed_dim = embed_dim or width
     context_length = _context_length(context_length, text, hf_config)

@@ -67,8 +67,8 @@ def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     from otter_openclip.model_folders.towers import make_towers  # heavy imports
 
-    settings = {name: value for name, value in vars(args).items() if name not in ("command", "out")}
-    out = make_towers(args.out, report=print, **settings)
+    settings = {name: value for name, value in vars(args).items() if name != "command"}
+    out = make_towers(report=print, **settings)
     print(f"Wrote {out}; re-loaded with open_clip, every tensor is the towers'.")
     print(f"  otter-openclip train --model local-dir:{out} --lock-image --lock-text ...")
     return 0
