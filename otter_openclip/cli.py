@@ -97,8 +97,8 @@ def check_repeated(
     Two recipes (``--config``) are an error, and so are with ``refuse_lists`` two lists of values.
     """
     words = words[: words.index("--")] if "--" in words else words
-    found = [find_flags(parser, word) for word in words]
-    counts = Counter(actions[0] for actions in found if len(actions) == 1)
+    meant = [find_flags(parser, word) for word in words]
+    counts = Counter(actions[0] for actions in meant if len(actions) == 1)
     for action in (action for action, count in counts.items() if count > 1 and action.nargs != 0):
         fault = f"argument {name_of(action)}: given more than once"
         if name_of(action) == "--config":

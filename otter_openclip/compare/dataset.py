@@ -125,8 +125,8 @@ def find_pairs(data: str, test: str, *, least: int, most: int) -> Data:
 def thin(name: str, rng: random.Random) -> str:
     """Keep a random half of a name's words, in order, at least one."""
     words = name.split()
-    kept = [word for word in words if rng.random() < 0.5]
-    return " ".join(kept) if kept else rng.choice(words)
+    chosen = [word for word in words if rng.random() < 0.5]
+    return " ".join(chosen) if chosen else rng.choice(words)
 
 
 def write_training_shards(

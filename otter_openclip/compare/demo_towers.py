@@ -59,9 +59,9 @@ def _package(name: str) -> Any:
 def _check(path: Path, expected: str) -> None:
     if not path.is_file():
         raise RuntimeError(f"{path} is missing; install its package again: {INSTALL}")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != expected:
         raise RuntimeError(
-            f"{path} is not the file the demo was made for: its sha256 is {found}, not {expected}; "
+            f"{path} is not the file the demo was made for: its sha256 is {digest}, not {expected}; "
             f"another version of the package? {INSTALL} brings the right one"
         )

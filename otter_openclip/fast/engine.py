@@ -57,16 +57,16 @@ def terms(
         s, s_d = (torch.as_tensor(scale).reshape(()) for scale in scales)  # some models have (1,)
         sharded = loss.sharded
         columns = GatherRows.apply(texts, loss.world_size) if sharded else at_least_float32(texts)
-        found = _Terms.apply(rows, columns, s, s_d, loss, teacher, statistics)
-    return (*found, statistics)
+        values = _Terms.apply(rows, columns, s, s_d, loss, teacher, statistics)
+    return (*values, statistics)
 
 
 class _Terms(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, columns: Tensor, s: Tensor, s_d: Tensor, *rest: Any
+        ctx: Any, rows: Tensor, columns: Tensor, s: Tensor, s_d: Tensor, *further: Any
     ) -> tuple[Tensor, ...]:
-        loss, teacher, statistics = rest
+        loss, teacher, statistics = further
         count, total = len(rows), len(columns)
         world_size = loss.world_size if loss.sharded else 1
         offset = loss.rank * count if loss.sharded else 0

@@ -78,28 +78,28 @@ class ScalingPlans:
     def add(self, part: slice, kernel: Tensor, logits: Tensor) -> None:
         """Take in the rows ``part``: their kernel and logits s_d C, (rows, N) each."""
         before = self._rows[0, part].clone()
-        own, others = self._scale_rows(part, kernel)
-        torch.div(before, own, out=self.masses[part]).mul_(self._mass_ratio)
+        mine, others = self._scale_rows(part, kernel)
+        torch.div(before, mine, out=self.masses[part]).mul_(self._mass_ratio)
         w = self._columns[0]
         # Of log plan = log K + log u + log w, the terms K log K and K w log w; log u is known by row.
         terms = kernel.clamp_min(_EMPTY).log_().mul_(kernel)
-        known = torch.mv(kernel, torch.xlogy(w, w)).mul_(own).add_(own.log())
-        self.entropy[part] = -(torch.mv(terms, w).mul_(own) + known)
+        known = torch.mv(kernel, torch.xlogy(w, w)).mul_(mine).add_(mine.log())
+        self.entropy[part] = -(torch.mv(terms, w).mul_(mine) + known)
         terms.addcmul_(kernel, logits, value=-1)
-        self.divergence += (torch.mv(terms, w).mul_(own) + known).sum()
+        self.divergence += (torch.mv(terms, w).mul_(mine) + known).sum()
         sides = torch.stack([others, torch.xlogy(others, others)])
         sums, known = torch.mm(sides, kernel)
         self._column_sums += sums
         self._column_terms.add_(known).addmv_(terms.T, others)
-        self.top_share[part] = torch.mul(kernel, w, out=terms).amax(dim=1).mul_(own)
+        self.top_share[part] = torch.mul(kernel, w, out=terms).amax(dim=1).mul_(mine)
 
     def finish(self) -> None:
         """All ``add`` calls are done; one all-reduce of N column sums."""
-        own = self._column_sums.clone()
+        mine = self._column_sums.clone()
         if self.world_size > 1:
             dist.all_reduce(self._column_sums)
         total = self._column_sums.clamp_min_(_EMPTY)
-        self.divergence += ((self._column_terms - total.log() * own) / total).sum()
+        self.divergence += ((self._column_terms - total.log() * mine) / total).sum()
         self._columns[1] = total.reciprocal()
 
     def targets(self, part: slice, kernel: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class LogPlans(ScalingPlans):
         self._rows.zero_(), self._columns.zero_()
 
     def solve(self, iterations: int) -> None:
-        """Likewise; each update, and one more after the last, sends what an all-reduce of 2 N does."""
+        """Update rows, then columns, and once more at the end; each sends what an all-reduce of 2 N does."""
         for step in range(iterations):
             self._columns = -self._update(2 if step else 1)
         before = self._rows[0].clone()
@@ -138,7 +138,7 @@ class LogPlans(ScalingPlans):
         return (log_kernel + self._rows[i, part, None]).add_(self._columns[i])
 
     def add(self, part: slice, kernel: Tensor, logits: Tensor) -> None:
-        """Likewise."""
+        """Take in the rows ``part``: log K and the logits s_d C, (rows, N) each."""
         for i in range(2):
             log_plan = self._log_plan(i, part, kernel)
             plan = log_plan.exp()
@@ -151,6 +151,6 @@ class LogPlans(ScalingPlans):
         """``solve`` has the columns' sums already."""
 
     def targets(self, part: slice, kernel: Tensor) -> Tensor:
-        """Likewise."""
+        """Sum of both plans' targets for the pairs of the rows ``part``."""
         first, second = (self._log_plan(i, part, kernel).exp_() for i in range(2))
         return first.add_(second)

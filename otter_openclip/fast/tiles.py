@@ -67,16 +67,16 @@ class RowTiles:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield ``(rows, tile)``; a tile that is not kept is valid until the next one."""
-        kept = self._kept
-        if self._keep and kept is None:
-            kept = self.like.new_empty(self.rows, self.columns)
+        matrix = self._kept
+        if self._keep and matrix is None:
+            matrix = self.like.new_empty(self.rows, self.columns)
             for part in _parts(self.rows, max(self._tile_rows, PRODUCT_ROWS)):
-                self._write(part, kept[part])
-            self._kept = kept
-        buffer = self.empty() if kept is None else kept
+                self._write(part, matrix[part])
+            self._kept = matrix
+        buffer = self.empty() if matrix is None else matrix
         for part in _parts(self.rows, self._tile_rows):
-            if kept is not None:
-                yield part, kept[part]
+            if matrix is not None:
+                yield part, matrix[part]
             else:
                 self._write(part, tile := buffer[: part.stop - part.start])
                 yield part, tile
