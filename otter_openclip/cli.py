@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib.util
 import math
+import pickle
 import re
 import sys
 from collections import Counter
@@ -161,7 +162,7 @@ def run_command(
     args = parser.parse_args(argv[1:])
     try:
         return module.main(args)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         print(f"{prog} {name}: error: {error}", file=sys.stderr)
         return 2
 

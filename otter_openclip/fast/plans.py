@@ -115,7 +115,7 @@ class LogPlans(ScalingPlans):
         self._rows.zero_(), self._columns.zero_()
 
     def solve(self, iterations: int) -> None:
-        """Update rows, then columns, and once more at the end; each sends what an all-reduce of 2 N does."""
+        """Update rows, then columns, and once more at the end; each sends as much as above."""
         for step in range(iterations):
             self._columns = -self._update(2 if step else 1)
         before = self._rows[0].clone()
