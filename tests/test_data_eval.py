@@ -85,9 +85,7 @@ def test_stock_clip_benchmark_reads_it(goi):
     assert [tuple(target.shape) for _, target in loader] == [(2, 5), (1, 5)]
 
 
-@pytest.mark.parametrize(
-    "kind", ["tar", "tar.gz", "zip", "test folder", "folder of tars", "braces"]
-)
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip", "test folder", "folder of tars"])
 def test_open_images_from_every_kind_of_source(goi, kind):
     import zipfile
 
@@ -110,8 +108,6 @@ def test_open_images_from_every_kind_of_source(goi, kind):
             write_tar(path / f"part{n}.tar", {name: content})
         write_tar(path / "part3.tar", {})  # an archive of nothing
         (path / "part4.tar").touch()
-        if kind == "braces":
-            path = path / "part{0..3}.tar"
     assert build_goi(goi, images=path) == 0
     assert build_goi(goi, out="plain") == 0
     assert vectors(goi / "out") == POSITIVES
@@ -120,26 +116,12 @@ def test_open_images_from_every_kind_of_source(goi, kind):
     assert not (goi / "out" / ".otter-build" / "unpacked").exists()
 
 
-@pytest.mark.parametrize("classes", ["without header", "names only"])
-@pytest.mark.parametrize("labels", ["official", "the reference's"])
-def test_other_forms_of_class_and_label_files(goi, capsys, classes, labels):
-    if classes == "names only":
-        (goi / "classes.csv").write_text("\n".join(NAMES) + "\n", encoding="utf-8")
-    else:
-        content = b"\xef\xbb\xbf" + "\r\n".join([*CLASS_ROWS, ""]).encode()
-        (goi / "classes.csv").write_bytes(content)
-        mids, names = open_images.read_classes(goi / "classes.csv")
-        assert names == NAMES and list(mids) == MIDS
-    if labels == "the reference's":
-        rows = ["\t".join([f"{i}.jpg", *map(str, numbers)]) for i, numbers in POSITIVES.items()]
-        (goi / "labels.csv").write_text("\n".join(rows) + "\n")
-    if classes == "names only" and labels == "official":
-        assert build_goi(goi) == 2
-        assert "has no class ids (/m/...)" in capsys.readouterr().err
-        return
+def test_a_class_file_without_header(goi):
+    content = b"\xef\xbb\xbf" + "\r\n".join([*CLASS_ROWS, ""]).encode()
+    (goi / "classes.csv").write_bytes(content)
+    mids, names = open_images.read_classes(goi / "classes.csv")
+    assert names == NAMES and list(mids) == MIDS
     assert build_goi(goi) == 0 and vectors(goi / "out") == POSITIVES
-    written = (goi / "out" / "classnames.txt").read_text(encoding="utf-8").splitlines()
-    assert written == NAMES
 
 
 @pytest.mark.parametrize(
@@ -159,29 +141,18 @@ def test_other_forms_of_class_and_label_files(goi, capsys, classes, labels):
             "labels.csv:8: 3 fields, the header has 4",
         ),
         ("labels.csv", "Confidence", "Score", "labels.csv:1: has no column 'Confidence'"),
-        (
-            "classes.csv",
-            ",Kakig",
-            ", ",
-            "images",
-        ),  # only a shorter name: no error of the class file
         ("classes.csv", "46d,Kakigōri", "46d,", "classes.csv:5: empty class name"),
         ("classes.csv", "/m/02,Ball", "/m/018xm,Ball", "classes.csv:6: class /m/018xm again"),
         (
             "classes.csv",
             '"Cucumber, gourd, and melon family"',
             "Cucumber, gourd",
-            "classes.csv:4: 3 fields, the header has 2",
+            "classes.csv:4: expected a class id and a name",
         ),
         ("classes.csv", "Kakigōri", "Kakig\udcf6ri", "not UTF-8"),
-        ("classes.csv", "LabelName,", "LabelName, ", "classes.csv:2: a class id, but the header"),
+        ("classes.csv", "LabelName,", "LabelName, ", "classes.csv:1: expected a class id"),
         ("classes.csv", "\n/m/01_xx", "\r/m/01_xx", "a carriage return inside a line"),
-        (
-            "labels.csv",
-            "ImageID",
-            "imageid",
-            "labels.csv:1: no blank or tab between image and",
-        ),
+        ("labels.csv", "ImageID", "imageid", "labels.csv:1: has no column 'ImageID'"),
     ],
 )
 def test_open_images_errors_name_file_and_line(goi, capsys, file, old, new, message):
@@ -189,12 +160,8 @@ def test_open_images_errors_name_file_and_line(goi, capsys, file, old, new, mess
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_bytes(text.replace(old, new).encode(errors="surrogateescape"))
-    code = build_goi(goi)
-    if message == "images":
-        assert code == 0
-    else:
-        assert code == 2 and message in capsys.readouterr().err
-        assert not (goi / "out").exists()
+    assert build_goi(goi) == 2 and message in capsys.readouterr().err
+    assert not (goi / "out").exists()
 
 
 def test_missing_and_undecodable_images(goi, capsys):
@@ -202,21 +169,21 @@ def test_missing_and_undecodable_images(goi, capsys):
     (goi / "images" / "ffff21932da3ed01.jpg").unlink()
     assert build_goi(goi) == 2
     err = capsys.readouterr().err
-    assert "1 missing of 3 images" in err and "--max-missing 1" in err
+    assert "1 missing images" in err and "--max-missing 1" in err
     assert dropped(goi / "out") == [("ffff21932da3ed01", "missing")]
     # What is put in place after the error is found.
     (goi / "images" / "ffff21932da3ed01.jpg").write_bytes(jpeg(2))
     assert build_goi(goi) == 2
-    assert "1 undecodable of 3 images" in capsys.readouterr().err
+    assert "1 undecodable images" in capsys.readouterr().err
     (goi / "images" / "ffff21932da3ed01.jpg").unlink()
     shutil.rmtree(goi / "out")
     assert build_goi(goi, "--max-missing", "1") == 2
     err = capsys.readouterr().err
-    assert "1 missing and 1 undecodable of 3 images" in err and "--max-missing 2" in err
+    assert "1 missing, 1 undecodable images" in err and "--max-missing 2" in err
     both = [("0000c64e1253d68f", "undecodable"), ("ffff21932da3ed01", "missing")]
     assert dropped(goi / "out") == both
     assert not (goi / "out" / "test" / "nshards.txt").exists()
-    assert build_goi(goi, "--max-missing", "67%") == 0
+    assert build_goi(goi, "--max-missing", "2") == 0
     assert dropped(goi / "out") == both
     assert vectors(goi / "out") == {"000026e7ee790996": [1, 3]}
     assert json.loads((goi / "out" / "report.json").read_text())["dropped"] == {
@@ -229,7 +196,7 @@ def test_nothing_left_is_an_error(goi, capsys):
     assert build_goi(goi, "--max-missing", "3", images="classes.csv") == 2
     assert "neither a folder nor an archive" in capsys.readouterr().err
     (goi / "empty").mkdir()
-    assert build_goi(goi, "--max-missing", "100%", images="empty") == 2
+    assert build_goi(goi, "--max-missing", "100", images="empty") == 2
     assert "no sample could be kept (3 missing" in capsys.readouterr().err
     assert build_goi(goi, images="nowhere") == 2
     assert "no such folder or archive" in capsys.readouterr().err

@@ -4,12 +4,10 @@ import bz2
 import csv
 import gzip
 import hashlib
-import io
 import json
 import tarfile
 import zipfile
 
-import pandas
 import pytest
 from data_helpers import dropped, jpeg, run, samples, tree, write_files, write_tar
 from open_clip_train.data import get_dataset_size
@@ -112,31 +110,7 @@ def test_cc3m_from_the_references_layout(conceptual):
     assert skipped(out) == {"not downloaded": 1}
 
 
-def test_processed_labels_are_the_references(conceptual, monkeypatch):
-    assert build_cc(conceptual) == 0
-    path = conceptual.parent / "out" / "processed_labels.csv"
-    ours = pandas.read_csv(path)
-    # The reference's steps (data/cc_preprocess.py), without the pairs that we drop as repeated or empty.
-    captions = pandas.read_csv(
-        conceptual / "Train_GCC-training.tsv", sep="\t", names=["caption", "url"]
-    )
-    names = ["filename", "split", "type", "size", "status", "url"]
-    report = pandas.read_csv(conceptual / "downloaded_training_report.tsv", sep="\t", names=names)
-    # With "inner", as there, the order is that of the captions from pandas 2.2 on only.
-    merged = captions.merge(report[["filename", "url"]], on="url", how="left")
-    merged = merged[["filename", "caption"]].dropna().drop_duplicates("caption")
-    merged = merged[~merged.filename.str.match("training/[456]_")].reset_index(drop=True)
-    assert list(ours.columns) == ["Unnamed: 0", "filename", "caption"]
-    assert list(ours["Unnamed: 0"]) == [0, 1, 2, 3]
-    assert list(ours["caption"]) == list(merged["caption"])
-    assert list(ours["filename"]) == [str(conceptual / name) for name in merged["filename"]]
-    merged["filename"] = ours["filename"]
-    buffer = io.StringIO()
-    merged.to_csv(buffer)
-    assert path.read_text(encoding="utf-8") == buffer.getvalue()
-
-
-def test_stock_training_takes_the_shards_and_the_csv(conceptual, tmp_path, monkeypatch):
+def test_stock_training_takes_the_shards(conceptual, tmp_path):
     out = conceptual.parent / "out"
     for n in range(20, 44):
         (conceptual / "training" / f"{n}_1").write_bytes(jpeg(n))
@@ -147,12 +121,6 @@ def test_stock_training_takes_the_shards_and_the_csv(conceptual, tmp_path, monke
     assert build_cc(conceptual, "--shard-size", "20") == 0
     shards = ["--train-data", str(out / "{00000..00001}.tar"), "--epochs", "1"]
     assert list(train(out, tmp_path / "logs", *shards).glob("*.pt"))
-    monkeypatch.chdir("/")
-    table = ["--dataset-type", "csv", "--csv-separator", ",", "--csv-img-key", "filename"]
-    table += ["--csv-caption-key", "caption", "--train-data", str(out / "processed_labels.csv")]
-    assert list(
-        train(out, tmp_path / "logs", *table, "--name", "csv", "--epochs", "1").glob("*.pt")
-    )
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "webdataset, one key", "files"])
@@ -164,7 +132,6 @@ def test_cc3m_from_img2dataset(conceptual, kind):
     assert build_cc(conceptual, source=["--img2dataset", folder]) == 0
     out = conceptual.parent / "out"
     assert pairs_of(out) == [(caption, jpeg(n)) for caption, n in KEPT]
-    assert (out / "processed_labels.csv").exists() == (kind == "files")
     assert skipped(out) == {"not downloaded": 2}
     assert dropped(out)[-1] == (URLS[6], "undecodable")
 
@@ -398,20 +365,13 @@ def test_captions_are_the_references(flickr):
         assert yfcc15m.clean(raw) == expected
 
 
-def test_metadata_with_header_or_as_json(flickr):
+def test_metadata_with_a_header(flickr):
     write_files(flickr / "images", {f"{photo}.jpg": jpeg(photo) for photo in PHOTOS})
     rows = ["photoid\ttitle\tdescription\tmarker"]
     rows += [f"{p}\t{t}\t{d}\t{int(p == 9999)}" for p, (t, d) in PHOTOS.items()]
     (flickr / "metadata.bz2").write_bytes(bz2.compress("\n".join(rows).encode()))
     assert build_yfcc(flickr, "--images", flickr / "images") == 0
-    rows = [
-        json.dumps({"photoid": p, "title": t, "description": d or None, "marker": int(p == 9999)})
-        for p, (t, d) in PHOTOS.items()
-    ]
-    (flickr / "metadata.bz2").write_bytes(bz2.compress("\n".join(rows).encode()))
-    assert build_yfcc(flickr, "--images", flickr / "images", out="json") == 0
     check_yfcc(flickr / "out")
-    check_yfcc(flickr / "json")
 
 
 @pytest.mark.parametrize(
@@ -427,7 +387,6 @@ def test_metadata_with_header_or_as_json(flickr):
             "1\t2\t3\n",
             "metadata.bz2:1: 3 columns; YFCC100M's metadata have 23 or 25",
         ),
-        ("metadata.bz2", "{broken", "metadata.bz2:1: no JSON object with photoid"),
         (
             "metadata.bz2",
             "photoid\ttitle\tdescription\nx\t\t\n",
@@ -442,11 +401,6 @@ def test_metadata_with_header_or_as_json(flickr):
             for number in ("9" * 20, "²", "017")
         ),
         ("subset.tsv", f"0\t{9**21}\tx\n1\t{9**21}\tx\n", "subset.tsv:1: expected line number"),
-        (
-            "metadata.bz2",
-            '{"photoid": 1, "title": "\\ud800", "description": ""}',
-            "metadata.bz2:1: no JSON object with photoid",
-        ),
     ],
 )
 def test_yfcc15m_errors_name_file_and_line(flickr, capsys, file, text, message):

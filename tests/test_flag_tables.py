@@ -117,7 +117,7 @@ COMMANDS = {
     ),
     "data csv": (
         ["--captions", "a", "--output", "d"],
-        {"--captions": FREE, "--no-quotes": FREE} | WORDS_OF_ONE | PICTURES | PAIRS,
+        {"--captions": FREE} | WORDS_OF_ONE | PICTURES | PAIRS,
     ),
     "data hf": (["--dataset", "a", "--output", "d"], {"--dataset": FREE, "--text-key": FREE} | PAIRS),
     "data inspect": (

@@ -1,9 +1,9 @@
 """Google Open Images' test split as a multi-label zero-shot set for clip_benchmark.
 
-Takes the official files as downloaded, class-descriptions CSV and human-verified image labels CSV, or
-the OTTER reference's goi_classes.txt and goi_images.txt, and the images as a folder or archives of
-ImageID.jpg. Only labels with confidence 1 count; images without one are left out. Prompts use the
-class descriptions as they are; twelve of them occur twice and stay two classes.
+Takes the official files as downloaded, class-descriptions CSV and human-verified image labels CSV, and
+the images as a folder or archives of ImageID.jpg. Only labels with confidence 1 count; images without
+one are left out. Prompts use the class descriptions as they are; twelve of them occur twice and stay
+two classes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from otter_openclip.data.tables import at
 
 # A class's id, /m/011k07 or /g/11bc6sh46d.
 _MID = re.compile(r"/[a-z]/[0-9a-z_]+")
-_CLASS_COLUMNS = ("LabelName", "DisplayName")
+_CLASS_COLUMNS = ["LabelName", "DisplayName"]
 _LABEL_COLUMNS = ("ImageID", "LabelName", "Confidence")
 
 
@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
     labelled.add_arguments(
         parser,
-        "oidv6-class-descriptions.csv or class-descriptions.csv, or goi_classes.txt",
-        "test-annotations-human-imagelabels.csv, or goi_images.txt",
+        "oidv6-class-descriptions.csv or class-descriptions.csv",
+        "test-annotations-human-imagelabels.csv",
         "folder or archives of ImageID.jpg",
     )
 
@@ -34,37 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     mids, names = read_classes(args.classes)
-    if _LABEL_COLUMNS[0] not in tables.header(args.labels, _LABEL_COLUMNS)[1]:
-        # The reference's goi_images.txt: file name and class indices, separated by tabs.
-        labels = labelled.read_index_rows(args.labels, len(names), labelled.key_of)
-    elif mids is None:
-        fault = f"has no class ids (/m/...), by which {args.labels} names its labels"
-        fix = "give the class-descriptions CSV, or goi_images.txt as --labels"
-        raise ValueError(f"{args.classes} {fault}; {fix}")
-    else:
-        labels = read_labels(args.labels, mids, args.classes)
-    return labelled.build(args, names, labels)
+    return labelled.build(args, names, read_labels(args.labels, mids, args.classes))
 
 
-def read_classes(path: str) -> tuple[dict[str, int] | None, list[str]]:
-    """(class id -> index, or None for a list of bare names; class names) of a class file.
+def read_classes(path: str) -> tuple[dict[str, int], list[str]]:
+    """(class id -> index, class names) of a class file, whose header some releases leave out.
 
     ValueError names the line of an empty name, a repeated id or a malformed row.
     """
-    separator, first = tables.header(path, _CLASS_COLUMNS)
-    headed = set(_CLASS_COLUMNS) <= set(first)
-    if not headed and not _MID.fullmatch(first[0]):
-        listed = list(tables.lines(path))
-        while not listed[-1][1].strip():
-            listed.pop()
-        if wrong := next((number for number, line in listed if _MID.match(line)), None):
-            fault = f"a class id, but the header is not {','.join(_CLASS_COLUMNS)}"
-            raise at(path, wrong, f"{fault}; correct line 1")
-        return None, [class_name(line, path, number) for number, line in listed]
-    rows = tables.table(path, _CLASS_COLUMNS, separator) if headed else tables.rows(path, separator)
     mids: dict[str, int] = {}
     names = []
-    for number, row in rows:
+    for number, row in tables.rows(path, ","):
+        if number == 1 and row == _CLASS_COLUMNS:
+            continue
         if len(row) != 2 or not _MID.fullmatch(row[0]):
             raise at(path, number, f"expected a class id and a name, got {row}")
         if row[0] in mids:

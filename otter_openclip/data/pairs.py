@@ -19,7 +19,7 @@ def add_image_options(parser: argparse.ArgumentParser, images: str, *, required:
     """Add --images and --img2dataset, one of which must be given if ``required``."""
     add = parser.add_mutually_exclusive_group(required=required).add_argument
     add("--images", nargs="+", type=absolute, metavar="PATH", help=images)
-    text = "img2dataset's output folder, or its tars or parquet files; any --output_format but tfrecord"
+    text = "img2dataset's output folder or tars, of --output_format webdataset or files"
     add("--img2dataset", nargs="+", type=absolute, metavar="PATH", help=text)
 
 
@@ -48,18 +48,15 @@ def build(
     images: Paths | Downloaded | None,
     fill: Callable[[Plan], None],
     record: str,
-    finish: Callable[[Path, Plan], None] | None = None,
 ) -> int:
     """Build a training set; returns the exit code. The arguments are those of `building.Build`."""
 
-    def write_small_files(folder: Path, plan: Plan) -> None:
-        if finish:
-            finish(folder, plan)
+    def write_sizes(folder: Path, plan: Plan) -> None:
         sizes = {name: samples for name, samples, _ in plan.report()["written"]}
         write_json(folder / SIZES_FILE, sizes)
 
     name = "{:05d}.tar"
-    job = Build(args, inputs, images, fill, write_small_files, "txt", str.encode, name, record)
+    job = Build(args, inputs, images, fill, write_sizes, "txt", str.encode, name, record)
     last = job.run()["shards"] - 1
     print(f"--train-data '{job.output}/{f'{{00000..{last:05d}}}' if last else '00000'}.tar'")
     return 0

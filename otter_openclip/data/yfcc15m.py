@@ -1,7 +1,7 @@
 """YFCC15M, OpenAI's English subset of YFCC100M, as training shards.
 
 Takes the subset's TSV (line number, photo id, hash), YFCC100M's metadata (the 23- or 25-column
-tables, one with a header, or JSON lines) and the photos as a folder, zips or tars named by hash or photo
+tables, or one with a header) and the photos as a folder, zips or tars named by hash or photo
 id, or as img2dataset wrote them. A caption is title + ". " + description, each URL-unquoted, its + made
 spaces and HTML tags removed, as the reference does. Keys are photo ids.
 """
@@ -9,7 +9,6 @@ spaces and HTML tags removed, as the reference does. Keys are photo ids.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -101,23 +100,15 @@ def read_metadata(path: str) -> Iterator[dict[str, str]]:
     """
     columns: list[str] = []
     for number, line in lines(path):
-        if line.startswith("{"):
-            try:
-                row = {k: "" if v is None else str(v) for k, v in json.loads(line).items()}
-                "".join(row[name] for name in _NEEDED).encode()  # JSON can name what is no text
-            except (ValueError, KeyError) as error:
-                fault = f"no JSON object with {', '.join(_NEEDED)} ({error})"
-                raise at(path, number, fault) from error
-        else:
-            fields = line.split("\t")
-            if not columns and set(_NEEDED) <= set(fields):
-                columns = fields
-                continue
-            columns = columns or _LAYOUTS.get(len(fields), [])
-            if len(fields) != len(columns):
-                forms = f"{' or '.join(map(str, _LAYOUTS))}, or a header with {', '.join(_NEEDED)}"
-                raise at(path, number, f"{len(fields)} columns; YFCC100M's metadata have {forms}")
-            row = dict(zip(columns, fields, strict=True))
+        fields = line.split("\t")
+        if not columns and set(_NEEDED) <= set(fields):
+            columns = fields
+            continue
+        columns = columns or _LAYOUTS.get(len(fields), [])
+        if len(fields) != len(columns):
+            forms = f"{' or '.join(map(str, _LAYOUTS))}, or a header with {', '.join(_NEEDED)}"
+            raise at(path, number, f"{len(fields)} columns; YFCC100M's metadata have {forms}")
+        row = dict(zip(columns, fields, strict=True))
         if not _ID.fullmatch(row["photoid"]):
             raise at(path, number, f"{row['photoid']!r} is no photo id")
         yield row
