@@ -137,19 +137,20 @@ def test_cc3m_from_img2dataset(conceptual, kind):
 
 
 @pytest.mark.parametrize(
-    ("files", "message"),
+    ("cut", "files", "message"),
     [
-        (None, "00001.tar: damaged or cut short"),
-        ({"0.jpg": jpeg(0)}, "00001.tar: no url in 0.json; is this the output of img2dataset"),
-        ({"0.jpg": jpeg(0), "0.json": b'{"a": 1}'}, "00001.tar: no url in 0.json"),
-        ({"0.jpg": jpeg(0), "0.json": b"{"}, "00001.tar: no url in 0.json"),
+        (3000, None, "00001.tar: damaged or cut short"),
+        (2100, None, "00001.tar: damaged or cut short"),  # inside the first JSON
+        (0, {"0.jpg": jpeg(0)}, "00001.tar: no url in 0.json; is this the output of img2dataset"),
+        (0, {"0.jpg": jpeg(0), "0.json": b'{"a": 1}'}, "00001.tar: no url in 0.json"),
+        (0, {"0.jpg": jpeg(0), "0.json": b"{"}, "00001.tar: no url in 0.json"),
     ],
 )
-def test_an_interrupted_img2dataset_is_an_error(conceptual, capsys, files, message):
+def test_an_interrupted_img2dataset_is_an_error(conceptual, capsys, cut, files, message):
     rows = [({"url": url}, jpeg(n)) for n, url in enumerate(URLS)]
     folder = img2dataset(conceptual / "images", rows, "webdataset")
     whole = (folder / "00001.tar").read_bytes()
-    (folder / "00001.tar").write_bytes(whole[:3000])
+    (folder / "00001.tar").write_bytes(whole[:cut])
     if files:
         write_tar(folder / "00001.tar", files)
     assert build_cc(conceptual, source=["--img2dataset", folder]) == 2

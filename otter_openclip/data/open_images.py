@@ -73,4 +73,4 @@ def read_labels(path: str, mids: dict[str, int], class_file: str) -> tuple[list[
         labels = rows.setdefault(image, Row(image, [], number)).labels
         if confidence[0] == "1" and mids[mid] not in labels:
             labels.append(mids[mid])
-    return labelled.with_labels(rows)
+    return labelled.with_labels(rows.values())

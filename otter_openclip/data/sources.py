@@ -144,7 +144,8 @@ def samples(source: str) -> Iterator[Sample]:
             seen.add(name)
             suffix = os.path.splitext(name)[1].lower()
             if suffix == ".json":
-                sample = sample._replace(metadata=read(file))
+                with tables.whole(source, SampleError):
+                    sample = sample._replace(metadata=read(file))
             elif suffix and suffix in IMAGE_SUFFIXES:
                 sample = sample._replace(file=file)
         yield sample
