@@ -137,35 +137,31 @@ def _only(pictures: list[Picture], *, whole: bool) -> Picture:
 
 @dataclass
 class Downloaded:
-    """Images that img2dataset has downloaded, as files or webdataset, by fields of their JSON."""
+    """Images that img2dataset has downloaded, as files or webdataset, by the URL in their JSON."""
 
     places: Sequence[str]
-    fields: Sequence[str]
 
     def __post_init__(self) -> None:
         self.folders, self.archives = sources.expand(self.places)
 
     def open(self, index: Index, folder: Path) -> None:
-        """List the images; OSError if one has no JSON with one of the fields."""
+        """List the images; OSError if one has no JSON with its URL."""
         self.index = index
         for source in [*(sources.unpacked(a, folder) for a in self.archives), *self.folders]:
             index.add(source, self._entries(source))
 
-    def find(self, *names: str) -> Picture:
-        """The image whose JSON has one of the ``names``, the first of several."""
-        pictures = (picture for name in names for picture in self.index.select(name))
-        return next(pictures, Picture(None, reason=NOT_DOWNLOADED))
+    def find(self, url: str) -> Picture:
+        """The first image of a URL."""
+        pictures = self.index.select(url)
+        return pictures[0] if pictures else Picture(None, reason=NOT_DOWNLOADED)
 
     def _entries(self, source: str) -> Iterator[tuple[str, str, File]]:
         for name, metadata, file in sources.samples(source):
             if file is None:
                 continue  # it was not downloaded
             try:
-                value = json.loads(metadata or "{}")
-                keys = [str(value[f]) for f in self.fields if value.get(f) not in (None, "")]
-            except (ValueError, AttributeError):
-                keys = []
-            if not keys:
-                listed = " or ".join(self.fields)
-                raise OSError(f"{source}: no {listed} in {name}.json; {_NOT_IMG2DATASET}")
-            yield from ((key, name, file) for key in keys)
+                url = str(json.loads(metadata or "{}")["url"])
+            except (ValueError, KeyError, TypeError):
+                fault = f"{source}: no url in {name}.json; {_NOT_IMG2DATASET}"
+                raise OSError(fault) from None
+            yield url, name, file

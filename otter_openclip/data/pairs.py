@@ -33,12 +33,10 @@ def add_pair_output(parser: argparse.ArgumentParser) -> None:
     add("--no-shuffle", action="store_true", help=text)
 
 
-def images(
-    args: argparse.Namespace, fields: Sequence[str] = ("url",), *, any_suffix: bool = False
-) -> Paths | Downloaded:
-    """The pictures of --images or --img2dataset; ``fields`` of its JSON are what rows name them by."""
+def images(args: argparse.Namespace, *, any_suffix: bool = False) -> Paths | Downloaded:
+    """The pictures of --images or --img2dataset."""
     if args.img2dataset:
-        return Downloaded(args.img2dataset, fields)
+        return Downloaded(args.img2dataset)
     return Paths(args.images, any_suffix=any_suffix)
 
 
