@@ -115,11 +115,31 @@ def test_open_images_from_every_kind_of_source(goi, kind):
     assert not (goi / "out" / ".otter-build" / "unpacked").exists()
 
 
-def test_a_class_file_without_header(goi):
-    content = b"\xef\xbb\xbf" + "\r\n".join([*CLASS_ROWS, ""]).encode()
-    (goi / "classes.csv").write_bytes(content)
-    mids, names = open_images.read_classes(goi / "classes.csv")
-    assert names == NAMES and list(mids) == MIDS
+@pytest.mark.parametrize("classes", ["without header", "names only"])
+@pytest.mark.parametrize("labels", ["official", "the reference's"])
+def test_other_forms_of_class_and_label_files(goi, capsys, classes, labels):
+    if classes == "names only":
+        (goi / "classes.csv").write_text("\n".join(NAMES) + "\n\n", encoding="utf-8")
+    else:
+        content = b"\xef\xbb\xbf" + "\r\n".join([*CLASS_ROWS, ""]).encode()
+        (goi / "classes.csv").write_bytes(content)
+        mids, names = open_images.read_classes(goi / "classes.csv")
+        assert names == NAMES and list(mids) == MIDS
+    if labels == "the reference's":
+        rows = ["\t".join([f"{i}.jpg", *map(str, numbers)]) for i, numbers in POSITIVES.items()]
+        (goi / "labels.csv").write_text("\n".join(rows) + "\n")
+    if classes == "names only" and labels == "official":
+        assert build_goi(goi) == 2
+        assert "has no class ids (/m/...)" in capsys.readouterr().err
+        return
+    assert build_goi(goi) == 0 and vectors(goi / "out") == POSITIVES
+    written = (goi / "out" / "classnames.txt").read_text(encoding="utf-8").splitlines()
+    assert written == NAMES
+
+
+@pytest.mark.parametrize("separator", ["\t", ";"])
+def test_labels_of_another_separator(goi, separator):
+    (goi / "labels.csv").write_text(LABELS.replace(",", separator))
     assert build_goi(goi) == 0 and vectors(goi / "out") == POSITIVES
 
 

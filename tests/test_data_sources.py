@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import os
+import re
+import struct
 import sys
 import zipfile
 
@@ -208,15 +210,78 @@ def test_a_table_that_is_none_is_an_error_with_its_line(tmp_path, capsys, text, 
 # pixels -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-def test_pixels_of_more_than_8_bits_are_dropped_with_the_reason(tmp_path, dtype):
-    deep = io.BytesIO()
-    Image.fromarray(np.arange(480).reshape(20, 24).astype(dtype)).save(deep, "TIFF")
-    write_files(tmp_path, {"0.x": deep.getvalue(), "1.jpg": jpeg(1)})
+def deep(array, form, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+RAMP = np.arange(480).reshape(20, 24)
+
+
+def white_is_zero(array, **options):
+    """A TIFF whose tag says that 0 is white."""
+    content = bytearray(deep(array, "TIFF", **options))
+    at = content.index(b"\x06\x01\x03\0\x01\0\0\0")
+    content[at + 8 : at + 10] = b"\0\0"
+    return bytes(content)
+
+
+def twelve_bits(array):
+    """A TIFF of 12 bits a pixel, two of them in three bytes."""
+    pairs = [(int(a), int(b)) for a, b in array.reshape(-1, 2)]
+    content = b"".join((a << 12 | b).to_bytes(3, "big") for a, b in pairs)
+    tags = {256: 24, 257: 20, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 20, 279: 720}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + content
+
+
+def fits(array):
+    """FITS has signed integers and an offset, which Pillow does not look at."""
+    cards = {"SIMPLE": "T", "BITPIX": 16, "NAXIS": 2, "NAXIS1": 24, "NAXIS2": 20, "BZERO": 32768}
+    head = "".join(f"{name:8}= {value:>20}".ljust(80) for name, value in cards.items()) + "END"
+    return head.ljust(2880).encode() + array.astype(">i2").tobytes().ljust(2880, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (deep((RAMP * 130).astype(np.uint16), "PNG"), RAMP * 130 / 257),
+        (deep((RAMP * 130).astype(np.uint16), "TIFF"), RAMP * 130 / 257),
+        (deep((RAMP * 8).astype(np.uint16), "TIFF", tiffinfo={281: 4095}), RAMP * 8 * 255 / 4095),
+        (b"P5 24 20 999\n" + (RAMP * 2).astype(">u2").tobytes(), RAMP * 2 * 255 / 999),
+        (deep((RAMP / 480).astype(np.float32), "TIFF", tiffinfo={341: 1.0}), RAMP * 255 / 480),
+        (deep((RAMP / 480).astype(np.float32), "TIFF"), "F pixels of no stated range"),
+        (deep(RAMP.astype(np.int32), "TIFF"), "I pixels of no stated range"),
+        (deep(RAMP.astype(np.float32), "TIFF", tiffinfo={341: 1.0}), "F pixels outside"),
+        (white_is_zero((RAMP * 130).astype(np.uint16)), 255 - RAMP * 130 / 257),
+        (
+            white_is_zero((RAMP * 8).astype(np.uint16), tiffinfo={281: 4095}),
+            255 - RAMP * 8 * 255 / 4095,
+        ),
+        (twelve_bits(RAMP * 8), RAMP * 8 * 255 / 4095),
+        (b"Pf 24 20 -1.0\n" + (RAMP / 480).astype("<f4").tobytes(), "F pixels of no|not an image"),
+        (fits(RAMP), "I(;16)? pixels of no stated range"),
+        (
+            deep((RAMP * 8).astype(np.uint16), "TIFF", tiffinfo={281: 4095}).replace(
+                b"\x19\x01\x03\0\x01\0\0\0", b"\x19\x01\x02\0\x01\0\0\0"
+            ),
+            "ufunc",  # a number that is a text
+        ),
+    ],
+)
+def test_deep_pixels_keep_their_meaning_or_go(tmp_path, capsys, content, expected):
+    write_files(tmp_path, {"0.x": content, "1.jpg": jpeg(1)})
     path = table(tmp_path / "t.tsv", [("0.x", "deep"), ("1.jpg", "flat")])
     assert csv(tmp_path, path) == 0
-    assert pairs_of(tmp_path / "out") == [("flat", jpeg(1))]
-    assert "undecodable\t16-bit or float image" in (tmp_path / "out" / "dropped.tsv").read_text()
+    stored = samples(tmp_path / "out" / "00000.tar")
+    if isinstance(expected, str):
+        assert stored.keys() == {"000000001"}
+        said = (tmp_path / "out" / "dropped.tsv").read_text()
+        assert re.search(f"0.x\tundecodable\t({expected})", said)
+        return
+    image = np.asarray(Image.open(io.BytesIO(stored["000000000"]["png"])).convert("RGB"))
+    assert np.abs(image - expected[..., None]).max() <= 0.51
 
 
 def test_orientation_stays_what_open_clip_passes_over(tmp_path):
@@ -247,7 +312,7 @@ def test_number_of_shards(tmp_path, capsys):
     assert "--shards was 8" in capsys.readouterr().err
 
 
-# img2dataset's parquet, Hugging Face --------------------------------------------------------------
+# img2dataset, Hugging Face ------------------------------------------------------------------------
 
 
 def parquet(path, columns):
@@ -283,6 +348,15 @@ def test_tables_of_images_without_pyarrow(tmp_path, monkeypatch, capsys):
 PICTURES = [{"bytes": jpeg(n), "path": f"{n}.jpg"} for n in range(3)]
 
 
+def write_arrow(path, rows, file=False):
+    """What datasets writes, a stream, or arrow's other form, a file."""
+    arrow = pytest.importorskip("pyarrow")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = arrow.table(rows)
+    with (arrow.ipc.new_file if file else arrow.ipc.new_stream)(path, whole.schema) as writer:
+        writer.write_table(whole, max_chunksize=1)
+
+
 def test_hugging_face(tmp_path):
     """All captions of a row are samples, and what a row lacks is accounted for."""
     images = [*PICTURES[:2], {"bytes": None, "path": "2.jpg"}, *PICTURES[2:]]
@@ -297,8 +371,45 @@ def test_hugging_face(tmp_path):
     assert run(*words, "--text-key", "said") == 0
     pairs = [("one", 0), ("un", 0), ("two", 1), ("three", 3)]
     assert pairs_of(tmp_path / "out") == [(caption, jpeg(n)) for caption, n in pairs]
-    lost = [(name[-5:], reason) for name, reason in dropped(tmp_path / "out")]
-    assert lost == [("row 1", "empty caption"), ("row 2", "missing"), ("row 3", "empty caption")]
+    lost = {(name[-5:], reason) for name, reason in dropped(tmp_path / "out")}
+    assert lost == {("row 1", "empty caption"), ("row 2", "missing"), ("row 3", "empty caption")}
+
+
+@pytest.mark.parametrize("paths", [False, True])
+def test_hugging_face_arrow(tmp_path, paths):
+    """Of save_to_disk and of caches, whose images may be files by their paths."""
+    beside, rows = tmp_path / "set" / "train", {"image": PICTURES, "text": ["a", "b", "c"]}
+    if paths:
+        write_files(beside, {f"{n}.jpg": jpeg(n) for n in range(2)})
+        write_files(tmp_path, {"2.jpg": jpeg(2)})
+        arrow = pytest.importorskip("pyarrow")
+        kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
+        names = ["0.jpg", "1.jpg", str(tmp_path / "2.jpg")]
+        rows["image"] = arrow.array([{"bytes": None, "path": name} for name in names], kind)
+    write_arrow(beside / "data-00000-of-00001.arrow", rows)
+    filtered = beside / "cache-0a1b.arrow"  # of Dataset.filter
+    write_arrow(filtered, {"image": PICTURES[1:], "text": ["b", "c"]}, file=True)
+    words = ["hf", "--no-shuffle", "--output", tmp_path / "out", "--dataset"]
+    assert run(*words, tmp_path / "set") == 0
+    assert pairs_of(tmp_path / "out") == [(c, jpeg(n)) for n, c in enumerate("abc")]
+    words[3] = tmp_path / "named"
+    assert run(*words, filtered) == 0
+    assert pairs_of(tmp_path / "named") == [("b", jpeg(1)), ("c", jpeg(2))]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_arrow_stream_that_stops(tmp_path, capsys, inside):
+    arrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "a.arrow"
+    write_arrow(path, {"image": PICTURES, "text": ["a", "b", "c"]})
+    whole = path.read_bytes()
+    file = arrow.BufferReader(whole)
+    messages = arrow.ipc.MessageReader.open_stream(file)
+    for _ in range(3):  # the schema and two rows
+        messages.read_next_message()
+    path.write_bytes(whole[: file.tell() - 99 * inside])
+    assert run("hf", "--dataset", path, "--output", tmp_path / "out") == 2
+    assert "a.arrow: damaged or cut short" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -309,7 +420,7 @@ def test_hugging_face(tmp_path):
         ({"image": PICTURES, "text": [[{"raw": "a"}]] * 3}, "row 0: no text in 'text', but {"),
         ({"text": ["a"]}, "0 columns of images among text"),
         (b"PAR1PAR1", "a.parquet: damaged or cut short"),
-        (None, "no .parquet there"),
+        (None, "no .parquet or .arrow there"),
     ],
 )
 def test_hugging_face_files_that_are_refused(tmp_path, capsys, columns, message):

@@ -1,16 +1,18 @@
-"""The conversion of images that stock loaders do not look for, and their scaling.
+"""The conversion of images that stock loaders cannot read, or misread.
 
-open_clip's loaders give ``Image.convert("RGB")``: EXIF orientation is passed over, so nothing is turned
-here either; what such a loader would cut off is refused.
+open_clip's loaders give ``Image.convert("RGB")``: EXIF orientation is passed over, and pixels of more
+than 8 bits a channel are cut at 255. So nothing is turned here either, and such pixels are scaled.
 """
 
 from __future__ import annotations
 
 import io
 
+import numpy as np
 from PIL import Image
 
 from otter_openclip.shards import read as shard_samples
+from otter_openclip.shards.read import SampleError
 
 # PIL's name of a format -> suffix. clip_benchmark reads webp, png, jpg and jpeg; open_clip the same.
 # MPO is a JPEG with further pictures behind it.
@@ -18,18 +20,23 @@ STOCK_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _SUFFIXES = Image.registered_extensions().items()
 IMAGE_SUFFIXES = {"", *(suffix for suffix, name in _SUFFIXES if name in Image.OPEN)}
 JPEG_QUALITY = 95
+_MIN_MAX = ((340, 341), (280, 281))  # TIFF's (S)MinSampleValue and (S)MaxSampleValue
+_BITS, _PHOTOMETRIC = 258, 262
+_SIXTEEN_BITS = ("PNG", "PPM", "TIFF", "JPEG2000")  # whose integers have their bits for a range
 
 
 def prepare(content: bytes, resize: int | None = None) -> tuple[str, bytes]:
     """The suffix and content to store for an image file's ``content``.
 
     JPEG, PNG and WebP stay byte for byte what they are, unless their shorter side exceeds ``resize``
-    pixels; then they are scaled as torchvision's ``Resize(resize, BICUBIC)`` does. Other formats become
-    PNG. SampleError if Pillow cannot read all of it, or pixels have more than 8 bits.
+    pixels; then they are scaled as torchvision's ``Resize(resize, BICUBIC)`` does. Other formats, and
+    pixels of more than 8 bits, become PNG. SampleError if Pillow cannot read all of it; as `eight_bits`.
     """
     image = shard_samples.opened(content, whole=True)
-    shard_samples.check_range(image)
     suffix = STOCK_FORMATS.get(image.format or "")
+    if image.mode[0] in "IF":
+        with shard_samples.readable():  # tags may be damaged
+            image, suffix = eight_bits(image), None
     large = resize is not None and min(image.size) > resize
     if suffix is not None and not large:
         return suffix, content
@@ -44,3 +51,26 @@ def prepare(content: bytes, resize: int | None = None) -> tuple[str, bytes]:
         return "jpg", buffer.getvalue()
     image.save(buffer, "PNG")
     return "png", buffer.getvalue()
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image of mode I;16, I or F as one of mode L: its stated range becomes 0 to 255.
+
+    The range is that of TIFF's sample value tags, or else that of the 16 or fewer bits that a TIFF,
+    PNG, PNM or JPEG 2000 has. SampleError if no range is stated, or a pixel is outside it.
+    """
+    tags, low, high = getattr(image, "tag_v2", {}), 0.0, 0.0
+    for first, last in _MIN_MAX:
+        if last in tags and not high > low:
+            low, high = (float(np.max(tags.get(tag, 0))) for tag in (first, last))
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF")
+    if not high > low and sixteen and image.format in _SIXTEEN_BITS:
+        low, high = 0.0, 2.0 ** tags.get(_BITS, (16,))[0] - 1
+    if not high > low:
+        raise SampleError(f"{image.mode} pixels of no stated range; scale them to 8 bits")
+    pixels = np.asarray(image, np.float64)
+    if not ((pixels >= low) & (pixels <= high)).all():
+        raise SampleError(f"{image.mode} pixels outside the stated range of {low:g} to {high:g}")
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds up to 8 bits only
+        low, high = high, low
+    return Image.fromarray(np.round((pixels - low) * (255 / (high - low))).astype(np.uint8))

@@ -1,6 +1,7 @@
 """A Hugging Face dataset with a column of images and one of captions as training shards.
 
-Takes parquet files as they are on the hub. Needs pyarrow.
+Takes parquet files as they are on the hub, and the arrow files that datasets' save_to_disk writes or
+its cache has. Needs pyarrow.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import File, absolute
 from otter_openclip.files import written_whole
 
+_ENDS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0")  # of parquet, arrow's files and streams
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
     add, kind = parser.add_argument, absolute
-    text = "folders with .parquet files in them or below, or such files"
+    text = "folders with .parquet or .arrow files in them or below, or such files"
     add("--dataset", required=True, nargs="+", type=kind, metavar="PATH", help=text)
     add("--text-key", default="text", metavar="NAME", help="column of captions; default text")
     pairs.add_pair_output(parser)
@@ -40,12 +43,14 @@ def main(args: argparse.Namespace) -> int:
         for number, path in enumerate(files):
             images = folder / f"{number}.images"
             with written_whole(images) as out:
-                for row, (content, values) in enumerate(rows(path)):
+                for row, (content, name, values) in enumerate(rows(path)):
                     if key not in values:
                         fault = f"no column {key!r} but {', '.join(values)}"
                         raise ValueError(f"{path}: {fault}; --text-key")
-                    file = File(str(images), out.tell(), len(content)) if content else None
-                    out.write(content)
+                    file = File(os.path.join(os.path.dirname(path), name)) if name else None
+                    if content:
+                        file = File(str(images), out.tell(), len(content))
+                        out.write(content)
                     for caption in texts(values[key], f"{path} row {row}", key):
                         plan.add(f"{path} row {row}", Picture(file), caption)
 
@@ -53,12 +58,17 @@ def main(args: argparse.Namespace) -> int:
 
 
 def find_files(paths: list[str]) -> list[str]:
-    """The parquet files that ``paths`` are or hold, each once; FileNotFoundError if one has none."""
+    """The tables that ``paths`` are or hold, each once; FileNotFoundError if one has none.
+
+    Not those that only lie there as cache-*: what datasets' map and filter made of the data beside.
+    """
     files: list[str] = []
     for path in paths:
-        inside = sorted(glob.glob(f"{glob.escape(path)}/**/*.parquet", recursive=True))
+        inside = sorted(glob.glob(f"{glob.escape(path)}/**/*", recursive=True))
+        inside = [name for name in inside if name.endswith((".parquet", ".arrow"))]
+        inside = [name for name in inside if not os.path.basename(name).startswith("cache-")]
         if not inside and not os.path.isfile(path):
-            raise FileNotFoundError(f"--dataset {path}: no .parquet there")
+            raise FileNotFoundError(f"--dataset {path}: no .parquet or .arrow there")
         files += inside or [path]
     # The hub's cache has a link for each revision of a dataset.
     return list({os.path.realpath(path): path for path in files}.values())
@@ -73,15 +83,15 @@ def texts(value: Any, row: str, key: str) -> list[str]:
     return [caption or "" for caption in captions]
 
 
-def rows(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The image, b"" if there is none, and the other columns of each row of a parquet file.
+def rows(path: str) -> Iterator[tuple[bytes | None, str | None, dict[str, Any]]]:
+    """The image, the path it has without bytes, and the other columns of each row of a table.
 
     The images lie in a column of bytes, or of {bytes, path}. ValueError if there is not one such column,
     or two of one name; OSError if the file is damaged; RuntimeError if pyarrow is missing.
     """
     needs("pyarrow", "parquet")
     import pyarrow
-    from pyarrow import parquet, types
+    from pyarrow import ipc, parquet, types
 
     def is_image(kind: Any) -> bool:
         inner = {field.name: field.type for field in kind} if types.is_struct(kind) else {}
@@ -89,17 +99,26 @@ def rows(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
         return types.is_binary(kind) or types.is_large_binary(kind)
 
     with open(path, "rb") as file, tables.whole(path, pyarrow.ArrowException):
-        reader = parquet.ParquetFile(file)
-        schema = reader.schema_arrow
+        if not path.endswith(".arrow"):
+            reader = parquet.ParquetFile(file)
+            schema, batches = reader.schema_arrow, reader.iter_batches(batch_size=64)
+        elif file.peek(6).startswith(b"ARROW1"):
+            reader = ipc.open_file(file)
+            schema, batches = reader.schema, map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            batches = ipc.open_stream(file)
+            schema = batches.schema
         images = [field.name for field in schema if is_image(field.type)]
         listed = ", ".join(schema.names)
         if len(images) != 1:
             raise ValueError(f"{path}: {len(images)} columns of images among {listed}")
         if len(set(schema.names)) < len(schema):
             raise ValueError(f"{path}: two columns of one name among {listed}; rename one")
-        batches = reader.iter_batches(batch_size=64)
         every = (row for batch in batches for row in batch.to_pylist())
-        bar = tqdm(every, os.path.basename(path), reader.metadata.num_rows, unit="row")
-        for row in bar:
+        for row in tqdm(every, os.path.basename(path), unit="row"):
             image = row.pop(images[0])
-            yield (image.get("bytes") if isinstance(image, dict) else image) or b"", row
+            image = image if isinstance(image, dict) else {"bytes": image}
+            yield image.get("bytes"), image.get("path"), row
+        file.seek(-8, os.SEEK_END)
+        if not file.read().endswith(_ENDS):  # pyarrow takes a stream that stops for one that ends
+            raise EOFError("its end is not there")

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +127,12 @@ class Plan:
         query = "SELECT key, name, file, text FROM samples WHERE id = ?"
         key, name, file, text = self.db.execute(query, (id,)).fetchone()
         return Sample(id, key or f"{id - 1:09d}", name, File(*json.loads(file)), text)
+
+    def written(self) -> Iterator[Sample]:
+        """The samples that are in shards, in the order of the input."""
+        gone = "SELECT id FROM dropped WHERE id IS NOT NULL"
+        query = f"SELECT id FROM samples WHERE id NOT IN ({gone}) ORDER BY id"
+        yield from (self.sample(id) for (id,) in self.db.execute(query))
 
     def report(self) -> dict[str, Any]:
         """Numbers of samples and shards, counts by reason, and the shards' (name, samples, bytes)."""
