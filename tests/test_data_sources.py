@@ -1,4 +1,4 @@
-"""Where builders find pictures and captions: exact look-ups, strict tables, addresses, columns."""
+"""Where builders find pictures and captions: exact look-ups, strict tables, columns."""
 
 import gzip
 import io
@@ -336,6 +336,16 @@ def test_img2dataset_in_several_runs_and_forms(tmp_path):
         images = [tmp_path / each for each in folders]
         assert run(*words, *images, "--output", tmp_path / name) == 0
         assert pairs_of(tmp_path / name) == [(str(n), jpeg(n)) for n in range(6)]
+
+
+def test_img2datasets_other_forms_are_named(tmp_path, capsys):
+    """Beside tars, parquet files are statistics; alone they would hold the images."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "00000.parquet").write_bytes(b"PAR1")
+    path = table(tmp_path / "t.tsv", [("http://x/0", "a")])
+    words = ["csv", "--captions", path, "--img2dataset", tmp_path / "images"]
+    assert run(*words, "--output", tmp_path / "out") == 2
+    assert "parquet and tfrecord files cannot be read" in capsys.readouterr().err
 
 
 def test_tables_of_images_without_pyarrow(tmp_path, monkeypatch, capsys):

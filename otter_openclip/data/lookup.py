@@ -145,10 +145,14 @@ class Downloaded:
         self.folders, self.archives = sources.expand(self.places)
 
     def open(self, index: Index, folder: Path) -> None:
-        """List the images; OSError if one has no JSON with its URL."""
+        """List the images; OSError if one has no JSON with its URL, ValueError if there is none."""
         self.index = index
         for source in [*(sources.unpacked(a, folder) for a in self.archives), *self.folders]:
             index.add(source, self._entries(source))
+        if not index.db.execute("SELECT 1 FROM files").fetchone():
+            fault = "no image there, and parquet and tfrecord files cannot be read"
+            fix = "download with --output_format webdataset or files"
+            raise ValueError(f"--img2dataset {' '.join(self.places)}: {fault}; {fix}")
 
     def find(self, url: str) -> Picture:
         """The first image of a URL."""
