@@ -59,7 +59,7 @@ def vectors(output):
     }
 
 
-def test_open_images_official_files(goi, capsys):
+def test_open_images_official_files(goi):
     assert build_goi(goi, "--shard-size", "2") == 0
     out = goi / "out"
     assert vectors(out) == POSITIVES
@@ -68,7 +68,6 @@ def test_open_images_official_files(goi, capsys):
     report = json.loads((out / "report.json").read_text())
     assert report["samples"] == 3 and report["dropped"] == {}
     assert report["skipped"] == {"without a positive label": 1}
-    assert "1 repeat an earlier one's name" in capsys.readouterr().out
     stored = samples(out / "test" / "0.tar", out / "test" / "1.tar")
     assert [files["jpg"] for files in stored.values()] == [jpeg(0), jpeg(1), jpeg(2)]
 
@@ -85,9 +84,7 @@ def test_stock_clip_benchmark_reads_it(goi):
     assert [tuple(target.shape) for _, target in loader] == [(2, 5), (1, 5)]
 
 
-@pytest.mark.parametrize(
-    "kind", ["tar", "tar.gz", "zip", "test folder", "folder of tars", "braces"]
-)
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip", "test folder", "folder of tars"])
 def test_open_images_from_every_kind_of_source(goi, kind):
     import zipfile
 
@@ -110,8 +107,6 @@ def test_open_images_from_every_kind_of_source(goi, kind):
             write_tar(path / f"part{n}.tar", {name: content})
         write_tar(path / "part3.tar", {})  # an archive of nothing
         (path / "part4.tar").touch()
-        if kind == "braces":
-            path = path / "part{0..3}.tar"
     assert build_goi(goi, images=path) == 0
     assert build_goi(goi, out="plain") == 0
     assert vectors(goi / "out") == POSITIVES
@@ -124,7 +119,7 @@ def test_open_images_from_every_kind_of_source(goi, kind):
 @pytest.mark.parametrize("labels", ["official", "the reference's"])
 def test_other_forms_of_class_and_label_files(goi, capsys, classes, labels):
     if classes == "names only":
-        (goi / "classes.csv").write_text("\n".join(NAMES) + "\n", encoding="utf-8")
+        (goi / "classes.csv").write_text("\n".join(NAMES) + "\n\n", encoding="utf-8")
     else:
         content = b"\xef\xbb\xbf" + "\r\n".join([*CLASS_ROWS, ""]).encode()
         (goi / "classes.csv").write_bytes(content)
@@ -140,6 +135,12 @@ def test_other_forms_of_class_and_label_files(goi, capsys, classes, labels):
     assert build_goi(goi) == 0 and vectors(goi / "out") == POSITIVES
     written = (goi / "out" / "classnames.txt").read_text(encoding="utf-8").splitlines()
     assert written == NAMES
+
+
+@pytest.mark.parametrize("separator", ["\t", ";"])
+def test_labels_of_another_separator(goi, separator):
+    (goi / "labels.csv").write_text(LABELS.replace(",", separator))
+    assert build_goi(goi) == 0 and vectors(goi / "out") == POSITIVES
 
 
 @pytest.mark.parametrize(
@@ -159,29 +160,18 @@ def test_other_forms_of_class_and_label_files(goi, capsys, classes, labels):
             "labels.csv:8: 3 fields, the header has 4",
         ),
         ("labels.csv", "Confidence", "Score", "labels.csv:1: has no column 'Confidence'"),
-        (
-            "classes.csv",
-            ",Kakig",
-            ", ",
-            "images",
-        ),  # only a shorter name: no error of the class file
         ("classes.csv", "46d,Kakigōri", "46d,", "classes.csv:5: empty class name"),
         ("classes.csv", "/m/02,Ball", "/m/018xm,Ball", "classes.csv:6: class /m/018xm again"),
         (
             "classes.csv",
             '"Cucumber, gourd, and melon family"',
             "Cucumber, gourd",
-            "classes.csv:4: 3 fields, the header has 2",
+            "classes.csv:4: expected a class id and a name",
         ),
         ("classes.csv", "Kakigōri", "Kakig\udcf6ri", "not UTF-8"),
-        ("classes.csv", "LabelName,", "LabelName, ", "classes.csv:2: a class id, but the header"),
+        ("classes.csv", "LabelName,", "LabelName, ", "classes.csv:1: expected a class id"),
         ("classes.csv", "\n/m/01_xx", "\r/m/01_xx", "a carriage return inside a line"),
-        (
-            "labels.csv",
-            "ImageID",
-            "imageid",
-            "labels.csv:1: no blank or tab between image and",
-        ),
+        ("labels.csv", "ImageID", "imageid", "labels.csv:1: has no column 'ImageID'"),
     ],
 )
 def test_open_images_errors_name_file_and_line(goi, capsys, file, old, new, message):
@@ -189,12 +179,8 @@ def test_open_images_errors_name_file_and_line(goi, capsys, file, old, new, mess
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_bytes(text.replace(old, new).encode(errors="surrogateescape"))
-    code = build_goi(goi)
-    if message == "images":
-        assert code == 0
-    else:
-        assert code == 2 and message in capsys.readouterr().err
-        assert not (goi / "out").exists()
+    assert build_goi(goi) == 2 and message in capsys.readouterr().err
+    assert not (goi / "out").exists()
 
 
 def test_missing_and_undecodable_images(goi, capsys):
@@ -202,21 +188,21 @@ def test_missing_and_undecodable_images(goi, capsys):
     (goi / "images" / "ffff21932da3ed01.jpg").unlink()
     assert build_goi(goi) == 2
     err = capsys.readouterr().err
-    assert "1 missing of 3 images" in err and "--max-missing 1" in err
+    assert "1 missing images" in err and "--max-missing 1" in err
     assert dropped(goi / "out") == [("ffff21932da3ed01", "missing")]
     # What is put in place after the error is found.
     (goi / "images" / "ffff21932da3ed01.jpg").write_bytes(jpeg(2))
     assert build_goi(goi) == 2
-    assert "1 undecodable of 3 images" in capsys.readouterr().err
+    assert "1 undecodable images" in capsys.readouterr().err
     (goi / "images" / "ffff21932da3ed01.jpg").unlink()
     shutil.rmtree(goi / "out")
     assert build_goi(goi, "--max-missing", "1") == 2
     err = capsys.readouterr().err
-    assert "1 missing and 1 undecodable of 3 images" in err and "--max-missing 2" in err
+    assert "1 missing, 1 undecodable images" in err and "--max-missing 2" in err
     both = [("0000c64e1253d68f", "undecodable"), ("ffff21932da3ed01", "missing")]
     assert dropped(goi / "out") == both
     assert not (goi / "out" / "test" / "nshards.txt").exists()
-    assert build_goi(goi, "--max-missing", "67%") == 0
+    assert build_goi(goi, "--max-missing", "2") == 0
     assert dropped(goi / "out") == both
     assert vectors(goi / "out") == {"000026e7ee790996": [1, 3]}
     assert json.loads((goi / "out" / "report.json").read_text())["dropped"] == {
@@ -229,7 +215,7 @@ def test_nothing_left_is_an_error(goi, capsys):
     assert build_goi(goi, "--max-missing", "3", images="classes.csv") == 2
     assert "neither a folder nor an archive" in capsys.readouterr().err
     (goi / "empty").mkdir()
-    assert build_goi(goi, "--max-missing", "100%", images="empty") == 2
+    assert build_goi(goi, "--max-missing", "100", images="empty") == 2
     assert "no sample could be kept (3 missing" in capsys.readouterr().err
     assert build_goi(goi, images="nowhere") == 2
     assert "no such folder or archive" in capsys.readouterr().err
@@ -372,8 +358,6 @@ def test_imagenet_as_folder_or_tars(tencent, kind):
         ("val.txt", "\t5\t", "\t6\t", "val.txt:3: label 6 is outside the class list of 6 (0 to 5)"),
         ("val.txt", "\t5\t", "\t-1\t", "val.txt:3: label -1 is outside"),
         ("val.txt", "\t5\t", "\tdesk\t", "val.txt:3: 'desk' is neither a class index nor"),
-        ("val.txt", "n04162706_4.", "n04162706_17303.", "_17303.JPEG again, first in line 1"),
-        ("val.txt", "n02957008/n02957008_4482", "x/n04162706_4", "the key of line 2's image"),
         ("dictionary.txt", "\n5", "\r5", "dictionary.txt:6: a carriage return inside a line"),
         ("dictionary.txt", "2\tdesk\n5", "2\tdesk\n7", "dictionary.txt:7: class 7 where 5 is due"),
         ("dictionary.txt", "-1\tmatter", "-1\t ", "dictionary.txt:3: empty class name"),
@@ -388,6 +372,14 @@ def test_imagenet10k_errors_name_file_and_line(tencent, capsys, file, old, new, 
     assert build_tencent(tencent) == 2
     assert message in capsys.readouterr().err
     assert not (tencent / "out").exists()
+
+
+def test_an_image_that_comes_again_is_dropped_with_the_reason(tencent):
+    with open(tencent / "val.txt", "a") as file:
+        file.write("x/n04162706_4.JPEG\t2\n")
+    assert build_tencent(tencent) == 0
+    assert vectors(tencent / "out") == EXPECTED
+    assert dropped(tencent / "out") == [("x/n04162706_4.JPEG", "duplicate")]
 
 
 def test_a_name_stays_one_line_whatever_breaks_unicode_has(tmp_path):

@@ -1,8 +1,8 @@
 """Shards from a plan of their samples: the same bytes for any number of workers, after any kill.
 
 A builder lists its rows in the plan, an SQLite file in OUT/.otter-build, with where each row's image is.
-The plan is cut into shards before any image is read, and notes how far the finished shards go. Workers
-read images; one process writes the shards, in order. ``report.json`` comes last: an output with it is
+The plan is cut into shards before any image is read, and notes how far the finished shards go. Threads
+read images; one of them writes the shards, in order. ``report.json`` comes last: an output with it is
 complete.
 """
 
@@ -30,12 +30,12 @@ from otter_openclip.data.decoding import prepare
 from otter_openclip.data.lookup import AMBIGUOUS, MISSING, Downloaded, Paths
 from otter_openclip.data.plan import DROPPED_FILE, Plan, Sample
 from otter_openclip.data.pool import default_workers, ordered_map
+from otter_openclip.data.sources import absolute
 from otter_openclip.files import write_json
 from otter_openclip.shards.read import SampleError
 from otter_openclip.shards.write import write_shard
 
 STATE_FOLDER, REPORT_FILE, UNDECODABLE = ".otter-build", "report.json", "undecodable"
-ENOUGH_SHARDS = 8
 _LOCK_SECONDS = 10.0
 _CHUNK = 16  # images a worker reads at a time
 _NOT_OF_THE_RESULT = ("output", "workers", "max_missing")  # options that a resume may change
@@ -46,14 +46,14 @@ def add_output(parser: argparse.ArgumentParser, *, shard_size: int) -> None:
     group = parser.add_argument_group("output")
     add, one = group.add_argument, group.add_mutually_exclusive_group().add_argument
     text = "folder to write; the same command goes on with a build that was stopped"
-    add("--output", required=True, type=sources.absolute, metavar="DIR", help=text)
+    add("--output", required=True, type=absolute, metavar="DIR", help=text)
     text = "scale images down to this shorter side (JPEG quality 95); default: files as they are"
     add("--resize", type=positive, metavar="PIXELS", help=text)
     text = f"samples per shard; default {shard_size}"
     one("--shard-size", type=positive, default=shard_size, metavar="N", help=text)
     text = "number of shards instead; open_clip needs one for each data-loading worker of all GPUs"
     one("--shards", type=positive, metavar="N", help=text)
-    text = "processes; default: one per CPU. The result does not depend on it"
+    text = "threads; default: one per CPU. The result does not depend on it"
     add("--workers", type=positive, default=default_workers(), metavar="N", help=text)
 
 
@@ -87,11 +87,9 @@ class Build:
         """Build, or go on with a build that was stopped, or see that it is complete; the report.
 
         ValueError if the output holds something else or a build with other settings or inputs, nothing
-        could be kept, or too many pictures are missing; RuntimeError if another process builds there, or
-        a worker was killed; OSError if something cannot be read or written.
+        could be kept, or too many pictures are missing; RuntimeError if another process builds there;
+        OSError if something cannot be read or written.
         """
-        if "://" in self.args.output:
-            raise ValueError(f"--output {self.args.output}: build into a folder and copy it there")
         if self.output.exists() and not self.state.is_dir() and any(self.output.iterdir()):
             fault = "holds files that are not of 'otter-openclip data'"
             raise ValueError(f"{self.output} {fault}; choose another --output")
@@ -105,8 +103,7 @@ class Build:
         except Timeout:
             fault = f"another process is building in {self.output}; wait for it or end it"
             raise RuntimeError(fault) from None
-        shards = f"{report['shards']} shard{'s' if report['shards'] > 1 else ''}"
-        print(f"{self.output}: {report['samples']} samples in {shards}.")
+        print(f"{self.output}: {report['samples']} samples, {report['shards']} shards.")
         if report["skipped"]:
             print(f"Left out: {_counts(report['skipped'])}.")
         if report["dropped"]:
@@ -167,32 +164,27 @@ class Build:
 
     def _check_lost(self, plan: Plan) -> None:
         """Raise ValueError if nothing is left, or more is lost than may be."""
-        reasons, planned = plan.report()["dropped"], len(plan)
+        reasons = plan.report()["dropped"]
         lost = {r: reasons[r] for r in (MISSING, AMBIGUOUS, UNDECODABLE) if r in reasons}
         undecodable, most = lost.get(UNDECODABLE, 0), getattr(self.args, "max_missing", None)
-        total, listed = planned + sum(lost.values()) - undecodable, self.output / DROPPED_FILE
-        fault = None
-        if planned == undecodable:
+        listed = self.output / DROPPED_FILE
+        if len(plan) == undecodable:
             counts = _counts(reasons | plan.report()["skipped"]) or "the input lists none"
             fault = f"no sample could be kept ({counts}); check input and --images, see {listed}"
-        elif most is not None and sum(lost.values()) > most(total):
+        elif most is not None and sum(lost.values()) > most:
             again = " and build into a new folder" if undecodable else ""
             fix = f"put them in place{again}, or pass --max-missing {sum(lost.values())}"
-            fault = f"{_counts(lost, ' and ')} of {total} images, listed in {listed}; {fix}"
-        if fault:
-            plan.write_dropped(self.output)
-            raise ValueError(fault)
+            fault = f"{_counts(lost)} images, listed in {listed}; {fix}"
+        else:
+            return
+        plan.write_dropped(self.output)
+        raise ValueError(fault)
 
     def _write_shards(self, plan: Plan) -> None:
         """Write the shards that are not there yet."""
         args = self.args
         order = plan.order(None if getattr(args, "no_shuffle", True) else args.seed)
         cuts = cut(len(order), args.shard_size, args.shards)
-        if len(cuts) <= ENOUGH_SHARDS:
-            need = "open_clip needs one for each data-loading worker of all GPUs together"
-            print(
-                f"Shards: {len(cuts) - 1}. {need}; --shards {ENOUGH_SHARDS} makes {ENOUGH_SHARDS}"
-            )
         done = self._done(plan)
         chunks = (
             [plan.sample(int(id)) for id in order[start : start + _CHUNK]]
@@ -241,12 +233,8 @@ class Build:
         with plan.db:
             for sample, reason, detail in lost:
                 plan.drop(sample.name, reason, detail, id=sample.id, last=last)
-            row = (
-                str(path.relative_to(self.output)),
-                count,
-                path.stat().st_size if count else 0,
-                last,
-            )
+            size = path.stat().st_size if count else 0
+            row = str(path.relative_to(self.output)), count, size, last
             plan.db.execute("INSERT INTO shards VALUES (?, ?, ?, ?)", row)
 
 
@@ -266,8 +254,8 @@ def _read(samples: list[Sample], resize: int | None) -> list[Image]:
     return images
 
 
-def _counts(counts: Mapping[str, int], joint: str = ", ") -> str:
-    return joint.join(f"{count} {reason}" for reason, count in counts.items())
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
 def _is_there(path: Path, size: int) -> bool:

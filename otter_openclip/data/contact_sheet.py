@@ -16,11 +16,13 @@ from otter_openclip.files import written_whole
 
 THUMBNAIL = 160
 COLUMNS = 8
-FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", "")
 
 
 def draw(chosen: Sequence[tuple[bytes, str]], path: Path) -> None:
-    """Draw the contact sheet: thumbnails with what belongs to them underneath."""
+    """Draw the contact sheet: thumbnails with what belongs to them underneath.
+
+    The suffix of ``path`` says the format, PNG if Pillow writes none of that suffix.
+    """
     columns = min(COLUMNS, len(chosen))
     width, height = THUMBNAIL + 16, THUMBNAIL + 76
     sheet = Image.new("RGB", (columns * width, -(-len(chosen) // columns) * height), "white")

@@ -20,11 +20,11 @@ from otter_openclip.data.sources import absolute
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
     add = parser.add_argument
-    add("--captions", required=True, type=absolute, metavar="FILE", help="the table, with a header")
+    text = "the table, with a header"
+    add("--captions", required=True, type=absolute, metavar="FILE", help=text)
     add("--csv-separator", metavar="C", help="default: tab, comma or semicolon, as the header has")
     add("--csv-img-key", default="filepath", metavar="NAME", help="column; default filepath")
     add("--csv-caption-key", default="title", metavar="NAME", help="column; default title")
-    add("--no-quotes", action="store_true", help="quotation marks in the table are only that")
     text = "folders or archives that hold the paths; default: the current folder or the table's"
     pairs.add_image_options(parser, text, required=False)
     pairs.add_pair_output(parser)
@@ -36,7 +36,8 @@ def main(args: argparse.Namespace) -> int:
     if separator is not None and len(separator) != 1:
         raise ValueError(f"--csv-separator must be one character, got {args.csv_separator!r}")
     columns = args.csv_img_key, args.csv_caption_key
-    rows = tables.table(args.captions, columns, separator, quotes=not args.no_quotes)
+    separator = separator or tables.separator_of(args.captions)
+    rows = tables.table(args.captions, columns, separator)
     plain = not (args.images or args.img2dataset)
     images = Paths([os.getcwd()], search=False) if plain else pairs.images(args)
 

@@ -12,7 +12,6 @@ import io
 import json
 import os
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
@@ -26,9 +25,9 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from otter_openclip.cli import positive
-from otter_openclip.data.contact_sheet import FORMATS, THUMBNAIL, draw
+from otter_openclip.data.contact_sheet import THUMBNAIL, draw
 from otter_openclip.data.pool import default_workers, ordered_map
-from otter_openclip.data.sources import COMPRESSED, named
+from otter_openclip.data.sources import COMPRESSED
 from otter_openclip.files import make_room, write_json
 from otter_openclip.shards import read as shard_samples
 from otter_openclip.shards.read import Fault, SampleError
@@ -60,8 +59,6 @@ def inspect(args: argparse.Namespace, evaluation_set: Callable[[Path], Any]) -> 
     That is an `evaluation.validator.Folder`, or None for a folder of training pairs.
     """
     paths = find_shards(args.shards)
-    if Path(args.sheet).suffix.lower() not in FORMATS:
-        raise ValueError(f"--sheet {args.sheet}: take one of {', '.join(FORMATS[:-1])}")
     for file in filter(None, (args.sheet, args.json)):
         make_room(Path(file))
     sets = {folder: evaluation_set(folder) for folder in dict.fromkeys(p.parent for p in paths)}
@@ -70,7 +67,7 @@ def inspect(args: argparse.Namespace, evaluation_set: Callable[[Path], Any]) -> 
     looks = list(tqdm(looks, "Reading shards", len(paths), unit="shard"))
     faults, remarks = judge(looks, sets)
     figures = summarise(looks)
-    print(_table(figures, next((s.names for s in sets.values() if s and s.names), None)))
+    print(_table(figures))
     for kind, listed in (("remark", remarks), ("fault", faults)):
         print(*(f"{kind}: {text}\n" for text in listed[:SHOWN]), sep="", end="")
     if len(faults) > SHOWN:
@@ -95,7 +92,7 @@ def find_shards(patterns: Iterable[str]) -> list[Path]:
     shards: list[Path] = []
     for text in chain.from_iterable(map(braceexpand, patterns)):
         paths = []
-        for name in filter(os.path.exists, named(text)):
+        for name in [text] if os.path.exists(text) else glob.glob(text):
             inside = glob.iglob(f"{glob.escape(name)}/**", recursive=True)  # not hidden ones
             tars = [path for path in inside if path.lower().endswith(TARS)]
             paths += tars if os.path.isdir(name) else [name]
@@ -111,76 +108,61 @@ class Look:
     def __init__(self, job: tuple[Path, Any], pictures: int) -> None:
         """Read a shard, of an evaluation set or, if that is None, of training pairs."""
         self.path, self.set = job
-        self.samples, self.turned, self._most = 0, 0, pictures
+        self.samples, self._most = 0, pictures
         self.sizes = {name: array("q") for name in SIZES}
-        self.keys = array("Q")
-        self.formats: Counter[str] = Counter()
-        self.classes: set[int] = set()
         self.faults: list[Fault] = []
         self.pictures: list[tuple[Any, bytes, str]] = []
         try:
             for key, files in shard_samples.samples(self.path, strict=self.set is not None):
-                digest = blake2b(key.encode(), digest_size=8).digest()
-                self.keys.append(int.from_bytes(digest, "little"))
-                self.samples, self._text = self.samples + 1, ""
-                for read in (self._read_text, self._read_image):
-                    try:
-                        read(files)
-                    except SampleError as error:
-                        self.faults.append(Fault(str(self.path), key, str(error)))
+                self.samples += 1
+                try:
+                    self._read(key, files)
+                except SampleError as error:
+                    self.faults.append(Fault(str(self.path), key, str(error)))
         except OSError as error:
             self.faults.append(Fault(str(self.path), "", str(error)))
 
-    def _read_text(self, files: Mapping[str, bytes]) -> None:
+    def _read(self, key: str, files: Mapping[str, bytes]) -> None:
+        text = self._read_text(files)
+        order = shard_samples.IMAGES if self.set else shard_samples.TRAINING_IMAGES
+        content = shard_samples.image_file(files, order)
+        image = shard_samples.opened(content)
+        decoded = shard_samples.rgb(image)
+        self.sizes["image_bytes"].append(len(content))
+        self.sizes["image_width"].append(decoded.width)
+        self.sizes["image_height"].append(decoded.height)
+        # The lot hangs on the key, so that the same pictures are drawn every time.
+        lot = blake2b(key.encode(), digest_size=8).digest(), self.samples
+        full = len(self.pictures) >= self._most
+        if not full or lot > self.pictures[0][0]:
+            decoded.thumbnail((THUMBNAIL, THUMBNAIL))
+            decoded.save(png := io.BytesIO(), "PNG")
+            (heappushpop if full else heappush)(self.pictures, (lot, png.getvalue(), text))
+        shard_samples.check_range(image)
+
+    def _read_text(self, files: Mapping[str, bytes]) -> str:
         kinds = [self.set.suffix] if self.set else [s for s in ("txt", "npy", "cls") if s in files]
         if not kinds:
             raise SampleError("neither caption (txt) nor labels (npy, cls)")
         if kinds[0] == "txt":
-            self._text = shard_samples.caption(files)
-            self.sizes["caption_characters"].append(len(self._text))
-            self.sizes["caption_words"].append(len(self._text.split()))
-        else:
-            labels = shard_samples.labels(files, kinds[0], self.set and self.set.classes).tolist()
-            names = self.set and self.set.names
-            self._text = "; ".join(names[label] if names else str(label) for label in labels)
-            self.sizes["labels_per_image"].append(len(labels))
-            self.classes.update(labels)
-
-    def _read_image(self, files: Mapping[str, bytes]) -> None:
-        order = shard_samples.IMAGES if self.set else shard_samples.TRAINING_IMAGES
-        content = shard_samples.image_file(files, order)
-        self.sizes["image_bytes"].append(len(content))
-        image = shard_samples.opened(content)
-        format_name, decoded = f"{image.format} {image.mode}", shard_samples.rgb(image)
-        self.formats[format_name] += 1
-        self.sizes["image_width"].append(decoded.width)
-        self.sizes["image_height"].append(decoded.height)
-        self.turned += shard_samples.orientation(image) != 1
-        lot, full = (self.keys[-1], self.samples), len(self.pictures) >= self._most
-        if not full or lot > self.pictures[0][0]:  # the same ones every time
-            decoded.thumbnail((THUMBNAIL, THUMBNAIL))
-            decoded.save(png := io.BytesIO(), "PNG")
-            (heappushpop if full else heappush)(self.pictures, (lot, png.getvalue(), self._text))
-        shard_samples.check_range(image)
+            text = shard_samples.caption(files)
+            self.sizes["caption_characters"].append(len(text))
+            self.sizes["caption_words"].append(len(text.split()))
+            return text
+        labels = shard_samples.labels(files, kinds[0], self.set and self.set.classes).tolist()
+        self.sizes["labels_per_image"].append(len(labels))
+        names = self.set and self.set.names
+        return "; ".join(names[label] if names else str(label) for label in labels)
 
 
 def judge(looks: Sequence[Look], sets: Mapping[Path, Any]) -> tuple[list[Fault], list[Fault]]:
     """All faults, and remarks on what neither training nor evaluation refuses."""
     faults, remarks = [fault for shard in looks for fault in shard.faults], []
+    for shard in looks:
+        if none := shard.sizes["labels_per_image"].count(0):
+            remarks.append(Fault(str(shard.path), "", f"{none} images with no positive label"))
     for folder, labelled in sets.items():
-        shards = [shard for shard in looks if shard.path.parent == folder]
-        # Keys of several folders may be alike: all number their samples from 0.
-        every = np.concatenate([shard.keys for shard in shards])
-        keys, counts = np.unique(every, return_counts=True)
-        for shard in shards:
-            if again := np.isin(shard.keys, keys[counts > 1]).sum():
-                fault = Fault(
-                    str(shard.path), "", f"{again} samples whose key occurs more than once"
-                )
-                (remarks if labelled else faults).append(fault)
-            if none := shard.sizes["labels_per_image"].count(0):
-                remarks.append(Fault(str(shard.path), "", f"{none} images with no positive label"))
-        sizes = {shard.path.name: shard.samples for shard in shards}
+        sizes = {shard.path.name: shard.samples for shard in looks if shard.path.parent == folder}
         if labelled:
             faults += [*labelled.faults, *labelled.count_faults(sum(sizes.values()))]
             remarks += labelled.remarks
@@ -195,12 +177,10 @@ def size_faults(folder: Path, counted: Mapping[str, int]) -> Iterator[Fault]:
     if not path.exists():
         return
     try:
-        sizes = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        yield Fault(str(path), "", f"cannot be read as JSON ({error}); write it again")
-        return
-    if not isinstance(sizes, dict):
-        yield Fault(str(path), "", "is no object of shard names and numbers of samples")
+        sizes = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        fault = f"cannot be read as JSON of shard names and numbers of samples ({error})"
+        yield Fault(str(path), "", f"{fault}; write it again")
         return
     for name, samples in counted.items():
         if (listed := sizes.get(name)) != samples:
@@ -220,26 +200,14 @@ def summarise(looks: Sequence[Look]) -> dict[str, Any]:
         if len(v):
             values = v.min(), np.median(v), v.mean(), np.quantile(v, 0.95), v.max()
             figures[name] = dict(zip(STATISTICS, map(float, values), strict=True))
-    formats = sum((shard.formats for shard in looks), Counter())
-    figures["formats"] = dict(formats.most_common())
-    if classes := set().union(*(shard.classes for shard in looks)):
-        figures["classes_with_an_image"] = len(classes)
-    if turned := sum(shard.turned for shard in looks):
-        figures["turned_by_exif"] = turned
     return figures
 
 
-def _table(figures: Mapping[str, Any], names: Sequence[str] | None) -> str:
-    shards = "shards" if figures["shards"] > 1 else "shard"
-    lines = [f"{figures['samples']} samples in {figures['shards']} {shards}"]
-    if seen := figures.get("classes_with_an_image"):
-        lines.append(f"{seen}{f' of {len(names)}' if names else ''} classes have an image")
-    if turned := figures.get("turned_by_exif"):
-        lines.append(f"{turned} images are turned by EXIF, which training ignores")
-    rows = {name: value for name, value in figures.items() if isinstance(value, dict)}
-    formats = ", ".join(f"{count} {name}" for name, count in rows.pop("formats").items())
+def _table(figures: Mapping[str, Any]) -> str:
+    lines = [f"{figures['samples']} samples in {figures['shards']} shards"]
     lines.append(f"{'':20}" + "".join(f"{name:>10}" for name in STATISTICS))
-    for name, row in rows.items():
-        values = "".join(f"{round(value, 1):>10.10g}" for value in row.values())
-        lines.append(f"{name.replace('_', ' '):20}{values}")
-    return "\n".join([*lines, f"formats: {formats or 'none'}"])
+    for name, row in figures.items():
+        if isinstance(row, dict):
+            values = "".join(f"{round(value, 1):>10.10g}" for value in row.values())
+            lines.append(f"{name.replace('_', ' '):20}{values}")
+    return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,20 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser, classes: str, labels: str, im
     add = parser.add_argument
     add("--classes", required=True, type=absolute, metavar="FILE", help=classes)
     add("--labels", required=True, type=absolute, metavar="FILE", help=labels)
-    text = f"{images}; .tar, .tar.gz or .zip; braces and wildcards are expanded"
+    text = f"{images}; .tar, .tar.gz or .zip"
     add("--images", required=True, nargs="+", type=absolute, metavar="PATH", help=text)
-    text = "images (or percent, as 0.5%%) that may be missing or undecodable; default 0"
-    add("--max-missing", type=max_missing, default=max_missing("0"), metavar="N", help=text)
+    text = "images that may be missing or undecodable; default 0"
+    add("--max-missing", type=cli.number(0, kind=int), default=0, metavar="N", help=text)
     add_output(parser, shard_size=1000)
-
-
-def max_missing(text: str) -> Callable[[int], float]:
-    """From "25" or "0.5%" to the number of images that may be missing, of so many."""
-    if text.endswith("%"):
-        percent = cli.number(0, 100)(text.removesuffix("%"))
-        return lambda total: total * percent / 100
-    count = cli.number(0, kind=int)(text)
-    return lambda total: count
 
 
 def build(
@@ -66,13 +57,6 @@ def build(
         labels: the images with labels, in order, and the number of those without, left out before.
     """
     images, (rows, without) = Paths(args.images, any_suffix=True), labels
-    keys: dict[str, int] = {}
-    for image, _, line in rows:
-        if (first := keys.setdefault(key_of(image), line)) != line:
-            fault = (
-                f"{image} would have the key of line {first}'s image, {key_of(image)}; rename one"
-            )
-            raise at(args.labels, line, fault)
 
     def encode(numbers: str) -> bytes:
         """Labels as the ``npy`` uint8 vector that clip_benchmark's multi-label sets hold."""
@@ -96,9 +80,7 @@ def build(
 
     inputs, name = [args.classes, args.labels], f"{SPLIT}/{{}}.tar"
     Build(args, inputs, images, fill, finish, "npy", encode, name, "image").run()
-    repeated = len(classes) - len(set(classes))
-    note = f", of which {repeated} repeat an earlier one's name and stay apart" if repeated else ""
-    print(f"{len(classes)} classes{note}.")
+    print(f"{len(classes)} classes.")
     where = f"--dataset wds/{os.path.basename(args.output)} --dataset_root {args.output}"
     print(f"clip_benchmark eval {where} --task zeroshot_classification ...")
     return 0
@@ -117,24 +99,19 @@ def class_name(text: str, path: str, line: int) -> str:
     raise at(path, line, "empty class name; a prompt needs one")
 
 
-def read_index_rows(
-    path: str, classes: int, image_name: Callable[[str], str] = str
-) -> tuple[list[Row], int]:
+def read_index_rows(path: str, classes: int) -> tuple[list[Row], int]:
     """Lines of an image's name and its class indices, each perhaps with a confidence (``2367:1``).
 
     Returns images with their positive labels, and the number of images without any. ValueError names the
-    line of a label outside the class list or no number, or a repeated image.
+    line of a label outside the class list or no number.
     """
-    rows: dict[str, Row] = {}
+    rows: list[Row] = []
     for number, line in lines(path):
         if not line.strip():
             continue
         image, *entries = line.split()
-        if not entries and "," in image:
-            raise at(path, number, "no blank or tab between image and class indices, but commas")
-        row = Row(image_name(image), [], number)
-        if (first := rows.setdefault(row.image, row)) is not row:
-            raise at(path, number, f"{row.image} again, first in line {first.line}")
+        row = Row(image, [], number)
+        rows.append(row)
         for entry in entries:
             text, colon, confidence = entry.partition(":")
             try:  # "2:" is an entry that a blank has cut
@@ -150,7 +127,7 @@ def read_index_rows(
     return with_labels(rows)
 
 
-def with_labels(rows: Mapping[str, Row]) -> tuple[list[Row], int]:
+def with_labels(rows: Collection[Row]) -> tuple[list[Row], int]:
     """The rows with a positive label, and the number of the others."""
-    positive = [row for row in rows.values() if row.labels]
+    positive = [row for row in rows if row.labels]
     return positive, len(rows) - len(positive)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import posixpath
 import sqlite3
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from otter_openclip.data import sources, unpacking
+from otter_openclip.data import sources
 from otter_openclip.data.decoding import IMAGE_SUFFIXES
 from otter_openclip.data.sources import File
 
@@ -71,29 +69,28 @@ def _picture(path: str, file: File) -> Picture:
 
 @dataclass
 class Paths:
-    """Pictures that rows name by a path, in the folders and archives of ``patterns``.
+    """Pictures that rows name by a path, in the folders and archives of ``places``.
 
     A picture is the file that is at its whole path below a folder or, if none is, in an archive; or else
-    the only file of its name in all of them. Raises as `sources.expand`.
+    the only file of its name in all of them. With ``any_suffix`` a name stands for an image of any
+    format. Without ``search`` only what is at the whole path below a folder counts. Raises as
+    `sources.expand`.
     """
 
-    patterns: Iterable[str]
-    any_suffix: bool = False  # a name stands for an image of any format
-    search: bool = (
-        True  # otherwise folders have only what is at the whole path, and no archive counts
-    )
+    places: Iterable[str]
+    any_suffix: bool = False
+    search: bool = True
 
     def __post_init__(self) -> None:
-        self.folders, archives = sources.expand(self.patterns)
+        self.folders, archives = sources.expand(self.places)
         self.archives = archives if self.search else []
-        self._unlisted = [f for f in self.folders if self.search and "://" not in f]
+        self._unlisted = list(self.folders) if self.search else []
 
-    def open(self, index: Index, unpacked: Path) -> None:
-        """List archives and addresses; folders here are listed only when a path is not there."""
+    def open(self, index: Index, folder: Path) -> None:
+        """List archives, unpacked into ``folder``; folders are listed once a path is not there."""
         self.index = index
-        remote = [folder for folder in self.folders if "://" in folder]
-        for source in [*(unpacking.local(a, unpacked) for a in self.archives), *remote]:
-            self._list(source)
+        for archive in self.archives:
+            self._list(sources.unpacked(archive, folder))
 
     def _list(self, source: str) -> None:
         files = ((posixpath.normpath(n).lstrip("/"), file) for n, file in sources.members(source))
@@ -107,13 +104,12 @@ class Paths:
 
     def find(self, *paths: str) -> Picture:
         """The picture under the first of the relative or absolute ``paths`` that leads to one."""
-        spelled = dict.fromkeys(itertools.chain(paths, *map(_spellings, paths)))
-        for path in spelled:
+        for path in paths:
             if pictures := self._at(path):
-                return _only(pictures, whole=path in paths)
+                return _only(pictures, whole=True)
         while self._unlisted:
             self._list(self._unlisted.pop(0))
-        for path in spelled if self.search else ():
+        for path in paths if self.search else ():
             if pictures := self.index.select(self._name(path)):
                 return _only(pictures, whole=False)
         return Picture(None)
@@ -133,12 +129,6 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
-def _spellings(path: str) -> Iterator[str]:
-    """The path with \\ as on Windows, and accents as the world or macOS writes them."""
-    for spelled in (path, path.replace("\\", "/")):
-        yield from (unicodedata.normalize(form, spelled) for form in ("NFC", "NFD"))
-
-
 def _only(pictures: list[Picture], *, whole: bool) -> Picture:
     if len(pictures) == 1:
         return pictures[0]._replace(whole=whole)
@@ -147,44 +137,35 @@ def _only(pictures: list[Picture], *, whole: bool) -> Picture:
 
 @dataclass
 class Downloaded:
-    """Images that img2dataset has downloaded, in any of its output formats, by fields of their JSON."""
+    """Images that img2dataset has downloaded, as files or webdataset, by the URL in their JSON."""
 
-    patterns: Sequence[str]
-    fields: Sequence[str]
+    places: Sequence[str]
 
     def __post_init__(self) -> None:
-        suffixes = (*sources.ARCHIVES, *sources.TABLES)
-        self.folders, archives = sources.expand(self.patterns, suffixes)
-        self.archives = [a for a in archives if a in self.patterns or not _of_statistics(a)]
+        self.folders, self.archives = sources.expand(self.places)
 
-    def open(self, index: Index, unpacked: Path) -> None:
-        """List the images; OSError if one has no JSON with one of the fields."""
+    def open(self, index: Index, folder: Path) -> None:
+        """List the images; OSError if one has no JSON with its URL, ValueError if there is none."""
         self.index = index
-        for source in [*(unpacking.local(a, unpacked) for a in self.archives), *self.folders]:
+        for source in [*(sources.unpacked(a, folder) for a in self.archives), *self.folders]:
             index.add(source, self._entries(source))
+        if not index.db.execute("SELECT 1 FROM files").fetchone():
+            fault = "no image there, and parquet and tfrecord files cannot be read"
+            fix = "download with --output_format webdataset or files"
+            raise ValueError(f"--img2dataset {' '.join(self.places)}: {fault}; {fix}")
 
-    def find(self, *names: str) -> Picture:
-        """The image whose JSON has one of the ``names``, the first of several."""
-        pictures = (picture for name in names for picture in self.index.select(name))
-        return next(pictures, Picture(None, reason=NOT_DOWNLOADED))
+    def find(self, url: str) -> Picture:
+        """The first image of a URL."""
+        pictures = self.index.select(url)
+        return pictures[0] if pictures else Picture(None, reason=NOT_DOWNLOADED)
 
     def _entries(self, source: str) -> Iterator[tuple[str, str, File]]:
         for name, metadata, file in sources.samples(source):
-            beside = metadata is None and source in self.folders and "/" not in name
-            if file is None or beside:
-                continue  # not downloaded, or lies beside the parts
+            if file is None:
+                continue  # it was not downloaded
             try:
-                value = json.loads(metadata or "{}")
-                keys = [str(value[f]) for f in self.fields if value.get(f) not in (None, "")]
-            except (ValueError, AttributeError):
-                keys = []
-            if not keys:
-                listed = " or ".join(self.fields)
-                raise OSError(f"{source}: no {listed} in {name}.json; {_NOT_IMG2DATASET}")
-            yield from ((key, name, file) for key in keys)
-
-
-def _of_statistics(path: str) -> bool:
-    """Whether it is what img2dataset writes beside a part's tar or folder, not images in a parquet."""
-    part, suffix = os.path.splitext(path)
-    return suffix.lower() in sources.TABLES and any(map(os.path.exists, (part, f"{part}.tar")))
+                url = str(json.loads(metadata or "{}")["url"])
+            except (ValueError, KeyError, TypeError):
+                fault = f"{source}: no url in {name}.json; {_NOT_IMG2DATASET}"
+                raise OSError(fault) from None
+            yield url, name, file

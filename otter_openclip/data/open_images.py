@@ -17,7 +17,7 @@ from otter_openclip.data.tables import at
 
 # A class's id, /m/011k07 or /g/11bc6sh46d.
 _MID = re.compile(r"/[a-z]/[0-9a-z_]+")
-_CLASS_COLUMNS = ("LabelName", "DisplayName")
+_CLASS_COLUMNS = ["LabelName", "DisplayName"]
 _LABEL_COLUMNS = ("ImageID", "LabelName", "Confidence")
 
 
@@ -34,37 +34,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     mids, names = read_classes(args.classes)
-    if _LABEL_COLUMNS[0] not in tables.header(args.labels, _LABEL_COLUMNS)[1]:
+    _, first = next(tables.lines(args.labels), (1, ""))
+    if "," not in first and _LABEL_COLUMNS[0] not in first:
         # The reference's goi_images.txt: file name and class indices, separated by tabs.
-        labels = labelled.read_index_rows(args.labels, len(names), labelled.key_of)
-    elif mids is None:
+        labels = labelled.read_index_rows(args.labels, len(names))
+    elif mids:
+        labels = read_labels(args.labels, mids, args.classes)
+    else:
         fault = f"has no class ids (/m/...), by which {args.labels} names its labels"
         fix = "give the class-descriptions CSV, or goi_images.txt as --labels"
         raise ValueError(f"{args.classes} {fault}; {fix}")
-    else:
-        labels = read_labels(args.labels, mids, args.classes)
     return labelled.build(args, names, labels)
 
 
-def read_classes(path: str) -> tuple[dict[str, int] | None, list[str]]:
-    """(class id -> index, or None for a list of bare names; class names) of a class file.
+def read_classes(path: str) -> tuple[dict[str, int], list[str]]:
+    """(class id -> index, class names) of a class file, whose header some releases leave out.
 
+    There are no ids in a list of bare names, the reference's goi_classes.txt.
     ValueError names the line of an empty name, a repeated id or a malformed row.
     """
-    separator, first = tables.header(path, _CLASS_COLUMNS)
-    headed = set(_CLASS_COLUMNS) <= set(first)
-    if not headed and not _MID.fullmatch(first[0]):
-        listed = list(tables.lines(path))
-        while not listed[-1][1].strip():
-            listed.pop()
-        if wrong := next((number for number, line in listed if _MID.match(line)), None):
-            fault = f"a class id, but the header is not {','.join(_CLASS_COLUMNS)}"
-            raise at(path, wrong, f"{fault}; correct line 1")
-        return None, [class_name(line, path, number) for number, line in listed]
-    rows = tables.table(path, _CLASS_COLUMNS, separator) if headed else tables.rows(path, separator)
     mids: dict[str, int] = {}
     names = []
-    for number, row in rows:
+    listed = list(tables.lines(path))
+    while listed and not listed[-1][1].strip():
+        listed.pop()
+    if not any(_MID.match(line.removeprefix('"')) for _, line in listed):
+        return mids, [class_name(line, path, number) for number, line in listed]
+    for number, row in tables.rows(path, ","):
+        if number == 1 and row == _CLASS_COLUMNS:
+            continue
         if len(row) != 2 or not _MID.fullmatch(row[0]):
             raise at(path, number, f"expected a class id and a name, got {row}")
         if row[0] in mids:
@@ -80,7 +78,9 @@ def read_labels(path: str, mids: dict[str, int], class_file: str) -> tuple[list[
     ValueError names the line of a label outside the class list, or a confidence but 0 and 1.
     """
     rows: dict[str, Row] = {}
-    for number, (image, mid, confidence) in tables.table(path, _LABEL_COLUMNS):
+    for number, (image, mid, confidence) in tables.table(
+        path, _LABEL_COLUMNS, tables.separator_of(path)
+    ):
         if mid not in mids:
             fault = f"label {mid} is outside the class list {class_file} of {len(mids)}"
             raise at(path, number, f"{fault}; do the two files belong together?")
@@ -91,4 +91,4 @@ def read_labels(path: str, mids: dict[str, int], class_file: str) -> tuple[list[
         labels = rows.setdefault(image, Row(image, [], number)).labels
         if confidence[0] == "1" and mids[mid] not in labels:
             labels.append(mids[mid])
-    return labelled.with_labels(rows)
+    return labelled.with_labels(rows.values())

@@ -19,7 +19,7 @@ def add_image_options(parser: argparse.ArgumentParser, images: str, *, required:
     """Add --images and --img2dataset, one of which must be given if ``required``."""
     add = parser.add_mutually_exclusive_group(required=required).add_argument
     add("--images", nargs="+", type=absolute, metavar="PATH", help=images)
-    text = "img2dataset's output folder, or its tars or parquet files; any --output_format but tfrecord"
+    text = "img2dataset's output folder or tars, of --output_format webdataset or files"
     add("--img2dataset", nargs="+", type=absolute, metavar="PATH", help=text)
 
 
@@ -33,12 +33,10 @@ def add_pair_output(parser: argparse.ArgumentParser) -> None:
     add("--no-shuffle", action="store_true", help=text)
 
 
-def images(
-    args: argparse.Namespace, fields: Sequence[str] = ("url",), *, any_suffix: bool = False
-) -> Paths | Downloaded:
-    """The pictures of --images or --img2dataset; ``fields`` of its JSON are what rows name them by."""
+def images(args: argparse.Namespace, *, any_suffix: bool = False) -> Paths | Downloaded:
+    """The pictures of --images or --img2dataset."""
     if args.img2dataset:
-        return Downloaded(args.img2dataset, fields)
+        return Downloaded(args.img2dataset)
     return Paths(args.images, any_suffix=any_suffix)
 
 

@@ -131,10 +131,8 @@ class Plan:
     def written(self) -> Iterator[Sample]:
         """The samples that are in shards, in the order of the input."""
         gone = "SELECT id FROM dropped WHERE id IS NOT NULL"
-        for (id,) in self.db.execute(
-            f"SELECT id FROM samples WHERE id NOT IN ({gone}) ORDER BY id"
-        ):
-            yield self.sample(id)
+        query = f"SELECT id FROM samples WHERE id NOT IN ({gone}) ORDER BY id"
+        yield from (self.sample(id) for (id,) in self.db.execute(query))
 
     def report(self) -> dict[str, Any]:
         """Numbers of samples and shards, counts by reason, and the shards' (name, samples, bytes)."""

@@ -1,17 +1,15 @@
-"""Worker processes that end with their parent, however it ends."""
+"""Work on many items in threads, with the results in the items' order.
+
+Threads are enough, because Pillow and zlib give up Python's lock while they decode.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import sys
-import threading
-import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -25,43 +23,18 @@ def default_workers() -> int:
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """``map`` over processes, in order; ``items`` are taken a few ahead. One worker is this process.
-
-    RuntimeError if a worker is killed.
-    """
-    if workers == 1:
-        yield from map(function, items)
-        return
-    # Forking saves each worker its imports; outside Linux it is not safe.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, _start, (os.getpid(),))
+    """``map`` over threads, in order; ``items`` are taken a few ahead, in the caller's thread."""
+    pool = ThreadPoolExecutor(workers)
     pending: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            # Ctrl-C while processes are being started would leave some that nobody ends.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
+    # Filters of warnings belong to the process: a thread alone cannot set and restore them.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for item in items:
                 pending.append(pool.submit(function, item))
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            if len(pending) > _AHEAD * workers:
+                if len(pending) > _AHEAD * workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        fault = "a worker process was killed (out of memory?); what is finished is kept"
-        fix = "the same command goes on from there, with fewer --workers if you like"
-        raise RuntimeError(f"{fault}, and {fix}") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start(parent: int) -> None:
-    def watch() -> None:
-        while os.getppid() == parent:  # an orphan would wait for work for ever
-            time.sleep(0.3)
-        os._exit(1)
-
-    # Ctrl-C reaches the whole process group; the parent decides what becomes of it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()
+        finally:
+            pool.shutdown(cancel_futures=True)

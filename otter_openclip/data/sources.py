@@ -1,46 +1,46 @@
-"""Image files in folders, tars and zips; on disk, or wherever fsspec reads."""
+"""Image files in folders, tars and zips."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import glob
 import itertools
 import os
+import shutil
 import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import unquote
 
-import braceexpand
+from tqdm import tqdm
 
 from otter_openclip.data import tables
 from otter_openclip.data.decoding import IMAGE_SUFFIXES
+from otter_openclip.files import written_whole
 from otter_openclip.shards import read as shard_samples
 from otter_openclip.shards.read import SampleError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-ARCHIVES = (".tar", ".zip", *COMPRESSED)
-TABLES = (".parquet", ".arrow")  # with the images in them
-_RAW, _DEFLATED = -1, zipfile.ZIP_DEFLATED
-_LOCAL_HEADER = 30  # of a zip's member
-_UTF8 = 1 << 11  # flag: the name's encoding
+_PLAIN = (".tar", ".zip")
+_DEFLATED = zipfile.ZIP_DEFLATED
+_LOCAL_HEADER = 30  # bytes before the name of a zip's member
 
 
 class File(NamedTuple):
     """Where a file's bytes are: all of ``path``, or what an archive has at ``offset``.
 
-    ``how`` is a zip's compression method, or -1 in a tar.
+    ``method`` is a zip's compression method and ``crc`` its checksum, both None in a tar.
     """
 
     path: str
     offset: int | None = None
     size: int | None = None
-    how: int | None = None
+    method: int | None = None
+    crc: int | None = None
 
 
 class Sample(NamedTuple):
@@ -51,38 +51,47 @@ class Sample(NamedTuple):
     file: File | None = None
 
 
-def expand(
-    patterns: Iterable[str], suffixes: tuple[str, ...] = ARCHIVES, inside: str = "*"
-) -> tuple[list[str], list[str]]:
-    """Split paths into (folders, archives), absolute or addresses; braces and wildcards expanded.
+def expand(paths: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Split paths into (folders, archives).
 
-    A folder stands for the archives ``inside`` it too; but compressed tars, which take long to unpack
-    and much room, are used only if named. FileNotFoundError if one of the paths is not there,
-    ValueError if it is a file but no archive.
+    A folder stands for the archives in it too; but compressed tars, which take long to unpack and much
+    room, are used only if named. FileNotFoundError if one of the paths is not there, ValueError if it is
+    a file but no archive.
     """
     folders, archives = [], []
-    for text in (text for pattern in patterns for text in braceexpand.braceexpand(pattern)):
-        remote = "://" in text
-        for path in map(absolute, [text] if remote else named(text)):
-            if path.lower().endswith(suffixes) and (remote or os.path.isfile(path)):
-                archives.append(path)
-            elif remote or os.path.isdir(path):
-                folders.append(path)
-                files = [] if remote else glob.glob(f"{glob.escape(path)}/{inside}", recursive=True)
-                plain = tuple(suffix for suffix in suffixes if suffix not in COMPRESSED)
-                archives += (file for file in sorted(files) if file.lower().endswith(plain))
-            elif not os.path.exists(path):
-                raise FileNotFoundError(f"{path}: no such folder or archive")
-            else:
-                listed = ", ".join(suffixes)
-                raise ValueError(f"{path} is neither a folder nor an archive ({listed})")
-    # A link to another of them holds nothing more.
-    return folders, list({os.path.realpath(path): path for path in archives}.values())
+    for path in paths:
+        if os.path.isdir(path):
+            folders.append(path)
+            files = sorted(glob.glob(f"{glob.escape(path)}/*"))
+            archives += (file for file in files if file.lower().endswith(_PLAIN))
+        elif not os.path.exists(path):
+            raise FileNotFoundError(f"{path}: no such folder or archive")
+        elif path.lower().endswith((*_PLAIN, *COMPRESSED)):
+            archives.append(path)
+        else:
+            listed = ", ".join((*_PLAIN, *COMPRESSED))
+            raise ValueError(f"{path} is neither a folder nor an archive ({listed})")
+    return folders, list(dict.fromkeys(archives))
 
 
-def named(text: str) -> list[str]:
-    """The path ``text``, or those that it matches if there is no such path."""
-    return [text] if os.path.lexists(text) else sorted(glob.glob(text)) or [text]
+def unpacked(archive: str, folder: Path) -> str:
+    """``archive``, or if it is compressed the file in ``folder`` that it is unpacked to.
+
+    OSError if it is damaged.
+    """
+    with open(archive, "rb") as packed:
+        unpack = tables.opener(packed)
+        if unpack is None:
+            return archive
+        folder.mkdir(parents=True, exist_ok=True)
+        key = digest(f"{archive} {stamp(archive)}").hex()
+        target = folder / f"{key}-{os.path.basename(archive)}"  # the name is in errors
+        if not target.exists():
+            size, title = os.path.getsize(archive), f"Unpacking {os.path.basename(archive)}"
+            bar = tqdm.wrapattr(packed, "read", size, desc=title)
+            with written_whole(target) as out, tables.whole(archive), bar as watched:
+                shutil.copyfileobj(unpack(watched), out, 1 << 20)
+        return str(target)
 
 
 def read(file: File) -> bytes:
@@ -92,27 +101,28 @@ def read(file: File) -> bytes:
     """
     if file.offset is None:
         try:
-            with tables.open_bytes(file.path) as opened:
+            with open(file.path, "rb") as opened:
                 return opened.read()
         except (NotADirectoryError, IsADirectoryError) as error:
             raise FileNotFoundError(file.path) from error
-    if file.how == _RAW:
+    if file.method is None:
         return _read_at(file.path, file.size, file.offset)
     header = _read_at(file.path, _LOCAL_HEADER, file.offset)
     offset = file.offset + _LOCAL_HEADER + sum(struct.unpack_from("<HH", header, 26))
     content = _read_at(file.path, file.size, offset)
     try:
-        content = zlib.decompress(content, -zlib.MAX_WBITS) if file.how == _DEFLATED else content
+        if file.method == _DEFLATED:
+            content = zlib.decompress(content, -zlib.MAX_WBITS)
     except zlib.error as error:
         raise SampleError(f"damaged zip member: {error}") from error
-    behind = _read_at(file.path, 8, offset + file.size).removeprefix(b"PK\x07\x08")
-    if zlib.crc32(content).to_bytes(4, "little") not in (header[14:18], behind[:4]):
+    if zlib.crc32(content) != file.crc:
         raise SampleError("damaged zip member: its CRC-32 is another")
     return content
 
 
 def _read_at(path: str, size: int, offset: int) -> bytes:
-    content = os.pread(_opened(path).fileno(), size, offset)
+    archive = _opened(path)  # a thread that holds it keeps it open
+    content = os.pread(archive.fileno(), size, offset)
     if len(content) != size:
         raise SampleError(f"its archive ends after {len(content)} of {size} bytes")
     return content
@@ -120,13 +130,12 @@ def _read_at(path: str, size: int, offset: int) -> bytes:
 
 @functools.lru_cache(maxsize=64)
 def _opened(path: str) -> BinaryIO:
-    return open(path, "rb")  # closed when it falls out of the cache
+    return open(path, "rb")  # closed when it has left the cache and nobody holds it
 
 
 def samples(source: str) -> Iterator[Sample]:
     """The images and JSON files of a folder or archive by their names without suffix, in order."""
-    files = (m for m in members(source) if "/._" not in f"/{m[0]}")  # macOS's, beside each
-    for stem, group in itertools.groupby(files, lambda member: os.path.splitext(member[0])[0]):
+    for stem, group in itertools.groupby(members(source), lambda m: os.path.splitext(m[0])[0]):
         sample, seen = Sample(stem), set()
         for name, file in group:
             if name in seen:  # another sample begins, as in training
@@ -135,7 +144,8 @@ def samples(source: str) -> Iterator[Sample]:
             seen.add(name)
             suffix = os.path.splitext(name)[1].lower()
             if suffix == ".json":
-                sample = sample._replace(metadata=read(file))
+                with tables.whole(source, SampleError):
+                    sample = sample._replace(metadata=read(file))
             elif suffix and suffix in IMAGE_SUFFIXES:
                 sample = sample._replace(file=file)
         yield sample
@@ -146,22 +156,10 @@ def members(source: str) -> Iterator[tuple[str, File]]:
 
     OSError if an archive is damaged, ValueError if it does not allow reading by offset.
     """
-    if "://" in source:
-        system, folder = tables.remote(source)
-        for path in system.find(folder):
-            name = os.path.relpath(path, folder)
-            address = system.unstrip_protocol(path)
-            yield unquote(name) if source.startswith("http") else name, File(address)
-    elif os.path.isdir(source):
-        seen: set[str] = set()  # links may lead round in circles
-        for folder, inner, names in os.walk(source, onerror=_raise, followlinks=True):
-            if (real := os.path.realpath(folder)) in seen:
-                inner.clear()
-                continue
-            seen.add(real)
-            for path in (
-                os.path.join(folder, name) for name in sorted(names, key=os.path.splitext)
-            ):
+    if os.path.isdir(source):
+        for folder, _, names in os.walk(source, onerror=_raise):
+            for name in sorted(names, key=os.path.splitext):
+                path = os.path.join(folder, name)
                 yield os.path.relpath(path, source), File(path)
     else:
         with tables.whole(source):
@@ -176,63 +174,41 @@ def _raise(error: OSError) -> None:
 def _zip_members(path: str) -> Iterator[tuple[str, File]]:
     with zipfile.ZipFile(path) as archive:
         for entry in (entry for entry in archive.infolist() if not entry.is_dir()):
-            how = entry.compress_type
-            if how not in (zipfile.ZIP_STORED, _DEFLATED) or entry.flag_bits & 1:
-                raise _packed(path, f"{entry.filename} is encrypted or of compression method {how}")
-            name = entry.filename
-            if not entry.flag_bits & _UTF8:  # macOS writes UTF-8 all the same
-                with contextlib.suppress(UnicodeError):
-                    name = name.encode("cp437").decode()
-            name = name.replace("\\", "/")  # of Windows
-            yield name, File(path, entry.header_offset, entry.compress_size, how)
+            method = entry.compress_type
+            if method not in (zipfile.ZIP_STORED, _DEFLATED) or entry.flag_bits & 1:
+                fault = f"{entry.filename} is encrypted or of compression method {method}"
+                raise ValueError(f"{path}: {fault}; unpack it and give the folder")
+            place = File(path, entry.header_offset, entry.compress_size, method, entry.CRC)
+            yield entry.filename, place
 
 
-def _packed(path: str, fault: str) -> ValueError:
-    return ValueError(f"{path}: {fault}; unpack it and give the folder")
-
-
-def _tar_members(path: str, start: int = 0, *, linked: bool = True) -> Iterator[tuple[str, File]]:
+def _tar_members(path: str, start: int = 0) -> Iterator[tuple[str, File]]:
     if not os.path.getsize(path):  # a tar of no bytes holds no files
         return
-    links: dict[str, list[str]] = {}
     # tarfile takes the file's position as its start, so offsets are the outer file's throughout.
     with open(path, "rb") as opened:
         opened.seek(start)
         tar = tarfile.open(fileobj=opened, mode="r:", tarinfo=shard_samples.Member)
-        for entry in shard_samples.members(tar, last=not start):
-            if entry.islnk() or entry.issym():
-                beside = os.path.dirname(entry.name) if entry.issym() else ""
-                target = os.path.normpath(os.path.join(beside, entry.linkname))
-                links.setdefault(target, []).append(entry.name)
-            if not entry.isreg():
+        for entry in shard_samples.members(tar):
+            if not entry.isreg() or entry.issparse():  # links, and files with holes, have no bytes
                 continue
-            if entry.issparse():
-                raise _packed(path, f"{entry.name} is a sparse file")
             if not entry.name.lower().endswith(".tar"):
-                yield entry.name, File(path, entry.offset_data, entry.size, _RAW)
+                yield entry.name, File(path, entry.offset_data, entry.size)
                 continue
             for name, file in _tar_members(path, entry.offset_data) if entry.size else ():
                 if file.offset + file.size > entry.offset_data + entry.size:
                     raise tarfile.ReadError(f"{entry.name} inside it is cut short")
                 yield name, file
-    if links and linked:  # nothing has kept where their files are, so they are looked for again
-        for target, file in _tar_members(path, start, linked=False):
-            for name in links.get(os.path.normpath(target), ()):
-                yield name, file
 
 
 def absolute(path: str) -> str:
-    """An absolute path, so that a resume from another folder is the same command, or an address."""
-    return path if not path or "://" in path else os.path.abspath(path)
+    """An absolute path, so that a resume from another folder is the same command; "" stays empty."""
+    return path and os.path.abspath(path)
 
 
 def stamp(path: str) -> list[Any]:
-    """What changes when a file does: its size and its date or tag."""
-    if "://" not in path:
-        return [os.stat(path).st_size, os.stat(path).st_mtime_ns]
-    system, name = tables.remote(path)
-    info = system.info(name)
-    return [info.get("size"), str(info.get("ETag") or info.get("mtime") or info.get("created"))]
+    """What changes when a file does: its size and its date."""
+    return [os.stat(path).st_size, os.stat(path).st_mtime_ns]
 
 
 def digest(text: str) -> bytes:

@@ -9,20 +9,18 @@ import bz2
 import contextlib
 import csv
 import gzip
-import io
 import lzma
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import IO, Any
+from typing import IO
 
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 # What readers raise for a file that is cut short or broken.
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 _DAMAGED += (tarfile.TarError, zipfile.BadZipFile)
-_SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 _RETURN = "a carriage return inside a line; lines end at \\n or \\r\\n"
 _QUOTES = 'a field that begins with " ends with one, and those inside are doubled: "say ""a"""'
 csv.field_size_limit(1 << 27)
@@ -45,21 +43,6 @@ def whole(path: str, *errors: type[Exception]) -> Iterator[None]:
         raise OSError(f"{path}: damaged or cut short ({error}); get or write it again") from error
 
 
-def open_bytes(path: str) -> IO[bytes]:
-    """Open a file, or what fsspec finds at an address (s3://, hf://, https://)."""
-    if "://" not in str(path):
-        return open(path, "rb")
-    system, name = remote(path)
-    return io.BufferedReader(system.open(name, "rb"))
-
-
-def remote(address: str) -> tuple[Any, str]:
-    """fsspec's file system for an address, and the name there."""
-    from fsspec.core import url_to_fs
-
-    return url_to_fs(address)
-
-
 def opener(file: IO[bytes]) -> Callable | None:
     """What unpacks ``file``, by its first bytes; None if it is not compressed."""
     start = file.peek(6)  # type: ignore[attr-defined]
@@ -72,7 +55,7 @@ def lines(path: str, *, ends: bool = False) -> Iterator[tuple[int, str]]:
     They are cut off, unless ``ends``, and so is a byte-order mark. ValueError names a line that is not
     UTF-8 or, unless ``ends``, has another \\r in it, OSError a compressed file that is damaged.
     """
-    with open_bytes(path) as packed, whole(path):
+    with open(path, "rb") as packed, whole(path):
         file, number = (opener(packed) or (lambda file: file))(packed), 0
         try:
             for number, raw in enumerate(file, 1):
@@ -86,14 +69,13 @@ def lines(path: str, *, ends: bool = False) -> Iterator[tuple[int, str]]:
             raise at(path, number, f"{fault}; convert it: iconv -f latin1 -t utf-8") from error
 
 
-def rows(path: str, separator: str, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:
-    """(line where it starts, fields) of each row that is not empty; RFC 4180's quoting if ``quotes``.
+def rows(path: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """(line where it starts, fields) of each row that is not empty, with RFC 4180's quoting.
 
     ValueError names the line of a quote that does not close; and as `lines`.
     """
-    quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     texts = (line for _, line in lines(path, ends=True))
-    reader = csv.reader(texts, delimiter=separator, strict=True, quoting=quoting)
+    reader = csv.reader(texts, delimiter=separator, strict=True)
     start = 1
     try:
         for row in reader:
@@ -105,40 +87,27 @@ def rows(path: str, separator: str, *, quotes: bool = True) -> Iterator[tuple[in
         raise at(path, start, fault) from error
 
 
-def header(path: str, columns: Sequence[str]) -> tuple[str, list[str]]:
-    """The separator and the fields of a table's first line; ValueError if it is empty or no row.
-
-    Of tab, comma and semicolon it is the one that makes most of ``columns`` fields, then most fields.
-    """
-    line = next((line for _, line in lines(path) if line.strip()), None)
-    if line is None:
-        raise ValueError(f"{path} is empty; a table with a header is needed")
-    fields = {}
-    for separator in _SEPARATORS:
-        with contextlib.suppress(csv.Error):
-            fields[separator] = next(csv.reader([line], delimiter=separator, strict=True))
-    if not fields:
-        raise at(path, 1, f"a quotation mark in the header does not close; {_QUOTES}")
-    best = max(fields, key=lambda s: (len(set(columns) & set(fields[s])), len(fields[s])))
-    return best, fields[best]
+def separator_of(path: str) -> str:
+    """The one of tab, comma and semicolon that a table's first line has most of."""
+    _, first = next(lines(path), (1, ""))
+    return max("\t,;", key=first.count)
 
 
 def table(
-    path: str, columns: Sequence[str], separator: str | None = None, *, quotes: bool = True
+    path: str, columns: Sequence[str], separator: str = ","
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     """(line, fields of ``columns``) of each row of a table with a header, in any order.
 
-    Without ``separator`` it is found out from the header, and said. ValueError names the line: now of a
-    missing or repeated column, later of a row of another width; and as `rows`.
+    ValueError names the line: now of a missing or repeated column, later of a row of another width; and
+    as `rows`.
     """
-    separator = separator or header(path, columns)[0]
-    everything = rows(path, separator, quotes=quotes)
+    everything = rows(path, separator)
     line, names = next(everything, (1, []))
     for name in columns:
         if names.count(name) != 1:
             fault = f"two {name!r}" if name in names else f"no column {name!r}"
-            raise at(path, line, f"has {fault} but {', '.join(map(repr, names))}")
-    print(f"{path}: fields separated by {_SEPARATORS.get(separator, repr(separator))}")
+            listed = ", ".join(map(repr, names)) or "no header"
+            raise at(path, line, f"has {fault} but {listed}, separated by {separator!r}")
     pick = itemgetter(*map(names.index, columns), 0)  # with one more it gives a tuple
 
     def body() -> Iterator[tuple[int, tuple[str, ...]]]:

@@ -1,15 +1,14 @@
 """WIT (Wikipedia image text, v1) as training shards.
 
 Takes the wit_v1.*.tsv.gz files as downloaded and the images, as a folder or archives in which a file is
-named by its URL (its last part, as wget and curl -O leave it; its whole path, as wget -x does; or the
-URL's MD5), or as img2dataset wrote them. A row's caption is the first of --caption-fields that it has;
+named by its URL (its last part, as wget and curl -O leave it, or its whole path, as wget -x does), or as
+img2dataset wrote them. A row's caption is the first of --caption-fields that it has;
 rows without one, and rows in other languages, are left out and counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -86,19 +85,11 @@ def caption_of(row: dict[str, str], fields: Sequence[str]) -> str:
 def _of_another_url(place: str, url: str) -> bool:
     """Whether the file lies, as wget -x has it, under a path of the same host but not this URL's."""
     host = urlsplit(url).netloc
-    return f"{host}/" in place and not any(name in place for name in file_names(url)[1:3])
+    return f"{host}/" in place and not any(name in place for name in file_names(url)[:2])
 
 
 def file_names(url: str) -> list[str]:
     """Names that downloaders give the file at ``url``; the last is its last part, decoded."""
     parts = urlsplit(url)
-    last = os.path.basename(parts.path)
-    suffix = os.path.splitext(last)[1]
-    path = parts.path.lstrip("/")
-    return [
-        hashlib.md5(url.encode()).hexdigest() + suffix,
-        f"{parts.netloc}/{path}",
-        f"{parts.netloc}/{unquote(path)}",
-        last,
-        unquote(last),
-    ]
+    last, whole = os.path.basename(parts.path), parts.netloc + parts.path
+    return [whole, unquote(whole), last, unquote(last)]

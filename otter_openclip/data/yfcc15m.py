@@ -1,7 +1,7 @@
 """YFCC15M, OpenAI's English subset of YFCC100M, as training shards.
 
-Takes the subset's TSV (line number, photo id, hash), YFCC100M's metadata (the 23- or 25-column
-tables, one with a header, or JSON lines) and the photos as a folder, zips or tars named by hash or photo
+Takes the subset's TSV (line number, photo id, hash), YFCC100M's metadata (tables of 23 or 25 columns)
+and the photos as a folder, zips or tars named by hash or photo
 id, or as img2dataset wrote them. A caption is title + ". " + description, each URL-unquoted, its + made
 spaces and HTML tags removed, as the reference does. Keys are photo ids.
 """
@@ -9,7 +9,6 @@ spaces and HTML tags removed, as the reference does. Keys are photo ids.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -30,7 +29,6 @@ _COLUMNS = (
 ).split()
 # The release has had two forms: with line number and hash in front of and behind the photo id, or not.
 _LAYOUTS = {23: _COLUMNS, 25: ["line", "photoid", "key", *_COLUMNS[1:]]}
-_NEEDED = ("photoid", "title", "description")
 _VIDEO = "1"
 _ID = re.compile("0|[1-9][0-9]{0,17}")
 
@@ -49,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    images = pairs.images(args, ("photoid", "photo_id", "url"), any_suffix=True)
+    images = pairs.images(args, any_suffix=True)
 
     def fill(plan: Plan) -> None:
         execute, subset = plan.db.execute, read_subset(args.subset)
@@ -57,15 +55,15 @@ def main(args: argparse.Namespace) -> int:
         plan.db.executemany("INSERT OR IGNORE INTO wanted VALUES (?, ?, 0)", subset)
         rows = (row for path in args.metadata for row in read_metadata(path))
         for row in tqdm(rows, "Reading metadata", unit="row", unit_scale=True):
-            photo, url = row["photoid"], row.get("downloadurl") or ""
+            photo, url = row["photoid"], row["downloadurl"]
             wanted = execute("SELECT hash FROM wanted WHERE id = ?", (int(photo),)).fetchone()
             if wanted is None:
                 continue
             execute("UPDATE wanted SET seen = 1 WHERE id = ?", (int(photo),))
-            if row.get("marker") == _VIDEO:
+            if row["marker"] == _VIDEO:
                 plan.skip("video")
                 continue
-            names = (photo, url) if args.img2dataset else file_names(wanted[0], photo, url)
+            names = (url,) if args.img2dataset else file_names(wanted[0], photo, url)
             texts = clean(row["title"]), clean(row["description"])
             caption = ". ".join(texts) if "".join(texts).strip() else ""
             plan.add(photo, images.find(*names), caption, key=photo)
@@ -97,27 +95,15 @@ def read_subset(path: str) -> Iterator[tuple[int, str]]:
 def read_metadata(path: str) -> Iterator[dict[str, str]]:
     """The rows of a YFCC100M metadata file, by column.
 
-    ValueError names the line whose columns are not those of any known form.
+    ValueError names the line whose columns are not those of a known form.
     """
-    columns: list[str] = []
     for number, line in lines(path):
-        if line.startswith("{"):
-            try:
-                row = {k: "" if v is None else str(v) for k, v in json.loads(line).items()}
-                "".join(row[name] for name in _NEEDED).encode()  # JSON can name what is no text
-            except (ValueError, KeyError) as error:
-                fault = f"no JSON object with {', '.join(_NEEDED)} ({error})"
-                raise at(path, number, fault) from error
-        else:
-            fields = line.split("\t")
-            if not columns and set(_NEEDED) <= set(fields):
-                columns = fields
-                continue
-            columns = columns or _LAYOUTS.get(len(fields), [])
-            if len(fields) != len(columns):
-                forms = f"{' or '.join(map(str, _LAYOUTS))}, or a header with {', '.join(_NEEDED)}"
-                raise at(path, number, f"{len(fields)} columns; YFCC100M's metadata have {forms}")
-            row = dict(zip(columns, fields, strict=True))
+        fields = line.split("\t")
+        columns = _LAYOUTS.get(len(fields))
+        if columns is None:
+            forms = " or ".join(map(str, _LAYOUTS))
+            raise at(path, number, f"{len(fields)} columns; YFCC100M's metadata have {forms}")
+        row = dict(zip(columns, fields, strict=True))
         if not _ID.fullmatch(row["photoid"]):
             raise at(path, number, f"{row['photoid']!r} is no photo id")
         yield row

@@ -20,7 +20,6 @@ from PIL import Image
 IMAGES = ("webp", "png", "jpg", "jpeg")  # the first that a sample has, for clip_benchmark
 TRAINING_IMAGES = ("jpg", "png", "jpeg", "webp")  # for open_clip
 _KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's
-_ORIENTATION = 0x0112  # EXIF's tag
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # names of webdataset's own, which are no samples
 _JOINTS = {"line ": ", ", "no ": " has ", "is ": " ", "cannot ": " "}
 
@@ -74,11 +73,11 @@ def samples(
         raise OSError(f"cannot be read to its end: {fault}") from error
 
 
-def members(tar: tarfile.TarFile, *, last: bool = True) -> Iterator[tarfile.TarInfo]:
+def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The members of a tar opened with ``tarinfo=Member``, none of them kept in memory.
 
     Raises:
-        tarfile.TarError: if it does not end as a tar does, or, being the ``last`` of its file, goes on.
+        tarfile.TarError: if it does not end as a tar does.
     """
     # Of a stream without members Python 3.10 cannot be asked again what opening it has seen.
     while not getattr(tar, "ended", False) and (member := tar.next()) is not None:
@@ -86,10 +85,6 @@ def members(tar: tarfile.TarFile, *, last: bool = True) -> Iterator[tarfile.TarI
         yield member
     if not getattr(tar, "ended", False):
         raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
-    while last and (behind := tar.fileobj.read(1 << 20)):
-        if behind.strip(b"\0"):
-            text = "behind its end more follows, another tar perhaps, which is not read"
-            raise tarfile.ReadError(text)
 
 
 def _grouped(tar: tarfile.TarFile, strict: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -201,12 +196,9 @@ def opened(content: bytes, *, whole: bool = False) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """An opened image as webdataset's ``pil`` handler decodes it for training and evaluation.
+    """An opened image as webdataset's ``pil`` handler decodes it; SampleError if that fails.
 
     No EXIF orientation is applied, and what has more than 8 bits is cut off, see ``check_range``.
-
-    Raises:
-        SampleError: if it cannot be decoded.
     """
     with readable():
         image.load()
@@ -247,11 +239,3 @@ def check_image(content: bytes, *, may_be_cut: bool = False) -> None:
         whole = image.format == "WEBP"  # of which Pillow opens none that is cut
     if not whole:
         rgb(opened(content))
-
-
-def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, which loaders ignore; 1 is upright."""
-    try:
-        return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # Pillow raises many types on damaged EXIF
-        return 1

@@ -260,7 +260,7 @@ def make_data(folder: Path) -> dict[str, list[str | Path]]:
         "archive": [*csv, "--images", archive],
         "labels": [
             *("open-images", "--classes", folder / "classes.csv", *common),
-            *("--labels", folder / "labels.csv", "--max-missing", "50%"),
+            *("--labels", folder / "labels.csv", "--max-missing", "9999"),
             *("--images", write_files(folder / "images", images)),
         ],
     }
