@@ -105,6 +105,10 @@ def _grouped(tar: tarfile.TarFile, strict: bool) -> Iterator[tuple[str, dict[str
         files[suffix] = tar.extractfile(member).read()
     if current is not None:
         yield current, files
+    while behind := tar.fileobj.read(1 << 20):
+        if behind.strip(b"\0"):
+            text = "behind its end more follows, another tar perhaps, which is not read"
+            raise tarfile.ReadError(text)
 
 
 def caption(files: Mapping[str, bytes]) -> str:
