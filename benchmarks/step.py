@@ -142,7 +142,7 @@ def draw(rows: list[dict[str, Any]], path: Any) -> None:
     axis.axhline(4 / 3, color="grey", linestyle=":", label="floor, 4/3")
     axis.set_xticks(range(len(models)), models)
     axis.set_ylabel("of a step of --loss clip")
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
