@@ -20,6 +20,8 @@ from otter_openclip.training.flags import settings
 from otter_openclip.training.scale import restore_scale, scale_state
 from otter_openclip.training.student_with_teacher import Teacher
 
+_PATIENCE = 6.0  # seconds
+
 
 class Resume:
     """One run's folder and, from its loading until there is an optimizer, what a checkpoint had."""
@@ -37,14 +39,21 @@ class Resume:
         """
         if is_master(args):
             folder = Path(args.logs, args.name)
-            # A second run in this process is one after the first, which has ended.
-            self._lock = filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True)
+            # A second run in this process is one after the first, which has ended. Loader processes of a
+            # killed run hold its lock for some seconds.
+            lock = filelock.FileLock(folder / ".lock", timeout=_PATIENCE, is_singleton=True)
             try:
-                self._lock.acquire()
+                lock.acquire()
+                self._lock = lock
             except filelock.Timeout:
                 raise ValueError(
                     f"another run writes to {folder}; wait for its end, or pass another --name"
                 ) from None
+            except (
+                NotImplementedError,
+                OSError,
+            ) as error:  # some network file systems have no locks
+                logging.warning(f"Nothing keeps other runs out of {folder}: {error}")
         if self._latest and args.remote_sync is None:
             args.resume = _latest(args)
 
