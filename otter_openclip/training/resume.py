@@ -49,10 +49,7 @@ class Resume:
                 raise ValueError(
                     f"another run writes to {folder}; wait for its end, or pass another --name"
                 ) from None
-            except (
-                NotImplementedError,
-                OSError,
-            ) as error:  # some network file systems have no locks
+            except (NotImplementedError, OSError) as error:  # of network file systems without locks
                 logging.warning(f"Nothing keeps other runs out of {folder}: {error}")
         if self._latest and args.remote_sync is None:
             args.resume = _latest(args)
