@@ -8,19 +8,30 @@ from typing import TYPE_CHECKING, Any
 from otter_openclip import model_configs
 
 if TYPE_CHECKING:
+    from otter_openclip.closed_form.estimator import ClosedFormHeads, fit_heads
     from otter_openclip.losses import DistillationLoss, LabelSmoothingLoss, OtterLoss
     from otter_openclip.teacher import EmaTeacher
     from otter_openclip.transport import sinkhorn
 
 __version__ = "0.1.0"
-__all__ = ["DistillationLoss", "EmaTeacher", "LabelSmoothingLoss", "OtterLoss", "sinkhorn"]
+__all__ = [
+    "ClosedFormHeads",
+    "DistillationLoss",
+    "EmaTeacher",
+    "LabelSmoothingLoss",
+    "OtterLoss",
+    "fit_heads",
+    "sinkhorn",
+]
 
 # Imported when a name is used: torch and open_clip take seconds, and most commands need neither.
 _MODULES = {
+    "ClosedFormHeads": "closed_form.estimator",
     "DistillationLoss": "losses",
     "EmaTeacher": "teacher",
     "LabelSmoothingLoss": "losses",
     "OtterLoss": "losses",
+    "fit_heads": "closed_form.estimator",
     "sinkhorn": "transport",
 }
 

@@ -227,6 +227,10 @@ COMMANDS = {
         "otter_openclip.model_folders.towers_command",
         "put two pretrained towers, timm's and Hugging Face's, together into such a folder",
     ),
+    "fit": Command(
+        "otter_openclip.closed_form.fit_command",
+        "fit such towers' heads to pairs in closed form, and find the pairs that look wrong",
+    ),
     "data": Command(
         "otter_openclip.data",
         "turn data sets as downloaded into webdataset shards",

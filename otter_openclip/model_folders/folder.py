@@ -40,7 +40,7 @@ def write_folder(
     config: dict[str, Any],
     state: Mapping[str, Tensor],
     tokenizer: Any | None,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Write ``out``, or nothing.
 
@@ -55,7 +55,7 @@ def write_folder(
         config: its open_clip configuration, the JSON's ``model_cfg``.
         state: what the weights were loaded from, whose dtype they are written in.
         tokenizer: open_clip tokenizer, or None to write the folder without one.
-        files: texts to write beside them, by name.
+        files: to write beside them, by name or path; texts in UTF-8.
 
     Raises:
         RuntimeError: if stock open_clip cannot load the folder, or loads something else than ``model``.
@@ -65,8 +65,10 @@ def write_folder(
     temporary = _beside(target)
     try:
         temporary.mkdir()
-        for name, text in (files or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
+        for name, content in (files or {}).items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
         # Cloned, because safetensors refuses tensors that share memory.
         tensors = {
             key: value.to(state.get(key, value).dtype).contiguous().clone()

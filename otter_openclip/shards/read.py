@@ -55,19 +55,25 @@ class Member(tarfile.TarInfo):
 
 
 def samples(
-    path: str | os.PathLike[str], *, strict: bool = False, file: IO[bytes] | None = None
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = False,
+    file: IO[bytes] | None = None,
+    contents: bool = True,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, suffix -> content) of each group of consecutive files with one key.
 
     The tar may be compressed, and is read from ``file`` if that is given. A suffix that comes again
-    begins another sample, as in training, or is an error if ``strict``, as for clip_benchmark.
+    begins another sample, as in training, or is an error if ``strict``, as for clip_benchmark. Without
+    ``contents`` they are empty, and the disk is not read where they are.
 
     Raises:
         OSError: a fault's text, if the tar cannot be read to its end.
     """
     try:
-        with tarfile.open(path, "r|*", file, tarinfo=Member) as tar:
-            yield from _grouped(tar, strict)
+        mode = "r|*" if contents else "r:*"
+        with tarfile.open(path, mode, file, tarinfo=Member) as tar:
+            yield from _grouped(tar, strict, contents)
     except (tarfile.TarError, EOFError) as error:
         fault = f"damaged or cut short ({error}); copy or build the shard again"
         raise OSError(f"cannot be read to its end: {fault}") from error
@@ -87,7 +93,9 @@ def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
 
 
-def _grouped(tar: tarfile.TarFile, strict: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _grouped(
+    tar: tarfile.TarFile, strict: bool, contents: bool
+) -> Iterator[tuple[str, dict[str, bytes]]]:
     current: str | None = None
     files: dict[str, bytes] = {}
     for member in members(tar):
@@ -102,7 +110,7 @@ def _grouped(tar: tarfile.TarFile, strict: bool) -> Iterator[tuple[str, dict[str
             if current is not None:
                 yield current, files
             current, files = key, {}
-        files[suffix] = tar.extractfile(member).read()
+        files[suffix] = tar.extractfile(member).read() if contents else b""
     if current is not None:
         yield current, files
     while behind := tar.fileobj.read(1 << 20):

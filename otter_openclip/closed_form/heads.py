@@ -1,0 +1,199 @@
+"""Heads for two frozen towers in closed form: regularised canonical correlation of their features.
+
+With features x (width p) and y (width q) of pairs of weights w, and means and covariances under them:
+
+    R(C, r) = C + r * (mean eigenvalue of C) * I
+    U diag(s) V^T = R(Cxx, r_x)^(-1/2) Cxy R(Cyy, r_y)^(-1/2)
+    image head: x -> (x - mean x) R(Cxx, r_x)^(-1/2) U s^power, of unit length; the text head likewise
+
+A relative of it is CSA (Li et al. 2024). All that is known of pairs is one matrix of sums, so that any
+number of them takes the memory of one block, ranks add up theirs, and a fold is left out by subtraction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_RANK = 1e-10  # smaller eigenvalues, relative to the largest, are rounding
+_TINY = 1e-30  # in place of a zero that is divided by
+
+
+class Setting(NamedTuple):
+    """What is chosen: the two ridges, relative to the mean eigenvalue, and the correlations' power."""
+
+    ridge_images: float
+    ridge_texts: float
+    power: float = 1.0
+
+
+class Moments:
+    """Weighted sums over pairs: of 1, x, y and of their products, (1 + p + q) squared in float64."""
+
+    def __init__(self, sums: Tensor, width: int) -> None:
+        """``width`` is p, that of the image features."""
+        self.sums, self.width = sums, width
+
+    @classmethod
+    def of(cls, images: Tensor, texts: Tensor, weights: Tensor) -> Moments:
+        """Of features (n, p) and (n, q) with weights (n,), at least 0."""
+        rows = F.pad(torch.cat([images.double(), texts.double()], dim=1), (1, 0), value=1.0)
+        rows *= weights.double().sqrt()[:, None]
+        return cls(_gram(rows), images.shape[1])
+
+    @classmethod
+    def matched(cls, images: Tensor, texts: Tensor, plan: Tensor) -> Moments:
+        """Of all pairs of images (m, p) and texts (n, q), with the weights ``plan`` (m, n)."""
+        x, y = (F.pad(side.double(), (1, 0), value=1.0) for side in (images, texts))
+        plan, texts_only = plan.double(), slice(images.shape[1] + 1, None)
+        images_only = slice(1, images.shape[1] + 1)
+        of_images, of_texts = (plan.sum(1) * x.T) @ x, (plan.sum(0) * y.T) @ y
+        sums = torch.block_diag(of_images, of_texts[1:, 1:])
+        sums[0, texts_only] = sums[texts_only, 0] = of_texts[0, 1:]
+        cross = x[:, 1:].T @ plan @ y[:, 1:]
+        sums[images_only, texts_only], sums[texts_only, images_only] = cross, cross.T
+        return cls(sums, images.shape[1])
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.sums + other.sums, self.width)
+
+    def __sub__(self, other: Moments) -> Moments:
+        return Moments(self.sums - other.sums, self.width)
+
+    def covariances(self, *, text_mean: bool = True) -> Covariances:
+        """Means and covariances; with ``text_mean=False`` texts are taken around 0."""
+        mean = self.sums[0, 1:] / self.sums[0, 0]
+        center = mean.clone()
+        if not text_mean:
+            center[self.width :] = 0
+        second = self.sums[1:, 1:] / self.sums[0, 0]
+        # With one of the two centres at its mean the product of means is the right one to take off.
+        covariance = second - torch.outer(mean, mean)
+        texts = slice(self.width, None)
+        if not text_mean:
+            covariance[texts, texts] = second[texts, texts]
+        return Covariances(center, covariance, self.width)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """``rows.T @ rows``; numpy knows that half of it is enough."""
+    if rows.device.type != "cpu":
+        return rows.T @ rows
+    array = rows.numpy()
+    return torch.from_numpy(array.T @ array)
+
+
+@dataclass(frozen=True, eq=False)
+class Covariances:
+    """Centres (p + q,) and covariances (p + q, p + q) of both sides, images first."""
+
+    mean: Tensor
+    matrix: Tensor
+    width: int
+    _roots: dict[tuple[int, float], Tensor] = field(default_factory=dict)
+
+    def halfway(self, other: Covariances) -> Covariances:
+        """The mean of both matrices; the centres stay."""
+        return Covariances(self.mean, (self.matrix + other.matrix) / 2, self.width)
+
+    def rank(self) -> int:
+        """How many directions both sides have: the widest embedding."""
+        sides = self.matrix[: self.width, : self.width], self.matrix[self.width :, self.width :]
+        spectra = [torch.linalg.eigvalsh(side) for side in sides]
+        return min(int((values > _RANK * values[-1]).sum()) for values in spectra)
+
+    def directions(self, ridge_images: float, ridge_texts: float) -> Directions:
+        """The canonical directions under two ridges.
+
+        Any root of R does for R^(-1/2), as the rotation between roots goes into U; Cholesky's is quick.
+
+        Raises: ValueError if a covariance has no inverse, for which its ridge is too small.
+        """
+        images, texts = slice(0, self.width), slice(self.width, None)
+        try:
+            a, b = self._root(images, ridge_images), self._root(texts, ridge_texts)
+        except torch.linalg.LinAlgError:
+            raise ValueError(
+                f"with the ridges {ridge_images:g} and {ridge_texts:g} a covariance has no inverse: "
+                "features are constant or too many for the pairs; use ridges above 0"
+            ) from None
+        cross = torch.linalg.solve_triangular(a, self.matrix[images, texts], upper=False)
+        cross = torch.linalg.solve_triangular(b.T, cross, upper=True, left=False)
+        left, correlations, right = torch.linalg.svd(cross, full_matrices=False)
+        sides = [
+            torch.linalg.solve_triangular(root.T, vectors, upper=True)
+            for root, vectors in ((a, left), (b, right.T))
+        ]
+        return Directions(self.mean, *sides, correlations)
+
+    def _root(self, side: slice, ridge: float) -> Tensor:
+        """The lower triangular root of R of one side."""
+        if (side.start, ridge) not in self._roots:
+            shrunk = self.matrix[side, side].clone()
+            shrunk.diagonal().add_(ridge * shrunk.diagonal().mean())
+            self._roots[side.start, ridge] = torch.linalg.cholesky(shrunk)
+        return self._roots[side.start, ridge]
+
+    def heads(self, setting: Setting, width: int | None = None) -> Heads:
+        """The heads under ``setting``, with embeddings of ``width``, by default as wide as can be."""
+        directions = self.directions(setting.ridge_images, setting.ridge_texts)
+        return directions.heads(setting.power, width)
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """Canonical directions of both sides, (p, k) and (q, k), with their correlations (k,), falling."""
+
+    mean: Tensor
+    images: Tensor
+    texts: Tensor
+    correlations: Tensor
+
+    def heads(self, power: float, width: int | None = None) -> Heads:
+        """The heads with embeddings of ``width``, at most and by default k."""
+        scale = (self.correlations[:width] / self.correlations[0].clamp(min=_TINY)) ** power
+        means = self.mean.split([len(self.images), len(self.texts)])
+        weights = self.images[:, :width] * scale, self.texts[:, :width] * scale
+        return Heads(*(x.float() for x in (*means, *weights, self.correlations[:width])))
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """Two linear heads in float32: features minus ``mean``, times ``weight``, of unit length."""
+
+    image_mean: Tensor  # (p,)
+    text_mean: Tensor  # (q,)
+    image_weight: Tensor  # (p, D)
+    text_weight: Tensor  # (q, D)
+    correlations: Tensor  # (D,) canonical, falling, in [0, 1]
+
+    def images(self, features: Tensor) -> Tensor:
+        """(n, D) unit-norm embeddings of image features (n, p)."""
+        return _embedded(features, self.image_mean, self.image_weight)
+
+    def texts(self, features: Tensor) -> Tensor:
+        """(n, D) unit-norm embeddings of text features (n, q)."""
+        return _embedded(features, self.text_mean, self.text_weight)
+
+
+def _embedded(features: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
+    return F.normalize(features.float() @ weight - mean @ weight, dim=1)
+
+
+def log_likelihood(images: Tensor, texts: Tensor, weights: Tensor, scales: list[float]) -> Tensor:
+    """Of each text among all for its image, plus the other way round, at each of the scales.
+
+    ``images`` and ``texts`` are (n, D) unit-norm, ``weights`` (n,) of the pairs; the mean is taken.
+    """
+    cosines = images @ texts.T
+    totals = []
+    for scale in scales:
+        raised = (scale * (cosines - 1)).exp()  # at most 1: no maximum need be taken off
+        ways = raised.sum(0).log() + raised.sum(1).log()
+        pairs = 2 * scale * (cosines.diagonal() - 1) - ways
+        totals.append((weights * pairs).sum() / weights.sum().clamp(min=_TINY))
+    return torch.stack(totals).double()

@@ -1,0 +1,62 @@
+"""``--val``: mean average precision of heads on labelled pictures, which are encoded once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from clip_benchmark.datasets.builder import build_wds_dataset
+from torch import nn
+
+from otter_openclip.closed_form.heads import Heads
+from otter_openclip.evaluation.labelled_images import LabelledImages
+from otter_openclip.evaluation.metrics import multilabel_metrics
+from otter_openclip.evaluation.prompts import class_prompts
+from otter_openclip.evaluation.validator import check_webdataset
+from otter_openclip.frozen import prefix
+from otter_openclip.frozen.encode import Column, fill
+
+_PROMPTS = 256  # that are encoded at a time
+
+
+class LabelledFeatures:
+    """What both towers give for the pictures and the classes' prompts of a labelled webdataset."""
+
+    def __init__(
+        self, folder: str, model: nn.Module, tokenizer: Any, images: Column, **how: Any
+    ) -> None:
+        """``images`` keeps the pictures' features; ``how`` is of ``frozen.encode.fill``.
+
+        Raises:
+            ValueError: naming what of the folder cannot be used.
+        """
+        check_webdataset(folder, flag="--val")
+        dataset = build_wds_dataset("val", images.inputs.transform, "test", folder)
+        prompts = class_prompts(dataset)
+        shards = LabelledImages(dataset, images.inputs.transform).shards
+        self.labels = [
+            shards.labels(sample) for sample in shards({"url": url} for url in shards.urls)
+        ]
+        shards.check_count(len(self.labels))
+        fill([images], shards.urls, **how)
+        rows = np.concatenate([images.files.read(url)[:, 0] for url in shards.urls])
+        self.images = torch.from_numpy(rows).float()
+        texts = [text for group in prompts for text in group]
+        self.counts = [len(group) for group in prompts]
+        device = next(model.parameters()).device
+        self.prompts = torch.cat(
+            [
+                prefix.run(model, "text", tokenizer(texts[i : i + _PROMPTS]).to(device))
+                .float()
+                .cpu()
+                for i in range(0, len(texts), _PROMPTS)
+            ]
+        )
+
+    def metrics(self, heads: Heads) -> dict[str, float]:
+        """F@K and mean average precision under ``heads``, as ``otter-openclip eval`` computes them."""
+        each = heads.texts(self.prompts).split(self.counts)
+        classes = F.normalize(torch.stack([part.mean(dim=0) for part in each]), dim=1)
+        return multilabel_metrics(heads.images(self.images), classes, self.labels)

@@ -1,0 +1,89 @@
+"""The pairs that look wrong, where they lie and what fits better; and each pair's weight in a file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from otter_openclip.closed_form.course import Fit
+from otter_openclip.closed_form.heads import Heads
+from otter_openclip.closed_form.pairs import ShardPairs
+from otter_openclip.closed_form.wrong_pairs import similarities
+from otter_openclip.frozen.store import FeatureFiles
+from otter_openclip.shards import read
+
+WRONG = 0.5  # pairs of a smaller weight are likelier wrong than right
+BETTER = 3  # captions that fit a picture better
+_CAPTIONS = 65_536  # among which they are sought
+
+
+def judge_shards(fit: Fit, pairs: ShardPairs, folder: str) -> tuple[dict[str, bytes], list[Any]]:
+    """Files of weights by name below ``folder``, and the wrong pairs, most certain first.
+
+    A file has a row for each sample of its shard, NaN where it has no weight, and is called as the
+    shard's features are. A wrong pair is its shard, number, key, weight and similarity. Of several ranks
+    each judges its shards, and all have the whole.
+    """
+    files, wrong = {}, []
+    for shard in pairs.shards[pairs.rank :: pairs.world_size]:
+        weights = np.full((len(pairs.files[0].read(shard)), 1, 1), np.nan, np.float32)
+        doubtful: dict[int, tuple[float, float]] = {}
+        for block in pairs.of_shard(shard):
+            own = similarities(fit.fold_heads, block)[0]
+            values = fit.wrong.weights(own)
+            places = block.places.tolist()
+            weights[places, 0, 0] = values.cpu().numpy()
+            listed = zip(places, values.tolist(), own.tolist(), strict=True)
+            doubtful |= {place: each for place, *each in listed if each[0] < WRONG}
+        np.save(buffer := io.BytesIO(), weights)
+        files[f"{folder}/{pairs.files[0].path(shard).name}"] = buffer.getvalue()
+        if doubtful:
+            for place, (key, _) in enumerate(read.samples(shard, contents=False)):
+                if place in doubtful:
+                    wrong.append((shard, place, key, *doubtful[place]))
+    if pairs.world_size > 1:
+        everyone: list[Any] = [None] * pairs.world_size
+        dist.all_gather_object(everyone, (files, wrong))
+        files = {name: file for each, _ in everyone for name, file in each.items()}
+        wrong = [pair for _, each in everyone for pair in each]
+    return files, sorted(wrong, key=lambda pair: (*pair[3:], *pair[:2]))
+
+
+def better_captions(pairs: ShardPairs, heads: Heads, wrong: Sequence[Any]) -> list[list[Any]]:
+    """For each of the ``wrong`` pairs' pictures the (shard, number) of captions that fit it best."""
+    if not wrong:
+        return []
+    embedded = torch.cat([heads.images(_row(pairs.files[0], shard, n)) for shard, n, *_ in wrong])
+    scores = torch.zeros(len(wrong), 0)
+    where: list[tuple[str, int]] = []
+    for shard in pairs.shards:
+        if len(where) >= _CAPTIONS:
+            break
+        for block in pairs.of_shard(shard):
+            scores = torch.cat([scores, (embedded @ heads.texts(block.texts).T).cpu()], dim=1)
+            where += [(shard, place) for place in block.places.tolist()]
+    best = scores.topk(min(BETTER, scores.shape[1]), dim=1).indices
+    return [[where[number] for number in row] for row in best.tolist()]
+
+
+def _row(files: FeatureFiles, shard: str, number: int) -> Tensor:
+    return torch.from_numpy(np.array(files.read(shard)[number, :1])).float()
+
+
+def contents(places: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], Mapping[str, bytes]]:
+    """The files of samples by (shard, number); each shard is read once."""
+    samples = {}
+    for shard in dict.fromkeys(shard for shard, _ in places):
+        numbers = {number for each, number in places if each == shard}
+        for number, (_, files) in enumerate(read.samples(shard)):
+            if number in numbers:
+                samples[shard, number] = files
+            if number >= max(numbers):
+                break
+    return samples

@@ -1,0 +1,97 @@
+"""``report.html`` of a fit: what was chosen, the correlations, and the pairs that look wrong."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from otter_openclip.closed_form.wrong_pairs import WrongPairs
+from otter_openclip.shards import read
+
+SHOWN = 24  # pairs that look wrong
+_THUMBNAIL, _CAPTION = 160, 280  # pixels, characters
+_WIDTH, _HEIGHT, _EDGE = 420, 160, 22
+_POINTS = 200
+
+Place = tuple[str, int]
+
+
+def page(
+    record: Mapping[str, Any],
+    wrong: WrongPairs | None,
+    shown: Sequence[Any],
+    better: Sequence[Sequence[Place]],
+    samples: Mapping[Place, Mapping[str, bytes]],
+) -> str:
+    """The page.
+
+    Args:
+        record: what fit.json says.
+        wrong: the estimate of wrong pairs, if one was made.
+        shown: the pairs that look most wrong, as of ``listing.judge_shards``.
+        better: for each the places of captions that fit its picture better.
+        samples: of all these places.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    curves = {
+        "correlations": _chart([record["correlations"]], ["on"], "1", f"{record['embed_dim']}")
+    }
+    if wrong is not None:
+        own, others = (_thinned(row.cpu().numpy()) for row in wrong.histograms)
+        top = max(own.max(), others.max())
+        rows = [others / top, own / top, _thinned(wrong.probability.cpu().numpy(), np.mean)]
+        curves["similarities"] = _chart(rows, ["off", "on", "line"], "-1", "1")
+    pairs = [
+        {
+            "place": f"{shard}: {key}",
+            "weight": weight,
+            "image": _thumbnail(samples[shard, number]),
+            "caption": _caption(samples[shard, number]),
+            "better": [_caption(samples[place]) for place in places],
+        }
+        for (shard, number, key, weight, _), places in zip(shown, better, strict=True)
+    ]
+    return environment.get_template("fit.jinja").render(record=record, curves=curves, pairs=pairs)
+
+
+def _thinned(values: np.ndarray, how: Any = np.sum) -> np.ndarray:
+    return np.array([how(part) for part in np.array_split(values, _POINTS)])
+
+
+def _chart(rows: Sequence[Any], kinds: Sequence[str], first: str, last: str) -> Markup:
+    """Curves of values in [0, 1]; the horizontal axis goes from ``first`` to ``last``."""
+    parts = [f'<path class="axis" d="M{_EDGE},{_HEIGHT - _EDGE}H{_WIDTH - _EDGE}"/>']
+    for values, kind in zip(rows, kinds, strict=True):
+        across = np.linspace(_EDGE, _WIDTH - _EDGE, len(values))
+        down = _HEIGHT - _EDGE - np.asarray(values) * (_HEIGHT - 2 * _EDGE)
+        points = "L".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
+        ends = f"L{_WIDTH - _EDGE},{_HEIGHT - _EDGE}L{_EDGE},{_HEIGHT - _EDGE}Z"
+        parts.append(f'<path class="{kind}" d="M{points}{"" if kind == "line" else ends}"/>')
+    for x, text, anchor in ((_EDGE, first, "start"), (_WIDTH - _EDGE, last, "end")):
+        parts.append(f'<text x="{x}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{text}</text>')
+    return Markup(f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>')
+
+
+def _thumbnail(files: Mapping[str, bytes]) -> str:
+    image = read.rgb(read.opened(read.image_file(files, read.TRAINING_IMAGES)))
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    image.save(buffer := io.BytesIO(), "JPEG", quality=78)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _caption(files: Mapping[str, bytes]) -> str:
+    text = " ".join(files["txt"].decode().split())
+    return text if len(text) <= _CAPTION else f"{text[: _CAPTION - 1]}…"
