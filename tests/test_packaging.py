@@ -201,18 +201,6 @@ def test_what_is_imported_is_declared_and_the_other_way_round():
     assert declared - imported() == {"requests"}  # clip-benchmark's
 
 
-def test_without_matplotlib_the_contact_sheet_has_pillows_font(monkeypatch, tmp_path, caplog):
-    from otter_openclip.data import contact_sheet
-
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    picture = tmp_path / "picture.png"
-    Image.new("RGB", (40, 40), "red").save(picture)
-    contact_sheet.draw([(picture.read_bytes(), "a caption")], tmp_path / "sheet.png")
-    assert "pip install 'otter-openclip[plots]'" in caplog.text
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert len(sheet.getcolors(10_000)) > 10
-
-
 def test_the_public_api_is_typed(tmp_path):
     """Torch's own types take mypy half a minute to read; `make types` does."""
     pytest.importorskip("mypy")
