@@ -84,37 +84,6 @@ def test_stock_clip_benchmark_reads_it(goi):
     assert [tuple(target.shape) for _, target in loader] == [(2, 5), (1, 5)]
 
 
-@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip", "test folder", "folder of tars"])
-def test_open_images_from_every_kind_of_source(goi, kind):
-    import zipfile
-
-    images = {f"test/{i}.jpg": jpeg(n) for n, i in enumerate(POSITIVES)}
-    path = goi / "source"
-    if kind == "tar":
-        path = write_tar(goi / "test.tar", images)
-    elif kind == "tar.gz":
-        path = write_tar(goi / "test.tar.gz", images, "w:gz")
-    elif kind == "zip":
-        path = goi / "test.zip"
-        for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            with zipfile.ZipFile(path, "a", compression) as archive:
-                for name in [n for n in images if n.endswith("6.jpg") == bool(compression)]:
-                    archive.writestr(name, images[name])
-    elif kind == "test folder":
-        write_files(path, images)
-    else:
-        for n, (name, content) in enumerate(images.items()):
-            write_tar(path / f"part{n}.tar", {name: content})
-        write_tar(path / "part3.tar", {})  # an archive of nothing
-        (path / "part4.tar").touch()
-    assert build_goi(goi, images=path) == 0
-    assert build_goi(goi, out="plain") == 0
-    assert vectors(goi / "out") == POSITIVES
-    shard = "test/0.tar"
-    assert tree(goi / "out")[shard] == tree(goi / "plain")[shard]
-    assert not (goi / "out" / ".otter-build" / "unpacked").exists()
-
-
 @pytest.mark.parametrize("classes", ["without header", "names only"])
 @pytest.mark.parametrize("labels", ["official", "the reference's"])
 def test_other_forms_of_class_and_label_files(goi, capsys, classes, labels):
@@ -328,28 +297,6 @@ def test_imagenet10k(tencent, confidence):
     assert data.classes == names
     skipped = json.loads((tencent / "out" / "report.json").read_text())["skipped"]
     assert skipped == ({"without a positive label": 1} if confidence else {})
-
-
-@pytest.mark.parametrize("kind", ["tar per synset", "one tar of tars", "flat", "reference"])
-def test_imagenet_as_folder_or_tars(tencent, kind):
-    by_synset: dict[str, dict[str, bytes]] = {}
-    for n, name in enumerate(IDS):
-        by_synset.setdefault(name.split("/")[0], {})[name.split("/")[1]] = jpeg(n)
-    path = tencent / "source"
-    if kind == "flat":
-        write_files(path, {n: c for files in by_synset.values() for n, c in files.items()})
-    elif kind == "reference":
-        write_files(path, {f"images/{name}": jpeg(n) for n, name in enumerate(IDS)})
-    else:
-        tars = [write_tar(path / f"{s}.tar", files) for s, files in by_synset.items()]
-        if kind == "one tar of tars":
-            inner = {"n0.tar": write_tar(tencent / "n0.tar", {}).read_bytes()}
-            inner |= {tar.name: tar.read_bytes() for tar in tars}
-            path = write_tar(tencent / "fall11_whole.tar", inner)
-    assert build_tencent(tencent, images=path) == 0
-    assert vectors(tencent / "out") == EXPECTED
-    assert build_tencent(tencent, out="plain") == 0
-    assert tree(tencent / "out")["test/0.tar"] == tree(tencent / "plain")["test/0.tar"]
 
 
 @pytest.mark.parametrize(
