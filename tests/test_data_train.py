@@ -202,28 +202,6 @@ def test_header_quotes_and_compression_of_cc3m(tmp_path):
     assert list(cc3m.read_captions(path)) == read
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        (
-            "Train_GCC-training.tsv",
-            "only one column\n",
-            "training.tsv:1: 1 columns, expected caption, URL",
-        ),
-        ("Train_GCC-training.tsv", "a\rb\thttp://x\n", "training.tsv:1: a carriage return inside"),
-        (
-            "downloaded_training_report.tsv",
-            "a\tb\n",
-            "report.tsv:1: 2 columns, expected file, folder",
-        ),
-    ],
-)
-def test_cc3m_errors_name_file_and_line(conceptual, capsys, file, text, message):
-    (conceptual / file).write_text(text)
-    assert build_cc(conceptual) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_report_and_images_go_together(conceptual, capsys):
     assert build_cc(conceptual, source=["--images", conceptual]) == 2
     assert "--report and --images go together" in capsys.readouterr().err
@@ -286,13 +264,6 @@ def test_csv_columns_separator_and_relative_paths(tmp_path, monkeypatch):
     archive = write_tar(tmp_path / "all.tar", {"a/1.jpg": jpeg(1), "2.jpg": jpeg(2)})
     assert run(*line, tmp_path / "out2", "--images", archive) == 0
     assert pairs_of(tmp_path / "out2") == expected
-
-
-def test_csv_column_error_lists_the_columns(table, capsys):
-    assert run(*csv_command(table, "out", "--csv-img-key", "image")) == 2
-    assert "has no column 'image' but 'filepath', 'title'" in capsys.readouterr().err
-    assert run(*csv_command(table, "out", "--csv-separator", ",")) == 2
-    assert "no column 'filepath'" in capsys.readouterr().err
 
 
 # YFCC15M ----------------------------------------------------------------------------------------
@@ -385,34 +356,6 @@ def test_captions_are_the_references(flickr):
         assert yfcc15m.clean(raw) == expected
 
 
-NO_ID = "metadata.bz2:1: {!r} is no photo id"
-NO_PHOTO = "subset.tsv:{}: expected line number, photo id and hash"
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("subset.tsv", "1\t2\t3\nx\ty\tz\n", NO_PHOTO.format(2)),
-        ("subset.tsv", f"0\t{9**21}\tx\n1\t{9**21}\tx\n", NO_PHOTO.format(1)),
-        (
-            "metadata.bz2",
-            "1\t2\t3\n",
-            "metadata.bz2:1: 3 columns; YFCC100M's metadata have 23 or 25",
-        ),
-        *(
-            ("metadata.bz2", number + "\t" * 22, NO_ID.format(number))
-            for number in ("x", "9" * 20, "²", "017")
-        ),
-    ],
-)
-def test_yfcc15m_errors_name_file_and_line(flickr, capsys, file, text, message):
-    content = text.encode()
-    (flickr / file).write_bytes(bz2.compress(content) if file.endswith("bz2") else content)
-    (flickr / "images").mkdir()
-    assert build_yfcc(flickr, "--images", flickr / "images") == 2
-    assert message in capsys.readouterr().err
-
-
 # WIT --------------------------------------------------------------------------------------------
 
 COLUMNS = (
@@ -502,12 +445,33 @@ def test_wit_languages_and_caption_fields(wikipedia):
     assert wit.caption_of(row, ["section"]) == ""
 
 
-def test_wit_errors(wikipedia, capsys):
-    (wikipedia / "images").mkdir()
-    with pytest.raises(SystemExit):
-        build_wit(wikipedia, "--images", wikipedia / "images", "--caption-fields", "refrence")
-    assert "attribution" in capsys.readouterr().err
-    with gzip.open(wikipedia / "wit_v1.train.all-00001-of-00002.tsv.gz", "wt") as file:
-        file.write("language\turl\nen\tx\n")
-    assert build_wit(wikipedia, "--images", wikipedia / "images") == 2
-    assert "00001-of-00002.tsv.gz:1: has no column 'image_url'" in capsys.readouterr().err
+# errors -----------------------------------------------------------------------------------------
+
+CC = "cc3m --captions cc.tsv --report report.tsv"
+YFCC = "yfcc15m --subset subset.tsv --metadata metadata.bz2"
+NO_ID = "metadata.bz2:1: {!r} is no photo id"
+NO_PHOTO = "subset.tsv:{}: expected line number, photo id and hash"
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "text", "message"),
+    [
+        (CC, "cc.tsv", "only one column\n", "cc.tsv:1: 1 columns, expected caption, URL"),
+        (CC, "cc.tsv", "a\rb\thttp://x\n", "cc.tsv:1: a carriage return inside"),
+        (CC, "report.tsv", "a\tb\n", "report.tsv:1: 2 columns, expected file, folder"),
+        (YFCC, "subset.tsv", "1\t2\t3\nx\ty\tz\n", NO_PHOTO.format(2)),
+        (YFCC, "subset.tsv", f"0\t{9**21}\tx\n1\t{9**21}\tx\n", NO_PHOTO.format(1)),
+        (YFCC, "metadata.bz2", "1\t2\t3\n", "bz2:1: 3 columns; YFCC100M's metadata have 23 or 25"),
+        *(
+            (YFCC, "metadata.bz2", number + "\t" * 22, NO_ID.format(number))
+            for number in ("x", "9" * 20, "²", "017")
+        ),
+        ("wit --tables w.tsv", "w.tsv", "language\turl\n", "w.tsv:1: has no column 'image_url'"),
+    ],
+)
+def test_errors_name_file_and_line(flickr, monkeypatch, capsys, command, file, text, message):
+    content = bz2.compress(text.encode()) if file.endswith("bz2") else text.encode()
+    write_files(flickr, {"cc.tsv": b"", "report.tsv": b"", file: content})
+    monkeypatch.chdir(flickr)
+    assert run(*command.split(), "--images", ".", "--output", "out") == 2
+    assert message in capsys.readouterr().err
