@@ -7,11 +7,10 @@ import os
 import re
 import struct
 import sys
-import zipfile
 
 import numpy as np
 import pytest
-from data_helpers import dropped, encoded, jpeg, run, samples, write_files, write_tar
+from data_helpers import dropped, encoded, jpeg, pack, run, samples, write_files, write_tar
 from PIL import Image
 from test_data_train import img2dataset, pairs_of
 
@@ -19,27 +18,6 @@ from test_data_train import img2dataset, pairs_of
 def table(path, rows, header=("filepath", "title")):
     lines = ["\t".join(row) for row in (header, *rows)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def pack(kind, folder, files):
-    """The same files as a folder, an archive, or archives in a folder or in another."""
-    if kind == "folder":
-        return write_files(folder / "source", files)
-    if kind in ("folder of tars", "tar of tars"):
-        parts = [dict([item]) for item in files.items()] + [{}]
-        tars = [write_tar(folder / "tars" / f"{n}.tar", part) for n, part in enumerate(parts)]
-        if kind == "tar of tars":
-            return write_tar(folder / "outer.tar", {tar.name: tar.read_bytes() for tar in tars})
-        (folder / "tars" / "no_bytes.tar").touch()
-        return folder / "tars"
-    path = folder / f"source.{kind}"
-    if kind.lower() != "zip":
-        mode = "w" if kind.lower() == "tar" else "w:gz"
-        return write_tar(path, {f"./{n}": c for n, c in files.items()}, mode)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content, zipfile.ZIP_DEFLATED if "a" in name else None)
     return path
 
 
