@@ -230,16 +230,3 @@ def test_example_notebooks_run(path, capsys):
         assert cell["outputs"] == [] and cell["execution_count"] is None
         exec(compile("".join(cell["source"]), f"{path.name}, code cell {number}", "exec"), names)
     assert capsys.readouterr().out
-
-
-def test_no_package_is_forgotten():
-    """pyproject.toml lists the packages one by one, because patches/ is mapped into them."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {
-        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
-        for path in (ROOT / "otter_openclip").rglob("*.py")
-    }
-    mapped = {f"otter_openclip.{name}": name for name in ("configs", "patches")}
-    data = {"otter_openclip.model_configs", *mapped}
-    assert set(settings["packages"]) == folders | data
-    assert settings["package-dir"] == mapped
