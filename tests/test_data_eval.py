@@ -128,10 +128,6 @@ def test_missing_and_undecodable_images(goi, capsys):
     assert build_goi(goi, "--max-missing", "2") == 0
     assert dropped(goi / "out") == both
     assert vectors(goi / "out") == {"000026e7ee790996": [1, 3]}
-    assert json.loads((goi / "out" / "report.json").read_text())["dropped"] == {
-        "missing": 1,
-        "undecodable": 1,
-    }
 
 
 def test_nothing_left_is_an_error(goi, capsys):
@@ -144,20 +140,19 @@ def test_nothing_left_is_an_error(goi, capsys):
     assert "no such folder or archive" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "L", "P", "RGBA", "LA", "1", "GIF", "BMP", "TIFF"])
-def test_modes_and_formats_that_pillow_reads_stay_what_stock_sees(goi, mode):
-    if mode in ("CMYK", "L"):
-        content = encoded(7, "JPEG", mode)
-    elif mode in ("GIF", "BMP", "TIFF"):
-        content = encoded(7, mode)
-    else:
-        content = encoded(7, "PNG", mode)
+KINDS = [("JPEG", "CMYK"), ("JPEG", "L"), ("GIF", "P"), ("BMP", "RGB"), ("TIFF", "RGB")]
+KINDS += [("PNG", mode) for mode in ("L", "P", "RGBA", "LA", "1")]
+
+
+@pytest.mark.parametrize(("kind", "mode"), KINDS)
+def test_modes_and_formats_that_pillow_reads_stay_what_stock_sees(goi, kind, mode):
+    content = encoded(7, kind, mode)
     (goi / "images" / "0000c64e1253d68f.jpg").write_bytes(content)  # names lie
     assert build_goi(goi) == 0
     files = samples(goi / "out" / "test" / "0.tar")["0000c64e1253d68f"]
-    suffix = "jpg" if mode in ("CMYK", "L") else "png"
+    suffix = "jpg" if kind == "JPEG" else "png"
     assert files.keys() == {suffix, "npy"}
-    assert (files[suffix] == content) == (mode not in ("GIF", "BMP", "TIFF"))
+    assert (files[suffix] == content) == (kind in ("JPEG", "PNG"))
     expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
     data = build_dataset("wds/goi", root=str(goi / "out"), transform=np.asarray, split="test")
     images = [image for image, _ in data]
