@@ -6,6 +6,7 @@ import hashlib
 import io
 import random
 import tarfile
+import zipfile
 from pathlib import Path
 
 from PIL import Image
@@ -48,6 +49,27 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return folder
+
+
+def pack(kind: str, folder: Path, files: dict[str, bytes]) -> Path:
+    """The same files as a folder, an archive, or archives in a folder or in another."""
+    if kind == "folder":
+        return write_files(folder / "source", files)
+    if kind in ("folder of tars", "tar of tars"):
+        parts = [dict([item]) for item in files.items()] + [{}]
+        tars = [write_tar(folder / "tars" / f"{n}.tar", part) for n, part in enumerate(parts)]
+        if kind == "tar of tars":
+            return write_tar(folder / "outer.tar", {tar.name: tar.read_bytes() for tar in tars})
+        (folder / "tars" / "no_bytes.tar").touch()
+        return folder / "tars"
+    path = folder / f"source.{kind}"
+    if kind.lower() != "zip":
+        mode = "w" if kind.lower() == "tar" else "w:gz"
+        return write_tar(path, {f"./{n}": c for n, c in files.items()}, mode)
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, (name, content) in enumerate(files.items()):
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED if number % 2 else None)
+    return path
 
 
 def run(*words: str | Path) -> int:

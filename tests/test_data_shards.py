@@ -49,12 +49,6 @@ def test_shards_are_what_webdatasets_writer_gives(data, whole):
     assert (data / "0.tar").read_bytes() == shard.read_bytes()
 
 
-@pytest.mark.parametrize("workers", [2, 5])
-def test_any_number_of_workers_writes_the_same_bytes(data, whole, workers):
-    assert run(*command(data, "out", "--workers", str(workers))) == 0
-    assert tree(data / "out") == whole
-
-
 def _build_until(moment: int, where: str, line: tuple) -> None:
     """Runs in a child: kill -9 itself just before or after the ``moment``-th rename."""
     count, rename = 0, os.replace
@@ -92,22 +86,20 @@ def test_kill_at_every_rename(data, whole, where):
     assert moment == 1 + 7 + 1 + 4 + 1 + 1
 
 
-def _stopped(data, moment: int) -> None:
-    """Begin a build into "out" and kill it after the ``moment``-th rename."""
-    child = multiprocessing.get_context("fork").Process(
-        target=_build_until, args=(moment, "after", command(data, "out"))
-    )
+def _stopped(data) -> None:
+    """Begin a build into "out" and kill it after its fourth shard."""
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=_build_until, args=(5, "after", command(data, "out")))
     child.start()
     child.join()
 
 
 def test_resume_writes_only_the_missing_shards(data, whole):
-    _stopped(data, 5)
+    _stopped(data)
     shards = data / "out" / "test"
     assert {path.name for path in shards.iterdir()} == {"0.tar", "1.tar", "2.tar", "3.tar"}
-    before = {
-        n: (shards / f"{n}.tar").stat().st_ino for n in range(3)
-    }  # of the last nothing is known
+    # Of the last nothing is known.
+    before = {n: (shards / f"{n}.tar").stat().st_ino for n in range(3)}
     assert run(*command(data, "out", "--workers", "2")) == 0
     assert {n: (shards / f"{n}.tar").stat().st_ino for n in range(3)} == before
     assert tree(data / "out") == whole
@@ -117,7 +109,7 @@ def test_resume_writes_only_the_missing_shards(data, whole):
 
 
 def test_a_shard_damaged_after_a_kill_is_written_again(data, whole):
-    _stopped(data, 5)
+    _stopped(data)
     shard = data / "out" / "test" / "1.tar"
     shard.write_bytes(shard.read_bytes()[:512])
     assert run(*command(data, "out")) == 0 and tree(data / "out") == whole
@@ -128,7 +120,7 @@ def test_other_settings_or_inputs_are_refused(data, capsys, complete):
     if complete:
         assert run(*command(data, "out")) == 0
     else:
-        _stopped(data, 5)
+        _stopped(data)
     before = tree(data / "out")
     assert run(*command(data, "out", "--resize", "8")) == 2
     err = capsys.readouterr().err
@@ -136,9 +128,8 @@ def test_other_settings_or_inputs_are_refused(data, capsys, complete):
     line = [w for w in command(data, "out") if w not in ("--shard-size", "3")]
     assert run(*line) == 2
     assert "--shard-size was 3" in capsys.readouterr().err
-    (data / "val.txt").write_text(
-        (data / "val.txt").read_text().replace("n0_0.JPEG\t0", "n0_0.JPEG\t1")
-    )
+    labels = data / "val.txt"
+    labels.write_text(labels.read_text().replace("n0_0.JPEG\t0", "n0_0.JPEG\t1"))
     assert run(*command(data, "out")) == 2
     assert "val.txt was [" in capsys.readouterr().err
     assert tree(data / "out") == before
@@ -156,7 +147,7 @@ def test_a_complete_build_is_left_as_it_is(data, whole, capsys):
 
 
 def test_a_plan_that_cannot_be_read_is_an_error_that_names_it(data, whole, capsys):
-    _stopped(data, 5)
+    _stopped(data)
     plan = data / "out" / ".otter-build" / "plan.db"
     plan.write_bytes(b"SQLite format 3" + bytes(5000))
     assert run(*command(data, "out")) == 2

@@ -201,18 +201,6 @@ def test_what_is_imported_is_declared_and_the_other_way_round():
     assert declared - imported() == {"requests"}  # clip-benchmark's
 
 
-def test_without_matplotlib_the_contact_sheet_has_pillows_font(monkeypatch, tmp_path, caplog):
-    from otter_openclip.data import contact_sheet
-
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    picture = tmp_path / "picture.png"
-    Image.new("RGB", (40, 40), "red").save(picture)
-    contact_sheet.draw([(picture.read_bytes(), "a caption")], tmp_path / "sheet.png")
-    assert "pip install 'otter-openclip[plots]'" in caplog.text
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert len(sheet.getcolors(10_000)) > 10
-
-
 def test_the_public_api_is_typed(tmp_path):
     """Torch's own types take mypy half a minute to read; `make types` does."""
     pytest.importorskip("mypy")
@@ -242,16 +230,3 @@ def test_example_notebooks_run(path, capsys):
         assert cell["outputs"] == [] and cell["execution_count"] is None
         exec(compile("".join(cell["source"]), f"{path.name}, code cell {number}", "exec"), names)
     assert capsys.readouterr().out
-
-
-def test_no_package_is_forgotten():
-    """pyproject.toml lists the packages one by one, because patches/ is mapped into them."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {
-        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
-        for path in (ROOT / "otter_openclip").rglob("*.py")
-    }
-    mapped = {f"otter_openclip.{name}": name for name in ("configs", "patches")}
-    data = {"otter_openclip.model_configs", *mapped}
-    assert set(settings["packages"]) == folders | data
-    assert settings["package-dir"] == mapped

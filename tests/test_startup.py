@@ -64,9 +64,8 @@ def test_building_and_looking_at_shards_import_no_torch(tmp_path):
     words = f"data csv --captions {tmp_path}/t.csv --output {tmp_path}/out --workers 2".split()
     done = python(COMMAND, *words)
     assert done.returncode == 0 and done.stdout.endswith("loaded\n"), done.stderr
-    draws = "from otter_openclip.data import inspecting; inspecting.draw = lambda *_: None\n"
     words = f"data inspect {tmp_path}/out --sheet {tmp_path}/sheet.png --workers 1".split()
-    done = python(COMMAND.replace("from", draws + "from", 1), *words)
+    done = python(COMMAND, *words)
     assert done.returncode == 0 and done.stdout.endswith("loaded\n"), done.stderr
 
 

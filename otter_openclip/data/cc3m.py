@@ -54,9 +54,8 @@ def main(args: argparse.Namespace) -> int:
             plan.db.executemany("INSERT OR IGNORE INTO saved VALUES (?, ?)", saved)
         query = "SELECT name FROM saved WHERE url = ?"
         for caption, url in tqdm(read_captions(args.captions), "Reading captions", unit="caption"):
-            picture = Picture(None, reason=NOT_DOWNLOADED)
-            if name := plan.db.execute(query, (url,)).fetchone() if args.report else (url,):
-                picture = images.find(*name)
+            name = plan.db.execute(query, (url,)).fetchone() if args.report else (url,)
+            picture = images.find(*name) if name else Picture(None, reason=NOT_DOWNLOADED)
             plan.add(url, picture, caption)
 
     inputs = [args.captions, *([args.report] if args.report else [])]

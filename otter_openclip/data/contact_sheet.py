@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import textwrap
 from collections.abc import Sequence
 from functools import partial
@@ -42,13 +41,8 @@ def draw(chosen: Sequence[tuple[bytes, str]], path: Path) -> None:
 
 
 def _font(size: int) -> Any:
-    """DejaVu, which knows more alphabets than Pillow's own font, where matplotlib brings it."""
+    """DejaVu, which knows more alphabets than Pillow's own font, where the system has it."""
     try:
-        from matplotlib import get_data_path
-    except ImportError:
-        logging.warning(
-            "The contact sheet's font has Latin letters only; for more alphabets: "
-            "pip install 'otter-openclip[plots]'"
-        )
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except OSError:
         return ImageFont.load_default(size)
-    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)

@@ -31,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     names = read_classes(args.classes)
-    labels = labelled.read_index_rows(args.labels, len(names))
-    return labelled.build(args, names, labels)
+    return labelled.build(args, names, labelled.read_index_rows(args.labels, len(names)))
 
 
 def read_classes(path: str) -> list[str]:

@@ -1,90 +1,32 @@
-"""What `data inspect` finds: figures of shards, the faults of each sample, a contact sheet.
-
-Training pairs are judged here; what is beside an evaluation set's shards is for `evaluation` to judge,
-which `otter_openclip.inspect_command` hands in.
-"""
+"""What shards hold and what is wrong with them: figures, the faults of each sample, some pictures."""
 
 from __future__ import annotations
 
-import argparse
 import glob
 import io
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
-from heapq import heappush, heappushpop, nlargest
+from heapq import heappush, heappushpop
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
-from tqdm import tqdm
 
-from otter_openclip.cli import positive
-from otter_openclip.data.contact_sheet import THUMBNAIL, draw
-from otter_openclip.data.pool import default_workers, ordered_map
+from otter_openclip.data.contact_sheet import THUMBNAIL
 from otter_openclip.data.sources import COMPRESSED
-from otter_openclip.files import make_room, write_json
 from otter_openclip.shards import read as shard_samples
 from otter_openclip.shards.read import Fault, SampleError
 from otter_openclip.shards.write import SIZES_FILE
 
-SHOWN = 10
 TARS = (".tar", *COMPRESSED)
 STATISTICS = ("min", "median", "mean", "95%", "max")
 SIZES = ("caption_characters", "caption_words", "labels_per_image")
 SIZES += ("image_width", "image_height", "image_bytes")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to ``parser``."""
-    add = parser.add_argument
-    text = "tars or folders of tars; braces and wildcards are expanded, as for --train-data"
-    add("shards", nargs="+", metavar="SHARDS", help=text)
-    text = "picture to write, of the format its suffix says; default contact_sheet.png here"
-    add("--sheet", default="contact_sheet.png", metavar="FILE", help=text)
-    add("--pictures", type=positive, default=48, metavar="N", help="images on it; default 48")
-    add("--json", metavar="FILE", help="also write the figures and all faults there")
-    workers = default_workers()
-    add("--workers", type=positive, default=workers, metavar="N", help="default: one per CPU")
-
-
-def inspect(args: argparse.Namespace, evaluation_set: Callable[[Path], Any]) -> int:
-    """Run the command; ``evaluation_set`` has what lies beside a folder of an evaluation set's shards.
-
-    That is an `evaluation.validator.Folder`, or None for a folder of training pairs.
-    """
-    paths = find_shards(args.shards)
-    for file in filter(None, (args.sheet, args.json)):
-        make_room(Path(file))
-    sets = {folder: evaluation_set(folder) for folder in dict.fromkeys(p.parent for p in paths)}
-    jobs = [(path, sets[path.parent]) for path in paths]
-    looks = ordered_map(partial(Look, pictures=args.pictures), jobs, args.workers)
-    looks = list(tqdm(looks, "Reading shards", len(paths), unit="shard"))
-    faults, remarks = judge(looks, sets)
-    figures = summarise(looks)
-    print(_table(figures))
-    for kind, listed in (("remark", remarks), ("fault", faults)):
-        print(*(f"{kind}: {text}\n" for text in listed[:SHOWN]), sep="", end="")
-    if len(faults) > SHOWN:
-        print(f"... {len(faults)} faults in all{'' if args.json else '; --json FILE lists them'}")
-    elif not faults:
-        print("No faults: every sample can be read.")
-    if args.json:
-        rows = [dict(zip(("shard", "sample", "fault"), fault, strict=True)) for fault in faults]
-        write_json(Path(args.json), {**figures, "faults": rows, "remarks": list(map(str, remarks))})
-    pictures = chain.from_iterable(shard.pictures for shard in looks)
-    chosen = nlargest(args.pictures, pictures, key=lambda picture: picture[0])
-    if chosen:
-        draw([(png, text) for _, png, text in chosen], Path(args.sheet))
-        print(f"{len(chosen)} of them, drawn by lot: {args.sheet}")
-    else:
-        print(f"No image to draw: {args.sheet} is not written.")
-    return 1 if faults else 0
 
 
 def find_shards(patterns: Iterable[str]) -> list[Path]:
@@ -203,7 +145,8 @@ def summarise(looks: Sequence[Look]) -> dict[str, Any]:
     return figures
 
 
-def _table(figures: Mapping[str, Any]) -> str:
+def table(figures: Mapping[str, Any]) -> str:
+    """The figures as text, a row each."""
     lines = [f"{figures['samples']} samples in {figures['shards']} shards"]
     lines.append(f"{'':20}" + "".join(f"{name:>10}" for name in STATISTICS))
     for name, row in figures.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,19 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser, classes: str, labels: str, im
     add_output(parser, shard_size=1000)
 
 
-def build(
-    args: argparse.Namespace,
-    classes: Sequence[str],
-    labels: tuple[Sequence[Row], int],
-) -> int:
+def build(args: argparse.Namespace, classes: Sequence[str], rows: Sequence[Row]) -> int:
     """Build a test set from its parsed metadata; returns the command's exit code.
 
     Args:
         args: the options of `add_arguments`, and ``command``.
         classes: class names as they are to be prompted.
-        labels: the images with labels, in order, and the number of those without, left out before.
+        rows: the images in order; those without a positive label are left out.
     """
-    images, (rows, without) = Paths(args.images, any_suffix=True), labels
+    images = Paths(args.images, any_suffix=True)
 
     def encode(numbers: str) -> bytes:
         """Labels as the ``npy`` uint8 vector that clip_benchmark's multi-label sets hold."""
@@ -66,10 +62,11 @@ def build(
         return buffer.getvalue()
 
     def fill(plan: Plan) -> None:
-        if without:
-            plan.skip("without a positive label", without)
-        for image, positive, line in tqdm(rows, "Looking for images", unit="image"):
-            picture, numbers = images.find(image), " ".join(map(str, positive))
+        for image, labels, line in tqdm(rows, "Looking for images", unit="image"):
+            if not labels:
+                plan.skip("without a positive label")
+                continue
+            picture, numbers = images.find(image), " ".join(map(str, labels))
             plan.add(image, picture, numbers, key=key_of(image), where=f"line {line} of the labels")
 
     def finish(folder: Path, plan: Plan) -> None:
@@ -99,11 +96,10 @@ def class_name(text: str, path: str, line: int) -> str:
     raise at(path, line, "empty class name; a prompt needs one")
 
 
-def read_index_rows(path: str, classes: int) -> tuple[list[Row], int]:
+def read_index_rows(path: str, classes: int) -> list[Row]:
     """Lines of an image's name and its class indices, each perhaps with a confidence (``2367:1``).
 
-    Returns images with their positive labels, and the number of images without any. ValueError names the
-    line of a label outside the class list or no number.
+    ValueError names the line of a label outside the class list or no number.
     """
     rows: list[Row] = []
     for number, line in lines(path):
@@ -124,10 +120,4 @@ def read_index_rows(path: str, classes: int) -> tuple[list[Row], int]:
                 raise at(path, number, f"{fault}; do the two files belong together?")
             if sure > 0 and label not in row.labels:
                 row.labels.append(label)
-    return with_labels(rows)
-
-
-def with_labels(rows: Collection[Row]) -> tuple[list[Row], int]:
-    """The rows with a positive label, and the number of the others."""
-    positive = [row for row in rows if row.labels]
-    return positive, len(rows) - len(positive)
+    return rows

@@ -38,7 +38,7 @@ class Index:
     """Files by name, on disk: millions of them in some megabytes of memory."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
-        self.db, self._sorted = db, False
+        self.db = db
         db.execute("CREATE TABLE IF NOT EXISTS files (name BLOB, path BLOB, file TEXT)")
 
     def add(self, source: str, entries: Iterable[tuple[str, str, File]]) -> None:
@@ -47,15 +47,12 @@ class Index:
         rows = (
             (os.fsencode(name), os.fsencode(path), json.dumps(file)) for name, path, file in bar
         )
-        self.db.execute("DROP INDEX IF EXISTS names")
+        self.db.execute("DROP INDEX IF EXISTS names")  # which slows insertion
         self.db.executemany("INSERT INTO files VALUES (?, ?, ?)", rows)
-        self._sorted = False
 
     def select(self, name: str, path: str | None = None) -> list[Picture]:
         """The first files of a ``name``, or those of them that are at ``path``."""
-        if not self._sorted:
-            self.db.execute("CREATE INDEX names ON files (name, path)")
-            self._sorted = True
+        self.db.execute("CREATE INDEX IF NOT EXISTS names ON files (name, path)")
         query, values = "SELECT path, file FROM files WHERE name = ?", [os.fsencode(name)]
         if path is not None:
             query, values = f"{query} AND path = ?", [*values, os.fsencode(path)]
@@ -160,12 +157,11 @@ class Downloaded:
         return pictures[0] if pictures else Picture(None, reason=NOT_DOWNLOADED)
 
     def _entries(self, source: str) -> Iterator[tuple[str, str, File]]:
-        for name, metadata, file in sources.samples(source):
-            if file is None:
-                continue  # it was not downloaded
+        for name, files in sources.samples(source):
+            images = [files[suffix] for suffix in files if suffix and suffix in IMAGE_SUFFIXES]
             try:
-                url = str(json.loads(metadata or "{}")["url"])
+                for image in images:  # none if it was not downloaded
+                    yield str(json.loads(sources.read(files[".json"]))["url"]), name, image
             except (ValueError, KeyError, TypeError):
                 fault = f"{source}: no url in {name}.json; {_NOT_IMG2DATASET}"
                 raise OSError(fault) from None
-            yield url, name, file

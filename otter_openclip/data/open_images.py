@@ -37,14 +37,14 @@ def main(args: argparse.Namespace) -> int:
     _, first = next(tables.lines(args.labels), (1, ""))
     if "," not in first and _LABEL_COLUMNS[0] not in first:
         # The reference's goi_images.txt: file name and class indices, separated by tabs.
-        labels = labelled.read_index_rows(args.labels, len(names))
+        rows = labelled.read_index_rows(args.labels, len(names))
     elif mids:
-        labels = read_labels(args.labels, mids, args.classes)
+        rows = read_labels(args.labels, mids, args.classes)
     else:
         fault = f"has no class ids (/m/...), by which {args.labels} names its labels"
         fix = "give the class-descriptions CSV, or goi_images.txt as --labels"
         raise ValueError(f"{args.classes} {fault}; {fix}")
-    return labelled.build(args, names, labels)
+    return labelled.build(args, names, rows)
 
 
 def read_classes(path: str) -> tuple[dict[str, int], list[str]]:
@@ -72,8 +72,8 @@ def read_classes(path: str) -> tuple[dict[str, int], list[str]]:
     return mids, names
 
 
-def read_labels(path: str, mids: dict[str, int], class_file: str) -> tuple[list[Row], int]:
-    """(images with their positive labels, number of images without any) of the official form.
+def read_labels(path: str, mids: dict[str, int], class_file: str) -> list[Row]:
+    """Images with their positive labels, from the official form.
 
     ValueError names the line of a label outside the class list, or a confidence but 0 and 1.
     """
@@ -91,4 +91,4 @@ def read_labels(path: str, mids: dict[str, int], class_file: str) -> tuple[list[
         labels = rows.setdefault(image, Row(image, [], number)).labels
         if confidence[0] == "1" and mids[mid] not in labels:
             labels.append(mids[mid])
-    return labelled.with_labels(rows.values())
+    return list(rows.values())

@@ -19,7 +19,6 @@ from typing import Any, BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from otter_openclip.data import tables
-from otter_openclip.data.decoding import IMAGE_SUFFIXES
 from otter_openclip.files import written_whole
 from otter_openclip.shards import read as shard_samples
 from otter_openclip.shards.read import SampleError
@@ -41,14 +40,6 @@ class File(NamedTuple):
     size: int | None = None
     method: int | None = None
     crc: int | None = None
-
-
-class Sample(NamedTuple):
-    """An image's file with the JSON of the same name, each None if it is not there."""
-
-    name: str
-    metadata: bytes | None = None
-    file: File | None = None
 
 
 def expand(paths: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -133,22 +124,20 @@ def _opened(path: str) -> BinaryIO:
     return open(path, "rb")  # closed when it has left the cache and nobody holds it
 
 
-def samples(source: str) -> Iterator[Sample]:
-    """The images and JSON files of a folder or archive by their names without suffix, in order."""
+def samples(source: str) -> Iterator[tuple[str, dict[str, File]]]:
+    """(name without suffix, suffix -> file) of the samples of a folder or archive, in order.
+
+    A suffix that comes again begins another sample, as in training.
+    """
     for stem, group in itertools.groupby(members(source), lambda m: os.path.splitext(m[0])[0]):
-        sample, seen = Sample(stem), set()
+        files: dict[str, File] = {}
         for name, file in group:
-            if name in seen:  # another sample begins, as in training
-                yield sample
-                sample, seen = Sample(stem), set()
-            seen.add(name)
             suffix = os.path.splitext(name)[1].lower()
-            if suffix == ".json":
-                with tables.whole(source, SampleError):
-                    sample = sample._replace(metadata=read(file))
-            elif suffix and suffix in IMAGE_SUFFIXES:
-                sample = sample._replace(file=file)
-        yield sample
+            if suffix in files:
+                yield stem, files
+                files = {}
+            files[suffix] = file
+        yield stem, files
 
 
 def members(source: str) -> Iterator[tuple[str, File]]:
