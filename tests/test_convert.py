@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from test_towers import text_folder
+from conftest import text_folder
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, BertConfig, RobertaConfig
@@ -25,7 +25,7 @@ ARGS = {"image_arch": "test_resnet", "text_arch": "declutr-sci-base", "max_token
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
     """Folder of a BERT's configuration and tokenizer."""
-    return text_folder(tmp_path_factory.mktemp("text-model"), width=WIDTH, layers=1)
+    return text_folder(tmp_path_factory.mktemp("text-model"), width=WIDTH, pooler=True)
 
 
 class Reference(nn.Module):
