@@ -99,6 +99,23 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def write_set(
+    folder: Path,
+    shards: Sequence[dict[str, bytes]],
+    names: Sequence[str],
+    kind: str = "multilabel",
+    templates: Sequence[str] = ("a photo of {c}.",),
+) -> Path:
+    """A clip_benchmark webdataset of the given shards, each {file name: content}."""
+    for number, files in enumerate(shards):
+        write_tar(folder / "test" / f"{number}.tar", files)
+    (folder / "test" / "nshards.txt").write_text(f"{len(shards)}\n")
+    (folder / "classnames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
+    (folder / "dataset_type.txt").write_text(kind)
+    return folder
+
+
 def text_folder(
     folder: Path,
     width: int = 16,
@@ -167,19 +184,13 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 pictures with two labels each, as a multi-label clip_benchmark webdataset."""
-    folder = tmp_path_factory.mktemp("labelled")
     rng = random.Random(3)
     files = {}
     for i in range(30):
         colour, shape = rng.choice(COLOURS), rng.choice(SHAPES)
         files[f"{i:04d}.png"] = png(picture(rng, colour, shape))
         files[f"{i:04d}.npy"] = npy([name in (colour, shape) for name in CLASSES])
-    write_tar(folder / "test" / "0.tar", files)
-    (folder / "test" / "nshards.txt").write_text("1")
-    (folder / "classnames.txt").write_text("\n".join(CLASSES))
-    (folder / "zeroshot_classification_templates.txt").write_text("a {c}")
-    (folder / "dataset_type.txt").write_text("multilabel")
-    return folder
+    return write_set(tmp_path_factory.mktemp("labelled"), [files], CLASSES, templates=["a {c}"])
 
 
 @pytest.fixture(scope="session")

@@ -7,15 +7,13 @@ import csv
 import importlib.metadata
 import io
 import json
-import random
 import shutil
 
 import forks
 import pytest
-from conftest import COLOURS, picture
 from data_helpers import jpeg
 from patched import ROOT, copy_packages, declare, our_entry_points, patch
-from test_eval import exported, png, shards, single_label, vector, write_data
+from test_eval import captioned, exported, shards, single_label, vector, write_data
 
 GROUPS = ("clip_benchmark.datasets", "clip_benchmark.evaluators")
 OURS = {group: our_entry_points()[group] for group in GROUPS}
@@ -65,12 +63,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """A retrieval dataset."""
-    rng = random.Random(2)
-    files = {}
-    for i in range(6):
-        files[f"{i}.png"] = png(picture(rng, COLOURS[i], "circle"))
-        files[f"{i}.txt"] = f"a {COLOURS[i]} circle\na ball".encode()
-    return write_data(tmp_path_factory.mktemp("pairs"), [files], kind="retrieval")
+    return captioned(tmp_path_factory.mktemp("pairs"))
 
 
 def line(model, data, *flags, dataset="wds/made", output="out.json"):
@@ -192,19 +185,6 @@ def test_images_and_templates_that_need_a_flag(run, model, tmp_path):
     assert not (tmp_path / "out.json").exists()
     run(*words, "--load_truncated")
     assert result(tmp_path)["metrics"]["flat_hit@1"] > 0
-
-
-@pytest.mark.parametrize(
-    ("dataset", "flags", "message"),
-    [
-        ("goi", ("--dataset_root", "gone"), "No such file or directory: 'gone/test/nshards.txt'"),
-        ("goj", (), "ValueError: Unsupported dataset: goj."),
-    ],
-)
-def test_errors(run, model, data, tmp_path, dataset, flags, message):
-    _, said = run(*line(model, data, *flags, dataset=dataset), code=1)
-    assert message in said.splitlines()[-1]
-    assert not (tmp_path / "out.json").exists()
 
 
 def test_only_multilabel_datasets(run, model, tmp_path):
