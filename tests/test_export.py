@@ -192,17 +192,6 @@ def test_flags_win_over_params_and_these_over_the_tag_a_run_started_from(tmp_pat
     assert preprocess["resize_mode"] == "longest"
 
 
-def test_dtype_and_shared_memory(tmp_path):
-    state = open_clip.create_model("tiny-vit").bfloat16().state_dict()
-    ln = "visual.ln_pre.weight"
-    state["visual.ln_pre.bias"] = state[ln] = state[ln].expand(2, -1)[1]  # one storage
-    torch.save({"state_dict": state}, tmp_path / "half.pt")
-    out = export_checkpoint(tmp_path / "half.pt", tmp_path / "out", model="tiny-vit")
-    written = load_file(out / folder.WEIGHTS_FILE)
-    assert written.keys() == state.keys()
-    assert all(v.dtype == state[k].dtype and torch.equal(v, state[k]) for k, v in written.items())
-
-
 @pytest.mark.parametrize("flag", ["force_quick_gelu", "force_custom_text"])
 def test_forced_architecture_is_in_the_folder(tmp_path, flag):
     source = open_clip.create_model("tiny-vit", **{flag: True}).eval()
@@ -294,19 +283,58 @@ def test_a_timm_tower_at_a_forced_size_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_unusable_files(made_run, tmp_path):
-    state = load(made_run / "checkpoints" / "epoch_1.pt")["state_dict"]
+def test_unusable_files(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "cut.safetensors").write_text("hello")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"state_dict": 3}, tmp_path / "number.pt")
-    torch.save(state | {"logit_scale": torch.tensor(float("nan"))}, tmp_path / "nan.pt")
     for name, message in {
         "text.pt": "cannot be read as a checkpoint",
         "cut.safetensors": "cannot be read as a checkpoint",
         "list.pt": "holds a list",
         "number.pt": "holds no state_dict",
-        "nan.pt": "NaN in 1 tensors of the student, first logit_scale",
     }.items():
         with pytest.raises(ValueError, match=message):
             export_checkpoint(tmp_path / name, tmp_path / "out", model="tiny-vit")
+
+
+# What may be done to a checkpoint's tensor: it is written with its own numbers and dtype.
+KEPT = {
+    "parameter": torch.nn.Parameter,
+    "not contiguous": lambda x: x.t().contiguous().t(),
+    "constant": lambda x: x[:1, :1].expand_as(x),
+    "a part of a storage": lambda x: x.expand(2, *x.shape)[1],
+}
+DTYPES = ("float16", "bfloat16", "float64", "float8_e5m2", "int64", "int8", "uint8", "bool")
+KEPT |= {name: lambda x, name=name: (9 * x).to(getattr(torch, name)) for name in DTYPES}
+# And what spoils it: the error names file and tensor.
+SPOILT = {
+    "longer": lambda x: torch.cat([x, x]),
+    "flat": lambda x: x.flatten(),
+    "deeper": lambda x: x[None, None],
+    "empty": lambda x: x.new_zeros(0),
+    "nan": lambda x: torch.full_like(x, torch.nan),
+    "inf": lambda x: torch.full_like(x, torch.inf),
+    "too large": lambda x: torch.full_like(x, 1e300, dtype=torch.float64),
+    "sparse": lambda x: x.to_sparse(),
+    "missing": None,
+    "list": lambda x: x.tolist(),
+}
+
+
+@pytest.mark.parametrize("what", [*KEPT, *SPOILT])
+def test_a_tensor_is_written_as_it_is_or_named(tmp_path, what):
+    state = open_clip.create_model("tiny-vit").state_dict()
+    key, path, out = "text_projection", tmp_path / "bare.pt", tmp_path / "out"
+    projection = state.pop(key)
+    if what != "missing":
+        state[key] = (KEPT | SPOILT)[what](projection)
+    torch.save(state, path)
+    if what in SPOILT:
+        with pytest.raises(ValueError, match=f"^{path} .*{key}"):
+            export_checkpoint(path, out, model="tiny-vit")
+        assert not out.exists()
+        return
+    written = load_file(export_checkpoint(path, out, model="tiny-vit") / folder.WEIGHTS_FILE)
+    assert written.keys() == state.keys()
+    assert all(written[k].dtype == x.dtype and torch.equal(written[k], x) for k, x in state.items())
