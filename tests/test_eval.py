@@ -192,12 +192,6 @@ def test_two_processes_give_the_same_numbers(ours, model, data, tmp_path):
 # Flags -------------------------------------------------------------------------------------------
 
 
-def test_ks(ours):
-    metrics = ours("--ks", "3", "500", "1")["metrics"]
-    assert list(metrics) == ["flat_hit@3", "flat_hit@500", "flat_hit@1", METRICS[-1]]
-    assert metrics["flat_hit@500"] == 1  # every image has a label
-
-
 def test_false_is_not_true(ours, monkeypatch, capsys):
     """clip_benchmark takes any text for true."""
     with pytest.raises(SystemExit, match="2"):

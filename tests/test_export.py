@@ -95,11 +95,19 @@ def test_wrappers_prefixes_and_safetensors(run, tmp_path, name):
         (["{run}", "out", "--force-image-size", "64"], "size mismatch for visual.posit"),
         (["{bare}", "out"], "pass --model"),
         (["{bare}", "out", "--model", "tiny-vit", "--weights", "teacher"], "has no EMA teacher"),
+        (["text.pt", "out", "--model", "tiny-vit"], "cannot be read as a checkpoint"),
+        (["text.safetensors", "out", "--model", "tiny-vit"], "cannot be read as a checkpoint"),
+        (["list.pt", "out", "--model", "tiny-vit"], "holds a list"),
+        (["number.pt", "out", "--model", "tiny-vit"], "holds no state_dict"),
     ],
 )
 def test_errors_name_input_and_fix(run, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     torch.save(load(run / "checkpoints" / "epoch_1.pt")["state_dict"], tmp_path / "bare.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"state_dict": 3}, tmp_path / "number.pt")
+    for suffix in ("pt", "safetensors"):
+        (tmp_path / f"text.{suffix}").write_text("hello")
     words = [a.format(run=run, bare=tmp_path / "bare.pt") for a in arguments]
     assert cli.main(["export", *words]) == 2
     assert message in capsys.readouterr().err
@@ -192,14 +200,22 @@ def test_flags_win_over_params_and_these_over_the_tag_a_run_started_from(tmp_pat
     assert preprocess["resize_mode"] == "longest"
 
 
-@pytest.mark.parametrize("flag", ["force_quick_gelu", "force_custom_text"])
-def test_forced_architecture_is_in_the_folder(tmp_path, flag):
-    source = open_clip.create_model("tiny-vit", **{flag: True}).eval()
+@pytest.mark.parametrize(
+    ("made", "flags"),
+    [
+        ({"force_quick_gelu": True}, {"force_quick_gelu": True}),
+        ({"force_custom_text": True}, {"force_custom_text": True}),
+        ({"init_logit_bias": -7}, {}),  # of --siglip, whose weights have it
+    ],
+)
+def test_forced_architecture_is_in_the_folder(tmp_path, made, flags):
+    source = open_clip.create_model("tiny-vit", **made).eval()
     torch.save(source.state_dict(), tmp_path / "bare.pt")
-    flags = {"model": "tiny-vit", flag: True}
+    flags = {"model": "tiny-vit", **flags}
     out = export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", **flags)
     model = open_clip.create_model(f"local-dir:{out}").eval()
     assert type(model) is type(source)
+    assert getattr(model, "logit_bias", None) == getattr(source, "logit_bias", None)
     image = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model.encode_image(image), source.encode_image(image))
@@ -223,13 +239,6 @@ def test_what_was_written_wrongly_is_noticed(made_run, tmp_path, monkeypatch, wh
     with pytest.raises(RuntimeError, match=f"differs from training in {what}"):
         export_checkpoint(made_run, tmp_path / "out", force_quick_gelu=True)
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
-
-
-def test_a_siglip_run_keeps_its_bias(tmp_path):
-    state = open_clip.create_model("tiny-vit", init_logit_bias=-7).state_dict()
-    torch.save(state, tmp_path / "siglip.pt")
-    out = export_checkpoint(tmp_path / "siglip.pt", tmp_path / "out", model="tiny-vit")
-    assert open_clip.create_model(f"local-dir:{out}").logit_bias.item() == -7
 
 
 def test_an_export_is_a_model_to_train_from(made_run, tmp_path):
@@ -281,21 +290,6 @@ def test_a_timm_tower_at_a_forced_size_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match=r"cannot load .*size mismatch for visual.trunk"):
         export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", **flags)
     assert not (tmp_path / "out").exists()
-
-
-def test_unusable_files(tmp_path):
-    (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "cut.safetensors").write_text("hello")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({"state_dict": 3}, tmp_path / "number.pt")
-    for name, message in {
-        "text.pt": "cannot be read as a checkpoint",
-        "cut.safetensors": "cannot be read as a checkpoint",
-        "list.pt": "holds a list",
-        "number.pt": "holds no state_dict",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            export_checkpoint(tmp_path / name, tmp_path / "out", model="tiny-vit")
 
 
 # What may be done to a checkpoint's tensor: it is written with its own numbers and dtype.
