@@ -32,11 +32,6 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-def dest(flag: str) -> str:
-    """The name of a flag's value."""
-    return flag.lstrip("-").replace("-", "_")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
     add = parser.add_argument
