@@ -1,6 +1,6 @@
 """Patch open_clip or clip_benchmark so that their own commands know ``--loss otter`` and our data sets.
 
-Without a flag the command says what it would change. Each release has a patch of its own, or none.
+Without a flag the command says what it would change. Each patch is for one release.
 """
 
 from __future__ import annotations
@@ -108,32 +108,27 @@ def find_packages(project: Project, target: str | None) -> Path:
 def find_patch(project: Project, folder: Path) -> tuple[Path, bool]:
     """The patch for the packages in ``folder``, and whether they have it.
 
-    An installed release takes the patch of its version only. A checkout's version says too little, so
-    there git decides which patch fits.
+    An installed release must be the one that the patch is for. A checkout's version says too little, so
+    there git decides.
 
     Raises:
-        ValueError: if there is none, or git can neither apply nor revert it.
+        ValueError: if it is for another release, or git can neither apply nor revert it.
     """
     name = project.distribution
-    patches = {
-        path.stem.rpartition("-")[2]: path
-        for patch_folder in PATCHES
-        for path in sorted(patch_folder.glob(f"{name}-*.patch"))
-    }
+    patch = next(path for places in PATCHES for path in places.glob(f"{name}-*.patch"))
+    release = patch.stem.rpartition("-")[2]
     installed = {path.stem.rpartition("-")[2] for path in folder.glob(f"{name}-*.dist-info")}
-    fitting = [path for version, path in patches.items() if version in (installed or patches)]
-    if not fitting:
+    if installed and release not in installed:
         raise ValueError(
-            f"no patch for {name} {' and '.join(sorted(installed))} in {folder}; install one of the "
-            f"releases that have one: {', '.join(patches)}"
+            f"no patch for {name} {' and '.join(sorted(installed))} in {folder}; install the release "
+            f"that has one: {release}"
         )
-    for patch in fitting:
-        problems = []
-        for patched in (False, True):
-            done = _git_apply(project, folder, patch, patched, "--check")
-            if done.returncode == 0:
-                return patch, patched
-            problems.append(done.stderr.strip())
+    problems = []
+    for patched in (False, True):
+        done = _git_apply(project, folder, patch, patched, "--check")
+        if done.returncode == 0:
+            return patch, patched
+        problems.append(done.stderr.strip())
     # Of the two directions, the one in which fewer files are wrong says what was changed.
     problem = min(problems, key=len)
     raise ValueError(

@@ -5,24 +5,23 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 EXIT_CODE = 128 + signal.SIGTERM
 
 
-def leave(*_: Any) -> None:
-    """Signal handler: end the process as an error would, so that temporary files go."""
+def _leave(*_: Any) -> None:
     raise SystemExit(EXIT_CODE)
 
 
 @contextlib.contextmanager
-def on_sigterm(handler: Callable[..., None] = leave) -> Iterator[None]:
-    """While active, SIGTERM calls ``handler``; outside the main thread nothing changes."""
+def on_sigterm() -> Iterator[None]:
+    """While active, SIGTERM ends the main thread as an error would, so that temporary files go."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         yield
     finally:

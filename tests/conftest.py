@@ -7,8 +7,8 @@ import json
 import logging
 import os
 import random
-import tarfile
-from collections.abc import Iterator
+import string
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when open_clip is imported
 import numpy as np
 import open_clip
 import pytest
+from data_helpers import write_tar
 from PIL import Image, ImageDraw
 
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -84,28 +85,71 @@ def quiet_exit() -> Iterator[None]:
             logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def npy(values: Any, dtype: Any = np.uint8) -> bytes:
+    """A label vector as shards have it."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(values, dtype))
+    return buffer.getvalue()
+
+
+def png(image: Image.Image) -> bytes:
+    """The picture as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_set(
+    folder: Path,
+    shards: Sequence[dict[str, bytes]],
+    names: Sequence[str],
+    kind: str = "multilabel",
+    templates: Sequence[str] = ("a photo of {c}.",),
+) -> Path:
+    """A clip_benchmark webdataset of the given shards, each {file name: content}."""
+    for number, files in enumerate(shards):
+        write_tar(folder / "test" / f"{number}.tar", files)
+    (folder / "test" / "nshards.txt").write_text(f"{len(shards)}\n")
+    (folder / "classnames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
+    (folder / "dataset_type.txt").write_text(kind)
+    return folder
+
+
+def text_folder(
+    folder: Path,
+    width: int = 16,
+    layers: int = 1,
+    words: Sequence[str] = CLASSES,
+    positions: int = 12,
+    pooler: bool = False,
+) -> Path:
+    """A BERT with random weights and its tokenizer of whole ``words``, as transformers saves them."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=positions,
+    )
+    BertModel(config, add_pooling_layer=pooler).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def hf_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Name of a tiny model with a Hugging Face text tower and tokenizer made here."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
     folder = tmp_path_factory.mktemp("hf")
-    tower = folder / "tower"
-    config = BertConfig(
-        vocab_size=14,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=12,
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(tower)
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    (folder / "vocab.txt").write_text("\n".join([*special, *COLOURS, *SHAPES]))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(tower)
+    tower = str(text_folder(folder / "tower"))
     text = {
-        "hf_model_name": str(tower),
-        "hf_tokenizer_name": str(tower),
+        "hf_model_name": tower,
+        "hf_tokenizer_name": tower,
         "hf_proj_type": "linear",
         "hf_pooler_type": "mean_pooler",
         "context_length": 8,
@@ -122,19 +166,16 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(0)
     rows, sizes = ["filepath\ttitle"], {}
     for shard in range(2):
-        path = folder / f"{shard:05d}.tar"
-        with tarfile.open(path, "w") as tar:
-            for i in range(36):
-                colour, shape = rng.choice(COLOURS), rng.choice(SHAPES)
-                file = folder / f"{shard}-{i}.png"
-                picture(rng, colour, shape).save(file)
-                caption = f"a {colour} {shape}"
-                rows.append(f"{file}\t{caption}")
-                for suffix, content in (("png", file.read_bytes()), ("txt", caption.encode())):
-                    member = tarfile.TarInfo(f"{shard}{i:04d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        sizes[path.name] = 36
+        files = {}
+        for i in range(36):
+            colour, shape = rng.choice(COLOURS), rng.choice(SHAPES)
+            file = folder / f"{shard}-{i}.png"
+            file.write_bytes(png(picture(rng, colour, shape)))
+            caption = f"a {colour} {shape}"
+            rows.append(f"{file}\t{caption}")
+            key = f"{shard}{i:04d}"
+            files |= {f"{key}.png": file.read_bytes(), f"{key}.txt": caption.encode()}
+        sizes[write_tar(folder / f"{shard:05d}.tar", files).name] = 36
     (folder / "sizes.json").write_text(json.dumps(sizes))
     (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
     return folder
@@ -143,50 +184,26 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 pictures with two labels each, as a multi-label clip_benchmark webdataset."""
-    folder = tmp_path_factory.mktemp("labelled")
-    (folder / "test").mkdir()
     rng = random.Random(3)
-    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
-        for i in range(30):
-            colour, shape = rng.choice(COLOURS), rng.choice(SHAPES)
-            image, labels = io.BytesIO(), io.BytesIO()
-            picture(rng, colour, shape).save(image, "PNG")
-            np.save(labels, np.array([name in (colour, shape) for name in CLASSES], np.uint8))
-            for suffix, content in (("png", image.getvalue()), ("npy", labels.getvalue())):
-                member = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    (folder / "test" / "nshards.txt").write_text("1")
-    (folder / "classnames.txt").write_text("\n".join(CLASSES))
-    (folder / "zeroshot_classification_templates.txt").write_text("a {c}")
-    (folder / "dataset_type.txt").write_text("multilabel")
-    return folder
+    files = {}
+    for i in range(30):
+        colour, shape = rng.choice(COLOURS), rng.choice(SHAPES)
+        files[f"{i:04d}.png"] = png(picture(rng, colour, shape))
+        files[f"{i:04d}.npy"] = npy([name in (colour, shape) for name in CLASSES])
+    return write_set(tmp_path_factory.mktemp("labelled"), [files], CLASSES, templates=["a {c}"])
 
 
 @pytest.fixture(scope="session")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Tiny towers with random weights, in the place of the demo's two packages'."""
-    import string
-
     import timm
     import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     torch.save(timm.create_model("test_efficientnet").state_dict(), folder / "image.pt")
     letters = [*string.ascii_lowercase, *string.digits, "-"]
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{x}" for x in letters)]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder / "text")
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "text")
+    words = [*letters, *(f"##{letter}" for letter in letters)]
+    text = text_folder(folder / "text", words=words, positions=32)
     image = {"image": "test_efficientnet", "image_weights": folder / "image.pt"}
-    return {**image, "text": folder / "text"}
+    return {**image, "text": text}

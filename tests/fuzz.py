@@ -4,7 +4,7 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-# For files: the builders and the export wait for the disk, a thousand of them for long.
+# For files: the builders wait for the disk, a thousand of them for long.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 EXAMPLES = int(os.environ.get("OTTER_FUZZ", "0"))
 

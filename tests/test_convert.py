@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from test_towers import text_folder
+from conftest import text_folder
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, BertConfig, RobertaConfig
@@ -25,7 +25,7 @@ ARGS = {"image_arch": "test_resnet", "text_arch": "declutr-sci-base", "max_token
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
     """Folder of a BERT's configuration and tokenizer."""
-    return text_folder(tmp_path_factory.mktemp("text-model"), width=WIDTH, layers=1)
+    return text_folder(tmp_path_factory.mktemp("text-model"), width=WIDTH, pooler=True)
 
 
 class Reference(nn.Module):
@@ -62,15 +62,10 @@ def prefixed(prefix, state):
     return {prefix + key: value for key, value in state.items()}
 
 
-def save(path, state, **args):
-    args = {**ARGS, "embedding_dim": len(state_head(state)), **args}
+def save(path, state):
     optimizer = {"state": {}, "param_groups": []}
-    torch.save({"epoch": 10, "state_dict": state, "optimizer": optimizer, "args": args}, path)
+    torch.save({"epoch": 10, "state_dict": state, "optimizer": optimizer, "args": ARGS}, path)
     return path
-
-
-def state_head(state):
-    return next(v for k, v in state.items() if k.endswith("model.fc.bias"))
 
 
 def old_names(state):
@@ -119,16 +114,13 @@ def assert_converted(out, reference, dim=WIDTH):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_stock_open_clip_computes_the_references_features(tower, tmp_path, name):
-    student, teacher = Reference(tower), Reference(tower, seed=1)
-    state = FORMATS[name](student.state_dict(), teacher.state_dict())
+    models = {"student": Reference(tower), "teacher": Reference(tower, seed=1)}
+    state = FORMATS[name](*(model.state_dict() for model in models.values()))
     file = save(tmp_path / "last.pth.tar", state)
-    out = convert_checkpoint(file, tmp_path / "out", text_model=str(tower))
-    assert_converted(out, student)
-    if "distilled" in name:
-        out = convert_checkpoint(
-            file, tmp_path / "teacher", text_model=str(tower), weights="teacher"
-        )
-        assert_converted(out, teacher)
+    for weights in models if "distilled" in name else ["student"]:
+        out = tmp_path / weights
+        convert_checkpoint(file, out, text_model=str(tower), weights=weights)
+        assert_converted(out, models[weights])
 
 
 @pytest.mark.parametrize(
@@ -188,11 +180,6 @@ def test_a_file_without_args_is_taken_for_the_defaults(tower, tmp_path, caplog, 
     assert config["text_cfg"]["context_length"] == 7 and config["embed_dim"] == WIDTH
 
 
-class Payload:
-    def __reduce__(self):
-        return print, ("executed",)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -209,7 +196,6 @@ class Payload:
         ({"drop": ".*fc.*"}, "has no fc head"),
         ({"drop": ".*[.]T"}, 'Missing key(s) in state_dict: "logit_scale"'),
         ({"add": {"momentum.w": torch.ones(1)}}, 'Unexpected key(s) in state_dict: "momentum.w"'),
-        ({"payload": Payload()}, "cannot be read as a checkpoint (UnpicklingError"),
     ],
 )  # fmt: skip
 def test_errors_name_input_and_fix(tower, tmp_path, capsys, monkeypatch, change, message):
@@ -222,15 +208,12 @@ def test_errors_name_input_and_fix(tower, tmp_path, capsys, monkeypatch, change,
         monkeypatch.setattr(
             AutoConfig, "from_pretrained", mock.Mock(side_effect=OSError("offline"))
         )
-    args = {**ARGS, "embedding_dim": len(state_head(state)), **change}
     left = {k: v for k, v in state.items() if not re.fullmatch(drop, k)}
     file = tmp_path / "last.pth.tar"
-    torch.save({"state_dict": left | add, "args": args}, file)
-    capsys.readouterr()
+    torch.save({"state_dict": left | add, "args": ARGS | change}, file)
     words = ["convert", str(file), str(tmp_path / "out"), "--weights", flags["weights"]]
     if flags["text_model"]:
         words += ["--text-model", flags["text_model"]]
     assert cli.main(words) == 2
-    output = capsys.readouterr()
-    assert message in output.err and "executed" not in output.out
+    assert message in capsys.readouterr().err
     assert {p.name for p in tmp_path.iterdir()} == {"last.pth.tar"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import forks
 import pytest
 import torch
-from distributed_worker import COUNT, FLAGS, MAKE, WIDTH, impls, one_pair, one_rank
+from distributed_worker import COUNT, FLAGS, MAKE, WIDTH, impls, one_rank
 from loss_cases import SETTINGS, features, run
 from patched import ROOT, copy_packages
 from torch.multiprocessing import start_processes
@@ -105,12 +105,10 @@ def test_ranks_are_one_process(ranks, name, local, with_grad):
             torch.testing.assert_close(joined, value, rtol=1e-6, atol=1e-9, msg=f"{impl} {key}")
 
 
-def test_one_pair_on_each_rank_is_finite(tmp_path):
-    """With ``--ot-scope local`` a rank's plan then has a column without mass: its own pair's."""
-    start_processes(one_pair, (2, str(tmp_path)), 2, start_method="fork")
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert len(found) == 9 and all(value.isfinite().all() for value in found.values())
+def test_one_pair_on_each_rank_is_finite(ranks):
+    for results in ranks:
+        assert len(results["one pair"]) == 9
+        assert all(value.isfinite().all() for value in results["one pair"].values())
 
 
 @pytest.mark.parametrize("name", ["kd", "otter", "otter-sharp", "otter-keep"])

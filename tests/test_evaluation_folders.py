@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 from clip_benchmark.datasets.builder import build_wds_dataset
+from conftest import npy, write_set
 from data_helpers import encoded, jpeg, run, write_tar
 from PIL import Image
 
@@ -19,12 +20,6 @@ CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 TYPE, COUNT = "dataset_type.txt", "test/nshards.txt"
 
 
-def npy(*values, dtype=np.uint8):
-    buffer = io.BytesIO()
-    np.save(buffer, np.array(values, dtype))
-    return buffer.getvalue()
-
-
 def picture(mode, dtype, values, format_name="PNG"):
     buffer = io.BytesIO()
     image = Image.fromarray(np.array(values, dtype).reshape(2, -1))
@@ -35,22 +30,16 @@ def picture(mode, dtype, values, format_name="PNG"):
 
 def samples(**bad):
     """Three whole samples and, in the second shard, ``bad``: suffix -> content."""
-    files = {"0000.jpg": jpeg(0), "0000.npy": npy(1, 0, 1), "0001.png": encoded(1, "PNG")}
-    files |= {"0001.npy": npy(0, 1, 0)}
-    last = {"0002.webp": encoded(2, "WEBP"), "0002.npy": npy(0, 0, 1)}
+    files = {"0000.jpg": jpeg(0), "0000.npy": npy([1, 0, 1]), "0001.png": encoded(1, "PNG")}
+    files |= {"0001.npy": npy([0, 1, 0])}
+    last = {"0002.webp": encoded(2, "WEBP"), "0002.npy": npy([0, 0, 1])}
     return [files, last | {f"bad.{suffix}": content for suffix, content in bad.items()}]
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A multi-label webdataset without a fault."""
-    folder = tmp_path / "set"
-    write(folder, **{"jpg": jpeg(3), "npy": npy(1, 1, 1)})
-    (folder / CLASSES).write_text("".join(f"{name}\n" for name in NAMES), encoding="utf-8")
-    (folder / TEMPLATES).write_text("a photo of {c}.\n")
-    (folder / TYPE).write_text("multilabel\n")
-    (folder / COUNT).write_text("2\n")
-    return folder
+    return write_set(tmp_path / "set", samples(jpg=jpeg(3), npy=npy([1, 1, 1])), NAMES)
 
 
 def write(folder, **bad):
@@ -78,11 +67,11 @@ TEXTS = [
 SAMPLES = [
     # (what the sample has beside jpg and npy, or instead, fault)
     ({"npy": None}, "no npy with its label vector"),
-    ({"npy": npy(1, 0)}, "label vector of shape (2,), but there are 3 class names"),
-    ({"npy": npy(0, 0.7, 1, dtype=float)}, "values other than 0 and 1, e.g. 0.7"),
-    ({"npy": npy(1, 0, 1)[:-1]}, "the npy cannot be read (unreadable labels"),
-    ({"npy": npy("x", {}, 1, dtype=object)}, "the npy cannot be read (unreadable labels"),
-    ({"npy": npy(b"1", b"0", b"1", dtype="V1")}, "label vector of |V1, where numbers are due"),
+    ({"npy": npy([1, 0])}, "label vector of shape (2,), but there are 3 class names"),
+    ({"npy": npy([0, 0.7, 1], dtype=float)}, "values other than 0 and 1, e.g. 0.7"),
+    ({"npy": npy([1, 0, 1])[:-1]}, "the npy cannot be read (unreadable labels"),
+    ({"npy": npy(["x", {}, 1], dtype=object)}, "the npy cannot be read (unreadable labels"),
+    ({"npy": npy([b"1", b"0", b"1"], dtype="V1")}, "label vector of |V1, where numbers are due"),
     ({"jpg": None}, "no image (jpg, png, webp, jpeg) among its files"),
     ({"jpg": b"no image"}, "unreadable image: not an image that Pillow can read"),
     ({"jpg": WHOLE["jpg"][:-200]}, "unreadable image: image file is truncated"),
@@ -133,7 +122,7 @@ def refused(folder, shard, sample, text):
 
 @pytest.mark.parametrize(("changed", "text"), SAMPLES)
 def test_samples(folder, changed, text):
-    files = {"jpg": jpeg(3), "npy": npy(1, 1, 1)} | changed
+    files = {"jpg": jpeg(3), "npy": npy([1, 1, 1])} | changed
     write(folder, **{suffix: content for suffix, content in files.items() if content is not None})
     refused(folder, 1, "bad", text)
 
@@ -146,7 +135,7 @@ def test_shards(folder, change, text):
 
 
 def test_a_name_twice_in_a_row(folder):
-    write(folder, JPG=jpeg(4), jpg=jpeg(3), npy=npy(1, 1, 1))
+    write(folder, JPG=jpeg(4), jpg=jpeg(3), npy=npy([1, 1, 1]))
     refused(folder, 1, "", "bad.jpg comes twice in a row, where clip_benchmark stops")
 
 
@@ -162,7 +151,7 @@ def test_no_samples(folder):
     [
         ({"1.cls": b"3"}, "its cls, b'3', is none of the 3 classes"),
         ({}, "no cls with its label"),
-        ({"1.npy": npy(1, 0, 0)}, "no cls with its label; as it has npy, write multilabel into"),
+        ({"1.npy": npy([1, 0, 0])}, "no cls with its label; as it has npy, write multilabel into"),
     ],
 )
 def test_single_labels(folder, files, text):
@@ -197,8 +186,8 @@ def test_retrieval_sets_need_no_names(folder, text, fault):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"npy": npy(True, False, True, dtype=bool)},
-        {"npy": npy(0, 0, 0, dtype=np.float32)},
+        {"npy": npy([True, False, True], dtype=bool)},
+        {"npy": npy([0, 0, 0], dtype=np.float32)},
         {"jpg": jpeg(3) + b"what some cameras append"},
         {"JPEG": jpeg(3), "jpg": b"not looked at, as there is a png", "png": WHOLE["png"]},
         {"jpg": encoded(3, "PNG", "LA"), "json": b"{}"},
@@ -206,7 +195,7 @@ def test_retrieval_sets_need_no_names(folder, text, fault):
 )
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 def test_what_can_be_used(folder, caplog, changed, compress):
-    write(folder, **{"jpg": jpeg(3), "npy": npy(1, 1, 1)} | changed)
+    write(folder, **{"jpg": jpeg(3), "npy": npy([1, 1, 1])} | changed)
     shard = folder / "test" / "1.tar"
     shard.write_bytes(compress(shard.read_bytes()))
     (folder / CLASSES).write_bytes(b"ball\r\nbat\r\nball")

@@ -95,11 +95,19 @@ def test_wrappers_prefixes_and_safetensors(run, tmp_path, name):
         (["{run}", "out", "--force-image-size", "64"], "size mismatch for visual.posit"),
         (["{bare}", "out"], "pass --model"),
         (["{bare}", "out", "--model", "tiny-vit", "--weights", "teacher"], "has no EMA teacher"),
+        (["text.pt", "out", "--model", "tiny-vit"], "cannot be read as a checkpoint"),
+        (["text.safetensors", "out", "--model", "tiny-vit"], "cannot be read as a checkpoint"),
+        (["list.pt", "out", "--model", "tiny-vit"], "holds a list"),
+        (["number.pt", "out", "--model", "tiny-vit"], "holds no state_dict"),
     ],
 )
 def test_errors_name_input_and_fix(run, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     torch.save(load(run / "checkpoints" / "epoch_1.pt")["state_dict"], tmp_path / "bare.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"state_dict": 3}, tmp_path / "number.pt")
+    for suffix in ("pt", "safetensors"):
+        (tmp_path / f"text.{suffix}").write_text("hello")
     words = [a.format(run=run, bare=tmp_path / "bare.pt") for a in arguments]
     assert cli.main(["export", *words]) == 2
     assert message in capsys.readouterr().err
@@ -192,25 +200,22 @@ def test_flags_win_over_params_and_these_over_the_tag_a_run_started_from(tmp_pat
     assert preprocess["resize_mode"] == "longest"
 
 
-def test_dtype_and_shared_memory(tmp_path):
-    state = open_clip.create_model("tiny-vit").bfloat16().state_dict()
-    ln = "visual.ln_pre.weight"
-    state["visual.ln_pre.bias"] = state[ln] = state[ln].expand(2, -1)[1]  # one storage
-    torch.save({"state_dict": state}, tmp_path / "half.pt")
-    out = export_checkpoint(tmp_path / "half.pt", tmp_path / "out", model="tiny-vit")
-    written = load_file(out / folder.WEIGHTS_FILE)
-    assert written.keys() == state.keys()
-    assert all(v.dtype == state[k].dtype and torch.equal(v, state[k]) for k, v in written.items())
-
-
-@pytest.mark.parametrize("flag", ["force_quick_gelu", "force_custom_text"])
-def test_forced_architecture_is_in_the_folder(tmp_path, flag):
-    source = open_clip.create_model("tiny-vit", **{flag: True}).eval()
+@pytest.mark.parametrize(
+    ("made", "flags"),
+    [
+        ({"force_quick_gelu": True}, {"force_quick_gelu": True}),
+        ({"force_custom_text": True}, {"force_custom_text": True}),
+        ({"init_logit_bias": -7}, {}),  # of --siglip, whose weights have it
+    ],
+)
+def test_forced_architecture_is_in_the_folder(tmp_path, made, flags):
+    source = open_clip.create_model("tiny-vit", **made).eval()
     torch.save(source.state_dict(), tmp_path / "bare.pt")
-    flags = {"model": "tiny-vit", flag: True}
+    flags = {"model": "tiny-vit", **flags}
     out = export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", **flags)
     model = open_clip.create_model(f"local-dir:{out}").eval()
     assert type(model) is type(source)
+    assert getattr(model, "logit_bias", None) == getattr(source, "logit_bias", None)
     image = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model.encode_image(image), source.encode_image(image))
@@ -234,13 +239,6 @@ def test_what_was_written_wrongly_is_noticed(made_run, tmp_path, monkeypatch, wh
     with pytest.raises(RuntimeError, match=f"differs from training in {what}"):
         export_checkpoint(made_run, tmp_path / "out", force_quick_gelu=True)
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
-
-
-def test_a_siglip_run_keeps_its_bias(tmp_path):
-    state = open_clip.create_model("tiny-vit", init_logit_bias=-7).state_dict()
-    torch.save(state, tmp_path / "siglip.pt")
-    out = export_checkpoint(tmp_path / "siglip.pt", tmp_path / "out", model="tiny-vit")
-    assert open_clip.create_model(f"local-dir:{out}").logit_bias.item() == -7
 
 
 def test_an_export_is_a_model_to_train_from(made_run, tmp_path):
@@ -294,19 +292,43 @@ def test_a_timm_tower_at_a_forced_size_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_unusable_files(made_run, tmp_path):
-    state = load(made_run / "checkpoints" / "epoch_1.pt")["state_dict"]
-    (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "cut.safetensors").write_text("hello")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({"state_dict": 3}, tmp_path / "number.pt")
-    torch.save(state | {"logit_scale": torch.tensor(float("nan"))}, tmp_path / "nan.pt")
-    for name, message in {
-        "text.pt": "cannot be read as a checkpoint",
-        "cut.safetensors": "cannot be read as a checkpoint",
-        "list.pt": "holds a list",
-        "number.pt": "holds no state_dict",
-        "nan.pt": "NaN in 1 tensors of the student, first logit_scale",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            export_checkpoint(tmp_path / name, tmp_path / "out", model="tiny-vit")
+# What may be done to a checkpoint's tensor: it is written with its own numbers and dtype.
+KEPT = {
+    "parameter": torch.nn.Parameter,
+    "not contiguous": lambda x: x.t().contiguous().t(),
+    "constant": lambda x: x[:1, :1].expand_as(x),
+    "a part of a storage": lambda x: x.expand(2, *x.shape)[1],
+}
+DTYPES = ("float16", "bfloat16", "float64", "float8_e5m2", "int64", "int8", "uint8", "bool")
+KEPT |= {name: lambda x, name=name: (9 * x).to(getattr(torch, name)) for name in DTYPES}
+# And what spoils it: the error names file and tensor.
+SPOILT = {
+    "longer": lambda x: torch.cat([x, x]),
+    "flat": lambda x: x.flatten(),
+    "deeper": lambda x: x[None, None],
+    "empty": lambda x: x.new_zeros(0),
+    "nan": lambda x: torch.full_like(x, torch.nan),
+    "inf": lambda x: torch.full_like(x, torch.inf),
+    "too large": lambda x: torch.full_like(x, 1e300, dtype=torch.float64),
+    "sparse": lambda x: x.to_sparse(),
+    "missing": None,
+    "list": lambda x: x.tolist(),
+}
+
+
+@pytest.mark.parametrize("what", [*KEPT, *SPOILT])
+def test_a_tensor_is_written_as_it_is_or_named(tmp_path, what):
+    state = open_clip.create_model("tiny-vit").state_dict()
+    key, path, out = "text_projection", tmp_path / "bare.pt", tmp_path / "out"
+    projection = state.pop(key)
+    if what != "missing":
+        state[key] = (KEPT | SPOILT)[what](projection)
+    torch.save(state, path)
+    if what in SPOILT:
+        with pytest.raises(ValueError, match=f"^{path} .*{key}"):
+            export_checkpoint(path, out, model="tiny-vit")
+        assert not out.exists()
+        return
+    written = load_file(export_checkpoint(path, out, model="tiny-vit") / folder.WEIGHTS_FILE)
+    assert written.keys() == state.keys()
+    assert all(written[k].dtype == x.dtype and torch.equal(written[k], x) for k, x in state.items())

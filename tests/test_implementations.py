@@ -38,25 +38,6 @@ def test_as_plain(name, spread, dtype, impl):
     assert_close(found, run(SETTINGS[name](impl="plain").to(exact), inputs), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("name", ["ls", "kd", "otter"])
-@pytest.mark.parametrize("impl", losses.IMPLEMENTATIONS)
-def test_accumulated_micro_batches_are_the_batch(name, impl):
-    """As open_clip's loop does: the whole batch's loss, once for each micro-batch with its gradients."""
-    inputs, parts = features(12), [slice(0, 4), slice(4, 8), slice(8, 12)]
-    loss = SETTINGS[name](impl=impl).double()
-    whole = run(loss, inputs)
-    pieces = []
-    for part in parts:
-        mine = inputs[0][part].clone().requires_grad_()
-        images = torch.cat([inputs[0][: part.start], mine, inputs[0][part.stop :]])
-        scale = torch.tensor(2.5).double().exp()
-        terms = loss(images, inputs[1], scale, *inputs[2:], output_dict=True)
-        total = sum(w * t for w, t in zip((1.0, 2.0), terms.values(), strict=False))
-        pieces.append(torch.autograd.grad(total, mine)[0])
-    expected = whole["images gradient"]
-    torch.testing.assert_close(torch.cat(pieces), expected, rtol=1e-10, atol=1e-12)
-
-
 def test_backward_twice_and_interleaved(impl):
     """Nothing saved for one backward is spent by it, or by another batch's forward."""
     images, texts, *teacher = (x.float() for x in features(21))

@@ -95,25 +95,6 @@ def test_reference_values_and_gradients(case, impl, device):
         assert relative(2 * loss.distill_logit_scale.grad, golden["grad_T_s"]) < 1e-4
 
 
-@pytest.mark.parametrize("teacher_norm", [1.0, 4.0])
-@pytest.mark.parametrize("epsilon", [1e-3, 1e-2, 0.15, 1.0, 10.0])
-def test_any_lambda_norm_and_duplicates(epsilon, teacher_norm):
-    images, texts, *teacher = features(48, 16)
-    teacher = [teacher_norm * x for x in teacher]
-    for x in teacher:
-        x[7] = x[3]
-    teacher[1][11] = teacher[1][5]
-    exact = OtterLoss(epsilon=epsilon, impl="plain").double()
-    expected = sum(exact(images, texts, torch.tensor(20.0), *teacher)).detach()
-    leaves = [x.float().requires_grad_() for x in (images, texts)]
-    loss = OtterLoss(epsilon=epsilon)
-    value = sum(loss(*leaves, torch.tensor(20.0), *(x.float() for x in teacher)))
-    value.backward()
-    assert all(leaf.grad.isfinite().all() for leaf in leaves)
-    # float32 input alone moves S / epsilon by 1e-7 * norm^2 / epsilon.
-    assert relative(value.detach(), expected) < max(2e-5, 3e-7 * teacher_norm**2 / epsilon)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "loss",
@@ -172,14 +153,6 @@ def test_targets_carry_no_gradient():
     sum(OtterLoss()(images, texts, torch.tensor(9.0), teacher_images, teacher_texts)).backward()
     assert teacher_images.grad is None and teacher_texts.grad is None
     assert images.grad.abs().sum() > 0
-
-
-def test_swapping_modalities_changes_nothing():
-    images, texts, teacher_images, teacher_texts = (x.float() for x in features(20))
-    scale = torch.tensor(9.0)
-    one = OtterLoss(vv_coef=0.3)(images, texts, scale, teacher_images, teacher_texts)
-    other = OtterLoss(tt_coef=0.3)(texts, images, scale, teacher_texts, teacher_images)
-    torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("impl", ["plain", "auto"])

@@ -22,15 +22,6 @@ def test_reference_plans(case, dtype, tolerance):
     assert (plan - expected).abs().max() <= tolerance * expected.max()
 
 
-@pytest.mark.parametrize("epsilon", [1e-3, 1e-2, 0.15, 10.0])
-def test_marginals(epsilon):
-    cost = torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0))
-    plan = sinkhorn(cost, epsilon, 20)
-    assert plan.isfinite().all() and (plan >= 0).all()
-    torch.testing.assert_close(plan.sum(dim=(-2, -1)), torch.ones(3))
-    torch.testing.assert_close(plan.sum(dim=-2), torch.full((3, 30), 1 / 30), rtol=1e-4, atol=0)
-
-
 def test_many_iterations_reach_both_marginals():
     cost = torch.rand(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     plan = sinkhorn(cost, 0.1, 500)
@@ -45,20 +36,14 @@ def test_invariances():
     # A constant per row, or on the whole, changes nothing: rows are scaled first.
     torch.testing.assert_close(sinkhorn(cost + torch.rand(12, 1), 0.2, 4), plan)
     torch.testing.assert_close(sinkhorn(3 * cost, 0.6, 4), plan)
+    batch = torch.stack([cost + 1, 2 * cost, cost])
+    torch.testing.assert_close(sinkhorn(batch, 0.2, 4)[[0, 2]], torch.stack([plan, plan]))
 
 
 def test_no_iterations_gives_the_normalised_kernel():
     cost = torch.rand(5, 6)
     expected = torch.exp(-cost / 0.3)
     torch.testing.assert_close(sinkhorn(cost, 0.3, 0), expected / expected.sum())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32(dtype):
-    cost = torch.rand(8, 8).to(dtype)
-    plan = sinkhorn(cost, 0.05, 5)
-    assert plan.dtype == torch.float32
-    torch.testing.assert_close(plan, sinkhorn(cost.float(), 0.05, 5))
 
 
 @pytest.mark.parametrize(

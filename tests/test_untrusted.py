@@ -189,17 +189,13 @@ def line_of(command, folder, out, labelled, pairs):
     return [str(word) for word in lines[command]]
 
 
-def change_model(folder, part, **values):
-    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-    config[part] |= values
-    change_json(folder / "open_clip_config.json", model_cfg=config)
-
-
 @pytest.mark.parametrize("command", ["eval", "train", "export"])
 def test_a_config_cannot_allow_code(mark, tmp_path, folder, labelled, pairs, command, capsys):
     """open_clip hands ``tokenizer_kwargs`` of a folder's config on to transformers."""
     plant_module(folder, mark, "tokenizer")
-    change_model(folder, "text_cfg", tokenizer_kwargs={"trust_remote_code": True})
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    config["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+    change_json(folder / "open_clip_config.json", model_cfg=config)
     try:
         message = said(capsys, line_of(command, folder, tmp_path / "out", labelled, pairs))
     except ValueError as error:
@@ -221,25 +217,6 @@ def test_a_towers_code(mark, tmp_path, tower, towers_line, command, capsys, monk
         line = ["convert", tmp_path / "last.pth.tar", tmp_path / "out", "--text-model", tower]
     assert "which is never run" in said(capsys, line)
     assert not (tmp_path / "out").exists()
-
-
-NOWHERE = "nobody/nothing"
-
-
-@pytest.mark.parametrize(
-    ("command", "part", "values"),
-    [
-        ("eval", "text_cfg", {"hf_model_name": NOWHERE, "hf_tokenizer_name": NOWHERE}),
-        ("train", "text_cfg", {"hf_model_pretrained": True, "hf_model_name": NOWHERE}),
-        ("export", "vision_cfg", {"timm_model_name": f"hf-hub:{NOWHERE}"}),
-    ],
-)
-def test_offline_means_offline(mark, tmp_path, folder, labelled, pairs, command, part, values):
-    """A config cannot lead anywhere (HF_HUB_OFFLINE is set in all tests)."""
-    change_model(folder, part, **values)
-    with pytest.raises((Exception, SystemExit)) as failed:  # of each library its own
-        assert cli.main(line_of(command, folder, tmp_path / "out", labelled, pairs)) == 0
-    assert not isinstance(failed.value, ZeroDivisionError)
 
 
 def test_nothing_outside_out(mark, tmp_path, tower, towers_line):

@@ -88,12 +88,8 @@ class CheckedShards:
 
     def read_all(self) -> None:
         """Check every sample, and that there are any, with a bar."""
-        count = 0
-        with tqdm(desc="Checking samples", unit="sample") as bar:
-            for _ in self({"url": url} for url in self.urls):
-                count += 1
-                bar.update()
-        self.check_count(count)
+        checked = self({"url": url} for url in self.urls)
+        self.check_count(sum(1 for _ in tqdm(checked, desc="Checking samples", unit="sample")))
 
     def check_count(self, samples: int) -> None:
         """Raise ImageError if there are no samples."""

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from otter_openclip.evaluation.prompts import (
-    SIMPLE,
-    name_faults,
-    repeated_names,
-    template_faults,
-)
+from otter_openclip.evaluation.prompts import SIMPLE, name_faults, repeated_names, template_faults
 from otter_openclip.shards.read import Fault
 from otter_openclip.shards.write import (
     CLASSES_FILE,
@@ -104,23 +100,17 @@ class Folder:
         except ValueError:
             count = 0
         if count < 1:
-            self._fault(
-                name, f"{text.strip()[:40]!r} is no number of shards; write how many there are"
-            )
+            fault = f"{text.strip()[:40]!r} is no number of shards; write how many there are"
+            self._fault(name, fault)
             return []
-        numbers = sorted(
-            int(path.stem)
-            for path in folder.glob("*.tar")
-            if path.stem.isdecimal() and path.stem == str(int(path.stem))
-        )
+        tars = {path.stem for path in folder.glob("*.tar")}
+        numbers = sorted(int(stem) for stem in tars if re.fullmatch("0|[1-9][0-9]*", stem))
         counted = [number for number in numbers if number < count]
         if missing := count - len(counted):
-            first = next(n for n in range(count) if [n] != counted[n : n + 1])
-            self._fault(
-                name,
-                f"{missing} of {count} shards are missing, first {folder / f'{first}.tar'} (counted in "
-                f"{COUNT_FILE} but gone); restore them or correct the number",
-            )
+            first = next(number for number in range(count) if str(number) not in tars)
+            text = f"{missing} of {count} shards are missing, first {folder / f'{first}.tar'}"
+            text += f" (counted in {COUNT_FILE} but gone); restore them or correct the number"
+            self._fault(name, text)
         if further := numbers[len(counted) :]:
             text = f"says {count}, so {len(further)} further shards are not read, first {further[0]}.tar"
             self.remarks.append(Fault(str(self.root / name), "", text))

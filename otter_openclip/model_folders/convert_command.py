@@ -20,20 +20,15 @@ WEIGHTS = ("student", "teacher")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="last.pth.tar or best.pth.tar of the reference"
-    )
-    parser.add_argument("out", metavar="OUT", help="folder to write; new or empty")
-    parser.add_argument("--weights", choices=WEIGHTS, default="student", help="default: student")
-    parser.add_argument(
-        "--text-model",
-        metavar="NAME_OR_DIR",
-        help="the text tower's Hugging Face name, or a folder with its config.json and tokenizer; by "
-        "default the name that belongs to the checkpoint's text_arch",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace OUT if it is an earlier export"
-    )
+    add = parser.add_argument
+    text = "last.pth.tar or best.pth.tar of the reference"
+    add("checkpoint", metavar="CHECKPOINT", help=text)
+    add("out", metavar="OUT", help="folder to write; new or empty")
+    add("--weights", choices=WEIGHTS, default="student", help="default: student")
+    text = "the text tower's Hugging Face name, or a folder with its config.json and tokenizer; "
+    text += "default: the name that belongs to the checkpoint's text_arch"
+    add("--text-model", metavar="NAME_OR_DIR", help=text)
+    add("--overwrite", action="store_true", help="replace OUT if it is an earlier export")
 
 
 @on_sigterm()

@@ -19,7 +19,7 @@ from otter_openclip.checkpoints.contents import ENTRY, JUDGED, JUDGED_WEIGHTS, T
 from otter_openclip.checkpoints.newest import newest_checkpoint, read_checkpoint
 from otter_openclip.cli import nearest
 from otter_openclip.model_folders.card import CARD_FILE, model_card, read_results, read_settings
-from otter_openclip.model_folders.export_command import MODEL_FLAGS, WEIGHTS, dest
+from otter_openclip.model_folders.export_command import MODEL_FLAGS, WEIGHTS
 from otter_openclip.model_folders.folder import (
     check_out,
     check_state,
@@ -142,7 +142,7 @@ def _settings(
     path: Path, model: str | None, arguments: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     """Model name and flags: the arguments, then params.txt's, then of the run's --pretrained tag."""
-    names = [dest(flag) for flag in MODEL_FLAGS]
+    names = [flag.removeprefix("--").replace("-", "_") for flag in MODEL_FLAGS]
     if unknown := arguments.keys() - set(names):
         raise TypeError(f"export_checkpoint has no argument {', '.join(sorted(unknown))}")
     params = _params_lines(path)

@@ -32,54 +32,28 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-def dest(flag: str) -> str:
-    """The name of a flag's value."""
-    return flag.lstrip("-").replace("-", "_")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="epoch_N.pt, best.pt, a file of bare weights, or a run's folder (its newest checkpoint)",
-    )
-    parser.add_argument("out", metavar="OUT", help="folder to write; new or empty")
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="model name the run was trained under; by default the one in its params.txt",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=WEIGHTS,
-        help="default: student; of best.pt those that were evaluated, see --zeroshot-weights of train",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace OUT if it is an earlier export"
-    )
-    group = parser.add_argument_group("publishing", "OUT has a model card, README.md")
-    group.add_argument(
-        "--license",
-        metavar="ID",
-        help="of the weights, for the card: apache-2.0, cc-by-nc-4.0, other, ...; none is assumed",
-    )
-    group.add_argument(
-        "--results",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="result files of otter-openclip eval or clip_benchmark eval of this model, for the card",
-    )
-    group.add_argument(
-        "--push-to-hub", metavar="OWNER/NAME", help="then push OUT there; needs --license"
-    )
-    group.add_argument("--private", action="store_true", help="a repository made for it is private")
-    group = parser.add_argument_group(
-        "model flags", "as in training; by default those in the run's params.txt"
-    )
+    add = parser.add_argument
+    text = "epoch_N.pt, best.pt, a file of bare weights, or a run's folder (its newest checkpoint)"
+    add("checkpoint", metavar="CHECKPOINT", help=text)
+    add("out", metavar="OUT", help="folder to write; new or empty")
+    text = "model name the run was trained under; default: the one in its params.txt"
+    add("--model", metavar="NAME", help=text)
+    text = "default: student; of best.pt those that were evaluated, see --zeroshot-weights of train"
+    add("--weights", choices=WEIGHTS, help=text)
+    add("--overwrite", action="store_true", help="replace OUT if it is an earlier export")
+    add = parser.add_argument_group("publishing", "OUT has a model card, README.md").add_argument
+    text = "of the weights, for the card: apache-2.0, cc-by-nc-4.0, other, ...; none is assumed"
+    add("--license", metavar="ID", help=text)
+    text = "result files of otter-openclip eval or clip_benchmark eval of this model, for the card"
+    add("--results", nargs="+", default=[], metavar="FILE", help=text)
+    add("--push-to-hub", metavar="OWNER/NAME", help="then push OUT there; needs --license")
+    add("--private", action="store_true", help="a repository made for it is private")
+    text = "as in training; by default those in the run's params.txt"
+    add = parser.add_argument_group("model flags", text).add_argument
     for flag, keywords in MODEL_FLAGS.items():
-        group.add_argument(flag, **keywords)
+        add(flag, **keywords)
 
 
 @on_sigterm()

@@ -27,14 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
     add = parser.add_argument
     add("out", metavar="OUT", help="folder to write; new or empty")
-    add(
-        "--image", required=True, metavar="NAME", help="timm's name, with or without a weights' tag"
-    )
-    add(
-        "--image-weights",
-        metavar="FILE",
-        help="state_dict in .pt, .pth or .safetensors; by default timm's own from the hub",
-    )
+    text = "timm's name, with or without a weights' tag"
+    add("--image", required=True, metavar="NAME", help=text)
+    text = "state_dict in .pt, .pth or .safetensors; default: timm's own from the hub"
+    add("--image-weights", metavar="FILE", help=text)
     add("--text", required=True, metavar="NAME_OR_DIR", help="Hugging Face name, or such a folder")
     add("--text-weights", metavar="FILE", help="by default those of NAME_OR_DIR")
     add("--text-pooler", choices=POOLERS, default="mean", help="default: mean")
@@ -46,18 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-mean", type=number(-math.inf), nargs=3, metavar=("R", "G", "B"), help=source)
     add("--image-std", type=number(0, open_low=True), nargs=3, metavar=("R", "G", "B"), help=source)
     add("--image-interpolation", choices=INTERPOLATIONS, help=source)
-    add(
-        "--context-length",
-        type=positive,
-        metavar="TOKENS",
-        help=f"default: {CONTEXT_LENGTH}, or as many as the text tower takes",
-    )
-    add(
-        "--init-logit-scale",
-        type=number(0, math.log(100)),
-        default=3.9,
-        help="log of the scale; default: 3.9",
-    )
+    text = f"default: {CONTEXT_LENGTH}, or as many as the text tower takes"
+    add("--context-length", type=positive, metavar="TOKENS", help=text)
+    scale = number(0, math.log(100))
+    add("--init-logit-scale", type=scale, default=3.9, help="log of the scale; default: 3.9")
     add("--seed", type=number(0, kind=int), default=0, help="of heads that are drawn; default: 0")
     add("--overwrite", action="store_true", help="replace OUT if it is an earlier export")
 
