@@ -22,7 +22,7 @@ from open_clip.loss import gather_features
 from torch import Tensor, nn
 
 from otter_openclip import fast
-from otter_openclip.fast.ranks import MeanGradient
+from otter_openclip.fast.ranks import MeanGradient, gather_rows
 from otter_openclip.numerics import (
     at_least_float32,
     check_choice,
@@ -74,14 +74,32 @@ class _PairLoss(ClipLoss):
         row = torch.arange(len(matrix), device=matrix.device)
         return row, row + (self.rank * len(matrix) if self.sharded else 0)
 
-    def _contrastive(self, directions: Pair, scale: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Cross entropy of softmax(s C) by rows, the target 1 - smoothing on the pair."""
+    def _everyones_weights(self, weights: Tensor | None) -> Tensor | None:
+        """All ranks' ``pair_weights``, (N,)."""
+        if weights is None:
+            return None
+        return gather_rows(at_least_float32(weights), self.world_size)
+
+    def _contrastive(
+        self,
+        directions: Pair,
+        scale: Tensor,
+        weights: Tensor | None,
+        smoothing: float = 0.0,
+    ) -> Tensor:
+        """Cross entropy of softmax(s C) by rows, the target 1 - smoothing on the pair.
+
+        With ``weights`` (N,) of the pairs each row's is multiplied by its pair's.
+        """
         halves = []
         for cosines in directions:
             log_predicted = (scale * cosines).log_softmax(dim=1)
             on_pair = log_predicted[self._own_pairs(cosines)]
             elsewhere = (log_predicted.sum(dim=1) - on_pair) / max(cosines.shape[1] - 1, 1)
-            halves.append(((1 - smoothing) * on_pair + smoothing * elsewhere).mean() / -2)
+            of_rows = (1 - smoothing) * on_pair + smoothing * elsewhere
+            if weights is not None:
+                of_rows = weights[self._own_pairs(cosines)[1]] * of_rows
+            halves.append(of_rows.mean() / -2)
         return halves[0] + halves[1]
 
 
@@ -105,12 +123,14 @@ class LabelSmoothingLoss(_PairLoss):
         dist_image_features: Tensor | None = None,
         dist_text_features: Tensor | None = None,
         output_dict: bool = False,
+        pair_weights: Tensor | None = None,
     ) -> dict[str, Tensor] | Tensor:
         """Return the loss; arguments as of ``DistillationLoss``, the teacher's features are ignored."""
         check_features(image_features, text_features)
         with float32_math(image_features.device.type):
             cosines = self._cosines(image_features, text_features)
-            loss = self._contrastive(cosines, logit_scale, self.smoothing)
+            weights = self._everyones_weights(pair_weights)
+            loss = self._contrastive(cosines, logit_scale, weights, self.smoothing)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -181,6 +201,7 @@ class DistillationLoss(_PairLoss):
         dist_text_features: Tensor | None = None,
         dist_logit_scale: Tensor | None = None,
         output_dict: bool = False,
+        pair_weights: Tensor | None = None,
     ) -> dict[str, Tensor] | Pair:
         """Return the two weighted terms. Their sum is the loss; its mean over ranks the batch's.
 
@@ -194,6 +215,7 @@ class DistillationLoss(_PairLoss):
             dist_text_features: (B, D') teacher features, or None with ``dist_image_features``.
             dist_logit_scale: ignored; open_clip's loop passes the teacher's.
             output_dict: return ``{"contrastive_loss": ..., "distill_loss": ...}`` instead of a tuple.
+            pair_weights: (B,) by which the pairs' contrastive terms are multiplied, or None.
 
         Raises: ValueError if the features' shapes do not fit each other.
         """
@@ -207,17 +229,18 @@ class DistillationLoss(_PairLoss):
         teacher = (dist_image_features.detach(), dist_text_features.detach())
         check_features(*student, *teacher)
         distill_scale = self.distill_scale(logit_scale)
+        weights = self._everyones_weights(pair_weights)
         if self.impl == "plain" or not fast.covers(self):
             with float32_math(image_features.device.type):
                 cosines = self._cosines(*student)
-                contrastive = self._contrastive(cosines, logit_scale)
+                contrastive = self._contrastive(cosines, logit_scale, weights)
                 distillation = self._distillation(cosines, distill_scale, self.targets(*teacher))
         else:
             if not self.sharded:
                 student = self._everyones(*student, student=True)
                 teacher = self._everyones(*teacher, student=False)
             contrastive, distillation, self.target_statistics = fast.terms(
-                self, student, (logit_scale, distill_scale), teacher
+                self, student, (logit_scale, distill_scale), teacher, weights
             )
         terms = (self.alpha * contrastive, (1 - self.alpha) * distillation)
         return {"contrastive_loss": terms[0], "distill_loss": terms[1]} if output_dict else terms

@@ -8,7 +8,8 @@ by columns, P and Q the targets of both directions (``plans``), the gradient is
 
     dL/dC = a s (p + q - 2 I) / 2B  +  b s_d (p_d + q_d - P - Q) / 2B
 
-for upstream gradients a and b of the two terms, and never stored: each tile of it is multiplied into
+for upstream gradients a and b of the two terms (with weights of pairs, p's rows, q's columns and I are
+multiplied by them), and never stored: each tile of it is multiplied into
 ``dx = G y`` and ``dy += G^T x`` at once.
 """
 
@@ -36,7 +37,7 @@ def covers(loss: Any) -> bool:
 
 
 def terms(
-    loss: Any, student: Pair, scales: Pair, teacher: Pair
+    loss: Any, student: Pair, scales: Pair, teacher: Pair, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Contrastive and distillation term before alpha, and statistics of this rank's image rows.
 
@@ -49,6 +50,7 @@ def terms(
         student: (B, D) image and text features; of all ranks unless ``loss.sharded``.
         scales: scalars s and s_d.
         teacher: (B, D') features, likewise.
+        weights: (N,) of the pairs of all ranks, for the contrastive term.
     """
     images, texts = student
     statistics: dict[str, Tensor] = {}
@@ -57,7 +59,7 @@ def terms(
         s, s_d = (torch.as_tensor(scale).reshape(()) for scale in scales)  # some models have (1,)
         sharded = loss.sharded
         columns = GatherRows.apply(texts, loss.world_size) if sharded else at_least_float32(texts)
-        values = _Terms.apply(rows, columns, s, s_d, loss, teacher, statistics)
+        values = _Terms.apply(rows, columns, s, s_d, loss, teacher, statistics, weights)
     return (*values, statistics)
 
 
@@ -66,7 +68,7 @@ class _Terms(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, columns: Tensor, s: Tensor, s_d: Tensor, *further: Any
     ) -> tuple[Tensor, ...]:
-        loss, teacher, statistics = further
+        loss, teacher, statistics, weights = further
         count, total = len(rows), len(columns)
         world_size = loss.world_size if loss.sharded else 1
         offset = loss.rank * count if loss.sharded else 0
@@ -91,27 +93,28 @@ class _Terms(torch.autograd.Function):
 
         long = sum_dtype(rows.device)
         mine = slice(offset, offset + count)
-        norms = row_norms.to(long).sum(dim=1) + column_norms[:, mine].to(long).sum(dim=1)
-        contrastive = norms[0] - 2 * s * own_cosines.to(long).sum()
-        distillation = norms[1] + plans.divergence
+        norms = row_norms.to(long) + column_norms[:, mine].to(long)
+        of_pairs = norms[0] - 2 * s * own_cosines.to(long)
+        contrastive = (of_pairs if weights is None else weights[mine] * of_pairs).sum()
+        distillation = norms[1].sum() + plans.divergence
         statistics["target_entropy"] = plans.entropy.mean()
         statistics["target_top_share"] = plans.top_share.mean()
         if loss.iterations > 0:
             statistics["marginal_error"] = (plans.masses - 1).abs().mean()
         ctx.save_for_backward(rows, columns, s, s_d)
-        ctx.state = (cosines, plans, row_norms, column_norms, offset)
+        ctx.state = (cosines, plans, row_norms, column_norms, offset, weights)
         return tuple((x / (2 * count)).to(rows.dtype) for x in (contrastive, distillation))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         with float32_math(upstream[0].device.type):
-            return (*_gradients(ctx, upstream), None, None, None)
+            return (*_gradients(ctx, upstream), None, None, None, None)
 
 
 def _gradients(ctx: Any, upstream: tuple[Tensor, ...]) -> list[Tensor | None]:
     rows, columns, *scales = ctx.saved_tensors
-    cosines, plans, row_norms, column_norms, offset = ctx.state
+    cosines, plans, row_norms, column_norms, offset, pair_weights = ctx.state
     weights = [x / (2 * len(rows)) for x in upstream]
     row_gradient, column_gradient = (
         torch.zeros_like(x) if needed else None  # a frozen tower's costs nothing
@@ -124,11 +127,18 @@ def _gradients(ctx: Any, upstream: tuple[Tensor, ...]) -> list[Tensor | None]:
         for i, (s, weight) in enumerate(zip(scales, weights, strict=True)):
             logits = block * s
             difference = (logits - column_norms[i]).exp_()
-            difference += logits.sub_(row_norms[i, part, None]).exp_()
+            of_rows = logits.sub_(row_norms[i, part, None]).exp_()
             if i == 0:
+                own = 1.0
+                if pair_weights is not None:
+                    own = pair_weights[offset + part.start : offset + part.stop]
+                    difference *= pair_weights
+                    of_rows *= own[:, None]
+                difference += of_rows
                 pairs = _own_pairs(difference, part, offset)
-                pairs -= 2
+                pairs -= 2 * own
             else:
+                difference += of_rows
                 difference -= plans.targets(part, kernel)
             scale_gradients[i] += weight * torch.dot(difference.view(-1), block.reshape(-1))
             difference *= weight * s
