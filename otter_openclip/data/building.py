@@ -80,7 +80,9 @@ class Build:
             for name, value in vars(self.args).items()
             if name not in _NOT_OF_THE_RESULT and value is not None and value is not False
         }
-        inputs = [*self.inputs, *(self.images.archives if self.images else ())]
+        self.wrong = getattr(self.args, "drop_wrong", None)  # of training builders
+        archives = self.images.archives if self.images else ()
+        inputs = [*self.inputs, *archives, *([self.wrong] if self.wrong else [])]
         self.begun |= {path: sources.stamp(path) for path in inputs}
 
     def run(self) -> dict[str, Any]:
@@ -158,6 +160,8 @@ class Build:
                 self.images.open(plan.index, self.state / "unpacked")
             self.fill(plan)
             plan.drop_shared()
+            if self.wrong:
+                plan.drop_keys(read_wrong(self.wrong), "looks wrong")
             plan.begun = self.begun
             self._check_lost(plan)
         os.replace(self.state / "unfinished.db", path)
@@ -260,6 +264,26 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 def _is_there(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
+
+
+def read_wrong(path: str) -> list[str]:
+    """The keys of the pairs that ``fit`` found to look wrong, of its fit.json.
+
+    Raises:
+        ValueError: if the file is none, or lists pairs of several folders, whose keys may be alike.
+    """
+    try:
+        wrong = json.loads(Path(path).read_text(encoding="utf-8"))["wrong"]
+        folders = {str(Path(pair["shard"]).parent) for pair in wrong}
+        keys = [str(pair["key"]) for pair in wrong]
+    except (ValueError, KeyError, TypeError) as error:
+        fix = "give the fit.json of otter-openclip fit, without --no-weights"
+        raise ValueError(f"--drop-wrong {path} lists no pairs ({error}); {fix}") from error
+    if len(folders) > 1:
+        listed = " and ".join(sorted(folders)[:2])
+        fix = "fit to the shards of one build"
+        raise ValueError(f"--drop-wrong {path} lists pairs of {listed}; {fix}")
+    return keys
 
 
 def cut(samples: int, shard_size: int, shards: int | None) -> list[int]:

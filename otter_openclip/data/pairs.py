@@ -29,6 +29,8 @@ def add_pair_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("order").add_argument
     text = "shuffles the pairs before they are cut; default 0"
     add("--seed", type=number(0, kind=int), default=0, metavar="N", help=text)
+    text = "leave out the pairs that otter-openclip fit found to look wrong: its fit.json"
+    add("--drop-wrong", type=absolute, metavar="FILE", help=text)
     text = "keep the input's order (archives on a slow disk are then read from front to back)"
     add("--no-shuffle", action="store_true", help=text)
 

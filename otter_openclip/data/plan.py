@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +100,17 @@ class Plan:
                 if not whole or (self.record != "row" and name != first):
                     other = next(each for _, each, _ in rows if each != name)
                     self.drop(name, reason, f"{other} has {file}", id=id)
+        self.db.execute("DELETE FROM samples WHERE id IN (SELECT id FROM dropped)")
+
+    def drop_keys(self, keys: Iterable[str], reason: str) -> None:
+        """Drop the samples of some ``keys``; ValueError for a key that there is not."""
+        for key in keys:
+            number = int(key) + 1 if key.isdecimal() else None
+            query = "SELECT id, name FROM samples WHERE key = ? OR (key IS NULL AND id = ?)"
+            row = self.db.execute(query, (key, number)).fetchone()
+            if row is None:
+                raise ValueError(f"no sample has the key {key}: the list is of another build")
+            self.drop(row[1], reason, key, id=row[0])
         self.db.execute("DELETE FROM samples WHERE id IN (SELECT id FROM dropped)")
 
     def drop(
