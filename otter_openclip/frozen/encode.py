@@ -251,7 +251,7 @@ def fill(
         ValueError: if a shard is no local file, two cannot be told apart, or features are not finite.
         OSError: if the folder cannot be written; what is done stays.
     """
-    _check_local(columns[0].files, shards)
+    check_local(columns[0].files, shards)
     lacking = {shard: [] for shard in shards}
     for column in columns:
         for shard in column.files.missing(shards):
@@ -269,7 +269,8 @@ def fill(
             )
 
 
-def _check_local(files: FeatureFiles, shards: Sequence[str]) -> None:
+def check_local(files: FeatureFiles, shards: Sequence[str]) -> None:
+    """Raise ValueError if ``shards`` are not local files, or two have one name, size and time."""
     names: dict[str, str] = {}
     for shard in shards:
         try:

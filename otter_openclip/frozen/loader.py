@@ -22,12 +22,16 @@ from otter_openclip.frozen.encode import (
     ImageInputs,
     TokenInputs,
     TowerEncoder,
+    check_local,
     fill,
     fingerprint,
     tokenizer_settings,
     tower_fingerprint,
 )
+from otter_openclip.frozen.store import FeatureFiles
 from otter_openclip.preprocessing import size_pair
+
+_WEIGHT_UNITS = 1_000_000  # of a pair's weight among tokens, which are whole numbers
 
 
 def image_column(
@@ -125,18 +129,68 @@ def use_features(
         return
     shuffle = stages[start + 1]
     batched = wds.batched(args.batch_size, collation_fn=_Collate(dtype), partial=False)
-    stages[start:] = [_ReadRows(columns), shuffle, _drop_unusable, batched]
+    rows = _ReadRows([column.files for column in columns])
+    stages[start:] = [rows, shuffle, _drop_unusable, batched]
+
+
+def add_weights(args: Namespace, train: DataInfo, weights: FeatureFiles) -> None:
+    """Let the webdataset loader ``train`` give a further column of texts: the pair's weight.
+
+    Only texts reach the model as the loader gives them, on any device, in any accumulation and beside
+    any images; ``split_weights`` takes the column off there. Call it after ``use_features``.
+
+    Raises:
+        ValueError: if there are no weights of a shard.
+    """
+    urls, _ = expand_urls(args.train_data, args.train_data_upsampling_factors)
+    check_local(weights, urls)
+    if missing := weights.missing(list(dict.fromkeys(urls))):
+        raise ValueError(
+            f"{weights.folder} has no weights of {missing[0]}: they are of other shards, or it was "
+            "changed since; fit again"
+        )
+    stages = train.dataloader.pipeline[0].dataset.pipeline
+    reading = next((stage for stage in stages if isinstance(stage, _ReadRows)), None)
+    if reading is not None:
+        reading.files.append(weights)
+        return
+    start = stages.index(tarfile_to_samples_nothrow)
+    stages.insert(start + 1, _AddRows(weights, torch.float64, "__weight__"))
+    stages.insert(next(i for i, stage in enumerate(stages) if _makes_tuples(stage)), _put_weight)
+
+
+def _makes_tuples(stage: Any) -> bool:
+    return getattr(stage, "f", None) is wds.filters.to_tuple.f or "to_tuple" in repr(stage)
+
+
+def _put_weight(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for sample in samples:
+        if sample["__weight__"] is not None:
+            yield sample | {"text": _joined(sample["text"], sample["__weight__"])}
+
+
+def _joined(texts: Tensor, weights: Tensor) -> Tensor:
+    """Features or tokens (..., width) with the weights (..., 1) behind them."""
+    if not texts.is_floating_point():
+        weights = (weights * _WEIGHT_UNITS).round()
+    return torch.cat([texts, weights.to(texts.dtype)], dim=-1)
+
+
+def split_weights(texts: Tensor) -> tuple[Tensor, Tensor]:
+    """Texts (B, width) and weights (B,) of what the loader gives after ``add_weights``."""
+    texts, weights = texts[:, :-1], texts[:, -1].float()
+    return texts, weights if texts.is_floating_point() else weights / _WEIGHT_UNITS
 
 
 class _ReadRows:
-    """In place of reading tars: a row of each column for each sample, None for an unusable one."""
+    """In place of reading tars: a row of each file for each sample, None for an unusable one."""
 
-    def __init__(self, columns: list[Column]) -> None:
-        self.columns = columns
+    def __init__(self, files: list[FeatureFiles]) -> None:
+        self.files = files
 
     def __call__(self, shards: Iterator[dict[str, Any]]) -> Iterator[tuple[np.ndarray, ...] | None]:
         for shard in shards:
-            for rows in zip(*(c.files.rows(shard["url"]) for c in self.columns), strict=True):
+            for rows in zip(*(files.rows(shard["url"]) for files in self.files), strict=True):
                 yield None if any(row is None for row in rows) else rows
 
 
@@ -152,8 +206,10 @@ class _Collate:
         self.dtype = dtype
 
     def __call__(self, samples: list[tuple[np.ndarray, ...]]) -> list[Tensor]:
-        columns = (torch.from_numpy(np.stack(rows)) for rows in zip(*samples, strict=True))
-        return [x.to(self.dtype) if x.is_floating_point() else x.long() for x in columns]
+        columns = [torch.from_numpy(np.stack(rows)) for rows in zip(*samples, strict=True)]
+        images, texts = columns[0].to(self.dtype), columns[1]
+        texts = texts.to(self.dtype) if texts.is_floating_point() else texts.long()
+        return [images, _joined(texts, columns[2]) if len(columns) > 2 else texts]
 
 
 def _add_text_features(stages: list[Any], start: int, column: Column, dtype: torch.dtype) -> None:
@@ -161,24 +217,24 @@ def _add_text_features(stages: list[Any], start: int, column: Column, dtype: tor
     mapping = next(stage for stage in stages if callable(getattr(stage, "kw", {}).get("text")))
     mapping.kw["text"] = str  # no tokens are needed
     stages.insert(stages.index(mapping) + 1, _put_in_place)
-    stages.insert(start + 1, _AddRows(column, dtype))
+    stages.insert(start + 1, _AddRows(column.files, dtype, "__features__"))
 
 
 class _AddRows:
     """Gives each sample of a shard, in their order, its row under a key of its own."""
 
-    def __init__(self, column: Column, dtype: torch.dtype) -> None:
-        self.column, self.dtype = column, dtype
+    def __init__(self, files: FeatureFiles, dtype: torch.dtype, key: str) -> None:
+        self.files, self.dtype, self.key = files, dtype, key
 
     def __call__(self, samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         url, rows = "", iter(())
         for sample in samples:
             if sample["__url__"] != url:
                 url = sample["__url__"]
-                rows = self.column.files.rows(url)
+                rows = self.files.rows(url)
             row = next(rows)
             features = None if row is None else torch.from_numpy(row).to(self.dtype)
-            yield sample | {"__features__": features}
+            yield sample | {self.key: features}
 
 
 def _put_in_place(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
