@@ -6,7 +6,7 @@ import contextlib
 import logging
 import signal
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,9 @@ class Ending:
 class Steps:
     """A loader of open_clip's whose epochs end between two steps once SIGTERM has come."""
 
-    def __init__(self, loader: Any, ending: Ending) -> None:
-        self._loader, self._ending = loader, ending
+    def __init__(self, loader: Any, ending: Ending, check: Callable[[], None]) -> None:
+        """``check`` is called after an epoch's last step, on every rank."""
+        self._loader, self._ending, self._check = loader, ending, check
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -73,3 +74,4 @@ class Steps:
             yield batch
             if self._ending.asked and count < self._loader.num_batches:
                 self._ending.lose_epoch()
+        self._check()

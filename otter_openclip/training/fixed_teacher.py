@@ -9,11 +9,10 @@ from argparse import Namespace
 from typing import Any
 
 import open_clip
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from otter_openclip.preprocessing import size_pair
-from otter_openclip.training.student_with_teacher import Features, Teacher, as_teacher
+from otter_openclip.training.student_with_teacher import Teacher, as_teacher
 
 _IMAGE = {"size": "--force-image-size", "mean": "--image-mean", "std": "--image-std"}
 
@@ -43,16 +42,6 @@ class FixedTeacher(Teacher):
                 f"--distill-model {args.teacher_model} would be given the student's input, but {misfit}"
             )
         self.module = as_teacher(model.eval())
-        self._name = f"{args.teacher_model} ({args.teacher_pretrained})"
-
-    def __str__(self) -> str:
-        return f"Fixed teacher: {self._name}"
-
-    @torch.no_grad()
-    def features(self, images: Tensor, texts: Tensor) -> Features:
-        """The model's features, (B, D') each."""
-        output = self.module(images, texts)
-        return {f"dist_{name}": output[name] for name in ("image_features", "text_features")}
 
 
 def _image_misfit(student: nn.Module, teacher: nn.Module) -> str | None:

@@ -197,14 +197,14 @@ def due(epoch: int, args: argparse.Namespace) -> bool:
 class BestCheckpoint:
     """Keeps ``best.pt``, the checkpoint with the highest F@1, over resumes too."""
 
-    def __init__(self, folder: str, criterion: str, *, resumed: bool) -> None:
+    def __init__(self, args: argparse.Namespace, criterion: str) -> None:
         """Read the best value so far from ``best.pt`` if the run goes on from an earlier one.
 
         ``criterion`` is the metric's name, see ``ZeroShotEvaluation``.
         """
-        self.path, self.criterion = Path(folder) / BEST, criterion
+        self.path, self.criterion = Path(args.checkpoint_path) / BEST, criterion
         self.value = -1.0
-        if resumed and self.path.is_file():
+        if args.resume is not None and self.path.is_file():
             try:
                 self.value = read_file(self.path)[JUDGED][self.criterion]
             except (ValueError, KeyError) as error:
