@@ -191,7 +191,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     precision = parser.get_default("precision")
     parser.set_defaults(precision=None, loss="clip")
     check_repeated(parser, argv)
-    args = parser.parse_args(expand_config(parser, argv))
+    # The class's method: the parser's own is the plugin's, which leads here.
+    args = argparse.ArgumentParser.parse_args(parser, expand_config(parser, argv))
     for fault in _faults(args):
         parser.error(fault)
     _settle_flags(parser, args)

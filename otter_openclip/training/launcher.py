@@ -19,6 +19,7 @@ open_clip_train with ``patches/open_clip_torch-3.3.0.patch`` calls the hooks its
 from __future__ import annotations
 
 import argparse
+import functools
 import pickle
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -124,13 +125,7 @@ class Run:
     def make_parser(self) -> ArgumentParser:
         """open_clip_train's parser, which the plugin parses with."""
         parser = ArgumentParser()
-        parse = parser.parse_args
-
-        def parse_by_plugin(argv: Sequence[str]) -> Namespace:
-            parser.parse_args = parse  # which the plugin calls
-            return self.plugin.parse_args(parser, argv)
-
-        parser.parse_args = parse_by_plugin
+        parser.parse_args = functools.partial(self.plugin.parse_args, parser)
         return parser
 
     def create_model_and_transforms(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

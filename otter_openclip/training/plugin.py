@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import open_clip
-import torch
 from open_clip_train.data import DataInfo
 from open_clip_train.distributed import is_master
 from timm.utils import unwrap_model
@@ -41,7 +40,7 @@ from otter_openclip.training.student_with_teacher import (
     StudentWithTeacher,
     Teacher,
 )
-from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due, evaluated
+from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due
 
 Data = dict[str, Any]  # open_clip's, by name of the data set
 _LONGEST = 1000  # characters of a message; torch's of weights that do not fit list every key
@@ -179,8 +178,7 @@ class ClipPlugin:
             return {}
         judged = self.teacher.module if args.zeroshot_weights == "teacher" else model
         try:
-            with evaluated(judged):
-                metrics = self._zeroshot.metrics(judged, tokenizer, epoch, args)
+            metrics = self._zeroshot.metrics(judged, tokenizer, epoch, args)
         except (ValueError, OSError, RuntimeError) as error:  # the last: a loader's process died
             if self.training is None:  # nothing but this evaluation was asked for
                 self.refuse(f"--zeroshot-data: {error}", error)
@@ -210,8 +208,13 @@ class ClipPlugin:
         return checkpoint
 
     def save_checkpoint(self, checkpoint: Any, path: str | os.PathLike[str]) -> None:
-        """Checkpoint save."""
-        torch.save(checkpoint, path)
+        """Checkpoint save: with the plugin's part, whole or not at all."""
+        try:
+            write_file(path, self.complete(checkpoint))
+        except OSError as error:
+            epoch, then = checkpoint["epoch"], goes_on_from(self.args)
+            fault = f"{path} cannot be written ({error}), so epoch {epoch} is lost"
+            self.refuse(f"{fault}; make room, then {then}", error)
 
     def close(self) -> None:
         """After the run, however it ended: no process of its loader is left."""
@@ -320,7 +323,7 @@ class TrainingPlugin(ClipPlugin):
         """Epoch: its random numbers follow from (seed, rank, epoch), whatever ran before it."""
         if self.ending.asked:
             self._keep_epoch(args, epoch)
-        self.ending.start_epoch(epoch)
+        self.ending.epoch = epoch
         if self._wrapper is not None:
             self._wrapper.start_epoch()
         self.objective.start_epoch(epoch)
@@ -352,15 +355,6 @@ class TrainingPlugin(ClipPlugin):
         """What open_clip saves after an epoch, and the plugin's part."""
         optimizer = self.training[0]
         return checkpoint | plugin_entries(self.args, optimizer, self.objective.scale, self._ema)
-
-    def save_checkpoint(self, checkpoint: Any, path: str | os.PathLike[str]) -> None:
-        """Checkpoint save: with the plugin's part, whole or not at all."""
-        try:
-            write_file(path, self.complete(checkpoint))
-        except OSError as error:
-            epoch, then = checkpoint["epoch"], goes_on_from(self.args)
-            fault = f"{path} cannot be written ({error}), so epoch {epoch} is lost"
-            self.refuse(f"{fault}; make room, then {then}", error)
 
     def close(self) -> None:
         """After the run: its loader's processes end, and others may write to its folder."""

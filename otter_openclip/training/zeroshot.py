@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +86,7 @@ class ZeroShotEvaluation:
         for labelled in self._sets:
             try:
                 if prefix.installed(student, "visual"):
-                    with evaluated(student):
-                        labelled.frozen_features(student, args)
+                    labelled.frozen_features(student.eval(), args)
                 else:
                     labelled.images.shards.read_all()
             except ValueError as error:
@@ -101,7 +99,7 @@ class ZeroShotEvaluation:
         self, model: nn.Module, tokenizer: Any, epoch: int, args: argparse.Namespace
     ) -> dict[str, float]:
         """F@K and mean average precision of ``model``, in eval mode, under the run's autocast."""
-        student, device = unwrap_model(model), torch.device(args.device)
+        student, device = unwrap_model(model).eval(), torch.device(args.device)
         autocast = get_autocast(args.precision, device_type=device.type)
         metrics: dict[str, float] = {}
         for labelled in self._sets:
@@ -173,18 +171,6 @@ class _LabelledSet:
         fill([column], shards.urls, device=device, workers=args.workers)
         rows = np.concatenate([column.files.read(url)[:, 0] for url in shards.urls])
         return torch.from_numpy(rows), labels
-
-
-@contextlib.contextmanager
-def evaluated(model: nn.Module) -> Iterator[nn.Module]:
-    """``model`` in eval mode while active, then each of its modules in the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def due(epoch: int, args: argparse.Namespace) -> bool:
