@@ -13,7 +13,7 @@ import pytest
 import torch
 from open_clip_train import main as open_clip_main
 from torch import nn
-from training_helpers import assert_same, flags, load, tear, train
+from training_helpers import assert_same, flags, load, train
 
 from otter_openclip import OtterLoss
 from otter_openclip.training import launcher, plugin, resume
@@ -43,18 +43,11 @@ from otter_openclip.training.student_with_teacher import EmaTeacher
     ],
 )
 def test_resume_is_exact(pairs, tmp_path, extra):
-    csv = "--csv" in extra
-    extra = [flag for flag in extra if flag != "--csv"]
-    whole = train(pairs, tmp_path / "whole", *extra, csv=csv)
+    words, csv = [flag for flag in extra if flag != "--csv"], "--csv" in extra
+    whole = train(pairs, tmp_path / "whole", *words, csv=csv)
     torch.rand(7)  # what ran before must not matter
-    again = train(
-        pairs,
-        tmp_path / "again",
-        *extra,
-        "--resume",
-        str(whole / "epoch_1.pt"),
-        csv=csv,
-    )
+    words += ["--resume", str(whole / "epoch_1.pt")]
+    again = train(pairs, tmp_path / "again", *words, csv=csv)
     one, other = load(whole / "epoch_2.pt"), load(again / "epoch_2.pt")
     assert one["epoch"] == other["epoch"] == 2
     assert_same(one, other)
@@ -71,66 +64,37 @@ def test_epochs_and_seeds_differ(pairs, tmp_path, monkeypatch):
     orders = {}
     stock = launcher._stock_train_one_epoch
 
-    def record(model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, **kwargs):
+    def record(model, data, loss, epoch, *rest, **kwargs):
         data["train"].set_epoch(epoch)
         batches = [texts for _, texts in data["train"].dataloader]
-        orders[(args.name, epoch)] = torch.cat(batches)
-        return stock(
-            model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, **kwargs
-        )
+        orders[(rest[-1].name, epoch)] = torch.cat(batches)
+        return stock(model, data, loss, epoch, *rest, **kwargs)
 
     monkeypatch.setattr(launcher, "_stock_train_one_epoch", record)
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         train(pairs, tmp_path, "--loss", "infonce", "--name", name, "--seed", seed)
-    assert torch.equal(orders["a", 0], orders["b", 0]) and torch.equal(
-        orders["a", 1], orders["b", 1]
-    )
+    assert all(torch.equal(orders["a", epoch], orders["b", epoch]) for epoch in (0, 1))
     assert not torch.equal(orders["a", 0], orders["a", 1])
     assert not torch.equal(orders["a", 0], orders["c", 0])
 
 
-def test_resume_latest_with_most_recent_and_deleted_checkpoints(pairs, tmp_path):
+def test_resume_latest_with_most_recent_and_deleted_checkpoints(pairs, tmp_path, monkeypatch):
     extra = ["--loss", "otter", "--save-most-recent", "--delete-previous-checkpoint"]
     whole = train(pairs, tmp_path / "whole", *extra)
     assert sorted(p.name for p in whole.glob("*")) == ["epoch_2.pt", "epoch_latest.pt"]
-    part = tmp_path / "part"
-    with pytest.raises(KeyboardInterrupt), _stop_after_epoch(1):
-        train(pairs, part, *extra)
-    train(pairs, part, *extra, "--resume", "latest")
-    assert_same(
-        load(whole / "epoch_latest.pt"), load(part / "run" / "checkpoints" / "epoch_latest.pt")
-    )
+    stock = launcher._stock_train_one_epoch
 
+    def stop(model, data, loss, epoch, *rest, **kwargs):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return stock(model, data, loss, epoch, *rest, **kwargs)
 
-class _stop_after_epoch:
-    """Interrupt the run when a later epoch than ``count`` starts, as a dying node would."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def __enter__(self):
-        self.stock = stock = launcher._stock_train_one_epoch
-
-        def stop(model, data, loss, epoch, *rest, **kwargs):
-            if epoch >= self.count:
-                raise KeyboardInterrupt
-            return stock(model, data, loss, epoch, *rest, **kwargs)
-
-        launcher._stock_train_one_epoch = stop
-
-    def __exit__(self, *_):
-        launcher._stock_train_one_epoch = self.stock
-
-
-def test_a_killed_save_leaves_no_torn_checkpoint(pairs, tmp_path, monkeypatch):
-    tear(monkeypatch, "epoch_2")
-    with pytest.raises(SystemExit, match="disk full"):
-        train(pairs, tmp_path, "--loss", "otter")
+    monkeypatch.setattr(launcher, "_stock_train_one_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(pairs, tmp_path / "part", *extra)
     monkeypatch.undo()
-    checkpoints = tmp_path / "run" / "checkpoints"
-    assert [p.name for p in checkpoints.glob("*.pt")] == ["epoch_1.pt"]
-    train(pairs, tmp_path, "--loss", "otter", "--resume", "latest")
-    assert load(checkpoints / "epoch_2.pt")["epoch"] == 2
+    part = train(pairs, tmp_path / "part", *extra, "--resume", "latest")
+    assert_same(load(whole / "epoch_latest.pt"), load(part / "epoch_latest.pt"))
 
 
 def test_remote_sync(pairs, tmp_path):
@@ -300,20 +264,10 @@ def test_the_update_is_the_losss_gradient(pairs, tmp_path, monkeypatch):
 def test_accumulation_is_the_whole_batch(pairs, tmp_path, loss):
     """Two micro-batches of 6 move the weights as one batch of 12 does, both scales included."""
     sgd = ["--opt", "timm/momentum", "--momentum", "0.9", "--wd", "0", "--lr", "0.1"]
-    rest = ["--model", "tiny-vit", "--epochs", "1", "--train-num-samples", "36", "--workers", "0"]
-    one = train(pairs, tmp_path / "one", "--loss", loss, *sgd, *rest)
-    two = train(
-        pairs,
-        tmp_path / "two",
-        "--loss",
-        loss,
-        *sgd,
-        *rest,
-        "--batch-size",
-        "6",
-        "--accum-freq",
-        "2",
-    )
+    words = ["--loss", loss, *sgd, "--model", "tiny-vit", "--epochs", "1", "--workers", "0"]
+    words += ["--train-num-samples", "36"]
+    one = train(pairs, tmp_path / "one", *words)
+    two = train(pairs, tmp_path / "two", *words, "--batch-size", "6", "--accum-freq", "2")
     one, two = load(one / "epoch_1.pt"), load(two / "epoch_1.pt")
     for key, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-3, atol=1e-5)
@@ -393,62 +347,32 @@ def teacher(pairs, tmp_path_factory):
 @pytest.mark.parametrize("loss", ["kd", "otter"])
 @pytest.mark.parametrize("accum", [[], ["--accum-freq", "2"]], ids=["", "accum"])
 def test_fixed_teacher(pairs, tmp_path, teacher, loss, accum):
-    fixed = ["--distill-model", "tiny-rn", "--distill-pretrained", str(teacher)]
-    path = train(pairs, tmp_path, "--loss", loss, *fixed, "--model", "tiny-vit", *accum)
+    words = ["--loss", loss, "--model", "tiny-vit", *accum]
+    words += ["--distill-model", "tiny-rn", "--distill-pretrained", str(teacher)]
+    path = train(pairs, tmp_path, *words)
     entry = load(path / "epoch_2.pt")["otter"]
     assert "teacher" not in entry and entry["distill_logit_scale"] != 3.9
-    resume = ["--resume", str(path / "epoch_1.pt")]
-    again = train(
-        pairs, tmp_path / "again", *("--loss", loss, *fixed, "--model", "tiny-vit"), *accum, *resume
-    )
+    again = train(pairs, tmp_path / "again", *words, "--resume", str(path / "epoch_1.pt"))
     assert_same(load(path / "epoch_2.pt"), load(again / "epoch_2.pt"))
 
 
-def test_log_tensorboard_and_wandb(pairs, tmp_path, monkeypatch):
+def test_what_is_logged(pairs, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    pytest.importorskip("wandb")
-    for name, value in (("MODE", "offline"), ("DIR", str(tmp_path)), ("SILENT", "true")):
-        monkeypatch.setenv(f"WANDB_{name}", value)
     extra = ["--loss", "otter", "--epochs", "1", "--log-every-n-steps", "2"]
-    train(pairs, tmp_path, *extra, "--report-to", "wandb,tensorboard")
-    line = [
-        line
-        for line in (tmp_path / "run" / "out.log").read_text().splitlines()
-        if "Train Epoch" in line
-    ][-1]
+    train(pairs, tmp_path, *extra, "--report-to", "tensorboard")
+    log = (tmp_path / "run" / "out.log").read_text()
+    line = [line for line in log.splitlines() if "Train Epoch" in line][-1]
     values = {name: float(value) for name, value in re.findall(r"(\w+): ([\d.e+-]+) \(", line)}
-    assert values["Loss"] == pytest.approx(
-        values["Contrastive_loss"] + values["Distill_loss"], rel=1e-3
-    )
+    terms = values["Contrastive_loss"] + values["Distill_loss"]
+    assert values["Loss"] == pytest.approx(terms, rel=1e-3)
     assert 1 <= values["Distill_scale"] <= 100
     assert 0 < values["Target_entropy"] < torch.tensor(12.0).log()
     assert 1 / 12 < values["Target_top_share"] <= 1
     assert 0 <= values["Marginal_error"] < 1
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    tags = set(events.Tags()["scalars"])
-    assert {"train/target_entropy", "train/marginal_error", "train/distill_scale"} <= tags
-    assert {"train/contrastive_loss", "train/distill_loss", "train/target_top_share"} <= tags
-    (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    for name in (b"train/target_entropy", b"train/marginal_error", b"train/distill_scale"):
-        assert name in record.read_bytes()
-
-
-def test_params_file_names_the_settings(pairs, tmp_path):
-    train(pairs, tmp_path, "--loss", "otter", "--epochs", "1", "--sinkhorn-lambda", "0.2")
-    text = (tmp_path / "run" / "params.txt").read_text()
-    assert "sinkhorn_lambda: 0.2\n" in text and "sinkhorn_iter: 5\n" in text
-    assert "loss: otter\n" in text and "precision: fp32\n" in text
-
-
-def test_module_command(pairs, tmp_path):
-    """``python -m otter_openclip.train`` in its own process."""
-    line = flags(pairs, tmp_path, "--loss", "ottr")
-    done = forks.run("-m", "otter_openclip.train", *line)
-    assert done.returncode == 2
-    assert "invalid choice: 'ottr'" in done.stderr and "otter" in done.stderr
-    assert not (tmp_path / "run").exists()
+    assert {f"train/{name.lower()}" for name in values} <= set(events.Tags()["scalars"])
 
 
 def test_reference_crop_reaches_the_batches(pairs, tmp_path, monkeypatch):
