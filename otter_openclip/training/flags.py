@@ -15,6 +15,7 @@ import torch
 
 from otter_openclip import __version__
 from otter_openclip.cli import as_list, check_repeated, name_nearest, number, positive
+from otter_openclip.evaluation.validator import check_webdataset
 from otter_openclip.losses import (
     IMPLEMENTATIONS,
     INITIAL_LOG_SCALE,
@@ -24,7 +25,6 @@ from otter_openclip.losses import (
     OT_SCOPES,
 )
 from otter_openclip.training.recipes import add_config_flag, expand_config
-from otter_openclip.training.zeroshot import check_folders
 
 LOSSES = ("clip", "infonce", "ls", "kd", "otter")
 TRAINED_LOSSES = LOSSES[1:]
@@ -217,7 +217,8 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
             yield f"argument --{name.replace('_', '-')}: expected a value, got ''"
     if args.zeroshot_data is not None:
         try:
-            check_folders(args.zeroshot_data)
+            for folder in args.zeroshot_data:  # text files only, which takes a moment
+                check_webdataset(folder, flag="--zeroshot-data")
         except ValueError as error:
             yield str(error)
     resized = args.image_resize_mode not in (None, "shortest")

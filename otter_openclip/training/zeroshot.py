@@ -24,7 +24,6 @@ from otter_openclip.evaluation.classifier import class_features
 from otter_openclip.evaluation.labelled_images import LabelledImages, encode_images
 from otter_openclip.evaluation.metrics import KS, multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts
-from otter_openclip.evaluation.validator import check_webdataset
 from otter_openclip.frozen import prefix
 from otter_openclip.frozen.encode import fill
 from otter_openclip.frozen.loader import image_column
@@ -32,27 +31,13 @@ from otter_openclip.frozen.loader import image_column
 BEST = "best.pt"
 
 
-def check_folders(folders: Sequence[str]) -> None:
-    """Raise ValueError unless ``folders`` are labelled clip_benchmark webdatasets of different names.
-
-    Only their text files are read, and the shards counted, which takes a moment.
-    """
-    for folder in folders:
-        check_webdataset(folder, flag="--zeroshot-data")
-    names = _names(folders)
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"--zeroshot-data: metrics are named after the folders {', '.join(names)}, of which two "
-            "have one name; give a link of another name to one"
-        )
-
-
 def _names(folders: Sequence[str]) -> list[str]:
-    """The folders' own names; with those they are in, if two are called alike (``coco/eval``)."""
-    paths = [Path(os.path.abspath(folder)) for folder in folders]
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        return [f"{path.parent.name}-{path.name}" for path in paths]
+    """The shortest ends of the folders' paths that tell them apart: ``eval``, or ``coco-eval``."""
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["-".join(parts[-depth:]) for parts in paths]
+        if len(set(names)) == len(names):
+            break
     return names
 
 
@@ -66,7 +51,7 @@ class ZeroShotEvaluation:
     """
 
     def __init__(self, folders: Sequence[str], transform: Callable[[Any], Tensor]) -> None:
-        """Open the data sets, see ``check_folders``; ``transform`` is of PIL images to tensors."""
+        """Open the data sets; ``transform`` is of PIL images to tensors."""
         names = [f"{name}-" for name in _names(folders)] if len(folders) > 1 else [""]
         self._sets = [
             _LabelledSet(folder, f"zeroshot-{name}", transform)
