@@ -62,7 +62,8 @@ class Step:
         self.optimizer.zero_grad()
         self.forward().backward()
         self.optimizer.step()
-        self.teacher.update(self.student)
+        if self.teacher.ema is not None:
+            self.teacher.ema.update(self.student)
         with torch.no_grad():
             self.student.logit_scale.clamp_(0, math.log(100))
 
@@ -84,7 +85,7 @@ class Step:
             "teacher forward": teach,
             "student forward, no gradient": student,
             "loss": lambda: sum(self.loss(*features[:2], scale, *features[2:])).backward(),
-            "EMA update": lambda: self.teacher.update(self.student),
+            "EMA update": lambda: self.teacher.ema.update(self.student),
         }
 
 

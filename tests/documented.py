@@ -116,7 +116,9 @@ def _ours(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
     name = words[0]
     with monkeypatch.context() as patch:
         if name == "train":
-            patch.setattr(flags, "check_folders", lambda folder: None)  # of --zeroshot-data
+            patch.setattr(
+                flags, "check_webdataset", lambda folder, flag: None
+            )  # of --zeroshot-data
             training_helpers.parse_args(*words[1:])
         elif name == "eval":
             _exit_0(evaluator._get_parser_args, ["otter-openclip", *words], patch)

@@ -454,7 +454,7 @@ def test_refused_before_anything_is_made(pairs, tmp_path, model, words, message,
     ("words", "message"),
     [
         (["--lock-image", "--feature-views", "2"], "--feature-views belongs to --feature-cache"),
-        (["--feature-dropout", "0.5"], "--feature-dropout is on what frozen towers give"),
+        (["--feature-dropout", "0.5"], "--feature-dropout is for locked towers"),
     ],
 )
 def test_flags_that_need_another(pairs, tmp_path, words, message, capsys):

@@ -12,7 +12,7 @@ import torch
 from conftest import CLASSES
 from data_helpers import write_tar
 from PIL import Image
-from training_helpers import assert_same, load, train
+from training_helpers import assert_same, load, parse_args, train
 
 from otter_openclip import cli
 from otter_openclip.training import zeroshot
@@ -139,18 +139,25 @@ def damaged(labelled, folder):
     return folder
 
 
-def test_flags_are_parsed_without_reading_samples(labelled, tmp_path, monkeypatch):
+def test_flags_are_parsed_without_reading_samples(labelled, tmp_path, monkeypatch, capsys):
     bad = damaged(labelled, tmp_path / "bad")
-    (bad / "test" / "0.tar").write_bytes(b"no tar")
     monkeypatch.setattr(tarfile, "open", None)
-    zeroshot.check_folders([str(bad), str(labelled)])
+    words = ["--loss", "otter", "--zeroshot-data", str(labelled), str(bad)]
+    assert parse_args(*words).zeroshot_data == words[3:]
     (bad / "test" / "0.tar").unlink()
-    with pytest.raises(ValueError, match=f"--zeroshot-data {bad} cannot .* shards are missing"):
-        zeroshot.check_folders([str(labelled), str(bad)])
-    alike = [str(shutil.copytree(labelled, tmp_path / a / "bad")) for a in ("x", "y", "z/x")]
-    assert zeroshot._names(alike[:2]) == ["x-bad", "y-bad"]
-    with pytest.raises(ValueError, match="folders x-bad, x-bad, of which two have one name"):
-        zeroshot.check_folders(alike[::2])
+    with pytest.raises(SystemExit):
+        parse_args(*words)
+    said = capsys.readouterr().err
+    assert f"--zeroshot-data {bad} cannot" in said and "shards are missing" in said
+
+
+def test_metrics_are_named_after_what_tells_folders_apart():
+    for folders, names in (
+        (["a/eval", "b/mine/"], ["eval", "mine"]),
+        (["a/eval", "b/eval"], ["a-eval", "b-eval"]),
+        (["/a/x/eval", "/b/x/eval"], ["a-x-eval", "b-x-eval"]),
+    ):
+        assert zeroshot._names(folders) == names
 
 
 @pytest.mark.parametrize("frozen", [False, True])

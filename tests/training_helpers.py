@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from open_clip_train import params
 
@@ -79,16 +78,3 @@ def assert_same(one: Any, other: Any, where: str = "checkpoint") -> None:
         assert torch.equal(one, other), where
     else:
         assert one == other, where
-
-
-def tear(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Make saving a checkpoint of that name fail half-way, as a full disk or a killed run does."""
-    stock = torch.serialization.save
-
-    def die(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
-        if name in str(f):
-            f.write(b"torn")
-            raise OSError("disk full")
-        stock(obj, f, *args, **kwargs)
-
-    monkeypatch.setattr(torch.serialization, "save", die)

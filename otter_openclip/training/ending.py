@@ -6,7 +6,7 @@ import contextlib
 import logging
 import signal
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,16 @@ def goes_on_from(args: Namespace) -> str:
 
 
 class Ending:
-    """SIGTERM in one run."""
+    """SIGTERM in one run.
+
+    Attributes:
+        asked: whether it has come.
+        epoch: which one is lost if the run ends in its midst.
+    """
 
     def __init__(self, args: Namespace) -> None:
-        self.asked = False
-        self._args, self._epoch = args, 0
+        self.asked, self.epoch = False, 0
+        self._args = args
 
     def listen(self) -> None:
         """From here on SIGTERM waits for the end of a step."""
@@ -35,10 +40,6 @@ class Ending:
 
     def _ask(self, *_: Any) -> None:
         self.asked = True
-
-    def start_epoch(self, epoch: int) -> None:
-        """Which epoch is lost if the run ends in its midst."""
-        self._epoch = epoch
 
     def leave(self, what: str) -> None:
         """End the run after SIGTERM; ``what`` became of the epoch is logged by rank 0.
@@ -52,17 +53,15 @@ class Ending:
 
     def lose_epoch(self) -> None:
         """End the run in the midst of an epoch; raises SystemExit."""
-        self.leave(
-            f"what epoch {self._epoch} had done is lost, because open_clip's checkpoints hold whole "
-            "epochs"
-        )
+        self.leave(f"what epoch {self.epoch} had done is lost: checkpoints hold whole epochs")
 
 
 class Steps:
     """A loader of open_clip's whose epochs end between two steps once SIGTERM has come."""
 
-    def __init__(self, loader: Any, ending: Ending) -> None:
-        self._loader, self._ending = loader, ending
+    def __init__(self, loader: Any, ending: Ending, check: Callable[[], None]) -> None:
+        """``check`` is called after an epoch's last step, on every rank."""
+        self._loader, self._ending, self._check = loader, ending, check
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -73,3 +72,4 @@ class Steps:
             yield batch
             if self._ending.asked and count < self._loader.num_batches:
                 self._ending.lose_epoch()
+        self._check()

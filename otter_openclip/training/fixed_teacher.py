@@ -6,14 +6,14 @@ open_clip gives both models the student's images and tokens, whatever the teache
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any
 
 import open_clip
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from otter_openclip.preprocessing import size_pair
-from otter_openclip.training.student_with_teacher import Features, Teacher, as_teacher
+from otter_openclip.training.student_with_teacher import Teacher, as_teacher
 
 _IMAGE = {"size": "--force-image-size", "mean": "--image-mean", "std": "--image-std"}
 
@@ -38,52 +38,31 @@ class FixedTeacher(Teacher):
             output_dict=True,
             cache_dir=args.cache_dir,
         )
-        if misfit := _image_misfit(student, model) or _token_misfit(args):
-            raise ValueError(
-                f"--distill-model {args.teacher_model} would be given the student's input, but {misfit}"
-            )
+        for what, theirs, ours, fix in _compared(args, model, student):
+            if theirs != ours:
+                raise ValueError(
+                    f"--distill-model {args.teacher_model} would be given the student's input, but its "
+                    f"{what} is {theirs}, the student's {ours}; {fix}"
+                )
         self.module = as_teacher(model.eval())
-        self._name = f"{args.teacher_model} ({args.teacher_pretrained})"
-
-    def __str__(self) -> str:
-        return f"Fixed teacher: {self._name}"
-
-    @torch.no_grad()
-    def features(self, images: Tensor, texts: Tensor) -> Features:
-        """The model's features, (B, D') each."""
-        output = self.module(images, texts)
-        return {f"dist_{name}": output[name] for name in ("image_features", "text_features")}
 
 
-def _image_misfit(student: nn.Module, teacher: nn.Module) -> str | None:
+def _compared(
+    args: Namespace, teacher: nn.Module, student: nn.Module
+) -> Iterator[tuple[str, Any, Any, str]]:
+    """What must be alike: its name, the teacher's, the student's, and what to do if it is not."""
     for key, flag in _IMAGE.items():
-        theirs, ours = (
-            size_pair(config[key]) if key == "size" else tuple(config[key])
-            for config in (teacher.visual.preprocess_cfg, student.visual.preprocess_cfg)
-        )
-        if theirs != ours:
-            return f"its image {key} is {theirs}, the student's {ours}; pass {flag}, or another teacher"
-    return None
-
-
-def _token_misfit(args: Namespace) -> str | None:
+        as_tuple = size_pair if key == "size" else tuple
+        theirs, ours = (as_tuple(model.visual.preprocess_cfg[key]) for model in (teacher, student))
+        yield f"image {key}", theirs, ours, f"pass {flag}, or another teacher"
     theirs = open_clip.get_tokenizer(args.teacher_model, cache_dir=args.cache_dir)
     ours = open_clip.get_tokenizer(
         args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
     )
     lengths = theirs.context_length, ours.context_length
-    if lengths[0] != lengths[1]:
-        return (
-            f"its context length is {lengths[0]}, the student's {lengths[1]}; pass "
-            "--force-context-length, or another teacher"
-        )
-    kinds = _kind(theirs), _kind(ours)
-    if kinds[0] != kinds[1]:
-        return (
-            f"its tokenizer is {kinds[0]}, the student's {kinds[1]}; choose a teacher with the "
-            "student's tokenizer"
-        )
-    return None
+    yield "context length", *lengths, "pass --force-context-length, or another teacher"
+    fix = "choose a teacher with the student's tokenizer"
+    yield "tokenizer", _kind(theirs), _kind(ours), fix
 
 
 def _kind(tokenizer: Any) -> str:

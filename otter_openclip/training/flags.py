@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from otter_openclip import __version__
-from otter_openclip.cli import as_list, check_repeated, name_nearest, number
+from otter_openclip.cli import as_list, check_repeated, name_nearest, number, positive
+from otter_openclip.evaluation.validator import check_webdataset
 from otter_openclip.losses import (
     IMPLEMENTATIONS,
     INITIAL_LOG_SCALE,
@@ -25,74 +25,58 @@ from otter_openclip.losses import (
     OT_SCOPES,
 )
 from otter_openclip.training.recipes import add_config_flag, expand_config
-from otter_openclip.training.zeroshot import check_folders
 
 LOSSES = ("clip", "infonce", "ls", "kd", "otter")
 TRAINED_LOSSES = LOSSES[1:]
 TEACHER_LOSSES = ("kd", "otter")
-TEACHER_MODES = ("train", "eval")
-ZEROSHOT_WEIGHTS = ("student", "teacher")
-TABLES = (".csv", ".tsv")
 
 
-class _Flag(NamedTuple):
+class _Flag:
     """A flag of some losses; what is not given has the default, or the one of the run's loss."""
 
-    losses: tuple[str, ...]
-    default: Any
-    help: str
-    keywords: dict[str, Any]
-
-
-def _flag(losses: tuple[str, ...], default: Any, text: str, **keywords: Any) -> _Flag:
-    return _Flag(losses, default, text, keywords)
+    def __init__(self, losses: Sequence[str], default: Any, text: str, **keywords: Any) -> None:
+        """``keywords`` are argparse's."""
+        self.losses, self.default, self.text, self.keywords = losses, default, text, keywords
 
 
 _OTTER = ("otter",)
 _COEFS = {"kd": 0.0, "otter": 1.0}
+_coefficient = number(0, MAX_COEF)
+_share = number(0, 1)
 _FLAGS = {
-    "--alpha": _flag(
-        TEACHER_LOSSES, 0.5, "weight of the contrastive term (paper: alpha)", type=number(0, 1)
+    "--alpha": _Flag(
+        TEACHER_LOSSES, 0.5, "weight of the contrastive term (paper: alpha)", type=_share
     ),
-    "--label-smoothing": _flag(
-        ("ls",), 0.1, "target mass spread over the other pairs (paper: epsilon)", type=number(0, 1)
+    "--label-smoothing": _Flag(
+        ("ls",), 0.1, "target mass spread over the other pairs (paper: epsilon)", type=_share
     ),
-    "--ema-decay": _flag(
+    "--ema-decay": _Flag(
         ("clip", *TEACHER_LOSSES),
         dict.fromkeys(TEACHER_LOSSES, 0.999),
         "upper bound of the EMA teacher's decay; 0 takes the student itself as the teacher; with "
         "--loss clip an EMA that nothing learns from",
-        type=number(0, 1),
+        type=_share,
     ),
-    "--sinkhorn-lambda": _flag(
-        _OTTER,
-        0.15,
-        "entropic regularisation of the transport plan (paper: lambda)",
-        type=number(MIN_LAMBDA, math.inf),
+    "--sinkhorn-lambda": _Flag(
+        _OTTER, 0.15, "entropic regularisation of the plan (paper: lambda)", type=number(MIN_LAMBDA)
     ),
-    "--sinkhorn-iter": _flag(_OTTER, 5, "Sinkhorn updates", type=number(1, math.inf, int)),
-    "--vv-coef": _flag(
+    "--sinkhorn-iter": _Flag(_OTTER, 5, "Sinkhorn updates", type=positive),
+    "--vv-coef": _Flag(
         TEACHER_LOSSES,
         _COEFS,
         "weight of image-image similarity (paper: gamma_v)",
-        type=number(0, MAX_COEF),
+        type=_coefficient,
     ),
-    "--tt-coef": _flag(
-        TEACHER_LOSSES,
-        _COEFS,
-        "weight of text-text similarity (paper: gamma_t)",
-        type=number(0, MAX_COEF),
+    "--tt-coef": _Flag(
+        TEACHER_LOSSES, _COEFS, "weight of text-text similarity (paper: gamma_t)", type=_coefficient
     ),
-    "--keep-diag": _flag(
+    "--keep-diag": _Flag(
         _OTTER, False, "let the plan put mass on the pair itself", action="store_true"
     ),
-    "--ot-scope": _flag(
-        _OTTER,
-        "global",
-        "one transport problem over all ranks, or one per rank",
-        choices=OT_SCOPES,
+    "--ot-scope": _Flag(
+        _OTTER, "global", "one transport problem over all ranks, or one per rank", choices=OT_SCOPES
     ),
-    "--loss-impl": _flag(
+    "--loss-impl": _Flag(
         TEACHER_LOSSES,
         "auto",
         "hold the loss's matrices (dense), or compute them anew by tiles (streaming); auto holds them "
@@ -100,37 +84,37 @@ _FLAGS = {
         "has them",
         choices=IMPLEMENTATIONS,
     ),
-    "--distill-T-t": _flag(
+    "--distill-T-t": _Flag(
         ("kd",),
         100.0,
         "scale of the teacher's similarities (paper: T_t)",
         type=number(0, MAX_COEF, open_low=True),
     ),
-    "--share-logit-scale": _flag(
+    "--share-logit-scale": _Flag(
         TEACHER_LOSSES,
         False,
         "use the model's logit scale for the distillation term too, instead of its own",
         action="store_true",
     ),
-    "--init-distill-logit-scale": _flag(
+    "--init-distill-logit-scale": _Flag(
         TEACHER_LOSSES,
         INITIAL_LOG_SCALE,
         "log of the distillation term's own scale at the start of training",
         type=number(0, MAX_LOG_SCALE),
         metavar="LOG",
     ),
-    "--feature-dropout": _flag(
+    "--feature-dropout": _Flag(
         TRAINED_LOSSES,
         0.0,
         "share of what frozen towers give that the student does not see; the teacher does",
         type=number(0, 0.99),
         metavar="P",
     ),
-    "--teacher-mode": _flag(
+    "--teacher-mode": _Flag(
         TEACHER_LOSSES,
         "train",
         "mode the EMA teacher runs in: dropout and batch-norm as in the reference, or not",
-        choices=TEACHER_MODES,
+        choices=("train", "eval"),
     ),
 }
 
@@ -140,8 +124,6 @@ _NOT_OF_THE_OBJECTIVE = ("--loss-impl", "--init-distill-logit-scale")
 
 def _shown(default: Any) -> str:
     if isinstance(default, dict):
-        if len(set(default.values())) == 1:
-            return f"{next(iter(default.values()))} with {' and '.join(default)}"
         return ", ".join(f"{value} with {loss}" for loss, value in default.items())
     return "off" if default is False else str(default)
 
@@ -175,7 +157,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--zeroshot-weights",
-        choices=ZEROSHOT_WEIGHTS,
+        choices=("student", "teacher"),
+        default="student",
         help="what --zeroshot-data evaluates: the student (default) or its EMA, the teacher",
     )
     group.add_argument(
@@ -187,12 +170,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--feature-views",
         type=number(1, 1000, int),
+        default=1,
         metavar="K",
-        help="augmented views of each image to keep in --feature-cache; by default one without "
+        help="augmented views of each image to keep in --feature-cache; 1, the default, is without "
         "augmentation",
     )
     for name, flag in _FLAGS.items():
-        text = f"{flag.help}; default {_shown(flag.default)} (--loss {', '.join(flag.losses)})"
+        text = f"{flag.text}; default {_shown(flag.default)} (--loss {', '.join(flag.losses)})"
         group.add_argument(name, default=None, help=text, **flag.keywords)
 
 
@@ -207,11 +191,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     precision = parser.get_default("precision")
     parser.set_defaults(precision=None, loss="clip")
     check_repeated(parser, argv)
-    args = parser.parse_args(expand_config(parser, argv))
+    # The class's method: the parser's own is the plugin's, which leads here.
+    args = argparse.ArgumentParser.parse_args(parser, expand_config(parser, argv))
     for fault in _faults(args):
         parser.error(fault)
     _settle_flags(parser, args)
-    for fault in _ema_faults(args):
+    for fault in _teacher_faults(args):
         parser.error(fault)
     _settle_precision(args, precision)
     return args
@@ -232,7 +217,8 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
             yield f"argument --{name.replace('_', '-')}: expected a value, got ''"
     if args.zeroshot_data is not None:
         try:
-            check_folders(args.zeroshot_data)
+            for folder in args.zeroshot_data:  # text files only, which takes a moment
+                check_webdataset(folder, flag="--zeroshot-data")
         except ValueError as error:
             yield str(error)
     resized = args.image_resize_mode not in (None, "shortest")
@@ -241,28 +227,22 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
             "--reference-crop resizes the shorter side and has no augmentation but its crop; "
             "drop it, or --aug-cfg, --image-resize-mode and --image-interpolation random"
         )
+    for name in ("feature_cache", "feature_dropout"):
+        if getattr(args, name) and not (args.lock_image or args.lock_text):
+            flag = f"--{name.replace('_', '-')}"
+            yield f"{flag} is for locked towers, but none is: add --lock-image, --lock-text or both"
     if args.loss != "clip":
         yield from _mixed_faults(args)
     if args.feature_cache is not None:
         yield from _cache_faults(args)
-    elif args.feature_views is not None:
+    elif args.feature_views > 1:
         yield "--feature-views belongs to --feature-cache DIR; give that too, or drop it"
-    if args.feature_dropout and not (args.lock_image or args.lock_text):
-        yield (
-            "--feature-dropout is on what frozen towers give, but none is: add --lock-image, "
-            "--lock-text or both"
-        )
 
 
 def _mixed_faults(args: argparse.Namespace) -> Iterator[str]:
     """What of open_clip's flags our losses would pass over in silence."""
     loss = f"--loss {args.loss}"
     teacher = args.loss in TEACHER_LOSSES
-    if "lookahead" in args.opt.lower() and teacher:
-        yield (
-            f"{loss} does not go with --opt {args.opt}: teacher and second scale hang on torch's "
-            "optimizer hooks, which timm's Lookahead has not; use the optimizer without it"
-        )
     distill = args.distill_model is not None, args.distill_pretrained is not None
     if any(distill) and not teacher:
         yield (
@@ -281,38 +261,31 @@ def _mixed_faults(args: argparse.Namespace) -> Iterator[str]:
 def _cache_faults(args: argparse.Namespace) -> Iterator[str]:
     if args.distill_model is not None:  # known only after hours of encoding otherwise
         yield "--feature-cache does not go with --distill-model, which takes images; drop one of them"
-    if not (args.lock_image or args.lock_text):
-        yield (
-            "--feature-cache keeps what locked towers give, but none is: add --lock-image, --lock-text "
-            "or both"
-        )
-    table = args.dataset_type == "csv" or (
-        args.dataset_type == "auto" and str(args.train_data).endswith(TABLES)
-    )
-    if table or not (args.train_data and args.dataset_type in ("webdataset", "auto")):
+    table = args.dataset_type == "auto" and str(args.train_data).endswith((".csv", ".tsv"))
+    if table or not args.train_data or args.dataset_type not in ("webdataset", "auto"):
         yield (
             "--feature-cache takes --train-data in webdataset shards; otter-openclip data csv makes "
             "them of a table"
         )
-    if args.aug_cfg and args.lock_image and (args.feature_views or 1) == 1:
+    if args.aug_cfg and args.lock_image and args.feature_views == 1:
         yield (
             "--aug-cfg: with --feature-cache a locked image tower sees its images without augmentation; "
             "add --feature-views K to keep K augmented views, or drop it"
         )
-    if (args.feature_views or 1) > 1 and not args.lock_image:
+    if args.feature_views > 1 and not args.lock_image:
         yield "--feature-views keeps views of images, which needs --lock-image"
 
 
 def _settle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for name, (losses, default, *_) in _FLAGS.items():
+    for name, flag in _FLAGS.items():
         value = getattr(args, _dest(name))
         if value is None or value is False:
-            per_loss = isinstance(default, dict)
-            setattr(args, _dest(name), default.get(args.loss) if per_loss else default)
-        elif args.loss not in losses:
-            wanted = " or ".join(f"--loss {loss}" for loss in losses)
+            per_loss = isinstance(flag.default, dict)
+            default = flag.default.get(args.loss) if per_loss else flag.default
+            setattr(args, _dest(name), default)
+        elif args.loss not in flag.losses:
+            wanted = " or ".join(f"--loss {loss}" for loss in flag.losses)
             parser.error(f"{name} has no meaning with --loss {args.loss}; it needs {wanted}")
-    args.feature_views = args.feature_views or 1
     # The fixed teacher is created by the plugin, so that it also works with --accum-freq; open_clip
     # itself must not see it.
     args.teacher_model = args.teacher_pretrained = None
@@ -326,15 +299,17 @@ def has_ema(args: argparse.Namespace) -> bool:
     return bool(args.ema_decay) and args.teacher_model is None
 
 
-def _ema_faults(args: argparse.Namespace) -> Iterator[str]:
-    if args.loss == "clip" and has_ema(args) and "lookahead" in args.opt.lower():
-        yield f"--ema-decay does not go with --opt {args.opt}: it lacks torch's hooks; drop one of them"
-    if args.zeroshot_weights is None:
-        args.zeroshot_weights = ZEROSHOT_WEIGHTS[0]
+def _teacher_faults(args: argparse.Namespace) -> Iterator[str]:
+    if "lookahead" in args.opt.lower() and (args.loss in TEACHER_LOSSES or has_ema(args)):
+        yield (
+            f"--loss {args.loss} does not go with --opt {args.opt}: teacher and second scale hang on "
+            "torch's optimizer hooks, which timm's Lookahead has not; use the optimizer without it"
+        )
+    if args.zeroshot_weights == "student":
         return
     if args.zeroshot_data is None:
         yield "--zeroshot-weights belongs to --zeroshot-data DIR; give that too, or drop it"
-    if args.zeroshot_weights == "teacher" and not (has_ema(args) and args.train_data):
+    if not (has_ema(args) and args.train_data):
         yield (
             f"--zeroshot-weights teacher: this run (--loss {args.loss}) keeps no EMA; train with --loss "
             "kd or otter without --distill-model, or with --loss clip, and --ema-decay above 0"
@@ -344,9 +319,8 @@ def _ema_faults(args: argparse.Namespace) -> Iterator[str]:
 def _settle_precision(args: argparse.Namespace, default: str) -> None:
     """On a CPU float32 unless asked otherwise: open_clip's ``default``, amp, is tens of times slower."""
     if args.precision is None:
-        on_cpu = args.device == "cpu" or not (
-            torch.cuda.is_available() or args.device.split(":")[0] not in ("cuda", "cpu")
-        )
+        no_gpu = args.device.startswith("cuda") and not torch.cuda.is_available()
+        on_cpu = args.device.startswith("cpu") or no_gpu
         args.precision = "fp32" if on_cpu and args.loss != "clip" else default
 
 

@@ -19,17 +19,17 @@ open_clip_train with ``patches/open_clip_torch-3.3.0.patch`` calls the hooks its
 from __future__ import annotations
 
 import argparse
-import os
+import functools
 import pickle
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from open_clip_train import main as open_clip_main
 from open_clip_train import params
 from open_clip_train import train as open_clip_train_loop
-from torch import Tensor, nn
+from torch import nn
 
 from otter_openclip.replacing import replaced
 from otter_openclip.terminating import on_sigterm
@@ -101,14 +101,22 @@ class Run:
 
     def replacements(self) -> list[tuple[Any, str, Any]]:
         """(module, name, replacement), as ``replacing.replaced`` takes them."""
+        plugin = self.plugin  # its hooks are known once flags are parsed
+
+        def load(path: str, map_location: Any = None) -> Any:
+            return plugin.load_checkpoint(path)
+
+        def save(checkpoint: Any, path: str) -> None:
+            plugin.save_checkpoint(checkpoint, path)
+
         parallel = _Overlay(nn.parallel, DistributedDataParallel=_DistributedDataParallel)
-        overlay = _Overlay(torch, save=self.save, nn=_Overlay(nn, parallel=parallel))
+        overlay = _Overlay(torch, save=save, nn=_Overlay(nn, parallel=parallel))
         return [
             (params, "argparse", _Overlay(argparse, ArgumentParser=self.make_parser)),
             (open_clip_main, "create_model_and_transforms", self.create_model_and_transforms),
-            (open_clip_main, "pt_load", self.pt_load),
+            (open_clip_main, "pt_load", load),
             (open_clip_main, "get_data", self.get_data),
-            (open_clip_main, "create_loss", self.create_loss),
+            (open_clip_main, "create_loss", lambda args: plugin.create_loss(args)),
             (open_clip_main, "train_one_epoch", self.train_one_epoch),
             (open_clip_train_loop, "zero_shot_eval", self.zero_shot_eval),
             (open_clip_main, "torch", overlay),
@@ -117,13 +125,7 @@ class Run:
     def make_parser(self) -> ArgumentParser:
         """open_clip_train's parser, which the plugin parses with."""
         parser = ArgumentParser()
-        parse = parser.parse_args
-
-        def parse_by_plugin(argv: Sequence[str]) -> Namespace:
-            parser.parse_args = parse  # which the plugin calls
-            return self.plugin.parse_args(parser, argv)
-
-        parser.parse_args = parse_by_plugin
+        parser.parse_args = functools.partial(self.plugin.parse_args, parser)
         return parser
 
     def create_model_and_transforms(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -136,10 +138,6 @@ class Run:
             return made
         self._model_made = True
         return self.plugin.setup_model(self.plugin.args, *made)
-
-    def pt_load(self, path: str, map_location: Any = None) -> Any:
-        """The checkpoint of ``--resume``."""
-        return self.plugin.load_checkpoint(path)
 
     def get_data(
         self, args: Namespace, preprocess_fns: tuple[Any, Any], *rest: Any, **kwargs: Any
@@ -158,36 +156,30 @@ class Run:
             data.setdefault(_ZEROSHOT_KEY, _NO_DATA)
         return data
 
-    def create_loss(self, args: Namespace) -> Callable[..., dict[str, Tensor]]:
-        """The plugin's loss."""
-        return self.plugin.create_loss(args)
-
     def train_one_epoch(
         self,
         model: nn.Module,
         data: dict[str, Any],
-        loss: Callable[..., dict[str, Tensor]],
+        loss: Any,
         epoch: int,
         optimizer: torch.optim.Optimizer,
         scaler: Any,
-        scheduler: Any,
-        dist_model: Any,
-        args: Namespace,
-        **kwargs: Any,
+        *others: Any,
+        **keywords: Any,
     ) -> None:
         """The stock epoch, on the module that the plugin makes of ``model``."""
+        plugin, args = self.plugin, self.plugin.args
         if self._train_model is None:
-            self._train_model = self.plugin.wrap_model(args, model)
-            self.plugin.setup_optimizer(args, optimizer, scaler)
-        self.plugin.start_epoch(args, epoch)
-        stock = (self._train_model, data, loss, epoch, optimizer, scaler, scheduler, dist_model)
+            self._train_model = plugin.wrap_model(args, model)
+            plugin.setup_optimizer(args, optimizer, scaler)
+        plugin.start_epoch(args, epoch)
+        stock = (self._train_model, data, loss, epoch, optimizer, scaler, *others)
         try:
             with reason_given():
-                _stock_train_one_epoch(*stock, args, **kwargs)
+                _stock_train_one_epoch(*stock, **keywords)
         except Exception:
-            self.plugin.failed()
+            plugin.failed()
             raise
-        self.plugin.end_epoch()
 
     def zero_shot_eval(
         self,
@@ -201,7 +193,3 @@ class Run:
         stock = {name: value for name, value in data.items() if value is not _NO_DATA}
         metrics = _stock_zero_shot_eval(model, stock, epoch, args, tokenizer=tokenizer)
         return {**metrics, **self.plugin.evaluate(args, model, epoch, tokenizer)}
-
-    def save(self, checkpoint: Any, path: str | os.PathLike[str]) -> None:
-        """Checkpoints, which ``main`` writes by name, go to the plugin."""
-        self.plugin.save_checkpoint(checkpoint, path)

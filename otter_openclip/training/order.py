@@ -7,6 +7,7 @@ follows the global generator.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -59,15 +60,9 @@ class _SeedPass:
         return source
 
 
-class _WorkerSeed:
+def _worker_seed(seed: int, rank: int) -> int:
     """Seed of open_clip's resampled shard list, a different one on each rank and worker."""
-
-    def __init__(self, seed: int, rank: int) -> None:
-        self.seed = seed
-        self.rank = rank
-
-    def __call__(self) -> int:
-        return derive_seed(self.seed, self.rank, _worker_id())
+    return derive_seed(seed, rank, _worker_id())
 
 
 def make_repeatable(data: dict[str, DataInfo], *, seed: int, rank: int) -> None:
@@ -93,5 +88,5 @@ def make_repeatable(data: dict[str, DataInfo], *, seed: int, rank: int) -> None:
     rng = random.Random()
     shuffles[0].kw["rng"] = rng
     if isinstance(stages[0], ResampledShards2):
-        stages[0].worker_seed = _WorkerSeed(seed, rank)
+        stages[0].worker_seed = functools.partial(_worker_seed, seed, rank)
     stages.insert(1, _SeedPass(train.shared_epoch, seed, rank, rng))

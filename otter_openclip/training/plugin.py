@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import textwrap
@@ -16,17 +17,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import open_clip
-import torch
 from open_clip_train.data import DataInfo
 from open_clip_train.distributed import is_master
 from timm.utils import unwrap_model
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from otter_openclip.checkpoints.contents import write_file
 from otter_openclip.checkpoints.newest import LATEST, epoch_of, newest_checkpoint
 from otter_openclip.frozen.loader import use_features
 from otter_openclip.frozen.prefix import find_prefixes, install, no_prefix_message
 from otter_openclip.preprocessing import reference_transforms
+from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training import batch_norm, flags, order, watch
 from otter_openclip.training.ending import Ending, Steps, goes_on_from
 from otter_openclip.training.fixed_teacher import FixedTeacher
@@ -38,8 +40,9 @@ from otter_openclip.training.student_with_teacher import (
     StudentWithTeacher,
     Teacher,
 )
-from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due, evaluated
+from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due
 
+Data = dict[str, Any]  # open_clip's, by name of the data set
 _LONGEST = 1000  # characters of a message; torch's of weights that do not fit list every key
 # Entry of the data dict that stands for --zeroshot-data.
 ZEROSHOT_DATA = "zeroshot-data"
@@ -57,7 +60,7 @@ class Plugin:
         """Arguments: ``parser``, open_clip_train's, also gets the plugin's flags."""
         parser.prog = self._prog or parser.prog
         args = flags.parse(parser, argv)
-        stock = args.loss == "clip" and args.ema_decay is None
+        stock = args.loss == "clip" and not args.ema_decay
         self.hooks = (ClipPlugin if stock else TrainingPlugin)(args, parser.prog)
         return args
 
@@ -72,14 +75,12 @@ class ClipPlugin:
     steps of open_clip's own.
     """
 
-    locks_are_frozen = False  # whether a locked tower is in eval mode and without augmentation
-
     def __init__(self, args: Namespace, prog: str) -> None:
         self.args, self._prog = args, prog
         self.model: nn.Module | None = None
-        self.training: tuple[torch.optim.Optimizer, Any] | None = None
+        self.training: tuple[Optimizer, Any] | None = None
+        self.teacher: Teacher | None = None
         self._train_transform: Any = None
-        self._prefixes: dict[str, str] | None = None
         self._train: DataInfo | None = None
         self._zeroshot: ZeroShotEvaluation | None = None
         self._best: BestCheckpoint | None = None
@@ -97,32 +98,28 @@ class ClipPlugin:
         except (ValueError, OSError) as error:
             self.refuse(error, error)
 
-    def setup_model(
-        self, args: Namespace, model: nn.Module, preprocess_train: Any, preprocess_val: Any
-    ) -> tuple[nn.Module, Any, Any]:
+    def setup_model(self, args: Namespace, model: nn.Module, *transforms: Any) -> tuple[Any, ...]:
         """Model: its transforms under ``--reference-crop`` and of a frozen image tower."""
         self.model = model
+        training, evaluation = transforms
         if args.reference_crop:
             with self.faults_named():
-                preprocess_train, preprocess_val = reference_transforms(model.visual.preprocess_cfg)
-        self._train_transform = preprocess_train
-        if not (args.feature_cache or self.locks_are_frozen) or not args.lock_image:
-            return model, preprocess_train, preprocess_val
-        if args.lock_image_freeze_bn_stats:
-            batch_norm.leave_batch_norm(model)
-        if not args.lock_image_unlocked_groups and not args.aug_cfg and args.feature_views == 1:
-            preprocess_train = preprocess_val
-            logging.info("Frozen image tower: images without augmentation; --aug-cfg adds it")
-        return model, preprocess_train, preprocess_val
+                training, evaluation = reference_transforms(model.visual.preprocess_cfg)
+        self._train_transform = training
+        if args.lock_image and (args.feature_cache or args.loss != "clip"):
+            if args.lock_image_freeze_bn_stats:
+                batch_norm.leave_batch_norm(model)
+            if not args.lock_image_unlocked_groups and not args.aug_cfg and args.feature_views == 1:
+                training = evaluation
+                logging.info("Frozen image tower: images without augmentation; --aug-cfg adds it")
+        return model, training, evaluation
 
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load, without running any of its code."""
         with self.faults_named():
             return read_resumed(path)
 
-    def setup_data(
-        self, args: Namespace, data: dict[str, Any], preprocess_val: Any
-    ) -> dict[str, Any]:
+    def setup_data(self, args: Namespace, data: Data, preprocess_val: Any) -> Data:
         """Data: features in their place, ``--zeroshot-data``, and an end where there is no batch."""
         self._train = data.get("train")
         if self._train is not None:
@@ -138,18 +135,17 @@ class ClipPlugin:
         return data
 
     def _use_features(self, args: Namespace, train: DataInfo, transform: Any) -> None:
-        prefixes = self.prefixes()
         for tower, locked in (("visual", args.lock_image), ("text", args.lock_text)):
-            if locked and tower not in prefixes:
+            if locked and tower not in self.prefixes:
                 raise ValueError(no_prefix_message(self.model, tower))
-        use_features(args, train, self.model, prefixes, transform)
+        use_features(args, train, self.model, self.prefixes, transform)
 
+    @functools.cached_property
     def prefixes(self) -> dict[str, str]:
-        """The frozen prefixes of the model, which from the first call on takes their output too."""
-        if self._prefixes is None:
-            self._prefixes = find_prefixes(self.model)
-            install(self.model, self._prefixes)
-        return self._prefixes
+        """The frozen prefixes of the model, which from the first look on takes their output too."""
+        prefixes = find_prefixes(self.model)
+        install(self.model, prefixes)
+        return prefixes
 
     def create_loss(self, args: Namespace) -> Callable[..., dict[str, Tensor]]:
         """Loss."""
@@ -159,27 +155,20 @@ class ClipPlugin:
         """Model wrapper."""
         return model
 
-    def setup_optimizer(
-        self, args: Namespace, optimizer: torch.optim.Optimizer, scaler: Any
-    ) -> None:
+    def setup_optimizer(self, args: Namespace, optimizer: Optimizer, scaler: Any) -> None:
         """Optimizer; the last moment before work begins, for what ``--zeroshot-data`` would cost."""
         self.training = (optimizer, scaler)
         if self._zeroshot is not None and is_master(args):
             with self.faults_named():
                 self._zeroshot.read_ahead(self.model, args)
+            if args.save_logs:
+                self._best = BestCheckpoint(args, self._zeroshot.criterion)
 
     def start_epoch(self, args: Namespace, epoch: int) -> None:
         """Epoch."""
 
-    def end_epoch(self) -> None:
-        """By ``launcher`` alone: after an epoch's last step."""
-
     def failed(self) -> None:
         """By ``launcher`` alone: an epoch ends with an error."""
-
-    def judged(self, model: nn.Module) -> nn.Module:
-        """The model that ``--zeroshot-data`` evaluates."""
-        return model
 
     def evaluate(
         self, args: Namespace, model: nn.Module, epoch: int, tokenizer: Any
@@ -187,19 +176,15 @@ class ClipPlugin:
         """Evaluation: metrics of ``--zeroshot-data`` to add to open_clip's; keeps ``best.pt``."""
         if self._zeroshot is None or not due(epoch, args):
             return {}
-        judged = self.judged(model)
+        judged = self.teacher.module if args.zeroshot_weights == "teacher" else model
         try:
-            with evaluated(judged):
-                metrics = self._zeroshot.metrics(judged, tokenizer, epoch, args)
+            metrics = self._zeroshot.metrics(judged, tokenizer, epoch, args)
         except (ValueError, OSError, RuntimeError) as error:  # the last: a loader's process died
             if self.training is None:  # nothing but this evaluation was asked for
                 self.refuse(f"--zeroshot-data: {error}", error)
             logging.error(f"--zeroshot-data is not evaluated after epoch {epoch}: {error}")
             return {}
-        if self.training is not None and args.save_logs:
-            if self._best is None:
-                criterion, resumed = self._zeroshot.criterion, args.resume is not None
-                self._best = BestCheckpoint(args.checkpoint_path, criterion, resumed=resumed)
+        if self._best is not None:
 
             def make() -> dict[str, Any]:
                 return self.complete(self.make_checkpoint(args, model, epoch))
@@ -223,8 +208,13 @@ class ClipPlugin:
         return checkpoint
 
     def save_checkpoint(self, checkpoint: Any, path: str | os.PathLike[str]) -> None:
-        """Checkpoint save."""
-        torch.save(checkpoint, path)
+        """Checkpoint save: with the plugin's part, whole or not at all."""
+        try:
+            write_file(path, self.complete(checkpoint))
+        except OSError as error:
+            epoch, then = checkpoint["epoch"], goes_on_from(self.args)
+            fault = f"{path} cannot be written ({error}), so epoch {epoch} is lost"
+            self.refuse(f"{fault}; make room, then {then}", error)
 
     def close(self) -> None:
         """After the run, however it ended: no process of its loader is left."""
@@ -241,40 +231,31 @@ class TrainingPlugin(ClipPlugin):
 
     Attributes:
         objective: the loss, its scale and what is logged of it.
-        teacher: where its targets come from; None for losses without one.
         resume: what a checkpoint had, until there is an optimizer.
         ending: SIGTERM.
     """
 
-    locks_are_frozen = True
-
     def __init__(self, args: Namespace, prog: str) -> None:
         super().__init__(args, prog)
-        self.locks_are_frozen = args.loss != "clip"
         self.resume, self.ending = Resume(args), Ending(args)
         self.objective: Objective | None = None
-        self.teacher: Teacher | None = None
         self._student: nn.Module | None = None
         self._wrapper: StudentWithTeacher | None = None
 
-    def setup_model(
-        self, args: Namespace, model: nn.Module, preprocess_train: Any, preprocess_val: Any
-    ) -> tuple[nn.Module, Any, Any]:
+    def setup_model(self, args: Namespace, model: nn.Module, *transforms: Any) -> tuple[Any, ...]:
         """Model: the run's folder is claimed; the fixed teacher of ``--distill-model`` beside it."""
         with self.faults_named():
             self.resume.begin(args)
             if args.teacher_model is not None:
                 self.teacher = FixedTeacher(args, model)
-        return super().setup_model(args, model, preprocess_train, preprocess_val)
+        return super().setup_model(args, model, *transforms)
 
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load: the plugin's part of it waits for the optimizer."""
         with self.faults_named():
             return self.resume.load(self.args, path)
 
-    def setup_data(
-        self, args: Namespace, data: dict[str, Any], preprocess_val: Any
-    ) -> dict[str, Any]:
+    def setup_data(self, args: Namespace, data: Data, preprocess_val: Any) -> Data:
         """Data: every epoch's order follows from (seed, epoch, rank, worker)."""
         order.make_repeatable(data, seed=args.seed, rank=args.rank)
         if "train" in data:
@@ -282,32 +263,27 @@ class TrainingPlugin(ClipPlugin):
                 watch.check_loader(args, data["train"])
         data = super().setup_data(args, data, preprocess_val)
         if "train" in data:
-            data["train"].dataloader = Steps(data["train"].dataloader, self.ending)
+            data["train"].dataloader = Steps(data["train"].dataloader, self.ending, self._check)
         return data
 
     def create_loss(self, args: Namespace) -> Callable[..., dict[str, Tensor]]:
         """Loss: the one that ``--loss`` names."""
-        num_steps = self._train.dataloader.num_batches // args.accum_freq
-        self.objective = Objective(args, num_steps)
+        self.objective = Objective(args)
         return self.objective
 
     def wrap_model(self, args: Namespace, model: nn.Module) -> nn.Module:
         """Model wrapper: what the loop trains has the teacher's features in its output."""
         self._student = model
         if args.loss == "clip":
-            self.teacher = (
-                MovingAverage(args, model, {}, eval_mode=True) if args.ema_decay else None
-            )
+            self.teacher = MovingAverage(args, model, {}, eval_mode=True)
             return model
-        prefixes = self.prefixes()
-        if args.feature_dropout and not prefixes:
+        if args.feature_dropout and not self.prefixes:
             self.refuse(f"--feature-dropout: {no_prefix_message(self.model, 'visual')}")
-        if args.loss in flags.TEACHER_LOSSES and self.teacher is None:
-            if flags.has_ema(args):
-                eval_mode = args.teacher_mode == "eval"
-                self.teacher = MovingAverage(args, model, prefixes, eval_mode=eval_mode)
-            else:
-                self.teacher = Teacher(model if args.feature_dropout else None)
+        if flags.has_ema(args):
+            eval_mode = args.teacher_mode == "eval"
+            self.teacher = MovingAverage(args, model, self.prefixes, eval_mode=eval_mode)
+        elif args.loss in flags.TEACHER_LOSSES and self.teacher is None:
+            self.teacher = Teacher(model if args.feature_dropout else None)
         if args.torchcompile and self.teacher is not None and self.teacher.module is not None:
             self.teacher.module.compile()
         locked = args.lock_image and args.lock_image_freeze_bn_stats
@@ -317,37 +293,37 @@ class TrainingPlugin(ClipPlugin):
             self.teacher,
             accum_freq=args.accum_freq,
             distill_logit_scale=self.objective.scale,
-            frozen=[*frozen, *prefixes.values()],
-            prefixes=prefixes,
+            frozen=[*frozen, *self.prefixes.values()],
+            prefixes=self.prefixes,
             feature_dropout=args.feature_dropout,
         )
         return self._wrapper
 
-    def setup_optimizer(
-        self, args: Namespace, optimizer: torch.optim.Optimizer, scaler: Any
-    ) -> None:
+    @property
+    def _ema(self) -> EmaTeacher | None:
+        return None if self.teacher is None else self.teacher.ema
+
+    def setup_optimizer(self, args: Namespace, optimizer: Optimizer, scaler: Any) -> None:
         """Optimizer: its step moves the EMA teacher, it learns s_d; what a checkpoint had comes back."""
         super().setup_optimizer(args, optimizer, scaler)
-        if self.teacher is not None:
+        if self._ema is not None:
             optimizer.register_step_post_hook(self._after_step)
         if self.objective.scale is not None:
             add_scale(optimizer, self.objective.scale, args.accum_freq)
         with self.faults_named():
-            self.resume.restore(args, optimizer, self.objective.scale, self.teacher)
-        if self.teacher is not None:
-            logging.info(str(self.teacher))
+            self.resume.restore(args, optimizer, self.objective.scale, self._ema)
         self.ending.listen()
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         # A fused optimizer is called for a step that AMP skips too, and told so.
         if not getattr(optimizer, "found_inf", 0.0):
-            self.teacher.update(self._student)
+            self._ema.update(self._student)
 
     def start_epoch(self, args: Namespace, epoch: int) -> None:
         """Epoch: its random numbers follow from (seed, rank, epoch), whatever ran before it."""
         if self.ending.asked:
             self._keep_epoch(args, epoch)
-        self.ending.start_epoch(epoch)
+        self.ending.epoch = epoch
         if self._wrapper is not None:
             self._wrapper.start_epoch()
         self.objective.start_epoch(epoch)
@@ -362,49 +338,23 @@ class TrainingPlugin(ClipPlugin):
             self.save_checkpoint(checkpoint, os.path.join(args.checkpoint_path, name))
         self.ending.leave(f"{done} epochs are whole")
 
-    def end_epoch(self) -> None:
-        """Before results or a checkpoint of an epoch are written: nothing in it is NaN or infinite."""
-        if self.training is None:
-            return
+    def _check(self) -> None:
+        """After an epoch's last step, before anything of it is written: nothing is NaN or infinite."""
         self.objective.watch.check()
         watch.check_model("student", unwrap_model(self._student))
         watch.check_model("loss", self.objective.loss)
         if self.teacher is not None and self.teacher.module is not None:
             watch.check_model("teacher", self.teacher.module)
-        watch.check_optimizer(self.training[0])
 
     def failed(self) -> None:
         """After SIGTERM the error is of ranks that heard of it before this one."""
         if self.ending.asked:
             self.ending.lose_epoch()
 
-    def judged(self, model: nn.Module) -> nn.Module:
-        """The student, or with ``--zeroshot-weights teacher`` its EMA."""
-        if self.args.zeroshot_weights == "teacher":
-            return self.teacher.ema.module
-        return model
-
-    def evaluate(
-        self, args: Namespace, model: nn.Module, epoch: int, tokenizer: Any
-    ) -> dict[str, float]:
-        """Evaluation."""
-        self.end_epoch()
-        return super().evaluate(args, model, epoch, tokenizer)
-
     def complete(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """What open_clip saves after an epoch, and the plugin's part."""
-        self.end_epoch()
         optimizer = self.training[0]
-        return checkpoint | plugin_entries(self.args, optimizer, self.objective.scale, self.teacher)
-
-    def save_checkpoint(self, checkpoint: Any, path: str | os.PathLike[str]) -> None:
-        """Checkpoint save: with the plugin's part, whole or not at all."""
-        try:
-            write_file(path, self.complete(checkpoint))
-        except OSError as error:
-            epoch, then = checkpoint["epoch"], goes_on_from(self.args)
-            fault = f"{path} cannot be written ({error}), so epoch {epoch} is lost"
-            self.refuse(f"{fault}; make room, then {then}", error)
+        return checkpoint | plugin_entries(self.args, optimizer, self.objective.scale, self._ema)
 
     def close(self) -> None:
         """After the run: its loader's processes end, and others may write to its folder."""

@@ -46,13 +46,11 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
         parser.error(f"--config {path} must hold lines 'flag: value', got {type(recipe).__name__}")
     actions = {
         name[2:]: action
-        for action in parser._actions
-        for name in action.option_strings
+        for name, action in parser._option_string_actions.items()
         if name.startswith("--") and action.dest not in ("help", "config", "version")
     }
     # argparse cannot take a switch back, so --no-SWITCH leaves the recipe's out.
-    off = {word for word in argv if word.startswith("--no-") and word[2:] not in actions}
-    off = {word for word in off if word[5:] in actions and actions[word[5:]].nargs == 0}
+    off = {f"--no-{name}" for name, action in actions.items() if action.nargs == 0} & set(argv)
     words: list[str] = []
     for key, value in recipe.items():
         name = str(key).replace("_", "-")
@@ -81,20 +79,17 @@ def _path(parser: argparse.ArgumentParser, recipe: str) -> Path:
 
 
 def _words(name: str, action: argparse.Action, value: Any) -> list[str]:
-    """The words of a command line for one line of a recipe; ValueError if there are none."""
+    """The words of a command line for one line of a recipe."""
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ValueError(f"is a switch: true or false, got {value!r}")
         return [f"--{name}"] if value else []
-    if value is None:
-        return []
+    if isinstance(value, bool):  # of YAML's: yes, no, on and off, where a word was meant
+        raise ValueError(f"cannot be {value!r}")
     if isinstance(value, dict):  # --aug-cfg scale=(0.9,1.0)
         value = [f"{k}={v}" for k, v in value.items()]
-    values = value if isinstance(value, list) else [value]
-    if any(isinstance(v, dict | list | bool) or v is None for v in values):
-        raise ValueError(f"cannot be {value!r}")
+    if not isinstance(value, list):
+        return [] if value is None else [f"--{name}={value}"]
     if action.nargs is None:
-        if len(values) != 1:
-            raise ValueError(f"takes one value, got {value!r}")
-        return [f"--{name}={values[0]}"]
-    return [f"--{name}", *map(str, values)]
+        raise ValueError(f"takes one value, got {value!r}")
+    return [f"--{name}", *map(str, value)]

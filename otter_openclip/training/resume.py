@@ -16,11 +16,12 @@ from torch import nn
 
 from otter_openclip.checkpoints.contents import ENTRY, TEACHER, without_wrappers
 from otter_openclip.checkpoints.newest import newest_checkpoint, read_checkpoint
+from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training.flags import settings
 from otter_openclip.training.scale import restore_scale, scale_state
-from otter_openclip.training.student_with_teacher import Teacher
 
 _PATIENCE = 6.0  # seconds
+_STATE = "teacher_state"  # the moving average's counter and what half precision loses
 
 
 class Resume:
@@ -75,9 +76,9 @@ class Resume:
         args: Namespace,
         optimizer: torch.optim.Optimizer,
         scale: nn.Parameter | None,
-        teacher: Teacher | None,
+        ema: EmaTeacher | None,
     ) -> None:
-        """Give scale and teacher what the checkpoint had, and let go of it.
+        """Give scale and moving average what the checkpoint had, and let go of it.
 
         Raises:
             ValueError: if the optimizer's state is one of another kind of optimizer.
@@ -100,23 +101,24 @@ class Resume:
         _tell_changes(entry["settings"], settings(args))
         if scale is not None:
             restore_scale(entry, optimizer, scale)
-        if teacher is not None:
-            teacher.restore(checkpoint[TEACHER], entry)
+        if ema is not None and _STATE in entry:
+            ema.module.load_state_dict(checkpoint[TEACHER])
+            ema.set_extra_state(entry[_STATE])
 
 
 def plugin_entries(
     args: Namespace,
     optimizer: torch.optim.Optimizer,
     scale: nn.Parameter | None,
-    teacher: Teacher | None,
+    ema: EmaTeacher | None,
 ) -> dict[str, Any]:
     """What a checkpoint has beside open_clip's own keys (``checkpoints.contents``)."""
     entry: dict[str, Any] = {"settings": settings(args)}
     if scale is not None:
         entry |= scale_state(optimizer, scale)
-    if teacher is None:
+    if ema is None:
         return {ENTRY: entry}
-    return {**teacher.weights(), ENTRY: entry | teacher.state()}
+    return {TEACHER: ema.module.state_dict(), ENTRY: entry | {_STATE: ema.get_extra_state()}}
 
 
 def _tell_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -5,21 +5,18 @@ from __future__ import annotations
 from argparse import Namespace
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from otter_openclip.checkpoints.contents import TEACHER
 from otter_openclip.frozen import prefix
 from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training.batch_norm import keep_in_eval_mode
 
 Features = dict[str, Tensor]
 _INPUTS = {"visual": 0, "text": 1}  # where a tower's input stands among the model's
-_STATE = "teacher_state"
 
 
 class Teacher:
@@ -27,40 +24,26 @@ class Teacher:
 
     Attributes:
         module: the model that runs beside the student; None if none does.
+        ema: what moves ``module``, if it is the student's moving average.
         shares_prefixes: whether it takes what the student's frozen prefixes give.
     """
 
     module: nn.Module | None = None
+    ema: EmaTeacher | None = None
     shares_prefixes = True
 
     def __init__(self, student: nn.Module | None = None) -> None:
         """With a ``student`` its features are computed once more, from inputs without dropout."""
         self._student = student
 
-    def __str__(self) -> str:
-        return "Teacher: the student itself"
-
     @torch.no_grad()
     def features(self, images: Tensor, texts: Tensor) -> Features:
-        """``dist_image_features`` and ``dist_text_features``, (B, D); {} for the student's own."""
-        if self._student is None:
+        """``dist_image_features`` and ``dist_text_features``, (B, D'); {} for the student's own."""
+        model = self._student if self.module is None else self.module
+        if model is None:
             return {}
-        output = unwrap_model(self._student)(images, texts)
+        output = unwrap_model(model)(images, texts)
         return {f"dist_{name}": output[name] for name in ("image_features", "text_features")}
-
-    def update(self, student: nn.Module) -> None:
-        """Follow the student after a step of the optimizer."""
-
-    def weights(self) -> dict[str, Any]:
-        """What a checkpoint has of it beside open_clip's own keys."""
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """What the plugin's part of a checkpoint has of it."""
-        return {}
-
-    def restore(self, weights: Mapping[str, Tensor] | None, entry: Mapping[str, Any]) -> None:
-        """Take up its weights and state from a checkpoint."""
 
 
 class MovingAverage(Teacher):
@@ -70,34 +53,8 @@ class MovingAverage(Teacher):
         self, args: Namespace, model: nn.Module, prefixes: Mapping[str, str], *, eval_mode: bool
     ) -> None:
         with prefix.shared(unwrap_model(model), prefixes.values()):
-            self.module = self.ema = EmaTeacher(model, args.ema_decay, eval_mode=eval_mode)
-        as_teacher(self.ema.module, prefixes.values())
-
-    def __str__(self) -> str:
-        mode = "eval" if self.ema.eval_mode else "train"
-        return f"EMA teacher: decay {self.ema.decay}, {mode} mode, {self.ema.num_updates} updates so far"
-
-    def features(self, images: Tensor, texts: Tensor) -> Features:
-        """The moving average's features, (B, D) each."""
-        return self.ema(images, texts)
-
-    def update(self, student: nn.Module) -> None:
-        """Move the average."""
-        self.ema.update(student)
-
-    def weights(self) -> dict[str, Any]:
-        """Its weights, by open_clip 4.x's own name for an EMA's."""
-        return {TEACHER: self.ema.module.state_dict()}
-
-    def state(self) -> dict[str, Any]:
-        """Its counter and what half precision loses."""
-        return {_STATE: self.ema.get_extra_state()}
-
-    def restore(self, weights: Mapping[str, Tensor] | None, entry: Mapping[str, Any]) -> None:
-        """Take both up, if the checkpoint is of a run that had a moving average."""
-        if weights is not None and _STATE in entry:
-            self.ema.module.load_state_dict(weights)
-            self.ema.set_extra_state(entry[_STATE])
+            self.ema = EmaTeacher(model, args.ema_decay, eval_mode=eval_mode)
+        self.module = as_teacher(self.ema.module, prefixes.values())
 
 
 def as_teacher(model: nn.Module, frozen: Iterable[str] = ()) -> nn.Module:
@@ -110,21 +67,6 @@ def as_teacher(model: nn.Module, frozen: Iterable[str] = ()) -> nn.Module:
     for name in frozen:
         model.get_submodule(name).requires_grad_(False)
     return model
-
-
-class ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
-        """Return ``value`` itself."""
-        ctx.factor = factor
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Scale the gradient."""
-        return gradient * ctx.factor, None
 
 
 class StudentWithTeacher(nn.Module):
@@ -162,7 +104,7 @@ class StudentWithTeacher(nn.Module):
         """
         super().__init__()
         self.student, self.teacher = student, teacher
-        self.average = teacher.ema if isinstance(teacher, MovingAverage) else None
+        self.average = None if teacher is None else teacher.ema
         self.distill_logit_scale = distill_logit_scale
         self._accum_freq, self._feature_dropout = accum_freq, feature_dropout
         self._frozen, self._prefixes = frozen, prefixes or {}
@@ -190,11 +132,13 @@ class StudentWithTeacher(nn.Module):
         if self._accum_freq > 1 and torch.is_grad_enabled():
             inputs, features = self._waiting.popleft()
             output = dict(self.student(*inputs))
-            output["logit_scale"] = ScaleGradient.apply(
-                output["logit_scale"], 1.0 / self._accum_freq
-            )
+            output["logit_scale"].register_hook(lambda gradient: gradient / self._accum_freq)
             return output | features
-        inputs = self._after_prefixes([images, texts])
+        inputs = [images, texts]
+        for tower in self._prefixes:
+            place = _INPUTS[tower]
+            if not prefix.is_output(inputs[place]):  # it comes from --feature-cache
+                inputs[place] = prefix.run(self.module, tower, inputs[place])
         dropped = self._dropped(inputs)
         output = dict(self.student(*dropped))
         features = {}
@@ -205,21 +149,10 @@ class StudentWithTeacher(nn.Module):
             self._waiting.append((dropped, features))
         return output | features
 
-    def _after_prefixes(self, inputs: list[Tensor]) -> list[Tensor]:
-        """What frozen prefixes give, in place of what they are given."""
-        inputs = list(inputs)
-        for tower in self._prefixes:
-            place = _INPUTS[tower]
-            if not prefix.is_output(inputs[place]):  # it comes from --feature-cache
-                inputs[place] = prefix.run(self.module, tower, inputs[place])
-        return inputs
-
     def _dropped(self, inputs: list[Tensor]) -> list[Tensor]:
-        """The same with dropout, in train mode, on what the prefixes give."""
-        if not self._feature_dropout:
-            return inputs
+        """Inputs with dropout, in train mode, on what the prefixes give."""
         inputs = list(inputs)
-        for tower in self._prefixes:
+        for tower in self._prefixes if self._feature_dropout else ():
             place = _INPUTS[tower]
             inputs[place] = F.dropout(inputs[place], self._feature_dropout, self.training)
         return inputs

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
+import webdataset as wds
 from open_clip_train.data import DataInfo, ResampledShards2
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
@@ -58,15 +59,9 @@ def watch_passes(args: Namespace, train: DataInfo) -> None:
     stages = train.dataloader.pipeline[0].dataset.pipeline
     drawn = len(stages[0].urls) if isinstance(stages[0], ResampledShards2) else None
     watched = _Pass(args.batch_size, drawn)
-    # The last stage before the shards are opened, and the batches behind all others.
-    opening = max(i for i, stage in enumerate(stages) if _gives_shards(stage))
-    stages.insert(opening + 1, watched.shards)
+    # Before the stage that opens shards.
+    stages.insert(1 if drawn else stages.index(wds.split_by_worker) + 1, watched.shards)
     stages.append(watched.batches)
-
-
-def _gives_shards(stage: Any) -> bool:
-    name = getattr(stage, "__name__", type(stage).__name__)
-    return name in ("SimpleShardList", "ResampledShards2", "detshuffle2", "split_by_worker")
 
 
 class _Pass:
@@ -115,13 +110,8 @@ class LossWatch:
     """
 
     def __init__(self) -> None:
-        self._epoch = 0
+        self.epoch = 0
         self._unseen: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
-
-    def start_epoch(self, epoch: int) -> None:
-        """Forget what the last epoch left."""
-        self._epoch = epoch
-        self._unseen.clear()
 
     @torch.no_grad()
     def take(self, step: int, terms: Mapping[str, Tensor], features: Mapping[str, Any]) -> None:
@@ -137,50 +127,32 @@ class LossWatch:
         """End the run, naming the first bad step, if a loss since the last look is not finite."""
         unseen, self._unseen = self._unseen, []
         values = [value.float() for _, terms, _ in unseen for value in terms.values()]
-        if values and not torch.stack(values).isfinite().all():
-            _stop(self._message(unseen))
-
-    def _message(self, unseen: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]]) -> str:
+        if not values or torch.stack(values).isfinite().all():
+            return
         step, terms, rows = next(
             each for each in unseen if not all(value.isfinite() for value in each[1].values())
         )
         bad = ", ".join(f"{k} is {v.item()}" for k, v in terms.items() if not v.isfinite())
-        text = f"the loss of step {step} of epoch {self._epoch} (both counted from 0): {bad}"
-        wrong = {name: int((~good).sum()) for name, good in rows.items()}
-        counts = [f"{n} of {len(rows[name])} {name}" for name, n in wrong.items() if n]
-        return f"{text}; not finite are {', '.join(counts)}" if counts else text
+        text = f"the loss of step {step} of epoch {self.epoch} (both counted from 0): {bad}"
+        counts = [
+            f"{int((~g).sum())} of {len(g)} {name}" for name, g in rows.items() if not g.all()
+        ]
+        _stop(f"{text}; not finite are {', '.join(counts)}" if counts else text)
 
 
 def check_model(what: str, model: nn.Module) -> None:
-    """End the run, naming the first of ``model``'s tensors in which there is a NaN or an infinity."""
-    _check_tensors(what, {**dict(model.named_parameters()), **dict(model.named_buffers())})
+    """End the run, naming the first of ``model``'s tensors in which there is a NaN or an infinity.
 
-
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """End the run if there is a NaN or an infinity in what ``optimizer`` remembers."""
-    _check_tensors(
-        "optimizer's state",
-        {
-            f"{name} of parameter {i}": value
-            for i, state in enumerate(optimizer.state.values())
-            for name, value in state.items()
-            if isinstance(value, Tensor)
-        },
-    )
-
-
-def _check_tensors(what: str, tensors: Mapping[str, Tensor]) -> None:
-    """Tensors by name; -inf is allowed but in parameters: it masks attention."""
-    good = {
-        name: (x.isfinite() if isinstance(x, nn.Parameter) else x < torch.inf).all()
-        for name, x in tensors.items()
-        if x.is_floating_point()
+    -inf is allowed but in parameters: it masks attention.
+    """
+    finite = {name: param.isfinite().all() for name, param in model.named_parameters()}
+    finite |= {
+        name: (buffer < torch.inf).all()
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point()
     }
-    by_device: dict[torch.device, list[Tensor]] = {}  # torch keeps step counts on the CPU
-    for fine in good.values():
-        by_device.setdefault(fine.device, []).append(fine)
-    if not all(torch.stack(fine).all() for fine in by_device.values()):
-        name = next(name for name, fine in good.items() if not fine)
+    if finite and not torch.stack([*finite.values()]).all():
+        name = next(name for name, fine in finite.items() if not fine)
         _stop(f"{name} of the {what} is not finite after the epoch")
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from otter_openclip.evaluation.classifier import class_features
 from otter_openclip.evaluation.labelled_images import LabelledImages, encode_images
 from otter_openclip.evaluation.metrics import KS, multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts
-from otter_openclip.evaluation.validator import check_webdataset
 from otter_openclip.frozen import prefix
 from otter_openclip.frozen.encode import fill
 from otter_openclip.frozen.loader import image_column
@@ -33,27 +31,13 @@ from otter_openclip.frozen.loader import image_column
 BEST = "best.pt"
 
 
-def check_folders(folders: Sequence[str]) -> None:
-    """Raise ValueError unless ``folders`` are labelled clip_benchmark webdatasets of different names.
-
-    Only their text files are read, and the shards counted, which takes a moment.
-    """
-    for folder in folders:
-        check_webdataset(folder, flag="--zeroshot-data")
-    names = _names(folders)
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"--zeroshot-data: metrics are named after the folders {', '.join(names)}, of which two "
-            "have one name; give a link of another name to one"
-        )
-
-
 def _names(folders: Sequence[str]) -> list[str]:
-    """The folders' own names; with those they are in, if two are called alike (``coco/eval``)."""
-    paths = [Path(os.path.abspath(folder)) for folder in folders]
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        return [f"{path.parent.name}-{path.name}" for path in paths]
+    """The shortest ends of the folders' paths that tell them apart: ``eval``, or ``coco-eval``."""
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["-".join(parts[-depth:]) for parts in paths]
+        if len(set(names)) == len(names):
+            break
     return names
 
 
@@ -67,7 +51,7 @@ class ZeroShotEvaluation:
     """
 
     def __init__(self, folders: Sequence[str], transform: Callable[[Any], Tensor]) -> None:
-        """Open the data sets, see ``check_folders``; ``transform`` is of PIL images to tensors."""
+        """Open the data sets; ``transform`` is of PIL images to tensors."""
         names = [f"{name}-" for name in _names(folders)] if len(folders) > 1 else [""]
         self._sets = [
             _LabelledSet(folder, f"zeroshot-{name}", transform)
@@ -87,8 +71,7 @@ class ZeroShotEvaluation:
         for labelled in self._sets:
             try:
                 if prefix.installed(student, "visual"):
-                    with evaluated(student):
-                        labelled.frozen_features(student, args)
+                    labelled.frozen_features(student.eval(), args)
                 else:
                     labelled.images.shards.read_all()
             except ValueError as error:
@@ -101,7 +84,7 @@ class ZeroShotEvaluation:
         self, model: nn.Module, tokenizer: Any, epoch: int, args: argparse.Namespace
     ) -> dict[str, float]:
         """F@K and mean average precision of ``model``, in eval mode, under the run's autocast."""
-        student, device = unwrap_model(model), torch.device(args.device)
+        student, device = unwrap_model(model).eval(), torch.device(args.device)
         autocast = get_autocast(args.precision, device_type=device.type)
         metrics: dict[str, float] = {}
         for labelled in self._sets:
@@ -175,18 +158,6 @@ class _LabelledSet:
         return torch.from_numpy(rows), labels
 
 
-@contextlib.contextmanager
-def evaluated(model: nn.Module) -> Iterator[nn.Module]:
-    """``model`` in eval mode while active, then each of its modules in the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def due(epoch: int, args: argparse.Namespace) -> bool:
     """Whether ``--zeroshot-frequency`` wants an evaluation after ``epoch``, as open_clip reads it."""
     if args.zeroshot_frequency == 0:
@@ -197,14 +168,14 @@ def due(epoch: int, args: argparse.Namespace) -> bool:
 class BestCheckpoint:
     """Keeps ``best.pt``, the checkpoint with the highest F@1, over resumes too."""
 
-    def __init__(self, folder: str, criterion: str, *, resumed: bool) -> None:
+    def __init__(self, args: argparse.Namespace, criterion: str) -> None:
         """Read the best value so far from ``best.pt`` if the run goes on from an earlier one.
 
         ``criterion`` is the metric's name, see ``ZeroShotEvaluation``.
         """
-        self.path, self.criterion = Path(folder) / BEST, criterion
+        self.path, self.criterion = Path(args.checkpoint_path) / BEST, criterion
         self.value = -1.0
-        if resumed and self.path.is_file():
+        if args.resume is not None and self.path.is_file():
             try:
                 self.value = read_file(self.path)[JUDGED][self.criterion]
             except (ValueError, KeyError) as error:
