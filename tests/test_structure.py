@@ -20,15 +20,16 @@ ROOMS = {
     "fast": set(),
     "model_configs": set(),
     "frozen": {"shards"},
+    "closed_form": {"shards", "frozen", "evaluation", "model_folders"},
     "data": {"shards"},
     "evaluation": {"shards", "checkpoints"},
-    "analysis": {"shards", "frozen"},
+    "analysis": {"shards", "frozen", "closed_form"},
     "model_folders": {"checkpoints"},
-    "training": {"shards", "checkpoints", "frozen", "evaluation"},
+    "training": {"shards", "checkpoints", "frozen", "evaluation", "closed_form"},
     "compare": {"shards", "checkpoints", "model_folders", "evaluation"},
 }
 # Where a command or a name leads to its room.
-DOORS = {"__init__": {"model_configs"}, "train": {"training"}}
+DOORS = {"__init__": {"model_configs", "closed_form"}, "train": {"training"}}
 DOORS["inspect_command"] = {"data", "evaluation"}
 
 

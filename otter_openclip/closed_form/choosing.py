@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from otter_openclip.closed_form.blocks import Block
 from otter_openclip.closed_form.heads import Moments, Setting, log_likelihood
-from otter_openclip.closed_form.pairs import Block
 
 IMAGE_RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 TEXT_RIDGES = (0.1, 1.0, 10.0)

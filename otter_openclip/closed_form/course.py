@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from otter_openclip.closed_form.blocks import FOLDS, ArrayPairs, Block, ShardPairs, Unpaired
 from otter_openclip.closed_form.choosing import SETTINGS, choose
 from otter_openclip.closed_form.heads import Covariances, Heads, Moments, Setting
-from otter_openclip.closed_form.pairs import FOLDS, ArrayPairs, Block, ShardPairs, Unpaired
 from otter_openclip.closed_form.wrong_pairs import HOPELESS, WrongPairs, histograms, similarities
 from otter_openclip.transport import sinkhorn
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from otter_openclip.closed_form.blocks import ArrayPairs, Unpaired
 from otter_openclip.closed_form.course import EPSILON, Fit, Options, Statistics
 from otter_openclip.closed_form.heads import Heads, log_likelihood
-from otter_openclip.closed_form.pairs import ArrayPairs, Unpaired
 from otter_openclip.numerics import check_interval
 from otter_openclip.transport import MIN_EPSILON
 

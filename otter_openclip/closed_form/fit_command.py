@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sinkhorn-lambda", type=number(1e-3), default=0.03, metavar="X", help=text)
     text = "leave the text features' mean, for towers that cannot take it off"
     add("--keep-text-mean", action="store_true", help=text)
-    text = "of the towers, as of training; default: fp32"
-    add("--precision", choices=PRECISIONS, default="fp32", help=text)
+    text = "of the towers, as of training; default: fp32 on a CPU, else amp"
+    add("--precision", choices=PRECISIONS, help=text)
     text = "processes that read images; default: 1"
     add("--workers", type=number(0, kind=int), default=1, metavar="N", help=text)
     add("--device", metavar="NAME", help="default: cuda if there is one, else cpu")
@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @on_sigterm()
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    from otter_openclip.closed_form.fitting_run import run  # heavy imports
+    from otter_openclip.closed_form.fitting_run import fit_folder  # heavy imports
 
-    return run(args)
+    settings = {name: value for name, value in vars(args).items() if name != "command"}
+    fit_folder(report=print, **settings)
+    return 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import open_clip
 import torch
 from open_clip_train.data import expand_urls
 
+from otter_openclip.closed_form.blocks import Rows, ShardPairs, Unpaired
 from otter_openclip.closed_form.choosing import SETTINGS
-from otter_openclip.closed_form.course import Fit, Options, Statistics
+from otter_openclip.closed_form.course import EPSILON, Fit, Options, Statistics
 from otter_openclip.closed_form.headed_model import check_towers, takes_off_a_mean, with_heads
 from otter_openclip.closed_form.heads import Heads
-from otter_openclip.closed_form.labelled import LabelledFeatures
 from otter_openclip.closed_form.listing import better_captions, contents, judge_shards
 from otter_openclip.closed_form.page import SHOWN, page
-from otter_openclip.closed_form.pairs import Rows, ShardPairs, Unpaired
+from otter_openclip.closed_form.validation import LabelledFeatures
 from otter_openclip.evaluation.run import join_ranks
 from otter_openclip.frozen.encode import Column, TowerEncoder, fill
 from otter_openclip.frozen.loader import image_column, text_column
@@ -33,102 +34,119 @@ _TEXTS = 256  # captions of a file that are encoded at a time
 class Towers:
     """The two pretrained towers, and the columns that keep what they give."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        """Load ``--model``; ValueError if it is not two towers."""
-        self.name = args.model
-        if Path(self.name).is_dir():
-            self.name = f"local-dir:{self.name}"
+    def __init__(self, name: str, folder: Path, precision: str, device: torch.device) -> None:
+        """Load the model ``name``; ValueError if it is not two towers."""
+        place = f"local-dir:{name}" if Path(name).is_dir() else name
         try:
-            model, _, transform = open_clip.create_model_and_transforms(self.name, device=device)
+            model, _, transform = open_clip.create_model_and_transforms(place, device=device)
         except RuntimeError as error:  # open_clip's own of an unknown model
-            raise ValueError(f"--model {args.model}: {error}") from error
-        check_towers(model, args.model)
+            raise ValueError(f"--model {name}: {error}") from error
+        check_towers(model, name)
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = open_clip.get_tokenizer(self.name)
-        self.config = open_clip.get_model_config(self.name)
+        self.tokenizer = open_clip.get_tokenizer(place)
+        self.config = open_clip.get_model_config(place)
         parts = inner_parts(model)
         install(model, parts)
-        folder = Path(args.feature_cache or f"{args.out}.features")
-        common = {"device": device, "precision": args.precision}
+        common = {"device": device, "precision": precision}
         self.images = image_column(model, parts["visual"], folder, transform, **common)
         self.texts = text_column(model, parts["text"], folder, self.tokenizer, **common)
-        self.encode_texts = TowerEncoder(model, "text", parts["text"], device, args.precision)
+        self.encode_texts = TowerEncoder(model, "text", parts["text"], device, precision)
 
     def probes(self) -> torch.Tensor:
         """Tokens of some texts."""
         return self.tokenizer(PROBE_TEXTS)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Fit and write ``OUT``; returns the exit code.
+def fit_folder(
+    out: str | Path,
+    *,
+    model: str,
+    train_data: str,
+    feature_cache: str | Path | None = None,
+    val: str | None = None,
+    unpaired_images: str | None = None,
+    unpaired_captions: str | None = None,
+    embed_dim: int | None = None,
+    no_weights: bool = False,
+    transport_pairs: bool = False,
+    sinkhorn_lambda: float = EPSILON,
+    keep_text_mean: bool = False,
+    precision: str | None = None,
+    workers: int = 1,
+    device: str | None = None,
+    overwrite: bool = False,
+    together: bool = True,
+    report: Callable[[str], None] = logging.info,
+) -> Path:
+    """Write the towers of ``model`` under fitted heads as a folder for stock open_clip.
+
+    The arguments are the command's, see its ``--help``. If the processes of torchrun work ``together``,
+    all of them call it.
+
+    Returns:
+        The folder.
 
     Raises:
         ValueError: for towers, pairs or settings that cannot be used.
-        OSError: if something cannot be read or written.
+        FileExistsError: if ``out`` exists and is not to be overwritten.
+        OSError: if something else cannot be read or written.
+        RuntimeError: if what open_clip loads from the written folder is not what was fitted.
     """
-    out = Path(args.out)
-    check_out(out, args.overwrite)
-    if (args.unpaired_images is None) != (args.unpaired_captions is None):
+    out = Path(out)
+    check_out(out, overwrite)
+    if (unpaired_images is None) != (unpaired_captions is None):
         raise ValueError("--unpaired-images and --unpaired-captions go together: give both or none")
-    rank, world_size = join_ranks()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    towers = Towers(args, device)
-    if not args.keep_text_mean and not takes_off_a_mean(towers.model, towers.probes()):
+    rank, world_size = join_ranks() if together else (0, 1)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = precision or ("fp32" if place.type == "cpu" else "amp")
+    folder = Path(feature_cache or f"{out}.features")
+    towers = Towers(model, folder, precision, place)
+    if not keep_text_mean and not takes_off_a_mean(towers.model, towers.probes()):
         raise ValueError(
-            f"--model {args.model}: no bias of its text tower can take the features' mean off; pass "
+            f"--model {model}: no bias of its text tower can take the features' mean off; pass "
             "--keep-text-mean, which fits heads that need none"
         )
-    ranks = {"device": device, "rank": rank, "world_size": world_size, "workers": args.workers}
-    shards = _shards("--train-data", args.train_data)
-    fill([towers.images, towers.texts], shards, **ranks)
-    place = {"device": device, "rank": rank, "world_size": world_size}
-    pairs = ShardPairs(towers.images.files, towers.texts.files, shards, **place)
-    unpaired = None
-    if args.unpaired_images is not None:
-        unpaired = Unpaired(
-            _rows(towers.images, "--unpaired-images", args.unpaired_images, ranks),
-            _captions(towers, args.unpaired_captions, ranks),
-        )
-    labelled = None
-    if args.val is not None:
-        how = (towers.model, towers.tokenizer, towers.images)
-        labelled = LabelledFeatures(args.val, *how, **ranks)
-    fit, heads, statistics = _fit(args, pairs, unpaired, labelled)
+    how = {"device": place, "rank": rank, "world_size": world_size}
+    shards = _shards("--train-data", train_data)
+    filling = {**how, "workers": workers}
+    fill([towers.images, towers.texts], shards, **filling)
+    pairs = ShardPairs(towers.images.files, towers.texts.files, shards, **how)
+    unpaired = labelled = None
+    if unpaired_images is not None:
+        images = _rows(towers.images, "--unpaired-images", unpaired_images, filling)
+        unpaired = Unpaired(images, _captions(towers, unpaired_captions, filling))
+    if val is not None:
+        of_towers = (towers.model, towers.tokenizer, towers.images)
+        labelled = LabelledFeatures(val, *of_towers, **filling)
+    options = Options(
+        weights=not no_weights,
+        embed_dim=embed_dim,
+        transport_pairs=transport_pairs,
+        epsilon=sinkhorn_lambda,
+        text_mean=not keep_text_mean,
+    )
+    fit = Fit(pairs, options)
+    heads, statistics = fit.run(unpaired)
+    if labelled is not None:
+        best = max(SETTINGS, key=lambda each: labelled.precision(fit.heads(each)))
+        heads, statistics = fit.heads(best), statistics._replace(setting=best)
     files, wrong = {}, []
     if statistics.wrong is not None:
         files, wrong = judge_shards(fit, pairs, WEIGHTS_FOLDER)
     if rank == 0:
-        record = _record(args, pairs, heads, statistics, wrong)
+        record = {
+            "model": model,
+            "train_data": train_data,
+            "unpaired": [unpaired_images, unpaired_captions],
+            "transport_pairs": transport_pairs,
+            **_record(heads, statistics, wrong),
+            "left_out": pairs.count - statistics.pairs,
+        }
         if labelled is not None:
             record["val"] = labelled.metrics(heads)
         _write(out, towers, pairs, heads, record, files, wrong, statistics)
-        _say(out, record)
-    return 0
-
-
-def _fit(
-    args: argparse.Namespace,
-    pairs: ShardPairs,
-    unpaired: Unpaired | None,
-    labelled: LabelledFeatures | None,
-) -> tuple[Fit, Heads, Statistics]:
-    options = Options(
-        weights=not args.no_weights,
-        embed_dim=args.embed_dim,
-        transport_pairs=args.transport_pairs,
-        epsilon=args.sinkhorn_lambda,
-        text_mean=not args.keep_text_mean,
-    )
-    fit = Fit(pairs, options)
-    heads, statistics = fit.run(unpaired)
-    if labelled is None:
-        return fit, heads, statistics
-
-    def precision(number: int) -> float:
-        return labelled.metrics(fit.heads(SETTINGS[number]))["mean_average_precision"]
-
-    best = SETTINGS[max(range(len(SETTINGS)), key=precision)]
-    return fit, fit.heads(best), statistics._replace(setting=best)
+        _say(out, record, report)
+    return out
 
 
 def _shards(flag: str, shards: str) -> list[str]:
@@ -161,31 +179,21 @@ def _captions(towers: Towers, source: str, ranks: dict[str, Any]) -> Rows:
     return Rows([np.concatenate(features)[:, None]], ranks["device"])
 
 
-def _record(
-    args: argparse.Namespace,
-    pairs: ShardPairs,
-    heads: Heads,
-    statistics: Statistics,
-    wrong: list[Any],
-) -> dict[str, Any]:
-    """What fit.json says."""
+def _record(heads: Heads, statistics: Statistics, wrong: list[Any]) -> dict[str, Any]:
+    """What fit.json says of the fit itself."""
     record = {
-        "model": args.model,
-        "train_data": args.train_data,
         "pairs": statistics.pairs,
-        "left_out": pairs.count - statistics.pairs,
         "embed_dim": heads.image_weight.shape[1],
         **statistics.setting._asdict(),
         "logit_scale": statistics.logit_scale,
         "log_likelihood": statistics.log_likelihood,
-        "unpaired": [args.unpaired_images, args.unpaired_captions],
-        "transport_pairs": args.transport_pairs,
         "correlations": [round(float(each), 6) for each in heads.correlations],
     }
-    if (found := statistics.wrong) is not None:
-        low, high = max(0.0, found.share - 2 * found.error), min(1.0, found.share + 2 * found.error)
+    if (estimate := statistics.wrong) is not None:
+        share, error = estimate.share, estimate.error
+        low, high = max(0.0, share - 2 * error), min(1.0, share + 2 * error)
         record |= {
-            "wrong_share": found.share,
+            "wrong_share": share,
             "wrong_share_interval": [low, high],
             "pair_weights": WEIGHTS_FOLDER,
             "wrong": [
@@ -230,19 +238,19 @@ def _write(
     write_folder(out, model, config, model.state_dict(), towers.tokenizer, files)
 
 
-def _say(out: Path, record: dict[str, Any]) -> None:
-    print(
+def _say(out: Path, record: dict[str, Any], report: Callable[[str], None]) -> None:
+    report(
         f"{record['pairs']:,} pairs: ridges {record['ridge_images']:g} and {record['ridge_texts']:g}, "
         f"power {record['power']:g}, {record['embed_dim']} dimensions, "
         f"scale {record['logit_scale']:g}"
     )
     if "wrong_share" in record:
         low, high = record["wrong_share_interval"]
-        print(
+        report(
             f"Pairs that look wrong: {record['wrong_share']:.0%} ({low:.0%} to {high:.0%}), "
             f"{len(record['wrong']):,} of them are listed in {out / FIT_FILE}"
         )
     if "val" in record:
-        print(f"--val: mean average precision {record['val']['mean_average_precision']:.4f}")
-    print(f"Wrote {out}; open {out / REPORT_FILE}")
-    print(f"  open_clip.create_model_and_transforms('local-dir:{out}')")
+        report(f"--val: mean average precision {record['val']['mean_average_precision']:.4f}")
+    report(f"Wrote {out}; open {out / REPORT_FILE}")
+    report(f"  open_clip.create_model_and_transforms('local-dir:{out}')")

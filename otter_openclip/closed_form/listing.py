@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from otter_openclip.closed_form.blocks import ShardPairs
 from otter_openclip.closed_form.course import Fit
 from otter_openclip.closed_form.heads import Heads
-from otter_openclip.closed_form.pairs import ShardPairs
 from otter_openclip.closed_form.wrong_pairs import similarities
 from otter_openclip.frozen.store import FeatureFiles
 from otter_openclip.shards import read
@@ -53,6 +55,18 @@ def judge_shards(fit: Fit, pairs: ShardPairs, folder: str) -> tuple[dict[str, by
         files = {name: file for each, _ in everyone for name, file in each.items()}
         wrong = [pair for _, each in everyone for pair in each]
     return files, sorted(wrong, key=lambda pair: (*pair[3:], *pair[:2]))
+
+
+def weights_of(path: str) -> FeatureFiles:
+    """The weights that belong to a fit.json; ValueError if it has none."""
+    try:
+        folder = json.loads(Path(path).read_text(encoding="utf-8"))["pair_weights"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--pair-weights {path} has no weights of pairs ({error}); give the fit.json of "
+            "otter-openclip fit, without --no-weights"
+        ) from error
+    return FeatureFiles(Path(path).parent / folder)
 
 
 def better_captions(pairs: ShardPairs, heads: Heads, wrong: Sequence[Any]) -> list[list[Any]]:

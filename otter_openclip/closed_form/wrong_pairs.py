@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
+from otter_openclip.closed_form.blocks import FOLDS, Block
 from otter_openclip.closed_form.heads import Heads
-from otter_openclip.closed_form.pairs import FOLDS, Block
 
 _BINS = 2001  # of cosines between -1 and 1
 _GROUP = 32  # pairs among which captions are exchanged

@@ -110,6 +110,18 @@ _FLAGS = {
         type=number(0, 0.99),
         metavar="P",
     ),
+    "--pair-weights": _Flag(
+        TRAINED_LOSSES,
+        None,
+        "a fit.json of otter-openclip fit: how likely a pair is right multiplies its contrastive term",
+        metavar="FILE",
+    ),
+    "--init": _Flag(
+        TRAINED_LOSSES,
+        None,
+        "fit: start from the closed form of otter-openclip fit, and with its weights of the pairs",
+        choices=("fit",),
+    ),
     "--teacher-mode": _Flag(
         TEACHER_LOSSES,
         "train",
@@ -125,7 +137,7 @@ _NOT_OF_THE_OBJECTIVE = ("--loss-impl", "--init-distill-logit-scale")
 def _shown(default: Any) -> str:
     if isinstance(default, dict):
         return ", ".join(f"{value} with {loss}" for loss, value in default.items())
-    return "off" if default is False else str(default)
+    return "off" if default is False or default is None else str(default)
 
 
 def _dest(flag: str) -> str:
@@ -237,6 +249,16 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
         yield from _cache_faults(args)
     elif args.feature_views > 1:
         yield "--feature-views belongs to --feature-cache DIR; give that too, or drop it"
+    if args.init is not None and args.feature_cache is None:
+        yield "--init fit needs what towers give for all pairs: add --feature-cache DIR, or drop it"
+    table = args.dataset_type == "auto" and str(args.train_data).endswith((".csv", ".tsv"))
+    if table or not args.train_data or args.dataset_type not in ("webdataset", "auto"):
+        for flag in ("--feature-cache", "--pair-weights"):
+            if getattr(args, _dest(flag)) is not None:
+                yield (
+                    f"{flag} takes --train-data in webdataset shards; otter-openclip data csv makes "
+                    "them of a table"
+                )
 
 
 def _mixed_faults(args: argparse.Namespace) -> Iterator[str]:
@@ -261,12 +283,6 @@ def _mixed_faults(args: argparse.Namespace) -> Iterator[str]:
 def _cache_faults(args: argparse.Namespace) -> Iterator[str]:
     if args.distill_model is not None:  # known only after hours of encoding otherwise
         yield "--feature-cache does not go with --distill-model, which takes images; drop one of them"
-    table = args.dataset_type == "auto" and str(args.train_data).endswith((".csv", ".tsv"))
-    if table or not args.train_data or args.dataset_type not in ("webdataset", "auto"):
-        yield (
-            "--feature-cache takes --train-data in webdataset shards; otter-openclip data csv makes "
-            "them of a table"
-        )
     if args.aug_cfg and args.lock_image and args.feature_views == 1:
         yield (
             "--aug-cfg: with --feature-cache a locked image tower sees its images without augmentation; "

@@ -30,10 +30,11 @@ def create_loss(args: Namespace) -> nn.Module:
         "rank": args.rank,
         "world_size": args.world_size,
     }
-    if args.loss == "infonce":
+    if args.loss == "infonce" and args.pair_weights is None:
         return ClipLoss(cache_labels=True, **common)
-    if args.loss == "ls":
-        return LabelSmoothingLoss(args.label_smoothing, **common)
+    if args.loss in ("infonce", "ls"):
+        smoothing = args.label_smoothing if args.loss == "ls" else 0.0
+        return LabelSmoothingLoss(smoothing, **common)
     common |= {
         "impl": args.loss_impl,
         "alpha": args.alpha,

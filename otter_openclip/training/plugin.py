@@ -25,11 +25,13 @@ from torch.optim import Optimizer
 
 from otter_openclip.checkpoints.contents import write_file
 from otter_openclip.checkpoints.newest import LATEST, epoch_of, newest_checkpoint
-from otter_openclip.frozen.loader import use_features
+from otter_openclip.closed_form.listing import weights_of
+from otter_openclip.frozen.loader import add_weights, use_features
 from otter_openclip.frozen.prefix import find_prefixes, install, no_prefix_message
 from otter_openclip.preprocessing import reference_transforms
 from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training import batch_norm, flags, order, watch
+from otter_openclip.training.closed_form_start import start_from_fit
 from otter_openclip.training.ending import Ending, Steps, goes_on_from
 from otter_openclip.training.fixed_teacher import FixedTeacher
 from otter_openclip.training.objectives import Objective
@@ -62,6 +64,9 @@ class Plugin:
         args = flags.parse(parser, argv)
         stock = args.loss == "clip" and not args.ema_decay
         self.hooks = (ClipPlugin if stock else TrainingPlugin)(args, parser.prog)
+        if args.init is not None:
+            with self.hooks.faults_named():
+                start_from_fit(args)
         return args
 
     def __getattr__(self, name: str) -> Any:
@@ -127,6 +132,9 @@ class ClipPlugin:
                 transform = self._train_transform if args.feature_views > 1 else preprocess_val
                 with self.faults_named():
                     self._use_features(args, self._train, transform)
+            if args.pair_weights is not None:
+                with self.faults_named():
+                    add_weights(args, self._train, weights_of(args.pair_weights))
             watch.watch_passes(args, self._train)
         if args.zeroshot_data is not None:
             with self.faults_named():
@@ -296,6 +304,7 @@ class TrainingPlugin(ClipPlugin):
             frozen=[*frozen, *self.prefixes.values()],
             prefixes=self.prefixes,
             feature_dropout=args.feature_dropout,
+            weighted=args.pair_weights is not None,
         )
         return self._wrapper
 

@@ -12,6 +12,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from otter_openclip.frozen import prefix
+from otter_openclip.frozen.loader import split_weights
 from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training.batch_norm import keep_in_eval_mode
 
@@ -90,6 +91,7 @@ class StudentWithTeacher(nn.Module):
         frozen: Sequence[str] = (),
         prefixes: Mapping[str, str] | None = None,
         feature_dropout: float = 0.0,
+        weighted: bool = False,
     ) -> None:
         """Put the two side by side.
 
@@ -101,13 +103,15 @@ class StudentWithTeacher(nn.Module):
             frozen: names of the student's modules that are never in train mode, nor are its average's.
             prefixes: ``frozen.prefix.find_prefixes`` of the student, installed.
             feature_dropout: share of what the prefixes give that the student does not see in training.
+            weighted: whether the loader gives texts with their pairs' weights (``add_weights``), which
+                are then in the output as ``pair_weights``.
         """
         super().__init__()
         self.student, self.teacher = student, teacher
         self.average = None if teacher is None else teacher.ema
         self.distill_logit_scale = distill_logit_scale
         self._accum_freq, self._feature_dropout = accum_freq, feature_dropout
-        self._frozen, self._prefixes = frozen, prefixes or {}
+        self._frozen, self._prefixes, self._weighted = frozen, prefixes or {}, weighted
         self._waiting: deque[tuple[list[Tensor], Features]] = deque()
 
     @property
@@ -128,12 +132,15 @@ class StudentWithTeacher(nn.Module):
         self._waiting.clear()
 
     def forward(self, images: Tensor, texts: Tensor) -> Features:
-        """Student's output dict plus the teacher's two (B, D') features."""
+        """Student's output dict plus the teacher's two (B, D') features, and weights of the pairs."""
         if self._accum_freq > 1 and torch.is_grad_enabled():
             inputs, features = self._waiting.popleft()
             output = dict(self.student(*inputs))
             output["logit_scale"].register_hook(lambda gradient: gradient / self._accum_freq)
             return output | features
+        features = {}
+        if self._weighted:
+            texts, features["pair_weights"] = split_weights(texts)
         inputs = [images, texts]
         for tower in self._prefixes:
             place = _INPUTS[tower]
@@ -141,10 +148,9 @@ class StudentWithTeacher(nn.Module):
                 inputs[place] = prefix.run(self.module, tower, inputs[place])
         dropped = self._dropped(inputs)
         output = dict(self.student(*dropped))
-        features = {}
         if self.teacher is not None:
             shared = self.teacher.shares_prefixes
-            features = self.teacher.features(*(inputs if shared else (images, texts)))
+            features |= self.teacher.features(*(inputs if shared else (images, texts)))
         if self._accum_freq > 1:
             self._waiting.append((dropped, features))
         return output | features

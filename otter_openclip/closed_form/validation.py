@@ -55,6 +55,10 @@ class LabelledFeatures:
             ]
         )
 
+    def precision(self, heads: Heads) -> float:
+        """Mean average precision under ``heads``."""
+        return self.metrics(heads)["mean_average_precision"]
+
     def metrics(self, heads: Heads) -> dict[str, float]:
         """F@K and mean average precision under ``heads``, as ``otter-openclip eval`` computes them."""
         each = heads.texts(self.prompts).split(self.counts)
