@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from clip_benchmark.datasets.builder import build_wds_dataset
-from torch import nn
+from torch import Tensor, nn
 
 from otter_openclip.closed_form.heads import Heads
 from otter_openclip.evaluation.labelled_images import LabelledImages
@@ -61,6 +61,9 @@ class LabelledFeatures:
 
     def metrics(self, heads: Heads) -> dict[str, float]:
         """F@K and mean average precision under ``heads``, as ``otter-openclip eval`` computes them."""
+        return multilabel_metrics(heads.images(self.images), self.classes(heads), self.labels)
+
+    def classes(self, heads: Heads) -> Tensor:
+        """(C, D) unit-norm features of the classes, each the mean of its prompts'."""
         each = heads.texts(self.prompts).split(self.counts)
-        classes = F.normalize(torch.stack([part.mean(dim=0) for part in each]), dim=1)
-        return multilabel_metrics(heads.images(self.images), classes, self.labels)
+        return F.normalize(torch.stack([part.mean(dim=0) for part in each]), dim=1)
