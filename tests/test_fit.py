@@ -11,6 +11,7 @@ import torch
 from conftest import COLOURS, SHAPES, picture, png, write_tar
 from data_helpers import run as run_data
 from data_helpers import samples
+from forks import ranks
 from PIL import Image
 from training_helpers import load, train
 
@@ -120,6 +121,16 @@ def test_wrong_pairs_are_listed_with_captions_that_fit_better(fitted, data):
     rows = [np.load(file) for file in sorted((out / "pair_weights").glob("*.npy"))]
     assert [row.shape for row in rows] == [(100, 1, 1)] * 3
     assert sum((row < 0.5).sum() for row in rows) == len(keys)
+
+
+def test_two_ranks_write_what_one_does(fitted, model, data, tmp_path):
+    """Also without features: each makes those of its shards."""
+    words = ["fit", tmp_path / "out", "--model", f"local-dir:{model}", "--workers", "0"]
+    ranks(2, "-m", "otter_openclip.cli", *words, "--train-data", shards_of(data))
+    one, two = record(fitted[0]), record(tmp_path / "out")
+    assert two["wrong_share"] == pytest.approx(one["wrong_share"])
+    assert [p["key"] for p in two["wrong"]] == [p["key"] for p in one["wrong"]]
+    assert two["correlations"] == pytest.approx(one["correlations"], abs=1e-5)
 
 
 def test_listed_pairs_are_left_out_of_a_build(tmp_path, data, model):
