@@ -211,7 +211,7 @@ class Files(FeatureFiles):
         return self.folder / f"{shard}.npy"
 
 
-def shard_pairs(folder, **rank):
+def shard_pairs(folder, shards="012", **rank):
     images, texts, _ = made(500, noise=0.2)
     sides = []
     for name, side in (("image", images), ("text", texts)):
@@ -219,7 +219,7 @@ def shard_pairs(folder, **rank):
         for number, part in enumerate(np.array_split(side[:, None], 3)):
             files.write(f"{number}", part)
         sides.append(files)
-    return ShardPairs(*sides, "012", device=torch.device("cpu"), **rank)
+    return ShardPairs(*sides, shards, device=torch.device("cpu"), **rank)
 
 
 def test_files_of_shards_are_arrays(tmp_path):
@@ -243,7 +243,8 @@ from test_closed_form import shard_pairs
 from otter_openclip.closed_form import course
 from otter_openclip.evaluation.run import join_ranks
 rank, world_size = join_ranks()
-pairs = shard_pairs(Path(sys.argv[1]) / str(rank), rank=rank, world_size=world_size)
+folder, shards = Path(sys.argv[1]) / str(rank), sys.argv[3]
+pairs = shard_pairs(folder, shards, rank=rank, world_size=world_size)
 fit = course.Fit(pairs, course.Options(transport_pairs=True))
 heads, statistics = fit.run()
 if rank == 0:
@@ -252,13 +253,14 @@ if rank == 0:
 """
 
 
-def test_two_ranks_fit_what_one_does(tmp_path):
-    fit = course.Fit(shard_pairs(tmp_path / "one"), course.Options(transport_pairs=True))
+@pytest.mark.parametrize("shards", ["012", "1"], ids=["shares", "no shard for the second"])
+def test_two_ranks_fit_what_one_does(tmp_path, shards):
+    fit = course.Fit(shard_pairs(tmp_path / "one", shards), course.Options(transport_pairs=True))
     heads, statistics = fit.run()
     out = tmp_path / "two.pt"
-    ranks(2, "-c", RANKS, tmp_path, out, path=[ROOT / "tests", ROOT])
+    ranks(2, "-c", RANKS, tmp_path, out, shards, path=[ROOT / "tests", ROOT])
     weight, mean, share, count = torch.load(out, weights_only=True)
-    assert count == statistics.pairs == 500 and share == statistics.wrong.share
+    assert count == statistics.pairs and share == statistics.wrong.share
     torch.testing.assert_close(mean, heads.text_mean)
     torch.testing.assert_close(weight.abs(), heads.image_weight.abs(), atol=1e-3, rtol=1e-3)
 
