@@ -14,7 +14,6 @@ from otter_openclip.closed_form.heads import Heads
 from otter_openclip.evaluation.labelled_images import LabelledImages
 from otter_openclip.evaluation.metrics import multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts
-from otter_openclip.evaluation.validator import check_webdataset
 from otter_openclip.frozen import prefix
 from otter_openclip.frozen.encode import Column, fill
 
@@ -27,12 +26,13 @@ class LabelledFeatures:
     def __init__(
         self, folder: str, model: nn.Module, tokenizer: Any, images: Column, **how: Any
     ) -> None:
-        """``images`` keeps the pictures' features; ``how`` is of ``frozen.encode.fill``.
+        """``folder`` is of ``check_webdataset``; ``images`` keeps the pictures' features.
+
+        ``how`` is of ``frozen.encode.fill``.
 
         Raises:
             ValueError: naming what of the folder cannot be used.
         """
-        check_webdataset(folder, flag="--val")
         dataset = build_wds_dataset("val", images.inputs.transform, "test", folder)
         prompts = class_prompts(dataset)
         shards = LabelledImages(dataset, images.inputs.transform).shards
