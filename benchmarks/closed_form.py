@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.common import RESULTS
 from benchmarks.efficiency_runs import draw
 from otter_openclip import fit_heads
 from otter_openclip.closed_form.fitting_run import Towers
@@ -92,19 +93,51 @@ def fit(cell: Cell, images: torch.Tensor, texts: torch.Tensor) -> Any:
     return fit_heads(images[drawn[:, 0]], texts[drawn[:, 1]], **options)
 
 
+def tuned(data: str) -> dict[tuple[int, float], list[str]]:
+    """Of the tuned losses, from the study of ``docs/evidence.md``: mAP/F@1/F@5 of InfoNCE and OTTER."""
+    study = json.loads((RESULTS / "data_efficiency.json").read_text())
+    rows = [*study["final"], *study["tuned elsewhere"]["coco-to-imagenet, tuned on coco"]]
+    found = {(r["data"], r["pairs"], r["noise"], r["loss"]): r for r in rows}
+    return {
+        (pairs, noise): [
+            "/".join(f"{found[key][m][0]:.1f}" for m in METRICS) if key in found else ""
+            for key in ((data, pairs, noise, loss) for loss in ("infonce", "otter"))
+        ]
+        for pairs in PAIRS
+        for noise in NOISE
+    }
+
+
 def table(results: dict[str, Any], data: str) -> list[str]:
     """Means over the seeds, mAP/F@1/F@5, a row for each cell."""
-    names = list(METHODS)
-    lines = [f"| {data}: pairs, wrong | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
+    heads = ["InfoNCE", "OTTER", *METHODS]
+    lines = [f"| {data}: pairs, wrong | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
+    others = tuned(data)
     for pairs in PAIRS:
         for noise in NOISE:
-            row = []
-            for method in names:
+            row = list(others[pairs, noise])
+            for method in METHODS:
                 keys = [json.dumps((data, pairs, noise, seed, method)) for seed in range(SEEDS)]
                 runs = [results[key] for key in keys if key in results]
                 means = [f"{statistics.mean(r[m] for r in runs):.1f}" for m in METRICS if runs]
                 row.append("/".join(means))
             lines.append(f"| {pairs:,}, {noise:.0%} | {' | '.join(row)} |")
+    return lines
+
+
+def shares(results: dict[str, Any], data: list[str]) -> list[str]:
+    """The estimated shares of wrong pairs, mean and deviation, by pairs and true share."""
+    lines = [f"| wrong | {' | '.join(f'{n}, {p:,}' for n in data for p in PAIRS)} |"]
+    lines.append("| --- " * (len(data) * len(PAIRS) + 1) + "|")
+    for noise in NOISE:
+        row = []
+        for name in data:
+            for pairs in PAIRS:
+                keys = (json.dumps((name, pairs, noise, s, "with weights")) for s in range(SEEDS))
+                values = [100 * results[key]["wrong"] for key in keys if key in results]
+                spread = statistics.stdev(values) if len(values) > 1 else 0
+                row.append(f"{statistics.mean(values):.1f} ± {spread:.1f}%" if values else "")
+        lines.append(f"| {noise:.0%} | {' | '.join(row)} |")
     return lines
 
 
@@ -155,6 +188,7 @@ def main() -> None:
     for names in halves.values():
         for name in names:
             print("\n".join(["", *table(results, name)]))
+    print("\n".join(["", *shares(results, list(features))]))
 
 
 if __name__ == "__main__":
