@@ -192,6 +192,13 @@ def test_pairs_come_from_all_shards_and_long_ones_make_up_for_short_ones(tmp_pat
     assert len(list(again)) == 63 == again.pairs_in_all
     half = Reader(shards, 33)
     assert len(list(half)) == 33 and half.pairs_in_all == 63
+    shard(tmp_path / "more" / "0.tar", 5)
+    two = Reader(f"{shards}::{tmp_path}/more/0.tar", 33)
+    assert len(list(two)) == 33 and two.pairs_in_all is None  # not known of the second
+    (tmp_path / "more" / "sizes.json").write_text('{"0.tar": 5}')
+    for both in (f"{shards}::{tmp_path}/more/0.tar", f"{tmp_path}/more/0.tar::{shards}"):
+        two = Reader(both, 33)
+        assert len(list(two)) == 33 and two.pairs_in_all == 68
 
 
 def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path):

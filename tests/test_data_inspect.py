@@ -121,6 +121,13 @@ def test_nothing_there_and_an_empty_shard(tmp_path, capsys):
     assert f"No image to draw: {tmp_path}/sheet.png is not written." in capsys.readouterr().out
 
 
+def test_two_sets_with_equal_keys_are_no_fault(tmp_path):
+    for name in "ab":
+        write_tar(tmp_path / name / "0.tar", {"0.jpg": jpeg(1), "0.txt": name.encode()})
+    code, figures = inspect(tmp_path)
+    assert code == 0 and figures["samples"] == 2 and figures["faults"] == []
+
+
 def test_compressed_tars(shards):
     before = inspect(shards)
     for name in ("00000.tar", "00001.tar"):

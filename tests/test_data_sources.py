@@ -387,6 +387,86 @@ def test_hugging_face_arrow(tmp_path, paths):
     assert pairs_of(tmp_path / "named") == [("b", jpeg(1)), ("c", jpeg(2))]
 
 
+SPLITS = {  # the table of each split, beside what is none of it
+    "hub": {"train": "data/train-00000-of-00001", "validation": "data/validation-00000-of-00001"},
+    "folders": {"train": "train/0000", "test": "test/0000", "pool": "pool-00000-of-00001"},
+    "names": {"train": "pairs", "validation": "my_val"},
+    "own": {"train_sft": "data/train_sft-00000-of-00001", "train": "data/train-00000-of-00001"},
+    "cache": {"train": "coco-train-00000-of-00001", "test": "coco-test", "x": "cache-1"},
+}
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_of_several_splits_one_is_named(tmp_path, kind, capsys):
+    suffix = "arrow" if kind == "cache" else "parquet"
+    for n, (split, name) in enumerate(SPLITS[kind].items()):
+        path = tmp_path / "set" / f"{name}.{suffix}"
+        (write_arrow if suffix == "arrow" else parquet)(path, {"image": [jpeg(n)], "text": [split]})
+    words = ["hf", "--dataset", tmp_path / "set", "--output", tmp_path / "out"]
+    named = [split for split in SPLITS[kind] if split != "x"]
+    assert run(*words) == 2
+    said = f"set has several splits ({', '.join(sorted(named))}); name yours: --split"
+    assert said in capsys.readouterr().err
+    assert run(*words, "--split", "tran") == 2
+    assert f"--split tran: the splits of {tmp_path / 'set'} are" in capsys.readouterr().err
+    for chosen in (*([name] for name in named), named[:2]):
+        words[-1] = tmp_path / "-".join(chosen)
+        assert run(*words, "--split", *chosen, "--no-shuffle") == 0
+        assert sorted(caption for caption, _ in pairs_of(words[-1])) == sorted(chosen)
+
+
+def test_of_a_saved_dataset_what_its_indexes_name_is_read(tmp_path, capsys):
+    for split, names in (("dev", ("data-00000-of-00001", "old")), ("gone", ("train",))):
+        for name in names:
+            rows = {"image": [jpeg(1)], "text": [f"{split} {name}"]}
+            write_arrow(tmp_path / "set" / split / f"{name}.arrow", rows)
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": None}
+    (tmp_path / "set" / "dev" / "state.json").write_text(json.dumps(state))
+    index = tmp_path / "set" / "dataset_dict.json"
+    index.write_text(json.dumps({"splits": ["dev"]}))
+    for number, split in enumerate(([], ["--split", "validation"], ["--split", "dev"])):
+        words = ["hf", "--dataset", tmp_path / "set", "--output", tmp_path / str(number), *split]
+        assert run(*words) == 0
+        assert pairs_of(tmp_path / str(number)) == [("dev data-00000-of-00001", jpeg(1))]
+    index.write_text("{")
+    assert run("hf", "--dataset", tmp_path / "set", "--output", tmp_path / "out") == 2
+    assert "dataset_dict.json is not what datasets' save_to_disk writes" in capsys.readouterr().err
+
+
+def test_configurations_are_not_mixed(tmp_path, capsys):
+    for language in ("en", "fr"):
+        path = tmp_path / "set" / language / "train-00000-of-00001.parquet"
+        parquet(path, {"image": [jpeg(1)], "text": [language]})
+    words = ["hf", "--output", tmp_path / "out", "--dataset"]
+    assert run(*words, tmp_path / "set") == 2
+    assert "are the same part of two datasets" in capsys.readouterr().err
+    assert run(*words, tmp_path / "set" / "en", tmp_path / "set" / "fr") == 0
+    assert len(pairs_of(tmp_path / "out")) == 2
+
+
+def test_columns_are_chosen_once_for_all_files(tmp_path, capsys):
+    two = {"image": PICTURES[:1], "thumb": PICTURES[1:2], "text": ["a"]}
+    parquet(tmp_path / "set" / "1.parquet", two)
+    words = ["hf", "--dataset", tmp_path / "set", "--output", tmp_path / "out", "--image-key"]
+    assert run(*words, "thumb") == 0
+    assert "Images are in the column 'thumb', captions in 'text'." in capsys.readouterr().out
+    assert pairs_of(tmp_path / "out") == [("a", jpeg(1))]
+    lists = {"image": [[jpeg(2)], []], "text": ["b", "of no image"]}
+    parquet(tmp_path / "set" / "2.parquet", lists)
+    words[4] = tmp_path / "both"
+    assert run(*words, "image", "--no-shuffle") == 0
+    assert pairs_of(tmp_path / "both") == [("a", jpeg(0)), ("b", jpeg(2))]
+    write_files(tmp_path / "set", {"3.jpg": jpeg(3)})
+    parquet(tmp_path / "set" / "3.parquet", {"image": ["3.jpg"], "text": ["a path"]})
+    words[4] = tmp_path / "paths"
+    assert run(*words, "image", "--no-shuffle") == 0
+    assert pairs_of(tmp_path / "paths")[-1] == ("a path", jpeg(3))
+    parquet(tmp_path / "set" / "3.parquet", {"thumb": [jpeg(3)], "said": ["c"]})
+    words[4] = tmp_path / "third"
+    assert run(*words, "image") == 2
+    assert "3.parquet: no column 'image' but thumb, said; --image-key" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_an_arrow_stream_that_stops(tmp_path, capsys, inside):
     arrow = pytest.importorskip("pyarrow")
@@ -408,7 +488,11 @@ def test_an_arrow_stream_that_stops(tmp_path, capsys, inside):
         ({"image": PICTURES, "en": ["a", "b", "c"]}, "no column 'text' but en; --text-key"),
         ({"image": PICTURES, "text": [0, 1, 2]}, "row 0: no text in 'text', but 0"),
         ({"image": PICTURES, "text": [[{"raw": "a"}]] * 3}, "row 0: no text in 'text', but {"),
+        ({"image": PICTURES, "label": [0, 1, 2]}, "'text' but none of texts among image, label;"),
         ({"text": ["a"]}, "0 columns of images among text"),
+        ({"image": PICTURES, "mask": [b"a"] * 3, "text": ["a"] * 3}, "2 columns of images among"),
+        ({"image": [PICTURES[:2]], "text": ["a"]}, "row 0: 2 images in 'image', where one is due"),
+        ({"image": [{"bytes": None, "path": "x"}], "text": ["a"]}, "(1 missing); check the input,"),
         (b"PAR1PAR1", "a.parquet: damaged or cut short"),
         (None, "no .parquet or .arrow there"),
     ],
