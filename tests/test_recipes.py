@@ -74,6 +74,17 @@ def test_flags_win_over_the_recipe(tmp_path):
     assert args.force_image_size == [32, 32] and args.config == str(file)
 
 
+def test_values_are_what_is_written(tmp_path):
+    """Not what YAML 1.1 makes of them: 8, a day, false and a number."""
+    file = tmp_path / "recipe.yaml"
+    text = "warmup: 010\nname: 2026-11-30\nreport-to: no\nwandb-notes: 1.10\npretrained: ''\n"
+    file.write_text(text + "aug-cfg: {scale: [0.9, 1.0], use_timm: false}\n", encoding="utf-8")
+    args = parse("--config", str(file))
+    assert (args.warmup, args.name, args.report_to) == (10, "2026-11-30", "no")
+    assert (args.wandb_notes, args.pretrained) == ("1.10", "")
+    assert args.aug_cfg == {"scale": [0.9, 1.0], "use_timm": False}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -84,6 +95,14 @@ def test_flags_win_over_the_recipe(tmp_path):
         ("local-loss: 1", "local-loss is a switch: true or false, got 1"),
         ("lr: [1, 2]", "lr takes one value"),
         ("lr: true", "lr cannot be True"),
+        ("lr: 1e-3\nlr: 1e-4", "line 2 has 'lr' again; drop one"),
+        ("weight-decay: 0\nlr: 1\nweight_decay: 1", "line 3 has 'weight_decay' again"),
+        ("aug-cfg: {scale: 1, scale: 2}", "line 1 has 'scale' again"),
+        ("loss: otter\npretrained: ~", "line 2 has no value, '~'; drop the line"),
+        ("pretrained:\nloss: otter", "line 1 has no value, ''; drop the line"),
+        ("force-image-size: [32, null]", "line 1 has no value, 'null'"),
+        ("warmup: 1:30", "--warmup: invalid int value: '1:30'"),
+        ("local-loss: yes", "local-loss is a switch: true or false, got yes"),
         ("config: other.yaml", "unknown key 'config'"),
         ("- lr", "must hold lines 'flag: value', got list"),
         ("lr: [1", "cannot be read"),
