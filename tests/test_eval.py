@@ -120,7 +120,8 @@ def stocks(model, data, tmp_path, monkeypatch):
 def test_results_are_stocks_and_flat_hit(ours, stocks):
     mine, its = ours(), stocks()
     metrics, expected = mine.pop("metrics"), its.pop("metrics")["mean_average_precision"]
-    assert mine == its and list(metrics) == METRICS
+    assert mine == its | {"templates": "a photo of {c}.", "reference_crop": False}
+    assert list(metrics) == METRICS
     assert metrics["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
     assert 0 < metrics["flat_hit@1"] < metrics["flat_hit@10"] < 1
 
@@ -154,7 +155,8 @@ def test_single_label_is_stocks(ours, stocks, tmp_path, monkeypatch):
         # Under NumPy 2.4 stock stops at float() of a one-element array.
         patch.setattr(zeroshot_classification, "float", lambda x: x.item(), raising=False)
         its = stocks(data=single)
-    assert ours(data=single) == its and "acc1" in its["metrics"]
+    said = {"templates": "a photo of {c}.", "reference_crop": False}
+    assert ours("--reference_crop", data=single) == its | said and "acc1" in its["metrics"]
     (tmp_path / "t.txt").write_text("the {} one\n")
     other = ours("--templates", tmp_path / "t.txt", "--dump_templates", data=single)
     assert other["templates"] == ["the {c} one"]
@@ -200,6 +202,23 @@ def test_false_is_not_true(ours, monkeypatch, capsys):
     for text in ("False", "True"):
         monkeypatch.setattr(sys, "argv", ["otter-openclip", "eval", "--normalize", text])
         assert evaluator._get_parser_args()[1].normalize is (text == "True")
+
+
+def test_results_say_prompts_and_crop(ours, data, tmp_path):
+    (tmp_path / "mine.txt").write_text("a {}\nthe {}\n", encoding="utf-8")
+    prompts = {"made": {name: [f"a {name}"] for name in NAMES}}
+    (tmp_path / "c.json").write_text(json.dumps(prompts), encoding="utf-8")
+    several = write_data(tmp_path / "several", shards(), templates=["a {c}", "the {c}"])
+    ours("--save_clf", tmp_path / "clf.pt")
+    for flags, templates, crop in (
+        (["--templates", "imagenet", "--reference_crop"], "imagenet: 80 templates", True),
+        (["--templates", tmp_path / "mine.txt"], "mine.txt: 2 templates", False),
+        (["--custom_template_file", tmp_path / "c.json"], "c.json for each class", False),
+        (["--load_clfs", tmp_path / "clf.pt"], "class features of clf.pt", False),
+        ([], "the data set's own: 2 templates", False),
+    ):
+        found = ours(*flags, data=data if flags else several)
+        assert (found["templates"], found["reference_crop"]) == (templates, crop)
 
 
 def test_templates(ours, data, stocks, tmp_path):

@@ -149,10 +149,15 @@ def test_the_launchers_numbers(run, model, data, tmp_path, dataset, flags):
         run(*again, on=place, command="otter_openclip")
         launcher = result(tmp_path, "launcher.json")
         assert launcher.pop("task") == "zeroshot_classification"
+        assert launcher.pop("reference_crop") == ("--reference_crop" in flags)
         assert launcher == {k: v for k, v in patched.items() if k != "task"}
     assert patched["task"] == "zeroshot_multilabel"
     assert len(patched["templates"]) == (1 if dataset == "goi" else 80)
     assert 0 < patched["metrics"]["flat_hit@1"] < 1
+    task = () if dataset == "goi" else ("--task", "zeroshot_multilabel")
+    run(*line(model, data, *flags[:-1], *task, dataset=dataset, output="again.json"))
+    said = "a photo of {c}." if dataset == "goi" else "imagenet: 80 templates; reference crop"
+    assert result(tmp_path, "again.json") == patched | {"templates": said}
 
 
 def test_flags_are_there_with_the_task(run):

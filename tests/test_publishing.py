@@ -122,6 +122,45 @@ def test_the_card_states_licence_settings_results_and_how_to_load(run, tmp_path)
     assert str(tmp_path.parent) not in written.content
 
 
+def test_the_card_says_how_results_were_made_and_of_which_model(exported, tmp_path):
+    changes = [
+        {"templates": "a photo of {c}."},
+        {"templates": ["the {c}"], "reference_crop": True, "metrics": {"flat_hit@1": 0.5}},
+        {"templates": ["a {c}", "the {c}"], "language": "fr", "metrics": {"flat_hit@1": 0.75}},
+    ]
+    files = [result(tmp_path / f"{n}.json", **change) for n, change in enumerate(changes)]
+    evaluated, model = card.read_results([*files, files[0]])  # twice the same is once
+    text = card.model_card(
+        "m",
+        "m",
+        weights="student",
+        epoch=1,
+        settings={},
+        licence=None,
+        results=evaluated,
+        evaluated_as=model,
+    )
+    for line in (
+        "Evaluated as `local-dir:out`:",
+        "| my birds (a photo of {c}.) | flat_hit@1 | 0.2500 |",
+        "| my birds (the {c}; resized to 256, cropped to 224) | flat_hit@1 | 0.5000 |",
+        "| my birds (2 templates; fr) | flat_hit@1 | 0.7500 |",
+    ):
+        assert text.count(line) == 1 and text.count("mean_average_precision |") == 1
+    assert len({r.dataset_config for r in ModelCard(text).data.eval_results}) == 3
+    for change, message in (
+        (
+            {"model": "ViT-B-32"},
+            "0.json is of local-dir:out, .*other.json is of ViT-B-32; a card is",
+        ),
+        ({"pretrained": "/home/me/b.pt"}, "other.json is of local-dir:out, b.pt; a card is of one"),
+        ({"metrics": {"flat_hit@1": 0.3}}, "other.json has another flat_hit@1 of my birds than"),
+    ):
+        other = result(tmp_path / "other.json", **changes[0] | change)
+        with pytest.raises(ValueError, match=message):
+            card.read_results([files[0], other])
+
+
 def test_without_a_licence_none_is_stated(tmp_path):
     torch.save(open_clip.create_model("tiny-vit").state_dict(), tmp_path / "bare.pt")
     out = export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", model="tiny-vit")
