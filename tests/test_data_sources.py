@@ -444,13 +444,21 @@ def test_configurations_are_not_mixed(tmp_path, capsys):
     assert len(pairs_of(tmp_path / "out")) == 2
 
 
-def test_columns_are_chosen_once_for_all_files(tmp_path, capsys):
+def test_columns_are_chosen_once_for_all_files(tmp_path, capsys, monkeypatch):
     two = {"image": PICTURES[:1], "thumb": PICTURES[1:2], "text": ["a"]}
     parquet(tmp_path / "set" / "1.parquet", two)
     words = ["hf", "--dataset", tmp_path / "set", "--output", tmp_path / "out", "--image-key"]
     assert run(*words, "thumb") == 0
     assert "Images are in the column 'thumb', captions in 'text'." in capsys.readouterr().out
     assert pairs_of(tmp_path / "out") == [("a", jpeg(1))]
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")  # as under LC_ALL=C
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        words[2] = parquet(tmp_path / "ü.parquet", {"image": [jpeg(1)], "ü": ["a"]})
+        words[4] = tmp_path / "ascii"
+        assert run(*words, "image", "--text-key", "ü") == 0
+    assert b"captions in '\\xfc'." in out.detach().getvalue()
+    words[2] = tmp_path / "set"
     lists = {"image": [[jpeg(2)], []], "text": ["b", "of no image"]}
     parquet(tmp_path / "set" / "2.parquet", lists)
     words[4] = tmp_path / "both"

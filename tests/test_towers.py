@@ -132,9 +132,8 @@ def test_preprocessing_is_the_towers_unless_given(parts, tmp_path):
 
 def modules(folder, *kinds, **pooling):
     """Make a folder's tower one of sentence-transformers, with further modules behind."""
-    listed = [
-        {"path": f"{n}_{kind}" * (n > 0), "type": f"a.{kind}"} for n, kind in enumerate(kinds)
-    ]
+    paths = ["", *(f"{n}_{kind}" for n, kind in enumerate(kinds[1:], 1))]
+    listed = [{"path": p, "type": f"a.{kind}"} for p, kind in zip(paths, kinds, strict=True)]
     (folder / "modules.json").write_text(json.dumps(listed))
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))

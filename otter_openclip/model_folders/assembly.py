@@ -54,7 +54,7 @@ def build_model(
     text_model = config["text_cfg"]["hf_model_name"]
     with tempfile.TemporaryDirectory() as folder, errors_only():
         contents = {"model_cfg": config, "preprocess_cfg": preprocess or {}}
-        Path(folder, CONFIG_FILE).write_text(json.dumps(contents))
+        Path(folder, CONFIG_FILE).write_text(json.dumps(contents), encoding="utf-8")
         try:
             model = open_clip.create_model(
                 f"{LOCAL_DIR_PREFIX}{folder}", load_weights=False, pretrained_text=False

@@ -175,7 +175,8 @@ def _params_lines(path: Path) -> dict[str, str]:
     for folder in (path.absolute().parent, path.resolve().parent):  # a link may lead to the run
         file = folder.parent / "params.txt"
         if folder.name == "checkpoints" and file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
+            # open_clip alone writes it in the locale's encoding.
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
             return dict(line.split(": ", 1) for line in lines if ": " in line)
     return {}
 
