@@ -51,7 +51,7 @@ def test_a_path_means_that_file_in_folders_tars_and_zips_alike(tmp_path, kind):
     assert pairs_of(tmp_path / "out") == [(f"picture {n}", jpeg(n)) for n in FOUND.values()]
     lost = {(path, "ambiguous") for path in LOST}
     assert set(dropped(tmp_path / "out")) == lost | {("only.jpg", "missing"), ("only", "missing")}
-    report = (tmp_path / "out" / "dropped.tsv").read_text()
+    report = (tmp_path / "out" / "dropped.tsv").read_text(encoding="utf-8")
     assert "a/0.png" in report and "b/0.png" in report  # the candidates
     assert not (tmp_path / "out" / ".otter-build" / "unpacked").exists()
 
@@ -61,8 +61,10 @@ def test_a_stem_is_the_whole_name_but_its_suffix(tmp_path, kind):
     files = {"x/b.PNG": jpeg(0), "a.small.jpg": jpeg(1), "a.txt": b"", "x/a.small.jpg": jpeg(2)}
     files |= {f"b.{n:03d}.jpg": jpeg(1) for n in range(9)} | {"b.txt": b""}
     source = pack(kind, tmp_path, files)
-    (tmp_path / "c.csv").write_text("LabelName,DisplayName\n/m/1,Ball\n")
-    (tmp_path / "l.csv").write_text("ImageID,LabelName,Confidence\na,/m/1,1\nb,/m/1,1\n")
+    (tmp_path / "c.csv").write_text("LabelName,DisplayName\n/m/1,Ball\n", encoding="utf-8")
+    (tmp_path / "l.csv").write_text(
+        "ImageID,LabelName,Confidence\na,/m/1,1\nb,/m/1,1\n", encoding="utf-8"
+    )
     words = ["open-images", "--classes", tmp_path / "c.csv", "--labels", tmp_path / "l.csv"]
     words += ["--images", source, "--max-missing", "1", "--output", tmp_path / "out"]
     assert run(*words) == 0
@@ -103,9 +105,11 @@ def test_several_captions_of_one_path_stay_and_a_repeated_pair_goes(tmp_path):
 
 def test_two_urls_of_one_file_keep_one(tmp_path):
     write_files(tmp_path, {"training/0_1": jpeg(0)})
-    (tmp_path / "cc.tsv").write_text("first\thttp://a\nsecond\thttp://b\n")
+    (tmp_path / "cc.tsv").write_text("first\thttp://a\nsecond\thttp://b\n", encoding="utf-8")
     row = "training/0_1\ttraining\timage/jpeg\t1\t200\t{}\n"
-    (tmp_path / "r.tsv").write_text(row.format("http://a") + row.format("http://b"))
+    (tmp_path / "r.tsv").write_text(
+        row.format("http://a") + row.format("http://b"), encoding="utf-8"
+    )
     words = ["--captions", tmp_path / "cc.tsv", "--report", tmp_path / "r.tsv"]
     assert run("cc3m", *words, "--images", tmp_path, "--output", tmp_path / "out") == 0
     assert pairs_of(tmp_path / "out") == [("first", jpeg(0))]
@@ -258,7 +262,7 @@ def test_deep_pixels_keep_their_meaning_or_go(tmp_path, capsys, content, expecte
     stored = samples(tmp_path / "out" / "00000.tar")
     if isinstance(expected, str):
         assert stored.keys() == {"000000001"}
-        said = (tmp_path / "out" / "dropped.tsv").read_text()
+        said = (tmp_path / "out" / "dropped.tsv").read_text(encoding="utf-8")
         assert re.search(f"0.x\tundecodable\t({expected})", said)
         return
     image = np.asarray(Image.open(io.BytesIO(stored["000000000"]["png"])).convert("RGB"))
@@ -286,7 +290,7 @@ def test_number_of_shards(tmp_path, capsys):
     path = table(tmp_path / "t.tsv", [(f"{n}.jpg", str(n)) for n in range(19)])
     words = ["csv", "--captions", path, "--output", tmp_path / "out", "--shards"]
     assert run(*words, "8") == 0
-    sizes = json.loads((tmp_path / "out" / "sizes.json").read_text())
+    sizes = json.loads((tmp_path / "out" / "sizes.json").read_text(encoding="utf-8"))
     assert len(sizes) == 8 and set(sizes.values()) == {2, 3} and sum(sizes.values()) == 19
     assert run(*words, "9") == 2
     assert "--shards was 8" in capsys.readouterr().err
@@ -421,14 +425,14 @@ def test_of_a_saved_dataset_what_its_indexes_name_is_read(tmp_path, capsys):
             rows = {"image": [jpeg(1)], "text": [f"{split} {name}"]}
             write_arrow(tmp_path / "set" / split / f"{name}.arrow", rows)
     state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": None}
-    (tmp_path / "set" / "dev" / "state.json").write_text(json.dumps(state))
+    (tmp_path / "set" / "dev" / "state.json").write_text(json.dumps(state), encoding="utf-8")
     index = tmp_path / "set" / "dataset_dict.json"
-    index.write_text(json.dumps({"splits": ["dev"]}))
+    index.write_text(json.dumps({"splits": ["dev"]}), encoding="utf-8")
     for number, split in enumerate(([], ["--split", "validation"], ["--split", "dev"])):
         words = ["hf", "--dataset", tmp_path / "set", "--output", tmp_path / str(number), *split]
         assert run(*words) == 0
         assert pairs_of(tmp_path / str(number)) == [("dev data-00000-of-00001", jpeg(1))]
-    index.write_text("{")
+    index.write_text("{", encoding="utf-8")
     assert run("hf", "--dataset", tmp_path / "set", "--output", tmp_path / "out") == 2
     assert "dataset_dict.json is not what datasets' save_to_disk writes" in capsys.readouterr().err
 

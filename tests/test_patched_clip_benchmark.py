@@ -72,7 +72,7 @@ def line(model, data, *flags, dataset="wds/made", output="out.json"):
 
 
 def result(folder, name="out.json"):
-    return json.loads((folder / name).read_text())
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def test_entry_points_lead_somewhere():
@@ -86,7 +86,7 @@ def test_entry_points_lead_somewhere():
 
 
 def test_nothing_changes_without_plugins(run, model, data, pairs, tmp_path):
-    (tmp_path / "names.txt").write_text("wds/made\n")
+    (tmp_path / "names.txt").write_text("wds/made\n", encoding="utf-8")
     task = ("--task", "zeroshot_classification")
     commands = [
         ([], 0),
@@ -212,7 +212,7 @@ def test_all_processes_take_part(run, places, model, data, pairs, tmp_path):
     assert first | second == {"goi.json", "imagenet10k.json", "mscoco_captions.json"}
     assert {"goi.json", "imagenet10k.json"} <= first and not first & second
     (dealt,) = tmp_path.glob("[01]/mscoco_captions.json")
-    assert "image_retrieval_recall@5" in json.loads(dealt.read_text())["metrics"]
+    assert "image_retrieval_recall@5" in json.loads(dealt.read_text(encoding="utf-8"))["metrics"]
     run(*line(model, data, dataset="goi"))
     for name in ("goi.json", "imagenet10k.json"):
         found = result(tmp_path / "0", name)["metrics"]
@@ -257,8 +257,8 @@ plain = lambda **_: Pictures()
 @pytest.fixture
 def other(tmp_path):
     """A package with datasets and tasks, some of which cannot be used."""
-    (tmp_path / "other.py").write_text(OTHER)
-    (tmp_path / "broken.py").write_text("import there_is_no_such_module\n")
+    (tmp_path / "other.py").write_text(OTHER, encoding="utf-8")
+    (tmp_path / "broken.py").write_text("import there_is_no_such_module\n", encoding="utf-8")
     datasets = {"pictures": "other:pictures", "plain": "other:plain"}
     datasets["twice"] = "other:pictures"
     evaluators = {"count": "other:count", "bad": "broken:x", "plain_task": "other:plain_evaluate"}

@@ -29,7 +29,7 @@ def hub(monkeypatch, tmp_path):
                 monkeypatch.setattr(module, constant, str(tmp_path / "cache"))
     cached = tmp_path / "cache" / "models--lab--model"
     (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text(COMMIT)
+    (cached / "refs" / "main").write_text(COMMIT, encoding="utf-8")
     api = mock.create_autospec(HfApi, instance=True)
     api.files = cached / "snapshots" / COMMIT
     api.files.mkdir(parents=True)
@@ -61,7 +61,7 @@ def result(path, **changes):
     metrics = {"flat_hit@1": 0.25, "mean_average_precision": 0.5, "recall": None, "worst": "nan"}
     contents = {"dataset": "wds/my birds", "model": "local-dir:/home/me/out", "pretrained": ""}
     contents |= {"task": "zeroshot_classification", "metrics": metrics, "language": "en"}
-    path.write_text(json.dumps(contents | changes))
+    path.write_text(json.dumps(contents | changes), encoding="utf-8")
     return path
 
 
@@ -184,7 +184,7 @@ def test_without_a_licence_none_is_stated(tmp_path):
 def test_what_cannot_be_published_is_refused_before_any_work(
     run, hub, tmp_path, capsys, words, message
 ):
-    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "list.json").write_text("[1]", encoding="utf-8")
     result(tmp_path / "none.json", metrics={"acc1": float("nan"), "x": None})
     assert export(run, tmp_path / "out", *(w.format(tmp=tmp_path) for w in words)) == 2
     assert message in capsys.readouterr().err
@@ -197,10 +197,10 @@ def exported(run, tmp_path_factory):
 
 
 def test_a_card_that_is_there_stays(exported, hub):
-    (hub.files / "README.md").write_text("written by hand")
+    (hub.files / "README.md").write_text("written by hand", encoding="utf-8")
     done = publish.push(exported, "lab/model", private=False)
     assert "it has a README.md already, the new one is in" in done
-    assert (hub.files / "README.md").read_text() == "written by hand"
+    assert (hub.files / "README.md").read_text(encoding="utf-8") == "written by hand"
     assert (hub.files / "open_clip_model.safetensors").is_file()
 
 

@@ -134,9 +134,9 @@ def modules(folder, *kinds, **pooling):
     """Make a folder's tower one of sentence-transformers, with further modules behind."""
     paths = ["", *(f"{n}_{kind}" for n, kind in enumerate(kinds[1:], 1))]
     listed = [{"path": p, "type": f"a.{kind}"} for p, kind in zip(paths, kinds, strict=True)]
-    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "modules.json").write_text(json.dumps(listed), encoding="utf-8")
     (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
     return folder
 
 
@@ -189,7 +189,7 @@ def test_modules_that_open_clip_cannot_express(parts, tmp_path, kinds, pooling, 
     model, _, tokenizer = stock(make(parts, tmp_path / "out", text=text, text_pooler="mean"))
     tokens = tokenizer(["a red circle", "square"])
     torch.testing.assert_close(model.encode_text(tokens), pooled_text(text, tokens, "mean"))
-    (text / "modules.json").write_text("[{}]")
+    (text / "modules.json").write_text("[{}]", encoding="utf-8")
     with pytest.raises(
         ValueError, match=r"the modules.json of .*text or a file it names is broken"
     ):
@@ -199,8 +199,10 @@ def test_modules_that_open_clip_cannot_express(parts, tmp_path, kinds, pooling, 
 def test_features_that_are_not_the_towers_are_refused(parts, tmp_path):
     """open_clip takes the first token, which is padding where a tokenizer pads on the left."""
     text = shutil.copytree(parts / "text", tmp_path / "text")
-    config = json.loads((text / "tokenizer_config.json").read_text()) | {"padding_side": "left"}
-    (text / "tokenizer_config.json").write_text(json.dumps(config))
+    config = json.loads((text / "tokenizer_config.json").read_text(encoding="utf-8")) | {
+        "padding_side": "left"
+    }
+    (text / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match=r"pads, masks or pools texts in another way than .*text"):
         make(parts, tmp_path / "out", text=text, text_pooler="cls")
 
@@ -355,8 +357,8 @@ def test_text_folders_that_cannot_be_used(parts, tmp_path, change, message):
         for file in text.glob(change):
             file.unlink()
     else:
-        config = json.loads((text / "config.json").read_text())
-        (text / "config.json").write_text(json.dumps(config | change))
+        config = json.loads((text / "config.json").read_text(encoding="utf-8"))
+        (text / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
     with pytest.raises((ValueError, OSError), match=message):
         make(parts, tmp_path / "out", text=text)
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
@@ -423,9 +425,9 @@ def test_local_files_need_no_network_and_the_folder_not_its_parts(parts, tmp_pat
     with pytest.raises(OSError, match="out"):
         stock(moved)
     config = moved / "open_clip_config.json"
-    written = json.loads(config.read_text())
+    written = json.loads(config.read_text(encoding="utf-8"))
     written["model_cfg"]["text_cfg"]["hf_model_name"] = str(moved)
-    config.write_text(json.dumps(written))
+    config.write_text(json.dumps(written), encoding="utf-8")
     assert stock(moved)[0].text.context_length == 12
 
 
