@@ -189,11 +189,12 @@ def test_modules_that_open_clip_cannot_express(parts, tmp_path, kinds, pooling, 
     model, _, tokenizer = stock(make(parts, tmp_path / "out", text=text, text_pooler="mean"))
     tokens = tokenizer(["a red circle", "square"])
     torch.testing.assert_close(model.encode_text(tokens), pooled_text(text, tokens, "mean"))
-    (text / "modules.json").write_text("[{}]", encoding="utf-8")
-    with pytest.raises(
-        ValueError, match=r"the modules.json of .*text or a file it names is broken"
-    ):
-        make(parts, tmp_path / "broken", text=text)
+    for broken in ("[{}]", "[]", "{"):
+        (text / "modules.json").write_text(broken, encoding="utf-8")
+        with pytest.raises(
+            ValueError, match=r"the modules.json of .*text or a file it names is bro"
+        ):
+            make(parts, tmp_path / "broken", text=text)
 
 
 def test_features_that_are_not_the_towers_are_refused(parts, tmp_path):

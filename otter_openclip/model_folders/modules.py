@@ -27,8 +27,8 @@ def follow_modules(text: str, pooler: str | None) -> tuple[str, str]:
         if (modules := _read(text, "modules.json")) is None:
             return text, pooler or "mean"
         kinds = [module["type"].rpartition(".")[2] for module in modules]
-        places = [module["path"] for module in modules]
-        poolings = _read(text, f"{places[1]}/config.json") if "Pooling" in kinds[1:2] else {}
+        start, *places = (module["path"] for module in modules)
+        poolings = _read(text, f"{places[0]}/config.json") if "Pooling" in kinds[1:2] else {}
         # Newer folders name it, older ones have a switch for each.
         modes = [poolings["pooling_mode"]] if "pooling_mode" in poolings else []
         modes += [
@@ -38,8 +38,8 @@ def follow_modules(text: str, pooler: str | None) -> tuple[str, str]:
         raise ValueError(
             f"the modules.json of {text} or a file it names is broken: {error}"
         ) from error
-    if places[0] and Path(text).is_dir():
-        text = str(Path(text, places[0]))
+    if start and Path(text).is_dir():
+        text = str(Path(text, start))
     if pooler is not None:
         return text, pooler
     parts = [kind for kind in kinds if kind != "Normalize"]  # which open_clip does itself
