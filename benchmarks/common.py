@@ -68,7 +68,7 @@ def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
 
 
 def _resident(key: str) -> int:
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", encoding="utf-8") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
 
 
@@ -76,7 +76,7 @@ def peak_here(call: Callable[[], Any]) -> dict[str, float]:
     """Bytes at the peak of ``call`` in this process: added by it, and in all; and its seconds."""
     ctypes.CDLL(None).malloc_trim(0)
     before = _resident("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
         file.write("5")  # start the peak anew
     start = time.perf_counter()
     call()

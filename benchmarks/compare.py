@@ -59,7 +59,7 @@ def start(checkout: Path) -> subprocess.Popen:
         f"import importlib.util as u; s = u.spec_from_file_location('compare', {__file__!r}); "
         "m = u.module_from_spec(s); s.loader.exec_module(m); m.work()"
     )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
     return subprocess.Popen([sys.executable, "-c", script], env=dict(os.environ), **pipes)
 
 

@@ -100,7 +100,8 @@ def measured(commands: Sequence[Sequence[str]], log: Path) -> dict[str, float]:
             process.returncode = os.waitstatus_to_exitcode(status)
             cpu += usage.ru_utime + usage.ru_stime  # with those of all that it started
         if any(process.returncode for process in started):
-            raise RuntimeError(f"{commands[0]} failed:\n{log.read_text(errors='replace')[-3000:]}")
+            said = log.read_text(encoding="utf-8", errors="replace")[-3000:]
+            raise RuntimeError(f"{commands[0]} failed:\n{said}")
     return {"seconds": time.perf_counter() - began, "cpu": cpu}
 
 

@@ -80,7 +80,7 @@ class Study:
         self.tuned: dict[tuple[str, int, float], dict[str, Run]] = {}
         self.bar = tqdm(unit="run")
         self.results: dict[str, dict[str, float]] = {}
-        for line in path.read_text().splitlines() if path.is_file() else ():
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             if line.endswith("}}"):  # a kill may have torn a line; that run is made again
                 row = json.loads(line)
                 self.results[row["key"]] = row["result"]

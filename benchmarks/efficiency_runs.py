@@ -91,8 +91,8 @@ class Source:
 
     def _split(self) -> Iterator[float]:
         """Write the halves; gives for each the share of the classes that have images there."""
-        classes = len((self.labelled / "classnames.txt").read_text().splitlines())
-        count = int((self.labelled / "test" / "nshards.txt").read_text())
+        classes = len((self.labelled / "classnames.txt").read_text(encoding="utf-8").splitlines())
+        count = int((self.labelled / "test" / "nshards.txt").read_text(encoding="utf-8"))
         shards = [self.labelled / "test" / f"{number}.tar" for number in range(count)]
         samples, vectors = [], []
         for kind, sample in _samples(shards):
@@ -107,10 +107,10 @@ class Source:
             shutil.rmtree(folder, ignore_errors=True)
             (folder / "test").mkdir(parents=True)
             write_tar(folder / "test" / "0.tar", [samples[n] for n in sorted(part)])
-            (folder / "test" / "nshards.txt").write_text("1")
+            (folder / "test" / "nshards.txt").write_text("1", encoding="utf-8")
             for path in self.labelled.glob("*.txt"):
                 shutil.copy(path, folder)
-            (folder / "dataset_type.txt").write_text("multilabel")
+            (folder / "dataset_type.txt").write_text("multilabel", encoding="utf-8")
             yield float(np.stack([vectors[n] for n in part]).any(axis=0).mean())
 
     def write(self, folder: Path, drawn: Sequence[tuple[int, int]]) -> None:
@@ -132,7 +132,7 @@ def write_model(towers: Path, out: Path, state: dict[str, Any], **changes: Any) 
     save_file(state, out / "open_clip_model.safetensors", metadata={"format": "pt"})
     for path in towers.glob("*.json"):
         shutil.copy(path, out)
-    config = json.loads((out / "open_clip_config.json").read_text())
+    config = json.loads((out / "open_clip_config.json").read_text(encoding="utf-8"))
     config["model_cfg"] |= changes
     write_json(out / "open_clip_config.json", config)
     return out
@@ -243,7 +243,7 @@ class Workplace:
 
     def measured(self, logs: Path, data: str, half: str) -> dict[str, float]:
         """What a run measured of its last epoch, shares; ``mAP`` is over classes that have images."""
-        lines = (logs / "checkpoints" / "results.jsonl").read_text().splitlines()
+        lines = (logs / "checkpoints" / "results.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = {
             name.removeprefix("zeroshot-"): value
             for name, value in json.loads(lines[-1]).items()

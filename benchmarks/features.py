@@ -47,7 +47,7 @@ def make_text_tower(folder: Path) -> Path:
     folder.mkdir()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join([*special, *WORDS]))
+    vocabulary.write_text("\n".join([*special, *WORDS]), encoding="utf-8")
     BertTokenizerFast(str(vocabulary)).save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(special) + len(WORDS),
@@ -92,7 +92,7 @@ def write_shards(folder: Path, count: int, size: int) -> str:
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
         sizes[path.name] = count // SHARDS
-    (folder / "sizes.json").write_text(json.dumps(sizes))
+    (folder / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
     return str(folder / f"{{00000..{SHARDS - 1:05d}}}.tar")
 
 
@@ -111,7 +111,7 @@ def train(
     ]
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     began = started = time.monotonic()
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
     text = ""
     with subprocess.Popen(command, env=environment, **output) as process:
         for line in process.stdout:

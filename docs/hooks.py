@@ -36,7 +36,7 @@ SOURCE_PAGE = (
 @cache
 def line_of(file: str, name: str) -> int:
     """The line of ``otter_openclip/FILE`` on which ``name`` (dotted: of a class) is defined."""
-    body: list[ast.stmt] = ast.parse((PACKAGE / file).read_text()).body
+    body: list[ast.stmt] = ast.parse((PACKAGE / file).read_text(encoding="utf-8")).body
     for part in name.split("."):
         for node in body:
             targets = node.targets if isinstance(node, ast.Assign) else []
@@ -62,13 +62,13 @@ def _mathml(source: str, *_: Any, **__: Any) -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the home page, linked files and sources."""
-    home = re.sub(r"\]\(docs/", "](", (ROOT / "README.md").read_text())
+    home = re.sub(r"\]\(docs/", "](", (ROOT / "README.md").read_text(encoding="utf-8"))
     files.append(File.generated(config, "index.md", content=home))
     for path in sorted(path for pattern in LINKED for path in ROOT.glob(pattern)):
         name = str(path.relative_to(ROOT))
         files.append(File.generated(config, name, abs_src_path=str(path)))
     for name in sorted({file for page in files.documentation_pages() for file in _sources(page)}):
-        code = (PACKAGE / name).read_text()
+        code = (PACKAGE / name).read_text(encoding="utf-8")
         content = SOURCE_PAGE.format(name=name, code=code)
         files.append(File.generated(config, _source_page(name), content=content))
     return files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
+import io
 import math
 import pickle
 import re
@@ -253,6 +254,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. User errors are printed and give 2."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may not have all that is printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return run_command("otter-openclip", "OTTER as a plugin of open_clip.", COMMANDS, argv)
     except KeyboardInterrupt:

@@ -162,5 +162,6 @@ def _git_apply(
         cwd=folder,
         env=os.environ | blind | {"LC_ALL": "C"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )

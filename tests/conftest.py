@@ -71,7 +71,7 @@ def model_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny models, registered with open_clip."""
     folder = tmp_path_factory.mktemp("model_configs")
     for name, config in MODELS.items():
-        (folder / f"{name}.json").write_text(json.dumps(config))
+        (folder / f"{name}.json").write_text(json.dumps(config), encoding="utf-8")
     open_clip.add_model_config(folder)
     return folder
 
@@ -109,10 +109,12 @@ def write_set(
     """A clip_benchmark webdataset of the given shards, each {file name: content}."""
     for number, files in enumerate(shards):
         write_tar(folder / "test" / f"{number}.tar", files)
-    (folder / "test" / "nshards.txt").write_text(f"{len(shards)}\n")
+    (folder / "test" / "nshards.txt").write_text(f"{len(shards)}\n", encoding="utf-8")
     (folder / "classnames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
-    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
-    (folder / "dataset_type.txt").write_text(kind)
+    (folder / "zeroshot_classification_templates.txt").write_text(
+        "\n".join(templates), encoding="utf-8"
+    )
+    (folder / "dataset_type.txt").write_text(kind, encoding="utf-8")
     return folder
 
 
@@ -137,7 +139,7 @@ def text_folder(
         max_position_embeddings=positions,
     )
     BertModel(config, add_pooling_layer=pooler).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
 
@@ -154,7 +156,9 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> str:
         "hf_pooler_type": "mean_pooler",
         "context_length": 8,
     }
-    (folder / "tiny-hf.json").write_text(json.dumps(MODELS["tiny-timm"] | {"text_cfg": text}))
+    (folder / "tiny-hf.json").write_text(
+        json.dumps(MODELS["tiny-timm"] | {"text_cfg": text}), encoding="utf-8"
+    )
     open_clip.add_model_config(folder / "tiny-hf.json")
     return "tiny-hf"
 
@@ -176,8 +180,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             key = f"{shard}{i:04d}"
             files |= {f"{key}.png": file.read_bytes(), f"{key}.txt": caption.encode()}
         sizes[write_tar(folder / f"{shard:05d}.tar", files).name] = 36
-    (folder / "sizes.json").write_text(json.dumps(sizes))
-    (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
+    (folder / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
+    (folder / "pairs.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder
 
 

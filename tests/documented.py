@@ -30,7 +30,11 @@ OURS_IN_STOCK = {"goi", "imagenet10k", "zeroshot_multilabel"}  # of a patched cl
 
 def blocks(page: Path, *languages: str) -> list[str]:
     """Contents of the page's fences of these languages."""
-    return [body for language, body in FENCE.findall(page.read_text()) if language in languages]
+    return [
+        body
+        for language, body in FENCE.findall(page.read_text(encoding="utf-8"))
+        if language in languages
+    ]
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -64,7 +68,9 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
         module = ["python", "-m", args.training_script, *args.training_script_args]
         return parse(module, monkeypatch)
     if program == "make":
-        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M), words
+        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M), (
+            words
+        )
     elif program == "pip":
         _check_install(words)
     elif program == "python":
@@ -90,7 +96,7 @@ def _module(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> str
         assert all((ROOT / word).is_file() for word in files), words
     else:
         assert name.startswith("benchmarks."), name
-        source = (ROOT / f"{name.replace('.', '/')}.py").read_text()
+        source = (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
         named = [word[2:] for word in words if word.startswith("--")]
         assert all(re.search(rf"\b{word}\b", source) for word in named), words
     return name
@@ -133,7 +139,7 @@ def _ours(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
 
 def _check_install(words: list[str]) -> None:
     assert words[0] == "install"
-    project = (ROOT / "pyproject.toml").read_text()
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for word in words[1:]:
         name, _, extras = word.rstrip("]").partition("[")
         assert name in (".", "otter-openclip"), word

@@ -51,11 +51,13 @@ def declare(folder: Path, name: str, entry_points: dict[str, dict[str, str]]) ->
     """
     metadata = folder / f"{name.replace('-', '_')}-0.dist-info"
     metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n", encoding="utf-8"
+    )
     lines = []
     for group, points in entry_points.items():
         lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items())]
-    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
 

@@ -177,11 +177,18 @@ def test_pairs_come_from_all_shards_and_long_ones_make_up_for_short_ones(tmp_pat
     shards_of = [Path(pair.shard).stem for pair in reader]
     assert {x: shards_of.count(x) for x in "012"} == {"1": 3, "2": 15, "0": 15}
     assert reader.pairs_in_all is None  # not all was read
-    (tmp_path / "sizes.json").write_text('{"0.tar": 40, "1.tar": 3, "2.tar": 20}')
+    (tmp_path / "sizes.json").write_text('{"0.tar": 40, "1.tar": 3, "2.tar": 20}', encoding="utf-8")
     again = Reader(shards, 1000)
     assert len(list(again)) == 63 == again.pairs_in_all
     half = Reader(shards, 33)
     assert len(list(half)) == 33 and half.pairs_in_all == 63
+    shard(tmp_path / "more" / "0.tar", 5)
+    two = Reader(f"{shards}::{tmp_path}/more/0.tar", 33)
+    assert len(list(two)) == 33 and two.pairs_in_all is None  # not known of the second
+    (tmp_path / "more" / "sizes.json").write_text('{"0.tar": 5}', encoding="utf-8")
+    for both in (f"{shards}::{tmp_path}/more/0.tar", f"{tmp_path}/more/0.tar::{shards}"):
+        two = Reader(both, 33)
+        assert len(list(two)) == 33 and two.pairs_in_all == 68
 
 
 def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path):
@@ -238,10 +245,10 @@ def test_the_command_with_fewer_pairs_than_a_batch(weights, tmp_path, capsys):
         in out
     )
     assert "Samples were passed over, most often (1): unreadable image: empty file." in out
-    stats = json.loads((output / "stats.json").read_text())
+    stats = json.loads((output / "stats.json").read_text(encoding="utf-8"))
     assert list(stats["batches"]) == ["31"] and stats["data"]["pairs_in_all"] == 31
     assert stats["model"] == {"name": "tiny-vit", "pretrained": str(weights)}
-    page = (output / "report.html").read_text()
+    page = (output / "report.html").read_text(encoding="utf-8")
     assert "<script>window.hacked" not in page and "onerror=&#34;" in page
     assert {path.name for path in output.iterdir()} == {"report.html", "stats.json"}
 

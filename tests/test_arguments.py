@@ -112,7 +112,7 @@ def test_a_model_that_open_clip_does_not_know_is_one_line(pairs, tmp_path):
 
 def test_an_abbreviated_flag_is_that_flag(tmp_path):
     """As argparse has it: taken as the whole flag, never accepted and ignored."""
-    (tmp_path / "recipe.yaml").write_text("loss: otter\nsinkhorn-lambda: 0.3\n")
+    (tmp_path / "recipe.yaml").write_text("loss: otter\nsinkhorn-lambda: 0.3\n", encoding="utf-8")
     args = parse(f"--conf={tmp_path / 'recipe.yaml'}", "--sinkhorn-i", "9")
     assert (args.loss, args.sinkhorn_lambda, args.sinkhorn_iter) == ("otter", 0.3, 9)
 

@@ -152,7 +152,7 @@ def test_the_command_and_its_folder(tower, tmp_path, capsys, monkeypatch):
     assert "evaluate with --reference_crop" in capsys.readouterr().out
     assert cli.main(words) == 2 and "--overwrite" in capsys.readouterr().err
     assert cli.main([*words, "--overwrite"]) == 0
-    config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
+    config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text(encoding="utf-8"))
     assert config["preprocess_cfg"]["interpolation"] == "bicubic"
     assert config["model_cfg"]["text_cfg"]["hf_model_name"] == str(tmp_path / "out")
     model = open_clip.create_model("local-dir:out")
@@ -176,7 +176,7 @@ def test_a_file_without_args_is_taken_for_the_defaults(tower, tmp_path, caplog, 
     monkeypatch.setattr(convert, "DEFAULT_ARGS", ARGS)
     out = convert_checkpoint(tmp_path / "OTTER.pth.tar", tmp_path / "out", text_model=str(tower))
     assert "has no args; assuming the reference's defaults" in caplog.text
-    config = json.loads((out / "open_clip_config.json").read_text())["model_cfg"]
+    config = json.loads((out / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
     assert config["text_cfg"]["context_length"] == 7 and config["embed_dim"] == WIDTH
 
 

@@ -14,7 +14,7 @@ def shards(folder, *contents):
     for n, files in enumerate(contents):
         write_tar(folder / f"{n:05d}.tar", files)
         sizes[f"{n:05d}.tar"] = 12
-    (folder / "sizes.json").write_text(json.dumps(sizes))
+    (folder / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
     last = len(contents) - 1
     return str(folder / f"{{00000..{last:05d}}}.tar") if last else str(folder / "00000.tar")
 
@@ -86,7 +86,7 @@ def table(folder, rows, header="filepath\ttitle"):
     folder.mkdir()
     write_files(folder, {f"{n}.jpg": jpeg(n) for n in range(rows)})
     lines = [header, *(f"{folder}/{n}.jpg\ta word" for n in range(rows))]
-    (folder / "t.csv").write_text("\n".join(lines) + "\n")
+    (folder / "t.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(folder / "t.csv")
 
 

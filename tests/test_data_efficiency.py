@@ -46,7 +46,11 @@ def test_halves_share_no_image_and_have_a_vector_for_each(pairs, labelled, tmp_p
         vectors = [np.load(io.BytesIO(sample["npy"])) for sample in part]
         assert {int(vector.sum()) for vector in vectors} == {1 if single else 2}
         assert source.shares[half] == np.stack(vectors).any(axis=0).mean()
-        assert single or (source.halves[half] / "dataset_type.txt").read_text() == "multilabel"
+        assert (
+            single
+            or (source.halves[half] / "dataset_type.txt").read_text(encoding="utf-8")
+            == "multilabel"
+        )
 
 
 def test_shards_hold_the_drawn_pairs(pairs, labelled, tmp_path):
@@ -107,10 +111,10 @@ def test_a_small_study(model, pairs, labelled, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             data_efficiency.main(words)
     path = tmp_path / "out" / "runs.jsonl"
-    assert path.read_text().count("result") == 5
+    assert path.read_text(encoding="utf-8").count("result") == 5
     path.write_bytes(path.read_bytes()[:-9])  # a torn line is run again
     assert data_efficiency.main(words) == 0
-    report = json.loads((tmp_path / "out" / "data_efficiency.json").read_text())
+    report = json.loads((tmp_path / "out" / "data_efficiency.json").read_text(encoding="utf-8"))
     assert [row["pairs"] for row in report["photos"]].count(72) == 4  # as many as there are
     assert all(row["seeds"] == 2 and row["half"] == "test" for row in report["photos"])
     assert {row["steps"] for row in report["steps"]} == {2, 5}

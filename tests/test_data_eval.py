@@ -40,7 +40,7 @@ def goi(tmp_path):
     """Official files of three images with positives and one without, images in a folder."""
     header = "LabelName,DisplayName"
     (tmp_path / "classes.csv").write_text("\n".join([header, *CLASS_ROWS, ""]), encoding="utf-8")
-    (tmp_path / "labels.csv").write_text(LABELS)
+    (tmp_path / "labels.csv").write_text(LABELS, encoding="utf-8")
     write_files(tmp_path / "images", {f"{i}.jpg": jpeg(n) for n, i in enumerate(POSITIVES)})
     return tmp_path
 
@@ -64,8 +64,8 @@ def test_open_images_official_files(goi):
     out = goi / "out"
     assert vectors(out) == POSITIVES
     assert (out / "classnames.txt").read_text(encoding="utf-8").splitlines() == NAMES
-    assert (out / "test" / "nshards.txt").read_text() == "2\n"
-    report = json.loads((out / "report.json").read_text())
+    assert (out / "test" / "nshards.txt").read_text(encoding="utf-8") == "2\n"
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert report["samples"] == 3 and report["dropped"] == {}
     assert report["skipped"] == {"without a positive label": 1}
     stored = samples(out / "test" / "0.tar", out / "test" / "1.tar")
@@ -93,10 +93,10 @@ def test_other_forms_of_class_and_label_files(goi, capsys, classes, labels):
         assert names == NAMES and list(mids) == MIDS
     if labels == "the reference's":
         rows = ["\t".join([f"{i}.jpg", *map(str, numbers)]) for i, numbers in POSITIVES.items()]
-        (goi / "labels.csv").write_text("\n".join(rows) + "\n")
+        (goi / "labels.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     else:
         separator = {"tabs": "\t", "semicolons": ";"}.get(labels, ",")
-        (goi / "labels.csv").write_text(LABELS.replace(",", separator))
+        (goi / "labels.csv").write_text(LABELS.replace(",", separator), encoding="utf-8")
     if classes == "names only" and labels != "the reference's":
         assert build_goi(goi) == 2
         assert "has no class ids (/m/...)" in capsys.readouterr().err
@@ -224,7 +224,7 @@ def write_labels(folder, confidence):
     if confidence:
         rows.append("n00000001/n00000001_1.JPEG\t3:0\t2:0")
         rows[0] += "\t4:0"
-    (folder / "val.txt").write_text("\n".join(rows) + "\n")
+    (folder / "val.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def build_tencent(folder, *extra, images="images", out="out"):
@@ -244,7 +244,7 @@ def test_imagenet10k(tencent, confidence):
     assert names == [*CLASSES, "desk", "desk"]
     data = build_dataset("wds/x", root=str(tencent / "out"), transform=None, split="test")
     assert data.classes == names
-    skipped = json.loads((tencent / "out" / "report.json").read_text())["skipped"]
+    skipped = json.loads((tencent / "out" / "report.json").read_text(encoding="utf-8"))["skipped"]
     assert skipped == ({"without a positive label": 1} if confidence else {})
 
 
@@ -287,7 +287,7 @@ def test_errors_name_file_and_line(goi, tencent, capsys, file, old, new, message
 
 
 def test_an_image_that_comes_again_is_dropped_with_the_reason(tencent):
-    with open(tencent / "val.txt", "a") as file:
+    with open(tencent / "val.txt", "a", encoding="utf-8") as file:
         file.write("x/n04162706_4.JPEG\t2\n")
     assert build_tencent(tencent) == 0
     assert vectors(tencent / "out") == EXPECTED

@@ -27,7 +27,7 @@ def shards(tmp_path):
     write_tar(tmp_path / "00000.tar", files)
     grey = {"a.png": encoded(1, "PNG", "L"), "a.txt": "été $x$ 〒".encode(), "a.json": b"{}"}
     write_tar(tmp_path / "00001.tar", grey)
-    (tmp_path / "sizes.json").write_text('{"00000.tar": 6, "00001.tar": 1}')
+    (tmp_path / "sizes.json").write_text('{"00000.tar": 6, "00001.tar": 1}', encoding="utf-8")
     return tmp_path
 
 
@@ -95,12 +95,12 @@ def test_zero_shot_sets(tmp_path):
     (tmp_path / "classnames.txt").write_text("ball\nbat, big\nKakigōri\n", encoding="utf-8")
     files = {"a.jpg": jpeg(1), "a.npy": npy(1, 0, 1), "b.jpg": jpeg(2), "b.npy": npy(0, 1, 0)}
     write_tar(tmp_path / "test" / "0.tar", files)
-    (tmp_path / "test" / "nshards.txt").write_text("1")
-    (tmp_path / "dataset_type.txt").write_text("multilabel")
-    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}")
+    (tmp_path / "test" / "nshards.txt").write_text("1", encoding="utf-8")
+    (tmp_path / "dataset_type.txt").write_text("multilabel", encoding="utf-8")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}", encoding="utf-8")
     code, figures = inspect(tmp_path)
     assert code == 0 and figures["labels_per_image"]["mean"] == 1.5
-    (tmp_path / "test" / "nshards.txt").write_text("2")
+    (tmp_path / "test" / "nshards.txt").write_text("2", encoding="utf-8")
     files |= {"b.npy": npy(0, 0, 0), "c.jpg": jpeg(1), "c.npy": npy(0, 0, 0, 1), "d.jpg": jpeg(1)}
     write_tar(tmp_path / "test" / "0.tar", files | {"d.npy": b"no"})
     code, figures = inspect(tmp_path)
@@ -121,6 +121,13 @@ def test_nothing_there_and_an_empty_shard(tmp_path, capsys):
     assert f"No image to draw: {tmp_path}/sheet.png is not written." in capsys.readouterr().out
 
 
+def test_two_sets_with_equal_keys_are_no_fault(tmp_path):
+    for name in "ab":
+        write_tar(tmp_path / name / "0.tar", {"0.jpg": jpeg(1), "0.txt": name.encode()})
+    code, figures = inspect(tmp_path)
+    assert code == 0 and figures["samples"] == 2 and figures["faults"] == []
+
+
 def test_compressed_tars(shards):
     before = inspect(shards)
     for name in ("00000.tar", "00001.tar"):
@@ -135,7 +142,7 @@ def test_folders_of_tars_and_odd_names(shards):
     (other / ".otter-build" / "half.tar").write_bytes(b"x")
     (other / "notes.txt").write_bytes(b"x")
     (shards / "00000.tar").rename(other / "x.TAR.gz")  # whatever the name says
-    (shards / "sizes.json").write_text('{"00001.tar": 1}')
+    (shards / "sizes.json").write_text('{"00001.tar": 1}', encoding="utf-8")
     write_tar(shards / "a1" / "0.tar", {})
     for folder, figures in (("a[1]", (0, 1, 6)), ("", (0, 3, 7))):
         code, found = inspect(shards, shards=folder)
@@ -153,7 +160,7 @@ def test_folders_of_tars_and_odd_names(shards):
     ],
 )
 def test_sizes(shards, capsys, text, file, fault):
-    (shards / "sizes.json").write_text(text)
+    (shards / "sizes.json").write_text(text, encoding="utf-8")
     code, figures = inspect(shards)
     (found,) = figures["faults"]
     assert code == 1 and found["shard"] == str(shards / file) and fault in found["fault"]

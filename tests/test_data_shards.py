@@ -17,7 +17,7 @@ def data(tmp_path):
     (tmp_path / "dictionary.txt").write_text(DICTIONARY, encoding="utf-8")
     names = [f"n{n % 3}/n{n % 3}_{n}.JPEG" for n in range(IMAGES)]
     rows = [f"{name}\t{n % 6}" for n, name in enumerate(names)]
-    (tmp_path / "val.txt").write_text("\n".join(rows) + "\n")
+    (tmp_path / "val.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
     contents = {name: jpeg(n) for n, name in enumerate(names)}
     for n in (5, *range(9, 12)):  # the fourth shard of 3 loses all of its images
         contents[names[n]] = contents[names[n]][:-99]
@@ -104,7 +104,7 @@ def test_resume_writes_only_the_missing_shards(data, whole):
     assert {n: (shards / f"{n}.tar").stat().st_ino for n in range(3)} == before
     assert tree(data / "out") == whole
     # No gap where a shard would have had no sample.
-    assert (data / "out" / "test" / "nshards.txt").read_text() == "7\n"
+    assert (data / "out" / "test" / "nshards.txt").read_text(encoding="utf-8") == "7\n"
     assert {path.name for path in shards.glob("*.tar")} == {f"{n}.tar" for n in range(7)}
 
 
@@ -129,7 +129,9 @@ def test_other_settings_or_inputs_are_refused(data, capsys, complete):
     assert run(*line) == 2
     assert "--shard-size was 3" in capsys.readouterr().err
     labels = data / "val.txt"
-    labels.write_text(labels.read_text().replace("n0_0.JPEG\t0", "n0_0.JPEG\t1"))
+    labels.write_text(
+        labels.read_text(encoding="utf-8").replace("n0_0.JPEG\t0", "n0_0.JPEG\t1"), encoding="utf-8"
+    )
     assert run(*command(data, "out")) == 2
     assert "val.txt was [" in capsys.readouterr().err
     assert tree(data / "out") == before
@@ -181,7 +183,7 @@ def test_two_builds_of_one_folder_do_not_meet(data, monkeypatch, capsys):
 
     monkeypatch.setattr(building, "_LOCK_SECONDS", 0.2)
     (data / "out" / ".otter-build").mkdir(parents=True)
-    with open(data / "out" / ".otter-build" / "lock", "w") as other:
+    with open(data / "out" / ".otter-build" / "lock", "w", encoding="utf-8") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert run(*command(data, "out")) == 2
     assert "another process is building" in capsys.readouterr().err
@@ -195,4 +197,6 @@ def test_too_many_lost_keeps_the_work_and_a_higher_limit_ends_it(data, whole, mo
     monkeypatch.setattr(building, "prepare", None)  # no image may be read again
     assert run(*command(data, "out")) == 0
     assert tree(data / "out") == whole
-    assert json.loads((data / "out" / "report.json").read_text())["dropped"] == {"undecodable": 4}
+    assert json.loads((data / "out" / "report.json").read_text(encoding="utf-8"))["dropped"] == {
+        "undecodable": 4
+    }

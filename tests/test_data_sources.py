@@ -51,7 +51,7 @@ def test_a_path_means_that_file_in_folders_tars_and_zips_alike(tmp_path, kind):
     assert pairs_of(tmp_path / "out") == [(f"picture {n}", jpeg(n)) for n in FOUND.values()]
     lost = {(path, "ambiguous") for path in LOST}
     assert set(dropped(tmp_path / "out")) == lost | {("only.jpg", "missing"), ("only", "missing")}
-    report = (tmp_path / "out" / "dropped.tsv").read_text()
+    report = (tmp_path / "out" / "dropped.tsv").read_text(encoding="utf-8")
     assert "a/0.png" in report and "b/0.png" in report  # the candidates
     assert not (tmp_path / "out" / ".otter-build" / "unpacked").exists()
 
@@ -61,8 +61,10 @@ def test_a_stem_is_the_whole_name_but_its_suffix(tmp_path, kind):
     files = {"x/b.PNG": jpeg(0), "a.small.jpg": jpeg(1), "a.txt": b"", "x/a.small.jpg": jpeg(2)}
     files |= {f"b.{n:03d}.jpg": jpeg(1) for n in range(9)} | {"b.txt": b""}
     source = pack(kind, tmp_path, files)
-    (tmp_path / "c.csv").write_text("LabelName,DisplayName\n/m/1,Ball\n")
-    (tmp_path / "l.csv").write_text("ImageID,LabelName,Confidence\na,/m/1,1\nb,/m/1,1\n")
+    (tmp_path / "c.csv").write_text("LabelName,DisplayName\n/m/1,Ball\n", encoding="utf-8")
+    (tmp_path / "l.csv").write_text(
+        "ImageID,LabelName,Confidence\na,/m/1,1\nb,/m/1,1\n", encoding="utf-8"
+    )
     words = ["open-images", "--classes", tmp_path / "c.csv", "--labels", tmp_path / "l.csv"]
     words += ["--images", source, "--max-missing", "1", "--output", tmp_path / "out"]
     assert run(*words) == 0
@@ -103,9 +105,11 @@ def test_several_captions_of_one_path_stay_and_a_repeated_pair_goes(tmp_path):
 
 def test_two_urls_of_one_file_keep_one(tmp_path):
     write_files(tmp_path, {"training/0_1": jpeg(0)})
-    (tmp_path / "cc.tsv").write_text("first\thttp://a\nsecond\thttp://b\n")
+    (tmp_path / "cc.tsv").write_text("first\thttp://a\nsecond\thttp://b\n", encoding="utf-8")
     row = "training/0_1\ttraining\timage/jpeg\t1\t200\t{}\n"
-    (tmp_path / "r.tsv").write_text(row.format("http://a") + row.format("http://b"))
+    (tmp_path / "r.tsv").write_text(
+        row.format("http://a") + row.format("http://b"), encoding="utf-8"
+    )
     words = ["--captions", tmp_path / "cc.tsv", "--report", tmp_path / "r.tsv"]
     assert run("cc3m", *words, "--images", tmp_path, "--output", tmp_path / "out") == 0
     assert pairs_of(tmp_path / "out") == [("first", jpeg(0))]
@@ -258,7 +262,7 @@ def test_deep_pixels_keep_their_meaning_or_go(tmp_path, capsys, content, expecte
     stored = samples(tmp_path / "out" / "00000.tar")
     if isinstance(expected, str):
         assert stored.keys() == {"000000001"}
-        said = (tmp_path / "out" / "dropped.tsv").read_text()
+        said = (tmp_path / "out" / "dropped.tsv").read_text(encoding="utf-8")
         assert re.search(f"0.x\tundecodable\t({expected})", said)
         return
     image = np.asarray(Image.open(io.BytesIO(stored["000000000"]["png"])).convert("RGB"))
@@ -286,7 +290,7 @@ def test_number_of_shards(tmp_path, capsys):
     path = table(tmp_path / "t.tsv", [(f"{n}.jpg", str(n)) for n in range(19)])
     words = ["csv", "--captions", path, "--output", tmp_path / "out", "--shards"]
     assert run(*words, "8") == 0
-    sizes = json.loads((tmp_path / "out" / "sizes.json").read_text())
+    sizes = json.loads((tmp_path / "out" / "sizes.json").read_text(encoding="utf-8"))
     assert len(sizes) == 8 and set(sizes.values()) == {2, 3} and sum(sizes.values()) == 19
     assert run(*words, "9") == 2
     assert "--shards was 8" in capsys.readouterr().err
@@ -387,6 +391,94 @@ def test_hugging_face_arrow(tmp_path, paths):
     assert pairs_of(tmp_path / "named") == [("b", jpeg(1)), ("c", jpeg(2))]
 
 
+SPLITS = {  # the table of each split, beside what is none of it
+    "hub": {"train": "data/train-00000-of-00001", "validation": "data/validation-00000-of-00001"},
+    "folders": {"train": "train/0000", "test": "test/0000", "pool": "pool-00000-of-00001"},
+    "names": {"train": "pairs", "validation": "my_val"},
+    "own": {"train_sft": "data/train_sft-00000-of-00001", "train": "data/train-00000-of-00001"},
+    "cache": {"train": "coco-train-00000-of-00001", "test": "coco-test", "x": "cache-1"},
+}
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_of_several_splits_one_is_named(tmp_path, kind, capsys):
+    suffix = "arrow" if kind == "cache" else "parquet"
+    for n, (split, name) in enumerate(SPLITS[kind].items()):
+        path = tmp_path / "set" / f"{name}.{suffix}"
+        (write_arrow if suffix == "arrow" else parquet)(path, {"image": [jpeg(n)], "text": [split]})
+    words = ["hf", "--dataset", tmp_path / "set", "--output", tmp_path / "out"]
+    named = [split for split in SPLITS[kind] if split != "x"]
+    assert run(*words) == 2
+    said = f"set has several splits ({', '.join(sorted(named))}); name yours: --split"
+    assert said in capsys.readouterr().err
+    assert run(*words, "--split", "tran") == 2
+    assert f"--split tran: the splits of {tmp_path / 'set'} are" in capsys.readouterr().err
+    for chosen in (*([name] for name in named), named[:2]):
+        words[-1] = tmp_path / "-".join(chosen)
+        assert run(*words, "--split", *chosen, "--no-shuffle") == 0
+        assert sorted(caption for caption, _ in pairs_of(words[-1])) == sorted(chosen)
+
+
+def test_of_a_saved_dataset_what_its_indexes_name_is_read(tmp_path, capsys):
+    for split, names in (("dev", ("data-00000-of-00001", "old")), ("gone", ("train",))):
+        for name in names:
+            rows = {"image": [jpeg(1)], "text": [f"{split} {name}"]}
+            write_arrow(tmp_path / "set" / split / f"{name}.arrow", rows)
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": None}
+    (tmp_path / "set" / "dev" / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    index = tmp_path / "set" / "dataset_dict.json"
+    index.write_text(json.dumps({"splits": ["dev"]}), encoding="utf-8")
+    for number, split in enumerate(([], ["--split", "validation"], ["--split", "dev"])):
+        words = ["hf", "--dataset", tmp_path / "set", "--output", tmp_path / str(number), *split]
+        assert run(*words) == 0
+        assert pairs_of(tmp_path / str(number)) == [("dev data-00000-of-00001", jpeg(1))]
+    index.write_text("{", encoding="utf-8")
+    assert run("hf", "--dataset", tmp_path / "set", "--output", tmp_path / "out") == 2
+    assert "dataset_dict.json is not what datasets' save_to_disk writes" in capsys.readouterr().err
+
+
+def test_configurations_are_not_mixed(tmp_path, capsys):
+    for language in ("en", "fr"):
+        path = tmp_path / "set" / language / "train-00000-of-00001.parquet"
+        parquet(path, {"image": [jpeg(1)], "text": [language]})
+    words = ["hf", "--output", tmp_path / "out", "--dataset"]
+    assert run(*words, tmp_path / "set") == 2
+    assert "are the same part of two datasets" in capsys.readouterr().err
+    assert run(*words, tmp_path / "set" / "en", tmp_path / "set" / "fr") == 0
+    assert len(pairs_of(tmp_path / "out")) == 2
+
+
+def test_columns_are_chosen_once_for_all_files(tmp_path, capsys, monkeypatch):
+    two = {"image": PICTURES[:1], "thumb": PICTURES[1:2], "text": ["a"]}
+    parquet(tmp_path / "set" / "1.parquet", two)
+    words = ["hf", "--dataset", tmp_path / "set", "--output", tmp_path / "out", "--image-key"]
+    assert run(*words, "thumb") == 0
+    assert "Images are in the column 'thumb', captions in 'text'." in capsys.readouterr().out
+    assert pairs_of(tmp_path / "out") == [("a", jpeg(1))]
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")  # as under LC_ALL=C
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        words[2] = parquet(tmp_path / "ü.parquet", {"image": [jpeg(1)], "ü": ["a"]})
+        words[4] = tmp_path / "ascii"
+        assert run(*words, "image", "--text-key", "ü") == 0
+    assert b"captions in '\\xfc'." in out.detach().getvalue()
+    words[2] = tmp_path / "set"
+    lists = {"image": [[jpeg(2)], []], "text": ["b", "of no image"]}
+    parquet(tmp_path / "set" / "2.parquet", lists)
+    words[4] = tmp_path / "both"
+    assert run(*words, "image", "--no-shuffle") == 0
+    assert pairs_of(tmp_path / "both") == [("a", jpeg(0)), ("b", jpeg(2))]
+    write_files(tmp_path / "set", {"3.jpg": jpeg(3)})
+    parquet(tmp_path / "set" / "3.parquet", {"image": ["3.jpg"], "text": ["a path"]})
+    words[4] = tmp_path / "paths"
+    assert run(*words, "image", "--no-shuffle") == 0
+    assert pairs_of(tmp_path / "paths")[-1] == ("a path", jpeg(3))
+    parquet(tmp_path / "set" / "3.parquet", {"thumb": [jpeg(3)], "said": ["c"]})
+    words[4] = tmp_path / "third"
+    assert run(*words, "image") == 2
+    assert "3.parquet: no column 'image' but thumb, said; --image-key" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_an_arrow_stream_that_stops(tmp_path, capsys, inside):
     arrow = pytest.importorskip("pyarrow")
@@ -408,7 +500,11 @@ def test_an_arrow_stream_that_stops(tmp_path, capsys, inside):
         ({"image": PICTURES, "en": ["a", "b", "c"]}, "no column 'text' but en; --text-key"),
         ({"image": PICTURES, "text": [0, 1, 2]}, "row 0: no text in 'text', but 0"),
         ({"image": PICTURES, "text": [[{"raw": "a"}]] * 3}, "row 0: no text in 'text', but {"),
+        ({"image": PICTURES, "label": [0, 1, 2]}, "'text' but none of texts among image, label;"),
         ({"text": ["a"]}, "0 columns of images among text"),
+        ({"image": PICTURES, "mask": [b"a"] * 3, "text": ["a"] * 3}, "2 columns of images among"),
+        ({"image": [PICTURES[:2]], "text": ["a"]}, "row 0: 2 images in 'image', where one is due"),
+        ({"image": [{"bytes": None, "path": "x"}], "text": ["a"]}, "(1 missing); check the input,"),
         (b"PAR1PAR1", "a.parquet: damaged or cut short"),
         (None, "no .parquet or .arrow there"),
     ],

@@ -19,7 +19,7 @@ from otter_openclip.data import cc3m, wit, yfcc15m
 
 def pairs_of(output):
     """caption -> image of everything in ``output``, checked against sizes.json and stock's reader."""
-    sizes = json.loads((output / "sizes.json").read_text())
+    sizes = json.loads((output / "sizes.json").read_text(encoding="utf-8"))
     shards = sorted(output.glob("*.tar"))
     assert list(sizes) == [shard.name for shard in shards]
     assert shards[0].name == "00000.tar" and len(shards) == int(shards[-1].stem) + 1
@@ -32,7 +32,7 @@ def pairs_of(output):
 
 
 def skipped(output):
-    return json.loads((output / "report.json").read_text())["skipped"]
+    return json.loads((output / "report.json").read_text(encoding="utf-8"))["skipped"]
 
 
 def img2dataset(folder, rows, kind):
@@ -47,7 +47,7 @@ def img2dataset(folder, rows, kind):
             write_files(folder / shard, files)
         else:
             write_tar(folder / f"{shard}.tar", files, "a")
-        (folder / f"{shard}_stats.json").write_text('{"count": 3}')
+        (folder / f"{shard}_stats.json").write_text('{"count": 3}', encoding="utf-8")
         (folder / f"{shard}.parquet").write_bytes(b"PAR1")
     return folder
 
@@ -208,7 +208,7 @@ def table(tmp_path):
     for n in range(60):
         (tmp_path / f"{n}.jpg").write_bytes(jpeg(n) if n % 7 else b"broken")
         rows.append((f"{n}.jpg", f"picture {n}"))
-    with open(tmp_path / "table.tsv", "w", newline="") as file:
+    with open(tmp_path / "table.tsv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter="\t").writerows(rows)
     return tmp_path
 
@@ -292,7 +292,7 @@ def metadata_row(photo, columns):
 def flickr(tmp_path):
     subset = "".join(f"{n}\t{photo}\t{photo_hash(photo)}\n" for n, photo in enumerate(PHOTOS))
     subset += f"99\t424242\t{photo_hash(424242)}\n"
-    (tmp_path / "subset.tsv").write_text(subset)
+    (tmp_path / "subset.tsv").write_text(subset, encoding="utf-8")
     write_metadata(tmp_path, 25)
     return tmp_path
 

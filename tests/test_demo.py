@@ -60,7 +60,7 @@ def test_thinning_keeps_half_the_words_in_order_and_at_least_one():
 def test_shards_hold_pictures_captions_and_labels(tmp_path):
     data = dataset.make_glyphs(tmp_path, 0, pairs=30, test=20)
     split = dataset.split_glyphs(random.Random(0), train=30, test=20)
-    sizes = json.loads((tmp_path / "train" / "sizes.json").read_text())
+    sizes = json.loads((tmp_path / "train" / "sizes.json").read_text(encoding="utf-8"))
     assert sum(sizes.values()) == 30 == data.pairs and len(data.shards) == dataset.SHARDS
     names = {glyph.name for glyph, _ in split.train}
     for shard in data.shards:
@@ -72,7 +72,7 @@ def test_shards_hold_pictures_captions_and_labels(tmp_path):
             for sample in samples
         )
     folder = data.tests["unseen characters"]
-    classes = (folder / "classnames.txt").read_text().splitlines()
+    classes = (folder / "classnames.txt").read_text(encoding="utf-8").splitlines()
     samples = webdataset.WebDataset(str(folder / "test" / "0.tar"), shardshuffle=False).decode()
     for sample, (glyph, _) in zip(samples, split.unseen_characters, strict=True):
         assert sample["npy"].sum() == 1
@@ -108,7 +108,7 @@ def single_label(labelled, folder):
 def command(words, log, title, folder=None):
     """In a fork; that of the demo itself runs in the chain from the wheel."""
     done = forks.run(*words[1:], cwd=folder)
-    log.write_text(done.stdout + done.stderr)
+    log.write_text(done.stdout + done.stderr, encoding="utf-8")
     assert done.returncode == 0, done.stderr
 
 
@@ -119,7 +119,7 @@ def test_own_pairs_and_a_test_set_with_one_class_a_picture(
     folder = single_label(labelled, tmp_path / "single")
     assert demo("--data", pairs, "--eval", folder) == 0
     assert "clip_benchmark, which has no mAP for one label" in capsys.readouterr().out
-    report = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    report = json.loads((tmp_path / "demo" / "demo.json").read_text(encoding="utf-8"))
     assert report["budget"]["pairs"] == 72 and report["clip_benchmark"] == {}
     (metrics,) = report["runs"]["otter"]["course"][-1]["tests"].values()
     assert 0 < metrics["mean_average_precision"] < 1
@@ -147,7 +147,7 @@ def test_own_folders_that_cannot_be_used(demo, pairs, labelled, tmp_path, capsys
 def test_a_command_that_fails_shows_the_end_of_its_log(tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)Training failed, see .*No module named no_such"):
         chain._command([sys.executable, "-m", "no_such"], tmp_path / "log", "Training")
-    assert "no_such" in (tmp_path / "log").read_text()
+    assert "no_such" in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 def test_the_packages_with_the_towers(monkeypatch, tmp_path, capsys):

@@ -141,8 +141,8 @@ def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
     """DDP on the CPU over two steps: every weight and both scales as in one process."""
     sgd = "--opt timm/momentum --momentum 0.9 --wd 0 --lr 0.1 --epochs 1".split()
     # Two steps over all 24 pairs, so that both runs see the same batches whatever their order.
-    rows = (pairs / "pairs.csv").read_text().splitlines()[:25]
-    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    rows = (pairs / "pairs.csv").read_text(encoding="utf-8").splitlines()[:25]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     extra = ["--loss", loss, "--model", "tiny-vit", "--workers", "0", "--warmup", "0", *sgd]
     extra += ["--aug-cfg", "scale=(1.0,1.0)", "--save-frequency", "1"]
     one = train(tmp_path, tmp_path / "one", *extra, "--batch-size", "24", csv=True)
@@ -175,7 +175,9 @@ def test_torchrun_with_everything_on_resumes_exactly(pairs, labelled, tmp_path, 
     out = forks.ranks(2, "-m", "otter_openclip.train", *line, path=path)
     assert "Target_entropy" in out
     whole = tmp_path / "whole" / "run" / "checkpoints"
-    assert len((whole / "results.jsonl").read_text().splitlines()) == 2  # rank 0 alone
+    assert (
+        len((whole / "results.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    )  # rank 0 alone
     assert load(whole / "best.pt")["epoch"] in (1, 2)
     line = flags(pairs, tmp_path / "again", *extra, "--resume", str(whole / "epoch_1.pt"))
     env = {"PYTHONPATH": os.pathsep.join(map(str, path))}

@@ -163,14 +163,14 @@ OTHERS = """--logs-specs --output_format --url_col --resize_mode --resize_only_i
 def known_flags():
     """As the sources of the parsers name them; those of commands are parsed in earlier tests."""
     sources = [*ROOT.glob("otter_openclip/**/*.py"), *ROOT.glob("benchmarks/*.py")]
-    text = "".join(path.read_text() for path in sources)
+    text = "".join(path.read_text(encoding="utf-8") for path in sources)
     text += inspect.getsource(params) + inspect.getsource(clip_benchmark.cli)
     return {*FLAG.findall(text.replace("'", '"')), *OTHERS}
 
 
 @by_page
 def test_flags_in_the_text_exist(page, known_flags):
-    text = FENCE.sub("", page.read_text())
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
     if page.name == "reference.md":  # its first column is the reference's
         text = re.sub(r"^\|.*?[^\\]\|", "", text, flags=re.M)
     spans = re.findall(r"`([^`]+)`", text)
@@ -180,7 +180,7 @@ def test_flags_in_the_text_exist(page, known_flags):
 
 def test_messages_of_troubleshooting_are_the_codes():
     """Each line quoted there has a fixed part of a message of the package, or of open_clip's loader."""
-    sources = [path.read_text() for path in ROOT.glob("otter_openclip/**/*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in ROOT.glob("otter_openclip/**/*.py")]
     strings = [
         node.value
         for source in [*sources, inspect.getsource(data)]
@@ -193,7 +193,9 @@ def test_messages_of_troubleshooting_are_the_codes():
 
 
 def test_the_table_of_the_seam_names_what_there_is():
-    table = re.findall(r"^\| (.*) \|$", (ROOT / "docs" / "seam.md").read_text(), re.M)[2:]
+    table = re.findall(
+        r"^\| (.*) \|$", (ROOT / "docs" / "seam.md").read_text(encoding="utf-8"), re.M
+    )[2:]
     hooks, replaced = set(), set()
     for hook, _, released, _ in (row.split(" | ") for row in table):
         hooks |= set(re.findall(r"`(\w+)`", hook))
@@ -206,22 +208,26 @@ def test_the_table_of_the_seam_names_what_there_is():
 
 
 def test_costs_are_those_of_the_results():
-    page = (ROOT / "docs" / "costs.md").read_text()
-    rows = json.loads((ROOT / "benchmarks" / "results" / "loss.json").read_text())["loss"]
+    page = (ROOT / "docs" / "costs.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "benchmarks" / "results" / "loss.json").read_text(encoding="utf-8"))[
+        "loss"
+    ]
     for count in {row["N"] for row in rows}:
         (line,) = re.findall(rf"^\| {count:,} \|.*$", page, re.M)
         written = [float(cell.split()[0]) for cell in line.split("|")[2:7]]
         order = ("dense", "streaming", "plain", "clip", "distill")
         measured = [r["seconds"] for o in order for r in rows if r["N"] == count and r["loss"] == o]
         assert written == pytest.approx(measured, rel=0.06, abs=1e-3)
-    steps = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())["step"]
+    steps = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text(encoding="utf-8"))[
+        "step"
+    ]
     for row in steps:
         if row["what"] == "step, --loss otter":
             assert f"{row['model']} {row['of clip']:.2f}" in page
 
 
 def test_pages_are_short():
-    long = {page.name for page in PAGES if len(page.read_text().splitlines()) > 150}
+    long = {page.name for page in PAGES if len(page.read_text(encoding="utf-8").splitlines()) > 150}
     assert long == {"evidence.md"}
 
 
@@ -241,7 +247,9 @@ def test_the_site_builds_strictly_and_loads_nothing(tmp_path):
     config.plugins.on_startup(command="build", dirty=False)
     mkdocs.commands.build.build(config)  # raises for a warning
     for page in (tmp_path / "site").rglob("*.html"):
-        assert not re.findall(r"<(?:script|link|img|iframe)\b[^>]*=\"?https?:", page.read_text())
-    method = (tmp_path / "site" / "method.html").read_text()
+        assert not re.findall(
+            r"<(?:script|link|img|iframe)\b[^>]*=\"?https?:", page.read_text(encoding="utf-8")
+        )
+    method = (tmp_path / "site" / "method.html").read_text(encoding="utf-8")
     assert method.count("<math ") == len(blocks(ROOT / "docs" / "method.md", "math")) > 8
     assert "source/losses.html#__codelineno-0-" in method

@@ -56,9 +56,9 @@ def test_clip_keeps_evaluates_resumes_and_exports_an_ema(pairs, labelled, tmp_pa
     assert cli.main(words) == 0
     exported = open_clip.create_model(f"local-dir:{out}").state_dict()
     assert torch.equal(exported["text_projection"], ema["text_projection"])
-    assert json.loads((out / "open_clip_config.json").read_text())
+    assert json.loads((out / "open_clip_config.json").read_text(encoding="utf-8"))
     assert "The teacher of an open_clip training run with `--loss clip`" in (
-        (out / "README.md").read_text()
+        (out / "README.md").read_text(encoding="utf-8")
     )
 
 

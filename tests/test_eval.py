@@ -96,7 +96,7 @@ def ours(model, data, tmp_path):
             assert not output.exists()
             return None
         assert [path.name for path in output.parent.iterdir()] == [output.name]
-        return json.loads(output.read_text())
+        return json.loads(output.read_text(encoding="utf-8"))
 
     return run
 
@@ -109,7 +109,7 @@ def stocks(model, data, tmp_path, monkeypatch):
         output = tmp_path / "stock.json"
         monkeypatch.setattr(sys, "argv", ["clip_benchmark", *line(model, data, output, *flags)])
         stock.main()
-        return json.loads(output.read_text())
+        return json.loads(output.read_text(encoding="utf-8"))
 
     return run
 
@@ -120,7 +120,8 @@ def stocks(model, data, tmp_path, monkeypatch):
 def test_results_are_stocks_and_flat_hit(ours, stocks):
     mine, its = ours(), stocks()
     metrics, expected = mine.pop("metrics"), its.pop("metrics")["mean_average_precision"]
-    assert mine == its and list(metrics) == METRICS
+    assert mine == its | {"templates": "a photo of {c}.", "reference_crop": False}
+    assert list(metrics) == METRICS
     assert metrics["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
     assert 0 < metrics["flat_hit@1"] < metrics["flat_hit@10"] < 1
 
@@ -132,7 +133,7 @@ def test_workers_and_batches_change_nothing(ours):
 
 def test_flat_hit_is_the_references():
     arrays = np.load(GOLDEN / "flat_hit.npz")
-    recorded = json.loads((GOLDEN / "flat_hit.json").read_text())
+    recorded = json.loads((GOLDEN / "flat_hit.json").read_text(encoding="utf-8"))
     images, classes = arrays["image_features"], arrays["class_features"]
     found = multilabel_metrics(images, classes, recorded["labels"])
     for k, value in recorded["flat_hit_at_k"].items():
@@ -154,8 +155,9 @@ def test_single_label_is_stocks(ours, stocks, tmp_path, monkeypatch):
         # Under NumPy 2.4 stock stops at float() of a one-element array.
         patch.setattr(zeroshot_classification, "float", lambda x: x.item(), raising=False)
         its = stocks(data=single)
-    assert ours(data=single) == its and "acc1" in its["metrics"]
-    (tmp_path / "t.txt").write_text("the {} one\n")
+    said = {"templates": "a photo of {c}.", "reference_crop": False}
+    assert ours("--reference_crop", data=single) == its | said and "acc1" in its["metrics"]
+    (tmp_path / "t.txt").write_text("the {} one\n", encoding="utf-8")
     other = ours("--templates", tmp_path / "t.txt", "--dump_templates", data=single)
     assert other["templates"] == ["the {c} one"]
 
@@ -183,7 +185,10 @@ def test_two_processes_give_the_same_numbers(ours, model, data, tmp_path):
     words = line(model, tmp_path / "{dataset}", tmp_path / "{dataset}.json", "--distributed")
     words += ["--num_workers", "1", "--dataset", "wds/a", "wds/made", "wds/b"]
     said = forks.ranks(2, "-m", "otter_openclip.cli", *words)
-    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("made", *"ab")}
+    found = {
+        name: json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("made", *"ab")
+    }
     assert found["made"]["metrics"] == pytest.approx(ours()["metrics"], abs=1e-6)
     assert found["a"]["metrics"] == found["b"]["metrics"] == ours(data=tmp_path / "a")["metrics"]
     assert [said.count(f"Dump results to: {tmp_path}/{n}.json") for n in found] == [1] * 3
@@ -200,6 +205,23 @@ def test_false_is_not_true(ours, monkeypatch, capsys):
     for text in ("False", "True"):
         monkeypatch.setattr(sys, "argv", ["otter-openclip", "eval", "--normalize", text])
         assert evaluator._get_parser_args()[1].normalize is (text == "True")
+
+
+def test_results_say_prompts_and_crop(ours, data, tmp_path):
+    (tmp_path / "mine.txt").write_text("a {}\nthe {}\n", encoding="utf-8")
+    prompts = {"made": {name: [f"a {name}"] for name in NAMES}}
+    (tmp_path / "c.json").write_text(json.dumps(prompts), encoding="utf-8")
+    several = write_data(tmp_path / "several", shards(), templates=["a {c}", "the {c}"])
+    ours("--save_clf", tmp_path / "clf.pt")
+    for flags, templates, crop in (
+        (["--templates", "imagenet", "--reference_crop"], "imagenet: 80 templates", True),
+        (["--templates", tmp_path / "mine.txt"], "mine.txt: 2 templates", False),
+        (["--custom_template_file", tmp_path / "c.json"], "c.json for each class", False),
+        (["--load_clfs", tmp_path / "clf.pt"], "class features of clf.pt", False),
+        ([], "the data set's own: 2 templates", False),
+    ):
+        found = ours(*flags, data=data if flags else several)
+        assert (found["templates"], found["reference_crop"]) == (templates, crop)
 
 
 def test_templates(ours, data, stocks, tmp_path):
@@ -233,8 +255,8 @@ def test_templates_that_cannot_be_used(ours, capsys, tmp_path):
     file, prompts_file = tmp_path / "t.txt", tmp_path / "c.json"
     ours("--templates", file, code=2)
     assert "no such file; give simple, imagenet or a file" in capsys.readouterr().err
-    file.write_text("a {c}\n{c.x}")
-    prompts_file.write_text(json.dumps({"made": ["a {c}", "{c.x}"]}))
+    file.write_text("a {c}\n{c.x}", encoding="utf-8")
+    prompts_file.write_text(json.dumps({"made": ["a {c}", "{c.x}"]}), encoding="utf-8")
     for flag, path in (("--templates", file), ("--custom_template_file", prompts_file)):
         ours(flag, path, code=2)
         assert f"{path}, line 2: '{{c.x}}' is no template" in capsys.readouterr().err
@@ -260,13 +282,15 @@ def test_templates_of_the_data_set(ours, tmp_path):
 
 def test_prompts_of_each_class(ours, stocks, capsys, tmp_path):
     file = tmp_path / "prompts.json"
-    file.write_text(json.dumps({"made": {name: [f"the {name}", name] for name in NAMES}}))
+    file.write_text(
+        json.dumps({"made": {name: [f"the {name}", name] for name in NAMES}}), encoding="utf-8"
+    )
     mine = ours("--custom_template_file", file)["metrics"]["mean_average_precision"]
     its = stocks("--custom_template_file", file)["metrics"]["mean_average_precision"]
     assert mine == pytest.approx(its, abs=1e-6)
     ours("--custom_template_file", file, "--templates", "simple", code=2)
     assert "exclude each other" in capsys.readouterr().err
-    file.write_text(json.dumps({"made": {name: [name] for name in NAMES[1:4]}}))
+    file.write_text(json.dumps({"made": {name: [name] for name in NAMES[1:4]}}), encoding="utf-8")
     ours("--custom_template_file", file, code=2)
     assert f"'red circle'; correct {file}" in capsys.readouterr().err
 

@@ -155,7 +155,7 @@ def test_no_samples(folder):
     ],
 )
 def test_single_labels(folder, files, text):
-    (folder / TYPE).write_text("classification")
+    (folder / TYPE).write_text("classification", encoding="utf-8")
     write_tar(
         folder / "test" / "0.tar", {"0.jpg": jpeg(0), "0.cls": b"2", "1.jpg": jpeg(1), **files}
     )
@@ -167,7 +167,7 @@ def test_single_labels(folder, files, text):
     [(None, "no txt"), (b" \n", "empty caption"), (b"\xe9", "caption is not UTF-8")],
 )
 def test_retrieval_sets_need_no_names(folder, text, fault):
-    (folder / TYPE).write_text("Retrieval\n")
+    (folder / TYPE).write_text("Retrieval\n", encoding="utf-8")
     (folder / CLASSES).unlink()
     (folder / TEMPLATES).unlink()
     assert Folder(folder).faults == []
@@ -199,7 +199,7 @@ def test_what_can_be_used(folder, caplog, changed, compress):
     shard = folder / "test" / "1.tar"
     shard.write_bytes(compress(shard.read_bytes()))
     (folder / CLASSES).write_bytes(b"ball\r\nbat\r\nball")
-    (folder / TEMPLATES).write_text("\na {c}\n\n")
+    (folder / TEMPLATES).write_text("\na {c}\n\n", encoding="utf-8")
     (folder / "test" / "7.tar").write_bytes(shard.read_bytes())
     read(folder)
     assert "1 names stand for several classes" in caplog.text
@@ -208,7 +208,7 @@ def test_what_can_be_used(folder, caplog, changed, compress):
 
 def test_every_way_in_refuses_a_folder_in_the_same_words(folder, capsys):
     """``data inspect``, ``eval`` and ``--zeroshot-data``; the last two say which flag it was."""
-    (folder / TEMPLATES).write_text("a photo")
+    (folder / TEMPLATES).write_text("a photo", encoding="utf-8")
     fault = f"{folder / TEMPLATES}, line 1: 'a photo' is no template (no {{c}} in it)"
     assert run("inspect", folder, "--sheet", folder.parent / "s.png") == 1
     assert f"fault: {fault}" in capsys.readouterr().out

@@ -61,13 +61,13 @@ def test_stock_clip_benchmark_uses_the_folder_without_the_plugin(run, labelled, 
     out = export_checkpoint(run, tmp_path / "out")
     blocked = tmp_path / "blocked" / "otter_openclip"
     blocked.mkdir(parents=True)
-    (blocked / "__init__.py").write_text("raise ImportError('blocked')\n")
+    (blocked / "__init__.py").write_text("raise ImportError('blocked')\n", encoding="utf-8")
     words = f"--model local-dir:{out} --pretrained= --dataset wds/made --dataset_root {labelled}"
     words += f" --output {tmp_path}/result.json --task zeroshot_classification --no_amp"
     command = ("-m", "clip_benchmark.cli", "eval", *words.split(), "--num_workers", "0")
     done = forks.run(*command, path=[blocked.parent])
     assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    metrics = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["metrics"]
     assert 0 < metrics["mean_average_precision"] <= 1
 
 
@@ -107,7 +107,7 @@ def test_errors_name_input_and_fix(run, tmp_path, capsys, monkeypatch, arguments
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"state_dict": 3}, tmp_path / "number.pt")
     for suffix in ("pt", "safetensors"):
-        (tmp_path / f"text.{suffix}").write_text("hello")
+        (tmp_path / f"text.{suffix}").write_text("hello", encoding="utf-8")
     words = [a.format(run=run, bare=tmp_path / "bare.pt") for a in arguments]
     assert cli.main(["export", *words]) == 2
     assert message in capsys.readouterr().err
@@ -123,7 +123,9 @@ def made_run(tmp_path):
 def write_run(folder, epoch=1, change=0.0, **params):
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     params = {"model": "tiny-vit", "image_mean": None, **params}
-    (folder / "params.txt").write_text("".join(f"{k}: {v}\n" for k, v in params.items()))
+    (folder / "params.txt").write_text(
+        "".join(f"{k}: {v}\n" for k, v in params.items()), encoding="utf-8"
+    )
     state = open_clip.create_model("tiny-vit", precision="fp32").state_dict()
     state["text_projection"] = state["text_projection"] + change
     save_run(folder, state, epoch)
@@ -144,7 +146,7 @@ def test_overwrite_deletes_nothing_but_an_earlier_export(made_run, tmp_path, cap
     before = files(made_run)
     assert cli.main(["export", str(made_run), str(made_run), "--overwrite"]) == 2
     assert "is not an exported model" in capsys.readouterr().err
-    (made_run / "open_clip_config.json").write_text("{}")
+    (made_run / "open_clip_config.json").write_text("{}", encoding="utf-8")
     assert cli.main(["export", str(made_run), str(made_run), "--overwrite"]) == 2
     assert "which --overwrite would delete" in capsys.readouterr().err
     (made_run / "open_clip_config.json").unlink()
@@ -271,7 +273,7 @@ def test_batch_norm_that_open_clip_froze(pairs, tmp_path, capsys):
     assert torch.equal(model.visual.bn1.running_mean, state["visual.bn1.running_mean"])
     vision = {**MODELS["tiny-timm"]["vision_cfg"], "timm_model_name": "test_efficientnet"}
     (tmp_path / "tiny-act.json").write_text(
-        json.dumps(MODELS["tiny-timm"] | {"vision_cfg": vision})
+        json.dumps(MODELS["tiny-timm"] | {"vision_cfg": vision}), encoding="utf-8"
     )
     open_clip.add_model_config(tmp_path / "tiny-act.json")
     checkpoints = train(pairs, tmp_path, *words, "--model", "tiny-act", "--name", "act")
@@ -282,7 +284,7 @@ def test_batch_norm_that_open_clip_froze(pairs, tmp_path, capsys):
 def test_a_timm_tower_at_a_forced_size_is_refused(tmp_path):
     vision = {**MODELS["tiny-timm"]["vision_cfg"], "timm_model_name": "test_vit", "image_size": 160}
     config = MODELS["tiny-timm"] | {"vision_cfg": vision}
-    (tmp_path / "tiny-timm-vit.json").write_text(json.dumps(config))
+    (tmp_path / "tiny-timm-vit.json").write_text(json.dumps(config), encoding="utf-8")
     open_clip.add_model_config(tmp_path / "tiny-timm-vit.json")
     state = open_clip.create_model("tiny-timm-vit", force_image_size=64).state_dict()
     torch.save(state, tmp_path / "bare.pt")

@@ -32,10 +32,10 @@ for number in range(200):
 def test_two_processes_write_one_file(tmp_path):
     """No write fails, a reader sees the whole text of one of them, and nothing is left over."""
     path = tmp_path / "file"
-    path.write_text("a" * 50_000)
+    path.write_text("a" * 50_000, encoding="utf-8")
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, path, text]) for text in "ab"]
     while any(writer.poll() is None for writer in writers):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert len(text) == 50_000 and len(set(text)) == 1
     assert [writer.returncode for writer in writers] == [0, 0]
     assert list(tmp_path.iterdir()) == [path]
@@ -65,12 +65,12 @@ def test_the_error_of_a_full_disk_names_the_file():
 
 
 def test_a_link_is_followed(tmp_path):
-    (tmp_path / "target").write_text("old")
+    (tmp_path / "target").write_text("old", encoding="utf-8")
     link = tmp_path / "link"
     link.symlink_to("target")
     with written_whole(link, "w") as file:
         file.write("new")
-    assert link.is_symlink() and (tmp_path / "target").read_text() == "new"
+    assert link.is_symlink() and (tmp_path / "target").read_text(encoding="utf-8") == "new"
 
 
 def test_a_pipe_is_written_to(tmp_path):

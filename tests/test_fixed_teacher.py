@@ -29,7 +29,7 @@ def test_a_teacher_that_would_misread(pairs, tmp_path, hf_model, teacher, flags,
     if teacher is not None:
         name, config = "teacher", MODELS["tiny-rn"]
         config = config | {part: config[part] | changes for part, changes in teacher.items()}
-        (tmp_path / "teacher.json").write_text(json.dumps(config))
+        (tmp_path / "teacher.json").write_text(json.dumps(config), encoding="utf-8")
         open_clip.add_model_config(tmp_path / "teacher.json")
     file = tmp_path / "teacher.pt"
     torch.save(open_clip.create_model(name).state_dict(), file)

@@ -25,7 +25,7 @@ def efficientnet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("efficientnet")
     vision = MODELS["tiny-timm"]["vision_cfg"] | {"timm_model_name": "test_efficientnet"}
     config = MODELS["tiny-timm"] | {"vision_cfg": vision | {"timm_drop": 0.0}}
-    (folder / "tiny-effnet.json").write_text(json.dumps(config))
+    (folder / "tiny-effnet.json").write_text(json.dumps(config), encoding="utf-8")
     open_clip.add_model_config(folder / "tiny-effnet.json")
 
 

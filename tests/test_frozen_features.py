@@ -36,11 +36,11 @@ def model(hf_model, tmp_path_factory):
     config["vision_cfg"]["timm_drop"] = 0.0
     tower = folder / "tower"
     shutil.copytree(config["text_cfg"]["hf_model_name"], tower)
-    bert = json.loads((tower / "config.json").read_text())
+    bert = json.loads((tower / "config.json").read_text(encoding="utf-8"))
     bert |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (tower / "config.json").write_text(json.dumps(bert))
+    (tower / "config.json").write_text(json.dumps(bert), encoding="utf-8")
     config["text_cfg"] |= {"hf_model_name": str(tower), "hf_tokenizer_name": str(tower)}
-    (folder / "tiny-still.json").write_text(json.dumps(config))
+    (folder / "tiny-still.json").write_text(json.dumps(config), encoding="utf-8")
     open_clip.add_model_config(folder)
     return "tiny-still"
 
@@ -538,7 +538,7 @@ def test_evaluation_in_training_finds_the_same_features(cached, pairs, labelled,
     live = ["--loss", "infonce", "--model", "tiny-still", *LOCKS["both"], *words]
     train(pairs, tmp_path / "live", *live)
     results = [
-        json.loads((path / "run" / "checkpoints" / "results.jsonl").read_text())
+        json.loads((path / "run" / "checkpoints" / "results.jsonl").read_text(encoding="utf-8"))
         for path in (folder, tmp_path / "live")
     ]
     assert results[0] == pytest.approx(results[1], abs=1e-6)

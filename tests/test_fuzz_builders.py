@@ -59,7 +59,7 @@ def check_pairs(folder, status, said, inputs):
     if status:
         assert any(str(path) in said for path in (*inputs, out)), said
     else:
-        report = json.loads((out / "report.json").read_text())
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         assert report["samples"] == len(found) > 0
     return found
 
@@ -99,9 +99,11 @@ def csv_command(folder):
 
 def cc3m_command(folder):
     captions, report = folder / "cc.tsv", folder / "report.tsv"
-    captions.write_text("".join(f'<{n}> "a" word\thttp://x/{n}.jpg\n' for n in range(ROWS)))
+    captions.write_text(
+        "".join(f'<{n}> "a" word\thttp://x/{n}.jpg\n' for n in range(ROWS)), encoding="utf-8"
+    )
     row = "i/{0}.jpg\ttraining\timage/jpeg\t1\t200\thttp://x/{0}.jpg\n"
-    report.write_text("".join(map(row.format, range(ROWS))))
+    report.write_text("".join(map(row.format, range(ROWS))), encoding="utf-8")
     return ["cc3m", "--captions", captions, "--report", report, "--images", folder]
 
 
@@ -122,8 +124,8 @@ def yfcc_command(folder):
     before, behind = ["u", "n", "d", "d", "c"], ["word", *"tmxyp", "url", *["x"] * 8, "0"]
     rows = ["\t".join([f"{n}", *before, f"<{n}>+a", *behind]) + "\n" for n in range(ROWS)]
     subset, metadata = folder / "subset.tsv", folder / "metadata.tsv"
-    subset.write_text("".join(f"{n}\t{n}\t{n:032x}\n" for n in range(ROWS)))
-    metadata.write_text("".join(rows))
+    subset.write_text("".join(f"{n}\t{n}\t{n:032x}\n" for n in range(ROWS)), encoding="utf-8")
+    metadata.write_text("".join(rows), encoding="utf-8")
     return ["yfcc15m", "--subset", subset, "--metadata", metadata, "--images", folder / "i"]
 
 
@@ -175,7 +177,7 @@ def test_spoilt_labels(name, which, spoils):
         if status:
             assert any(str(path) in said for path in (*paths, folder / "out")), said
             return
-        names = (folder / "out" / "classnames.txt").read_text().split("\n")
+        names = (folder / "out" / "classnames.txt").read_text(encoding="utf-8").split("\n")
         for files in samples(*sorted((folder / "out" / "test").glob("*.tar"))).values():
             number = PICTURES.index(files["jpg"])
             for label in np.flatnonzero(np.load(io.BytesIO(files["npy"]))):

@@ -97,7 +97,9 @@ def test_a_builder_takes_nothing_from_outside_its_sources(tmp_path):
         member(tar, "/etc/abs.jpg", jpeg(3))
     rows = ["good.jpg", "link.jpg", "hard.jpg", "../../up.jpg", "/etc/abs.jpg"]
     table = place / "t.csv"
-    table.write_text("filepath,title\n" + "".join(f"{row},{n}\n" for n, row in enumerate(rows)))
+    table.write_text(
+        "filepath,title\n" + "".join(f"{row},{n}\n" for n, row in enumerate(rows)), encoding="utf-8"
+    )
     before = tree(tmp_path)
     out = place / "out"
     words = ["--images", place / "images.tar", "--output", out]

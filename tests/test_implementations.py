@@ -118,5 +118,5 @@ def test_a_containers_memory_counts_and_not_the_machines(tmp_path, monkeypatch):
     monkeypatch.setattr(tiles, "CONTAINER_LIMITS", [tmp_path / "none", tmp_path / "memory.max"])
     machine = tiles.device_memory(cpu)
     for text, expected in (("max\n", machine), ("1048576\n", 2**20), (str(2**62), machine)):
-        (tmp_path / "memory.max").write_text(text)
+        (tmp_path / "memory.max").write_text(text, encoding="utf-8")
         assert tiles.device_memory(cpu) == expected

@@ -14,7 +14,7 @@ from otter_openclip import DistillationLoss, LabelSmoothingLoss, OtterLoss
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = np.load(FOLDER / "losses.npz")
-SETTINGS = json.loads((FOLDER / "losses.json").read_text())
+SETTINGS = json.loads((FOLDER / "losses.json").read_text(encoding="utf-8"))
 
 
 def make_loss(setting, impl):

@@ -21,7 +21,7 @@ from PIL import Image
 
 import otter_openclip
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 BUILT_FROM = ("otter_openclip", "configs", "patches", "pyproject.toml", "MANIFEST.in")
 BUILT_FROM += ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff")
 
@@ -69,7 +69,7 @@ def installed(distributions, tmp_path_factory):
     run(sys.executable, "-m", "pip", *words, distributions[1], cwd=folder)
     (site,) = (folder / "lib").glob("python*/site-packages")
     here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    (site / "dependencies.pth").write_text("\n".join(here) + "\n")
+    (site / "dependencies.pth").write_text("\n".join(here) + "\n", encoding="utf-8")
     return commands
 
 
@@ -126,7 +126,7 @@ def test_demo_train_export_and_eval_from_the_wheel_in_an_empty_folder(installed,
     words = {name: str(value) for name, value in towers.items()}
     out = run(installed / "python", "-c", CHAIN.format(towers=words), cwd=tmp_path)
     output = tmp_path / "demo"
-    report = json.loads((output / "demo.json").read_text())
+    report = json.loads((output / "demo.json").read_text(encoding="utf-8"))
     assert report["seed"] == 3 and report["runs"].keys() == {"infonce", "otter"}
     assert report["versions"]["otter-openclip"] == otter_openclip.__version__
     one, other = (report["commands"][loss].split() for loss in ("infonce", "otter"))
@@ -146,10 +146,12 @@ def test_demo_train_export_and_eval_from_the_wheel_in_an_empty_folder(installed,
     assert checkpoints == {"best.pt", "epoch_2.pt", "results.jsonl"}
     with Image.open(output / "demo.png") as picture:
         assert picture.width > 1000
-    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
-    card = (tmp_path / "out" / "README.md").read_text()
+    metrics = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["metrics"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"| mine | flat_hit@1 | {metrics['flat_hit@1']:.4f} |" in card
-    with open(tmp_path / "results.csv", newline="") as file:  # clip_benchmark's table of results
+    with open(
+        tmp_path / "results.csv", newline="", encoding="utf-8"
+    ) as file:  # clip_benchmark's table of results
         (row,) = csv.DictReader(file)
     assert (row["dataset"], row["model"]) == ("wds/mine", "local-dir:out")
     assert all(float(row[name]) == value for name, value in metrics.items())
@@ -168,7 +170,7 @@ def imported() -> set[str]:
     """The distributions that the package imports."""
     modules: set[str] = set()
     for path in (ROOT / "otter_openclip").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 modules |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -212,19 +214,23 @@ def test_the_public_api_is_typed(tmp_path):
 
 
 def test_the_citation_is_the_papers():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == otter_openclip.__version__
     paper = citation["preferred-citation"]
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     authors = " and ".join(f"{a['family-names']}, {a['given-names']}" for a in paper["authors"])
     assert f"{{{authors}}}" in readme and f"{{{paper['title']}}}" in readme
-    assert f"## {otter_openclip.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {otter_openclip.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_example_notebooks_run(path, capsys):
     """Cell by cell in this process: a kernel of its own would import torch once more."""
-    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    cells = [
+        cell
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "code"
+    ]
     names: dict[str, object] = {"__name__": "__main__"}
     for number, cell in enumerate(cells):
         assert cell["outputs"] == [] and cell["execution_count"] is None

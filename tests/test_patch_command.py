@@ -101,7 +101,7 @@ def test_layouts(project, target, packages, checkout, tmp_path, run):
     if checkout:
         for info in folder.glob("*.dist-info"):
             shutil.rmtree(info)
-        (folder / "requirements.txt").write_text(REQUIREMENTS)
+        (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
     requirements = folder / ("requirements.txt" if checkout else f"{INFO}/METADATA")
     if project == "clip_benchmark":
         expected.add(str(requirements.relative_to(folder)))
@@ -109,7 +109,7 @@ def test_layouts(project, target, packages, checkout, tmp_path, run):
     assert run(project, "--apply", "--target", tmp_path / target)[::2] == (0, "")
     after = hashes(folder)
     assert {name for name in after if before.get(name) != after[name]} == expected
-    assert project == "open_clip" or "requests\n" in requirements.read_text()
+    assert project == "open_clip" or "requests\n" in requirements.read_text(encoding="utf-8")
     assert run(project, "--revert", "--target", tmp_path / target)[::2] == (0, "")
     assert hashes(folder) == before
 
@@ -119,7 +119,9 @@ def test_a_file_that_does_not_fit_leaves_all_alone(patched, site, run):
     if patched:
         run("open_clip", "--apply", "--target", site)
     main = site / "open_clip_train" / "main.py"
-    main.write_text(main.read_text().replace("create_loss", "make_loss"))
+    main.write_text(
+        main.read_text(encoding="utf-8").replace("create_loss", "make_loss"), encoding="utf-8"
+    )
     before = hashes(site)
     for action in ("--check", "--apply", "--revert"):
         code, out, err = run("open_clip", action, "--target", site)
@@ -152,7 +154,9 @@ def test_targets_without_packages(site, run, tmp_path, monkeypatch):
 def test_the_installed_package_is_found_without_importing_it(site, tmp_path, run, monkeypatch):
     for name in ("clip_benchmark", "open_clip", "open_clip_train"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    (site / "clip_benchmark" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (site / "clip_benchmark" / "__init__.py").write_text(
+        "raise RuntimeError('imported')\n", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(site)
     code, out, err = run("clip_benchmark", "--apply")
     assert (code, err) == (0, "")
@@ -181,7 +185,7 @@ def test_inside_a_repository_with_settings_and_hard_links(tmp_path, site, run, m
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     settings = "[core]\n\tautocrlf = true\n[apply]\n\twhitespace = error\n"
-    (tmp_path / "home" / ".gitconfig").write_text(settings)
+    (tmp_path / "home" / ".gitconfig").write_text(settings, encoding="utf-8")
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path / "cache").mkdir()
     os.link(site / "open_clip_train" / "main.py", tmp_path / "cache" / "main.py")
@@ -195,6 +199,6 @@ def test_inside_a_repository_with_settings_and_hard_links(tmp_path, site, run, m
 
 @pytest.mark.parametrize("patch", sorted(FOLDER.glob("*.patch")), ids=lambda path: path.stem)
 def test_a_patch_names_no_plugin(patch):
-    text = patch.read_text().lower()
+    text = patch.read_text(encoding="utf-8").lower()
     for word in ("otter", "goi", "imagenet10k", "zeroshot_multilabel", "flat_hit"):
         assert word not in text

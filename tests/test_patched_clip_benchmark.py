@@ -72,7 +72,7 @@ def line(model, data, *flags, dataset="wds/made", output="out.json"):
 
 
 def result(folder, name="out.json"):
-    return json.loads((folder / name).read_text())
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def test_entry_points_lead_somewhere():
@@ -86,7 +86,7 @@ def test_entry_points_lead_somewhere():
 
 
 def test_nothing_changes_without_plugins(run, model, data, pairs, tmp_path):
-    (tmp_path / "names.txt").write_text("wds/made\n")
+    (tmp_path / "names.txt").write_text("wds/made\n", encoding="utf-8")
     task = ("--task", "zeroshot_classification")
     commands = [
         ([], 0),
@@ -149,10 +149,15 @@ def test_the_launchers_numbers(run, model, data, tmp_path, dataset, flags):
         run(*again, on=place, command="otter_openclip")
         launcher = result(tmp_path, "launcher.json")
         assert launcher.pop("task") == "zeroshot_classification"
+        assert launcher.pop("reference_crop") == ("--reference_crop" in flags)
         assert launcher == {k: v for k, v in patched.items() if k != "task"}
     assert patched["task"] == "zeroshot_multilabel"
     assert len(patched["templates"]) == (1 if dataset == "goi" else 80)
     assert 0 < patched["metrics"]["flat_hit@1"] < 1
+    task = () if dataset == "goi" else ("--task", "zeroshot_multilabel")
+    run(*line(model, data, *flags[:-1], *task, dataset=dataset, output="again.json"))
+    said = "a photo of {c}." if dataset == "goi" else "imagenet: 80 templates; reference crop"
+    assert result(tmp_path, "again.json") == patched | {"templates": said}
 
 
 def test_flags_are_there_with_the_task(run):
@@ -207,7 +212,7 @@ def test_all_processes_take_part(run, places, model, data, pairs, tmp_path):
     assert first | second == {"goi.json", "imagenet10k.json", "mscoco_captions.json"}
     assert {"goi.json", "imagenet10k.json"} <= first and not first & second
     (dealt,) = tmp_path.glob("[01]/mscoco_captions.json")
-    assert "image_retrieval_recall@5" in json.loads(dealt.read_text())["metrics"]
+    assert "image_retrieval_recall@5" in json.loads(dealt.read_text(encoding="utf-8"))["metrics"]
     run(*line(model, data, dataset="goi"))
     for name in ("goi.json", "imagenet10k.json"):
         found = result(tmp_path / "0", name)["metrics"]
@@ -252,8 +257,8 @@ plain = lambda **_: Pictures()
 @pytest.fixture
 def other(tmp_path):
     """A package with datasets and tasks, some of which cannot be used."""
-    (tmp_path / "other.py").write_text(OTHER)
-    (tmp_path / "broken.py").write_text("import there_is_no_such_module\n")
+    (tmp_path / "other.py").write_text(OTHER, encoding="utf-8")
+    (tmp_path / "broken.py").write_text("import there_is_no_such_module\n", encoding="utf-8")
     datasets = {"pictures": "other:pictures", "plain": "other:plain"}
     datasets["twice"] = "other:pictures"
     evaluators = {"count": "other:count", "bad": "broken:x", "plain_task": "other:plain_evaluate"}

@@ -36,7 +36,7 @@ DRIVER = """
 
 def stock_main(lines, *, path, cwd):
     """Standard output and error of open_clip_train's main, called with each of ``lines``."""
-    (cwd / "lines.json").write_text(json.dumps(lines))
+    (cwd / "lines.json").write_text(json.dumps(lines), encoding="utf-8")
     done = forks.run("-c", textwrap.dedent(DRIVER), "lines.json", path=[*path, ROOT], cwd=cwd)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout, done.stderr
@@ -78,14 +78,14 @@ def nothing(tmp_path_factory):
 
 def losses(run_folder: Path) -> list[tuple[str, ...]]:
     """What was logged of each step: epoch, samples, scales and losses."""
-    found = LOSS_LINE.findall((run_folder / "out.log").read_text())
+    found = LOSS_LINE.findall((run_folder / "out.log").read_text(encoding="utf-8"))
     assert found
     return found
 
 
 def params(run_folder: Path) -> dict[str, str]:
     """params.txt without the folders of the run."""
-    lines = (run_folder / "params.txt").read_text().splitlines()
+    lines = (run_folder / "params.txt").read_text(encoding="utf-8").splitlines()
     pairs = dict(line.split(": ", 1) for line in lines)
     return {k: v for k, v in pairs.items() if not k.endswith("_path") and k != "logs"}
 
@@ -137,7 +137,9 @@ def test_resume_and_zeroshot_data(stock_command, pairs, labelled, tmp_path):
     theirs = stock_command / "resumed" / "checkpoints"
     names = {"best.pt", "epoch_1.pt", "epoch_2.pt", "epoch_3.pt", "results.jsonl"}
     assert {p.name for p in theirs.iterdir()} == names
-    assert (theirs / "results.jsonl").read_text() == (checkpoints / "results.jsonl").read_text()
+    assert (theirs / "results.jsonl").read_text(encoding="utf-8") == (
+        checkpoints / "results.jsonl"
+    ).read_text(encoding="utf-8")
     for file in ("best.pt", "epoch_3.pt"):
         one, other = load(checkpoints / file), load(theirs / file)
         one["name"] = other["name"]
@@ -196,7 +198,7 @@ def test_without_loss_nothing_changes(stock, patched, ours, nothing, pairs, tmp_
         usage, _, records = stderr.rpartition("exit 2\n")
         outputs.append((stdout, usage, without_times(records)))
         log = cwd / "logs" / "run" / "out.log"
-        log.write_text(without_times(log.read_text()))
+        log.write_text(without_times(log.read_text(encoding="utf-8")), encoding="utf-8")
     assert outputs[0] == outputs[1]
     assert outputs[0][2] and (installed or ("--logs LOGS" in outputs[0][0] and outputs[0][1]))
     made = hashes(tmp_path / "stock")
@@ -255,7 +257,7 @@ PLUGIN = """
 
 def test_a_plugin_of_another_package(patched, nothing, pairs, tmp_path):
     """The seam knows nothing of ours: hooks that are not overridden do what open_clip does."""
-    (tmp_path / "scaled.py").write_text(textwrap.dedent(PLUGIN))
+    (tmp_path / "scaled.py").write_text(textwrap.dedent(PLUGIN), encoding="utf-8")
     declare(tmp_path, "scaled", {"open_clip_train.losses": {"scaled": "scaled:Scaled"}})
     base = ["--precision", "fp32", "--workers", "0", "--epochs", "1"]
     lines = [

@@ -29,7 +29,7 @@ def hub(monkeypatch, tmp_path):
                 monkeypatch.setattr(module, constant, str(tmp_path / "cache"))
     cached = tmp_path / "cache" / "models--lab--model"
     (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text(COMMIT)
+    (cached / "refs" / "main").write_text(COMMIT, encoding="utf-8")
     api = mock.create_autospec(HfApi, instance=True)
     api.files = cached / "snapshots" / COMMIT
     api.files.mkdir(parents=True)
@@ -61,7 +61,7 @@ def result(path, **changes):
     metrics = {"flat_hit@1": 0.25, "mean_average_precision": 0.5, "recall": None, "worst": "nan"}
     contents = {"dataset": "wds/my birds", "model": "local-dir:/home/me/out", "pretrained": ""}
     contents |= {"task": "zeroshot_classification", "metrics": metrics, "language": "en"}
-    path.write_text(json.dumps(contents | changes))
+    path.write_text(json.dumps(contents | changes), encoding="utf-8")
     return path
 
 
@@ -122,6 +122,45 @@ def test_the_card_states_licence_settings_results_and_how_to_load(run, tmp_path)
     assert str(tmp_path.parent) not in written.content
 
 
+def test_the_card_says_how_results_were_made_and_of_which_model(exported, tmp_path):
+    changes = [
+        {"templates": "a photo of {c}."},
+        {"templates": ["the {c}"], "reference_crop": True, "metrics": {"flat_hit@1": 0.5}},
+        {"templates": ["a {c}", "the {c}"], "language": "fr", "metrics": {"flat_hit@1": 0.75}},
+    ]
+    files = [result(tmp_path / f"{n}.json", **change) for n, change in enumerate(changes)]
+    evaluated, model = card.read_results([*files, files[0]])  # twice the same is once
+    text = card.model_card(
+        "m",
+        "m",
+        weights="student",
+        epoch=1,
+        settings={},
+        licence=None,
+        results=evaluated,
+        evaluated_as=model,
+    )
+    for line in (
+        "Evaluated as `local-dir:out`:",
+        "| my birds (a photo of {c}.) | flat_hit@1 | 0.2500 |",
+        "| my birds (the {c}; resized to 256, cropped to 224) | flat_hit@1 | 0.5000 |",
+        "| my birds (2 templates; fr) | flat_hit@1 | 0.7500 |",
+    ):
+        assert text.count(line) == 1 and text.count("mean_average_precision |") == 1
+    assert len({r.dataset_config for r in ModelCard(text).data.eval_results}) == 3
+    for change, message in (
+        (
+            {"model": "ViT-B-32"},
+            "0.json is of local-dir:out, .*other.json is of ViT-B-32; a card is",
+        ),
+        ({"pretrained": "/home/me/b.pt"}, "other.json is of local-dir:out, b.pt; a card is of one"),
+        ({"metrics": {"flat_hit@1": 0.3}}, "other.json has another flat_hit@1 of my birds than"),
+    ):
+        other = result(tmp_path / "other.json", **changes[0] | change)
+        with pytest.raises(ValueError, match=message):
+            card.read_results([files[0], other])
+
+
 def test_without_a_licence_none_is_stated(tmp_path):
     torch.save(open_clip.create_model("tiny-vit").state_dict(), tmp_path / "bare.pt")
     out = export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", model="tiny-vit")
@@ -145,7 +184,7 @@ def test_without_a_licence_none_is_stated(tmp_path):
 def test_what_cannot_be_published_is_refused_before_any_work(
     run, hub, tmp_path, capsys, words, message
 ):
-    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "list.json").write_text("[1]", encoding="utf-8")
     result(tmp_path / "none.json", metrics={"acc1": float("nan"), "x": None})
     assert export(run, tmp_path / "out", *(w.format(tmp=tmp_path) for w in words)) == 2
     assert message in capsys.readouterr().err
@@ -158,10 +197,10 @@ def exported(run, tmp_path_factory):
 
 
 def test_a_card_that_is_there_stays(exported, hub):
-    (hub.files / "README.md").write_text("written by hand")
+    (hub.files / "README.md").write_text("written by hand", encoding="utf-8")
     done = publish.push(exported, "lab/model", private=False)
     assert "it has a README.md already, the new one is in" in done
-    assert (hub.files / "README.md").read_text() == "written by hand"
+    assert (hub.files / "README.md").read_text(encoding="utf-8") == "written by hand"
     assert (hub.files / "open_clip_model.safetensors").is_file()
 
 

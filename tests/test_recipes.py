@@ -48,7 +48,9 @@ def test_a_recipe_is_known_by_name(tmp_path, monkeypatch, capsys):
         assert f"--config {name} is neither a file nor a recipe of this package" in error
         assert "did you mean cc3m_rn50_declutr_otter?" in error
         assert all(path.stem in error for path in RECIPES)
-    Path("cc3m_rn50_declutr_kd").write_text("loss: ls")  # a file of one's own goes first
+    Path("cc3m_rn50_declutr_kd").write_text(
+        "loss: ls", encoding="utf-8"
+    )  # a file of one's own goes first
     assert parse("--config", "cc3m_rn50_declutr_kd").loss == "ls"
 
 
@@ -65,13 +67,30 @@ def test_every_setting_of_the_paper_has_a_recipe():
 
 def test_flags_win_over_the_recipe(tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text("loss: otter\nsinkhorn_lambda: 0.3\nlr: 1e-3\nforce-image-size: [32, 32]\n")
+    file.write_text(
+        "loss: otter\nsinkhorn_lambda: 0.3\nlr: 1e-3\nforce-image-size: [32, 32]\n",
+        encoding="utf-8",
+    )
     args = parse("--lr", "0.5", f"--config={file}")
     assert (args.loss, args.sinkhorn_lambda, args.lr) == ("otter", 0.3, 0.5)
-    file.write_text(file.read_text() + "local-loss: true\nreference-crop: true\n")
+    file.write_text(
+        file.read_text(encoding="utf-8") + "local-loss: true\nreference-crop: true\n",
+        encoding="utf-8",
+    )
     switched = parse("--config", str(file), "--no-local-loss")
     assert not switched.local_loss and switched.reference_crop
     assert args.force_image_size == [32, 32] and args.config == str(file)
+
+
+def test_values_are_what_is_written(tmp_path):
+    """Not what YAML 1.1 makes of them: 8, a day, false and a number."""
+    file = tmp_path / "recipe.yaml"
+    text = "warmup: 010\nname: 2026-11-30\nreport-to: no\nwandb-notes: 1.10\npretrained: ''\n"
+    file.write_text(text + "aug-cfg: {scale: [0.9, 1.0], use_timm: false}\n", encoding="utf-8")
+    args = parse("--config", str(file))
+    assert (args.warmup, args.name, args.report_to) == (10, "2026-11-30", "no")
+    assert (args.wandb_notes, args.pretrained) == ("1.10", "")
+    assert args.aug_cfg == {"scale": [0.9, 1.0], "use_timm": False}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +103,14 @@ def test_flags_win_over_the_recipe(tmp_path):
         ("local-loss: 1", "local-loss is a switch: true or false, got 1"),
         ("lr: [1, 2]", "lr takes one value"),
         ("lr: true", "lr cannot be True"),
+        ("lr: 1e-3\nlr: 1e-4", "line 2 has 'lr' again; drop one"),
+        ("weight-decay: 0\nlr: 1\nweight_decay: 1", "line 3 has 'weight_decay' again"),
+        ("aug-cfg: {scale: 1, scale: 2}", "line 1 has 'scale' again"),
+        ("loss: otter\npretrained: ~", "line 2 has no value, '~'; drop the line"),
+        ("pretrained:\nloss: otter", "line 1 has no value, ''; drop the line"),
+        ("force-image-size: [32, null]", "line 1 has no value, 'null'"),
+        ("warmup: 1:30", "--warmup: invalid int value: '1:30'"),
+        ("local-loss: yes", "local-loss is a switch: true or false, got yes"),
         ("config: other.yaml", "unknown key 'config'"),
         ("- lr", "must hold lines 'flag: value', got list"),
         ("lr: [1", "cannot be read"),
@@ -95,7 +122,7 @@ def test_flags_win_over_the_recipe(tmp_path):
 def test_bad_recipes_are_refused(tmp_path, capsys, text, message):
     file = tmp_path / "recipe.yaml"
     if text is not None:
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         parse("--config", str(file))
     assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -173,11 +200,13 @@ def test_training_from_a_recipe_and_export(pairs, tmp_path):
         "epochs": 5,
         "image-interpolation": "bilinear",
     }
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     folder = train(pairs, tmp_path, "--config", str(tmp_path / "r.yaml"), "--epochs", "1")
     assert load(folder / "epoch_1.pt")["otter"]["settings"]["loss"] == "otter"
     assert not (folder / "epoch_2.pt").exists()
     out = export_checkpoint(tmp_path / "run", tmp_path / "out")
-    written = json.loads((out / "open_clip_config.json").read_text())["preprocess_cfg"]
+    written = json.loads((out / "open_clip_config.json").read_text(encoding="utf-8"))[
+        "preprocess_cfg"
+    ]
     assert written["interpolation"] == "bilinear"
-    assert "| `reference_crop` | True |" in (out / "README.md").read_text()
+    assert "| `reference_crop` | True |" in (out / "README.md").read_text(encoding="utf-8")

@@ -60,7 +60,7 @@ def test_building_and_looking_at_shards_import_no_torch(tmp_path):
 
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(jpeg(0, (8, 8)))
-    (tmp_path / "t.csv").write_text("filepath\ttitle\na.jpg\tone\nb.jpg\ttwo\n")
+    (tmp_path / "t.csv").write_text("filepath\ttitle\na.jpg\tone\nb.jpg\ttwo\n", encoding="utf-8")
     words = f"data csv --captions {tmp_path}/t.csv --output {tmp_path}/out --workers 2".split()
     done = python(COMMAND, *words)
     assert done.returncode == 0 and done.stdout.endswith("loaded\n"), done.stderr

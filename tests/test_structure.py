@@ -35,7 +35,7 @@ DOORS["inspect_command"] = {"data", "evaluation"}
 
 def imports(path: Path, *, everywhere: bool = True) -> set[str]:
     """The package's modules that a file imports, by their names within the package."""
-    found, tree = set(), ast.parse(path.read_text())
+    found, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name):
             inside = node.module.removeprefix(PACKAGE.name).lstrip(".")
@@ -65,7 +65,22 @@ def test_what_modules_are_called():
     assert [path for path in MODULES if hasattr(builtins, path.stem) and path.stem[0] != "_"] == []
 
 
+def test_text_is_utf_8_whatever_the_locale():
+    root = PACKAGE.parent
+    for path in [*MODULES, *root.glob("benchmarks/**/*.py"), *root.glob("tests/**/*.py")]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            plain, name = isinstance(call.func, ast.Name), ast.unparse(call.func).rpartition(".")[2]
+            modes = call.args[1:2] if plain else call.args[:1]
+            mode = ast.unparse(modes[0]) if modes else "'r'" if plain else ""
+            opens = name == "open" and mode in ("'r'", "'w'", "'a'")
+            if opens or (name in ("read_text", "write_text") and not plain):
+                words = {keyword.arg for keyword in call.keywords}
+                assert words & {"encoding", None}, f"{path}:{call.lineno}"
+
+
 def test_other_packages_are_not_changed_by_a_test_library():
     """`replaced` is the one way, with a list of the names at the head of the module."""
-    users = [path for path in MODULES if re.search(r"\bmock\b", path.read_text())]
+    users = [path for path in MODULES if re.search(r"\bmock\b", path.read_text(encoding="utf-8"))]
     assert users == []

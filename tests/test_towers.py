@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 
@@ -129,6 +130,127 @@ def test_preprocessing_is_the_towers_unless_given(parts, tmp_path):
     assert model.encode_text(tokenizer(["red"])).shape == (1, 32)
 
 
+def modules(folder, *kinds, **pooling):
+    """Make a folder's tower one of sentence-transformers, with further modules behind."""
+    paths = ["", *(f"{n}_{kind}" for n, kind in enumerate(kinds[1:], 1))]
+    listed = [{"path": p, "type": f"a.{kind}"} for p, kind in zip(paths, kinds, strict=True)]
+    (folder / "modules.json").write_text(json.dumps(listed), encoding="utf-8")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
+    return folder
+
+
+CLS = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+KINDS = ("Transformer", "Pooling")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "pooling", "pooler"),
+    [
+        (KINDS, CLS, "cls"),
+        ((*KINDS, "Normalize"), {"pooling_mode_mean_tokens": True, "include_prompt": True}, "mean"),
+        (KINDS, {"pooling_mode": "cls", "embedding_dimension": 64}, "cls"),
+    ],
+)
+def test_a_folders_own_pooling_is_the_default(parts, tmp_path, kinds, pooling, pooler):
+    text = modules(shutil.copytree(parts / "text", tmp_path / "text"), *kinds, **pooling)
+    model, _, tokenizer = stock(make(parts, tmp_path / "out", text=text))
+    tokens = tokenizer(["a red circle", "square"])
+    torch.testing.assert_close(model.encode_text(tokens), pooled_text(text, tokens, pooler))
+    # In older folders the transformer has one of its own.
+    features, old = model.encode_text(tokens), tmp_path / "old"
+    shutil.copytree(text, old / "0_Transformer", ignore=shutil.ignore_patterns("modules.json"))
+    shutil.copytree(text / "1_Pooling", old / "1_Pooling")
+    listed = (text / "modules.json").read_text(encoding="utf-8")
+    (old / "modules.json").write_text(listed.replace('""', '"0_Transformer"'), encoding="utf-8")
+    again = stock(make(parts, tmp_path / "from-old", text=old))[0]
+    torch.testing.assert_close(again.encode_text(tokens), features)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "pooling", "message"),
+    [
+        (
+            (*KINDS, "Dense", "Normalize"),
+            CLS,
+            "of Transformer, Pooling, Dense, pooling by cls; open_clip",
+        ),
+        (KINDS, {"pooling_mode_max_tokens": True}, "pooling by pooling_mode_max_tokens"),
+        (KINDS, CLS | {"pooling_mode_mean_tokens": True}, "pooling by cls and mean"),
+        (KINDS, {}, "pooling by nothing"),
+        (("WordEmbeddings", "Pooling"), CLS, "of WordEmbeddings, Pooling,"),
+        (("Transformer",), {}, "consists of Transformer, pooling by nothing"),
+    ],
+)
+def test_modules_that_open_clip_cannot_express(parts, tmp_path, kinds, pooling, message):
+    text = modules(shutil.copytree(parts / "text", tmp_path / "text"), *kinds, **pooling)
+    with pytest.raises(ValueError, match=message):
+        make(parts, tmp_path / "out", text=text)
+    model, _, tokenizer = stock(make(parts, tmp_path / "out", text=text, text_pooler="mean"))
+    tokens = tokenizer(["a red circle", "square"])
+    torch.testing.assert_close(model.encode_text(tokens), pooled_text(text, tokens, "mean"))
+    for broken in ("[{}]", "[]", "{"):
+        (text / "modules.json").write_text(broken, encoding="utf-8")
+        with pytest.raises(
+            ValueError, match=r"the modules.json of .*text or a file it names is bro"
+        ):
+            make(parts, tmp_path / "broken", text=text)
+
+
+def test_features_that_are_not_the_towers_are_refused(parts, tmp_path):
+    """open_clip takes the first token, which is padding where a tokenizer pads on the left."""
+    text = shutil.copytree(parts / "text", tmp_path / "text")
+    config = json.loads((text / "tokenizer_config.json").read_text(encoding="utf-8")) | {
+        "padding_side": "left"
+    }
+    (text / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"pads, masks or pools texts in another way than .*text"):
+        make(parts, tmp_path / "out", text=text, text_pooler="cls")
+
+
+def test_image_weights_as_others_save_them(parts, tmp_path, caplog):
+    state = image_tower("test_vit").state_dict()
+    other = {key: value + 1 for key, value in state.items()}
+    args = argparse.Namespace(arch="test_vit", lr=0.1)
+    trained = {
+        "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": []},
+        "args": args,
+    }
+    mae = {"mask_token": torch.ones(1, 1, 64), "decoder_blocks.0.weight": torch.ones(2)}
+
+    def behind(prefix, tensors=state):
+        return {f"{prefix}{key}": value for key, value in tensors.items()}
+
+    files = {
+        "dino": {
+            "student": behind("module.backbone.", other) | {"module.head.weight": torch.ones(2)},
+            "teacher": behind("backbone.") | {"head.mlp.0.weight": torch.ones(2)},
+            "dino_loss": {"center": torch.ones(2)},
+        },
+        "mae": {"model": state | mae},
+        "torchvision": {"model": state, "model_ema": behind("module.", other)},
+        "lightning": {"state_dict": behind("model.net."), "hyper_parameters": {"lr": 0.1}},
+        "of its own": {"weights": behind("module."), "epoch": 3},
+    }
+    for name, contents in files.items():
+        torch.save(contents | trained, tmp_path / name)
+        out = make(parts, tmp_path / f"{name}-out", "test_vit", image_weights=tmp_path / name)
+        for key, value in stock(out)[0].visual.trunk.state_dict().items():
+            assert torch.equal(value, state[key]), (name, key)
+    assert "dino holds student, teacher, dino_loss: teacher is taken" in caplog.text
+    assert "torchvision holds model, model_ema: model is taken" in caplog.text
+
+    refused = {
+        "holds a, b; save the weights you mean": {"a": state, "b": other},
+        "holds a torch.nn.*Linear, which is code": {"model": torch.nn.Linear(1, 1)},
+        'Unexpected key.*"reg_token"': state | {"reg_token": torch.ones(1)},
+    }
+    for message, contents in refused.items():
+        torch.save(contents, tmp_path / "file.pt")
+        with pytest.raises(ValueError, match=message):
+            make(parts, tmp_path / "out", "test_vit", image_weights=tmp_path / "file.pt")
+
+
 def renamed(state):
     return {f"part_{i}.{key.split('.')[-1]}": value for i, (key, value) in enumerate(state.items())}
 
@@ -236,8 +358,8 @@ def test_text_folders_that_cannot_be_used(parts, tmp_path, change, message):
         for file in text.glob(change):
             file.unlink()
     else:
-        config = json.loads((text / "config.json").read_text())
-        (text / "config.json").write_text(json.dumps(config | change))
+        config = json.loads((text / "config.json").read_text(encoding="utf-8"))
+        (text / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
     with pytest.raises((ValueError, OSError), match=message):
         make(parts, tmp_path / "out", text=text)
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
@@ -304,9 +426,9 @@ def test_local_files_need_no_network_and_the_folder_not_its_parts(parts, tmp_pat
     with pytest.raises(OSError, match="out"):
         stock(moved)
     config = moved / "open_clip_config.json"
-    written = json.loads(config.read_text())
+    written = json.loads(config.read_text(encoding="utf-8"))
     written["model_cfg"]["text_cfg"]["hf_model_name"] = str(moved)
-    config.write_text(json.dumps(written))
+    config.write_text(json.dumps(written), encoding="utf-8")
     assert stock(moved)[0].text.context_length == 12
 
 

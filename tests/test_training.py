@@ -106,7 +106,9 @@ def test_stock_open_clip_loads_and_resumes_the_checkpoint(pairs, tmp_path, loss,
     path = train(pairs, tmp_path, "--loss", loss, "--epochs", "1") / "epoch_1.pt"
     blocked = tmp_path / "blocked"
     (blocked / "otter_openclip").mkdir(parents=True)
-    (blocked / "otter_openclip" / "__init__.py").write_text("raise ImportError('blocked')\n")
+    (blocked / "otter_openclip" / "__init__.py").write_text(
+        "raise ImportError('blocked')\n", encoding="utf-8"
+    )
     script = (
         "import sys, open_clip\n"
         f"open_clip.add_model_config({str(model_configs)!r})\n"
@@ -190,7 +192,9 @@ def test_the_second_scale_starts_where_it_is_told(pairs, tmp_path, loss, caplog)
     scale = ["--init-distill-logit-scale", "2.5"]
     path = train(pairs, tmp_path, *still, *scale) / "epoch_1.pt"
     assert load(path)["otter"]["distill_logit_scale"] == 2.5
-    assert "init_distill_logit_scale: 2.5\n" in (tmp_path / "run" / "params.txt").read_text()
+    assert "init_distill_logit_scale: 2.5\n" in (tmp_path / "run" / "params.txt").read_text(
+        encoding="utf-8"
+    )
     # A resumed run goes on from where it was, whatever the flag says.
     again = [*still, "--epochs", "2", "--name", "b", "--resume", str(path)]
     with caplog.at_level(logging.WARNING):
@@ -355,7 +359,7 @@ def test_what_is_logged(pairs, tmp_path):
 
     extra = ["--loss", "otter", "--epochs", "1", "--log-every-n-steps", "2"]
     train(pairs, tmp_path, *extra, "--report-to", "tensorboard")
-    log = (tmp_path / "run" / "out.log").read_text()
+    log = (tmp_path / "run" / "out.log").read_text(encoding="utf-8")
     line = [line for line in log.splitlines() if "Train Epoch" in line][-1]
     values = {name: float(value) for name, value in re.findall(r"(\w+): ([\d.e+-]+) \(", line)}
     terms = values["Contrastive_loss"] + values["Distill_loss"]

@@ -108,8 +108,8 @@ def towers_line(tower, tmp_path):
 
 
 def change_json(path, **values):
-    contents = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(contents | values))
+    contents = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(contents | values), encoding="utf-8")
 
 
 def test_weights(mark, tmp_path, folder, labelled, pairs, capsys, towers_line):
@@ -149,7 +149,9 @@ def test_shards(mark, tmp_path, folder, labelled, pairs):
     code = pickle.dumps(Planted(mark))
     data = shutil.copytree(labelled, tmp_path / "data")
     write_shard(labelled / "test" / "0.tar", data / "test" / "0.tar", code)
-    (data / "dataset_type.txt").write_text("retrieval")  # clip_benchmark's own loader
+    (data / "dataset_type.txt").write_text(
+        "retrieval", encoding="utf-8"
+    )  # clip_benchmark's own loader
     line = line_of("eval", folder, tmp_path / "r.json", data, pairs)
     assert cli.main([*line, "--task", "zeroshot_retrieval"]) == 0
     for name in ("00000.tar", "00001.tar"):
@@ -170,7 +172,9 @@ def write_shard(source, target, code):
 
 def plant_module(folder, mark, kind):
     """Make ``folder`` name Python code of its own for its tokenizer or model."""
-    (folder / "planted.py").write_text(f"open({str(mark)!r}, 'w')\nclass Planted: pass\n")
+    (folder / "planted.py").write_text(
+        f"open({str(mark)!r}, 'w')\nclass Planted: pass\n", encoding="utf-8"
+    )
     if kind == "tokenizer":
         names = {"AutoTokenizer": [None, "planted.Planted"]}
         change_json(folder / "tokenizer_config.json", auto_map=names, tokenizer_class="Planted")
@@ -193,7 +197,7 @@ def line_of(command, folder, out, labelled, pairs):
 def test_a_config_cannot_allow_code(mark, tmp_path, folder, labelled, pairs, command, capsys):
     """open_clip hands ``tokenizer_kwargs`` of a folder's config on to transformers."""
     plant_module(folder, mark, "tokenizer")
-    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
     config["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
     change_json(folder / "open_clip_config.json", model_cfg=config)
     try:

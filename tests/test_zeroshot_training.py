@@ -21,7 +21,10 @@ from otter_openclip.training.zeroshot import ZeroShotEvaluation
 
 
 def results(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def files_of(shard):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -65,8 +66,10 @@ class Reader:
         urls = list(dict.fromkeys(expand_urls(self.shards)[0]))
         # Short shards come first, so that longer ones make up for them.
         urls.sort(key=lambda url: os.path.getsize(url) if os.path.exists(url) else 0)
-        with contextlib.suppress(OSError, KeyError, ValueError):
-            self.pairs_in_all = get_dataset_size(self.shards)[0]
+        by_folder = itertools.groupby(sorted(urls, key=os.path.dirname), os.path.dirname)
+        with contextlib.suppress(OSError, KeyError, ValueError, TypeError):  # or None is among them
+            # Each by the sizes.json beside it: open_clip counts all by that of the first.
+            self.pairs_in_all = sum(get_dataset_size(list(shards))[0] for _, shards in by_folder)
         missing, complete = self.count, True
         for number, url in enumerate(urls):
             share = -(-missing // (len(urls) - number))

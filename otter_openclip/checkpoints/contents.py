@@ -7,7 +7,9 @@ settings, the second scale with its optimizer state, the teacher's counter. Stoc
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import textwrap
 import zipfile
 from collections.abc import Mapping
@@ -24,6 +26,8 @@ TEACHER = "state_dict_ema"
 ENTRY = "otter"
 JUDGED = "zeroshot"
 JUDGED_WEIGHTS = "weights"
+# Plain values that DINO, MAE and torchvision keep beside their weights, and no code.
+torch.serialization.add_safe_globals([argparse.Namespace])
 _REASON = 300  # characters of torch's, which lists every key
 _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and its kind; of torch.compile
 
@@ -50,6 +54,8 @@ def read_file(path: Path, *, verify: bool = True, mapped: bool = True) -> Mappin
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # every format and kind of damage has its own
         reason = (str(error).splitlines() or [""])[0][:160]
+        if refused := re.search(r"(?:GLOBAL|class) (\S+)", str(error)):
+            reason = f"it holds a {refused[1]}, which is code, beside or in place of its weights"
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}); give a file "
             "written by a training run, or a state_dict in .pt or .safetensors"

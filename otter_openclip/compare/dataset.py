@@ -143,7 +143,7 @@ def write_training_shards(
         )
         write_tar(folder / name, samples)
         sizes[name] = len(part)
-    (folder / "sizes.json").write_text(json.dumps(sizes))
+    (folder / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
 
 
 def write_test_set(glyphs: Sequence[tuple[Glyph, Image.Image]], folder: Path) -> None:
@@ -156,10 +156,10 @@ def write_test_set(glyphs: Sequence[tuple[Glyph, Image.Image]], folder: Path) ->
         for glyph, image in glyphs
     )
     write_tar(folder / "test" / "0.tar", samples)
-    (folder / "test" / "nshards.txt").write_text("1")
-    (folder / "classnames.txt").write_text("\n".join(classes))
-    (folder / "zeroshot_classification_templates.txt").write_text("{c}")
-    (folder / "dataset_type.txt").write_text("multilabel")
+    (folder / "test" / "nshards.txt").write_text("1", encoding="utf-8")
+    (folder / "classnames.txt").write_text("\n".join(classes), encoding="utf-8")
+    (folder / "zeroshot_classification_templates.txt").write_text("{c}", encoding="utf-8")
+    (folder / "dataset_type.txt").write_text("multilabel", encoding="utf-8")
 
 
 def png(image: Image.Image) -> bytes:

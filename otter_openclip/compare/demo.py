@@ -205,7 +205,7 @@ def _empty_folder(output: Path, settings: dict[str, Any]) -> Path:
         else:
             path.unlink(missing_ok=True)
     (output / "logs").mkdir(parents=True)
-    (output / SETTINGS_FILE).write_text(json.dumps(settings) + "\n")
+    (output / SETTINGS_FILE).write_text(json.dumps(settings) + "\n", encoding="utf-8")
     return output.resolve()
 
 
@@ -223,7 +223,7 @@ def _course(logs: Path, data: Data, budget: Budget) -> list[dict[str, Any]]:
     ``--zeroshot-data`` names metrics after the folders, if there are several.
     """
     course = []
-    for line in (logs / "checkpoints" / "results.jsonl").read_text().splitlines():
+    for line in (logs / "checkpoints" / "results.jsonl").read_text(encoding="utf-8").splitlines():
         results, tests = json.loads(line), {}
         for title, folder in data.tests.items():
             prefix = f"zeroshot-{folder.name}-" if len(data.tests) > 1 else "zeroshot-"
@@ -297,7 +297,7 @@ def _examples(folder: Path, seed: int) -> list[Example]:
 def _clip_benchmark(runs: Sequence[Run], test: Path, output: Path) -> dict[str, float]:
     """Loss -> mAP of the exported model by stock clip_benchmark; nothing for one label a picture."""
     kind = test / "dataset_type.txt"
-    if not kind.is_file() or kind.read_text().strip() != "multilabel":
+    if not kind.is_file() or kind.read_text(encoding="utf-8").strip() != "multilabel":
         return {}
     results = output / "results"
     results.mkdir()
@@ -311,7 +311,10 @@ def _clip_benchmark(runs: Sequence[Run], test: Path, output: Path) -> dict[str, 
     log = output / "logs" / "clip_benchmark.log"
     _command(words, log, "clip_benchmark", folder=output / "exports")
     files = {run.loss: results / f"local-dir:{run.loss}.json" for run in runs}
-    metrics = {loss: json.loads(file.read_text())["metrics"] for loss, file in files.items()}
+    metrics = {
+        loss: json.loads(file.read_text(encoding="utf-8"))["metrics"]
+        for loss, file in files.items()
+    }
     return {loss: values["mean_average_precision"] for loss, values in metrics.items()}
 
 
@@ -333,10 +336,10 @@ def _command(words: list[str], log: Path, title: str, folder: Path | None = None
         RuntimeError: with the end of the log, if it fails.
     """
     print(f"{title}: {log}", flush=True)
-    with log.open("w") as file:
+    with log.open("wb") as file:
         code = subprocess.run(words, cwd=folder, stdout=file, stderr=file).returncode
     if code:
-        end = "\n".join(log.read_text().splitlines()[-15:])
+        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise RuntimeError(f"{title} failed, see {log}:\n{end}")
 
 

@@ -170,13 +170,14 @@ class Build:
         """Raise ValueError if nothing is left, or more is lost than may be."""
         reasons = plan.report()["dropped"]
         lost = {r: reasons[r] for r in (MISSING, AMBIGUOUS, UNDECODABLE) if r in reasons}
-        undecodable, most = lost.get(UNDECODABLE, 0), getattr(self.args, "max_missing", None)
+        most = getattr(self.args, "max_missing", None)
         listed = self.output / DROPPED_FILE
-        if len(plan) == undecodable:
+        if next(plan.written(), None) is None:
             counts = _counts(reasons | plan.report()["skipped"]) or "the input lists none"
-            fault = f"no sample could be kept ({counts}); check input and --images, see {listed}"
+            check = "input and --images" if hasattr(self.args, "images") else "the input"
+            fault = f"no sample could be kept ({counts}); check {check}, see {listed}"
         elif most is not None and sum(lost.values()) > most:
-            again = " and build into a new folder" if undecodable else ""
+            again = " and build into a new folder" if UNDECODABLE in lost else ""
             fix = f"put them in place{again}, or pass --max-missing {sum(lost.values())}"
             fault = f"{_counts(lost)} images, listed in {listed}; {fix}"
         else:

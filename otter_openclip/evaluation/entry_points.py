@@ -76,6 +76,10 @@ class MultiLabelTask:
             check_webdataset(root, split, names=own_names, templates=own_templates)
         together = args.distributed and dist.is_initialized()
         metrics = run.evaluate(model, dataset, transform, tokenizer, args, together=together)
+        if not args.dump_templates:  # the one thing of ours that the result then says
+            prompts, crop = run.how_measured(args, dataset).values()
+            args.dump_templates = True
+            dataset.templates = f"{prompts}; reference crop" if crop else prompts
         if together:
             dist.barrier()  # nobody leaves while another still listens
         return metrics

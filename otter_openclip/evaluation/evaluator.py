@@ -14,6 +14,8 @@
 ``zeroshot_classification.evaluate`` multi-label webdatasets are evaluated by ``run.py``
 ``zeroshot_classification.float``    NumPy 2.4 and later refuse the one-element array it is given
 ``cli.open``                         results are written whole or not at all, by rank 0 only
+``cli.json``                         results of classification say prompts and crop
+``builder.open``                     text is read as UTF-8, whatever the locale
 ``plugins.find_entry_points``        of a patched clip_benchmark: finds none, ours are known here
 ``sys.argv``                         where clip_benchmark reads its line
 ==================================== ================================================================
@@ -26,18 +28,22 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import functools
 import io
 import itertools
+import json
 import logging
 import os
 import pickle
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
 from clip_benchmark import cli
+from clip_benchmark.datasets import builder
 from clip_benchmark.datasets.builder import build_wds_dataset
 from clip_benchmark.metrics import zeroshot_classification as stock_classification
 from torch import nn
@@ -76,6 +82,8 @@ def main(argv: Sequence[str]) -> int:
         (cli, "load_clip", command.load_clip),
         (cli, "build_dataset", command.build_dataset),
         (cli, "open", command.open),
+        (cli, "json", SimpleNamespace(load=json.load, dump=command.dump)),
+        (builder, "open", functools.partial(open, encoding="utf-8")),
         (stock_classification, "evaluate", command.evaluate),
         (stock_classification, "float", _float),
     ]
@@ -131,6 +139,7 @@ class _Command:
     def __init__(self) -> None:
         self.args: argparse.Namespace | None = None
         self.transform: Any = None
+        self.said: dict[str, Any] = {}  # how the present run makes its figures
         self.rank, self.world_size = 0, 1
         self.together = False  # whether all ranks work on the present run
         self.turns: Iterator[int] = itertools.cycle([0])  # the ranks that have the other runs
@@ -193,9 +202,11 @@ class _Command:
                     templates=labelled and not templates_file,
                 )
             templates_file = templates_file or f"{root}/{TEMPLATES_FILE}"
-        dataset = _stock_build_dataset(**arguments)
+        dataset, self.said = _stock_build_dataset(**arguments), {}
         if task == "zeroshot_classification" and templates_file:
             dataset.templates = check_prompts(dataset.templates, dataset.classes, templates_file)
+        if task == "zeroshot_classification":
+            self.said = run.how_measured(self.args, dataset)
         if is_multilabel(dataset):
             return run.printed_shortened(dataset)
         if label_suffix(dataset):
@@ -220,3 +231,6 @@ class _Command:
             return io.StringIO()
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         return written_whole(path, mode)
+
+    def dump(self, results: dict[str, Any], file: Any) -> None:
+        json.dump(self.said | results, file)

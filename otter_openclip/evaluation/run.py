@@ -24,7 +24,12 @@ from torch import Tensor, nn
 from otter_openclip import __version__
 from otter_openclip.cli import positive
 from otter_openclip.evaluation.classifier import class_features
-from otter_openclip.evaluation.labelled_images import ImageError, LabelledImages, encode_images
+from otter_openclip.evaluation.labelled_images import (
+    ImageError,
+    LabelledImages,
+    encode_images,
+    is_multilabel,
+)
 from otter_openclip.evaluation.metrics import KS, multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts, read_templates
 from otter_openclip.files import written_whole
@@ -79,6 +84,21 @@ def templates_given(args: argparse.Namespace) -> contextlib.AbstractContextManag
     file.flush()
     args.custom_template_file = file.name
     return file
+
+
+def how_measured(args: argparse.Namespace, dataset: Any) -> dict[str, Any]:
+    """What a result file must say of a run beside clip_benchmark's: prompts and crop."""
+    templates, source = dataset.templates, args.templates or args.custom_template_file
+    if args.load_clfs:
+        prompts = "class features of " + ", ".join(Path(path).name for path in args.load_clfs)
+    elif isinstance(templates, list) and len(templates) == 1:
+        prompts = templates[0]
+    else:
+        prompts = Path(source).name if source else "the data set's own"
+        prompts += (
+            f": {len(templates)} templates" if isinstance(templates, list) else " for each class"
+        )
+    return {"templates": prompts, "reference_crop": args.reference_crop and is_multilabel(dataset)}
 
 
 def join_ranks() -> tuple[int, int]:

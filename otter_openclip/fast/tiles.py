@@ -31,7 +31,7 @@ def device_memory(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in CONTAINER_LIMITS:
-        if file.exists() and (limit := file.read_text().strip()).isdecimal():
+        if file.exists() and (limit := file.read_text(encoding="utf-8").strip()).isdecimal():
             return min(machine, int(limit))
     return machine
 

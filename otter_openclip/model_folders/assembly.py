@@ -6,6 +6,7 @@ Weights of a timm tower and of a Hugging Face tower are loaded, or refused by na
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,10 @@ TOKENIZER_FILES = (
 _COUNTER = "num_batches_tracked"  # Older files have none; nothing but training reads it.
 # What a tensor is called in every architecture: weight and bias of a norm have the same shape.
 _KINDS = {"weight", "bias", "running_mean", "running_var", _COUNTER}
+# What masked autoencoders learn with and leave behind.
+_PRETRAINING = ("decoder", "mask_token")
+# Where files keep a state_dict: Lightning and timm; MAE and torchvision; DINO, the better one of two.
+_NESTED = ("state_dict", "model", "teacher")
 # What files of text towers have that is no weight, or the weight of a pooler that is not asked for.
 _UNUSED = ("position_ids", "token_type_ids", "pooler.dense.weight", "pooler.dense.bias")
 
@@ -49,7 +54,7 @@ def build_model(
     text_model = config["text_cfg"]["hf_model_name"]
     with tempfile.TemporaryDirectory() as folder, errors_only():
         contents = {"model_cfg": config, "preprocess_cfg": preprocess or {}}
-        Path(folder, CONFIG_FILE).write_text(json.dumps(contents))
+        Path(folder, CONFIG_FILE).write_text(json.dumps(contents), encoding="utf-8")
         try:
             model = open_clip.create_model(
                 f"{LOCAL_DIR_PREFIX}{folder}", load_weights=False, pretrained_text=False
@@ -134,7 +139,7 @@ def _load_trunk(
 def _load_by_name(module: nn.Module, state: Mapping[str, Tensor], unused: tuple[str, ...]) -> None:
     """Load ``state``, whose names may stand behind a prefix: what lies outside of it is left out.
 
-    So are names that end with one of ``unused`` and are not the module's.
+    So are names that end with one of ``unused`` or are of pretraining, and are not the module's.
     """
     names = module.state_dict().keys()
     first = next(iter(names))
@@ -143,7 +148,8 @@ def _load_by_name(module: nn.Module, state: Mapping[str, Tensor], unused: tuple[
     ordered = sorted(prefixes, reverse=True) or [""]
     prefix = max(ordered, key=lambda prefix: sum(prefix + name in state for name in names))
     inside = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
-    load_weights(module, {k: v for k, v in inside.items() if k in names or not k.endswith(unused)})
+    left = [k for k in inside if k.endswith(unused) or k.startswith(_PRETRAINING)]
+    load_weights(module, {k: v for k, v in inside.items() if k in names or k not in left})
 
 
 def _in_order(state: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -192,9 +198,17 @@ def load_text_tower(
 
 def _read_state(path: Path, what: str) -> dict[str, Tensor]:
     contents = read_file(path)
-    for key in ("state_dict", "model"):
+    nested = [key for key, value in contents.items() if isinstance(value, Mapping)]
+    nested = [key for key in nested if any(isinstance(x, Tensor) for x in contents[key].values())]
+    taken = []
+    for key in (*_NESTED, *(nested if len(nested) == 1 else ())):
         if isinstance(contents.get(key), Mapping):
             contents = contents[key]
+            taken.append(key)
+    if nested[1:] and not taken:
+        raise ValueError(f"{path} holds {', '.join(nested)}; save the weights you mean alone")
+    if nested[1:]:
+        logging.warning(f"{path} holds {', '.join(nested)}: {taken[0]} is taken")
     return check_state(contents, path, what)
 
 

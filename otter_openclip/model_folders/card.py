@@ -39,13 +39,15 @@ CITATION = f"""@inproceedings{{wu2022otter,
 }}"""
 
 
-def read_results(paths: Sequence[str | Path]) -> list[EvalResult]:
-    """The metrics in result files of ``otter-openclip eval`` and ``clip_benchmark eval``.
+def read_results(paths: Sequence[str | Path]) -> tuple[list[EvalResult], str]:
+    """The metrics in result files of ``otter-openclip eval`` and ``clip_benchmark eval``, and of whom.
 
     Raises:
-        ValueError: naming a file that is not one, or has no finite metric.
+        ValueError: naming a file that is not one, has no finite metric or is of another model than the
+            first, or says otherwise what another says of one set.
     """
-    evaluated = []
+    evaluated: dict[tuple, EvalResult] = {}
+    models: dict[str, str | Path] = {}
     for path in paths:
         try:
             contents = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -53,6 +55,9 @@ def read_results(paths: Sequence[str | Path]) -> list[EvalResult]:
             task = TASKS.get(contents["task"], contents["task"])
             numbers = {name: x for name, x in metrics.items() if isinstance(x, int | float)}
             numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
+            names = [contents["model"], contents.get("pretrained")]
+            model = ", ".join(_without_folders(name) for name in names if name)
+            how = _how_measured(contents)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"--results {path}: not a result file of otter-openclip eval or clip_benchmark eval "
@@ -60,18 +65,36 @@ def read_results(paths: Sequence[str | Path]) -> list[EvalResult]:
             ) from error
         if not numbers:
             raise ValueError(f"--results {path}: no finite number among its metrics")
+        models.setdefault(model, path)
+        if len(models) > 1:
+            listed = ", ".join(f"{path} is of {model}" for model, path in models.items())
+            raise ValueError(f"--results: {listed}; a card is of one model")
         for name, value in numbers.items():
-            evaluated.append(
-                EvalResult(
-                    task_type=task,
-                    dataset_type=re.sub(r"[^\w.-]+", "-", dataset).lower(),
-                    dataset_name=dataset,
-                    metric_type=name,
-                    metric_name=name,
-                    metric_value=value,
-                )
+            result = EvalResult(
+                task_type=task,
+                dataset_type=re.sub(r"[^\w.-]+", "-", dataset).lower(),
+                dataset_name=dataset,
+                dataset_config=how,
+                metric_type=name,
+                metric_name=name,
+                metric_value=value,
             )
-    return evaluated
+            if evaluated.setdefault((task, dataset, how, name), result).metric_value != value:
+                fault = f"another {name} of {dataset} than a file before"
+                fix = "drop one; results of otter-openclip eval say how they were made"
+                raise ValueError(f"--results {path} has {fault}; {fix}")
+    return list(evaluated.values()), "".join(models)
+
+
+def _how_measured(contents: Mapping[str, Any]) -> str | None:
+    """Prompts, language and crop, as far as a result file says them."""
+    prompts = contents.get("templates") or ""
+    if not isinstance(prompts, str):  # with --dump_templates all of them
+        prompts = prompts[0] if len(prompts) == 1 else f"{len(prompts)} templates"
+    crop = "resized to 256, cropped to 224" if contents.get("reference_crop") else ""
+    language = contents.get("language") or "en"
+    parts = [prompts, crop, language if language != "en" else ""]
+    return "; ".join(part for part in parts if part) or None
 
 
 def read_settings(params: Mapping[str, str], entry: Mapping[str, Any]) -> dict[str, str]:
@@ -101,6 +124,7 @@ def model_card(
     settings: Mapping[str, str],
     licence: str | None,
     results: Sequence[EvalResult],
+    evaluated_as: str = "",
 ) -> str:
     """The card's text.
 
@@ -111,7 +135,7 @@ def model_card(
         epoch: of the checkpoint, if it says.
         settings: of :func:`read_settings`.
         licence: identifier, or None: then the card states none.
-        results: of :func:`read_results`.
+        results, evaluated_as: of :func:`read_results`.
     """
     loss = settings.get("loss", "clip")
     data = ModelCardData(
@@ -124,8 +148,13 @@ def model_card(
     )
     of_epoch = "" if epoch is None else f" after epoch {epoch}"
     trained = _table(("setting", "value"), [(f"`{key}`", text) for key, text in settings.items()])
-    rows = [(r.dataset_name, r.metric_name, f"{r.metric_value:.4f}") for r in results]
+    how = [f" ({r.dataset_config})" if r.dataset_config else "" for r in results]
+    rows = [
+        (r.dataset_name + config, r.metric_name, f"{r.metric_value:.4f}")
+        for r, config in zip(results, how, strict=True)
+    ]
     measured = _table(("data", "metric", "value"), rows)
+    measured = f"Evaluated as `{evaluated_as}`:\n\n{measured}" if rows else ""
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {name}",
         f"The {weights} of an open_clip training run with `--loss {loss}`{of_epoch}, exported with "

@@ -88,7 +88,7 @@ def export_checkpoint(
             "--push-to-hub needs --license: the licence of your weights is yours to say, e.g. "
             "--license cc-by-nc-4.0, or other"
         )
-    evaluated = read_results(results)
+    evaluated, evaluated_as = read_results(results)
     check_out(out, overwrite, path, *map(Path, results))
     model, flags = _settings(path, model, flags)
     config = _model_config(model, flags)
@@ -119,6 +119,7 @@ def export_checkpoint(
         settings=read_settings(_params_lines(path) | {"model": model}, contents.get(ENTRY, {})),
         licence=license,
         results=evaluated,
+        evaluated_as=evaluated_as,
     )
     write_folder(out, trained, config, state, tokenizer, {CARD_FILE: card})
     if push_to_hub is not None:
@@ -174,7 +175,8 @@ def _params_lines(path: Path) -> dict[str, str]:
     for folder in (path.absolute().parent, path.resolve().parent):  # a link may lead to the run
         file = folder.parent / "params.txt"
         if folder.name == "checkpoints" and file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
+            # open_clip alone writes it in the locale's encoding.
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
             return dict(line.split(": ", 1) for line in lines if ": " in line)
     return {}
 

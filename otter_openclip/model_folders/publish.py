@@ -32,7 +32,9 @@ def push(out: Path, repository: str, *, private: bool) -> str:
         api.upload_folder(repo_id=repository, folder_path=out, ignore_patterns=left_out)
         api.upload_file(
             repo_id=repository,
-            path_or_fileobj=_portable((out / CONFIG_FILE).read_text(), repository).encode(),
+            path_or_fileobj=_portable(
+                (out / CONFIG_FILE).read_text(encoding="utf-8"), repository
+            ).encode(),
             path_in_repo=CONFIG_FILE,
         )
     except Exception as error:  # Of network, credentials, names.

@@ -20,6 +20,7 @@ from otter_openclip.model_folders.assembly import (
     text_config,
 )
 from otter_openclip.model_folders.folder import check_out, write_folder
+from otter_openclip.model_folders.modules import check_features, follow_modules
 from otter_openclip.model_folders.towers_command import CONTEXT_LENGTH, POOLERS
 from otter_openclip.preprocessing import size_pair
 from otter_openclip.untrusted import no_code_from_files
@@ -38,7 +39,7 @@ def make_towers(
     text: str | Path,
     image_weights: str | Path | None = None,
     text_weights: str | Path | None = None,
-    text_pooler: str = "mean",
+    text_pooler: str | None = None,
     embed_dim: int | None = None,
     image_head: str = "linear",
     text_head: str = "linear",
@@ -64,7 +65,8 @@ def make_towers(
             .safetensors do not keep: there the names must carry it as a number); with or without the
             classifier, which is left out.
         text_weights: state_dict with the names of transformers.
-        text_pooler: "mean" over the tokens, "cls" the first token, "own" the tower's own pooler.
+        text_pooler: "mean" over the tokens, "cls" the first token, "own" the tower's own pooler; by
+            default what sentence-transformers' modules.json says, or "mean" without one.
         embed_dim: width of the embedding; by default the text tower's.
         image_head, text_head: "linear" (no bias), "mlp" or "none", which needs equal widths.
         image_size, image_mean, image_std, image_interpolation: by default the pretrained tower's.
@@ -87,6 +89,7 @@ def make_towers(
     image = image.removeprefix("hf-hub:").removeprefix("timm/")
     inputs = [Path(name) for name in (image_weights, text_weights, text) if name is not None]
     check_out(out, overwrite, *filter(Path.exists, inputs))
+    text, text_pooler = follow_modules(text, text_pooler)
     text, hf_config, width = text_config(text)
     embed_dim = embed_dim or width
     context_length = _context_length(context_length, text, hf_config)
@@ -137,6 +140,7 @@ def make_towers(
     if text_pooler == "own" and getattr(transformer, "pooler", None) is None:
         raise ValueError(f"{text} has no pooler of its own; use --text-pooler mean or cls")
     load_text_tower(transformer, text, text_weights, text_pooler)
+    check_features(model.text, tokenizer, text, text_pooler)
     if widths["image"] == ("linear", embed_dim):
         nn.init.eye_(model.visual.head.proj.weight)
     if widths["text"] == ("linear", embed_dim):

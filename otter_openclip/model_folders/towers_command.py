@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-weights", metavar="FILE", help=text)
     add("--text", required=True, metavar="NAME_OR_DIR", help="Hugging Face name, or such a folder")
     add("--text-weights", metavar="FILE", help="by default those of NAME_OR_DIR")
-    add("--text-pooler", choices=POOLERS, default="mean", help="default: mean")
+    add("--text-pooler", choices=POOLERS, help="default: the tower's own, or mean")
     add("--embed-dim", type=positive, metavar="D", help="default: the text tower's width")
     for tower in ("image", "text"):
         add(f"--{tower}-head", choices=HEADS, default="linear", help="default: linear")

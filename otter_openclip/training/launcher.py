@@ -8,6 +8,7 @@
 ``create_loss``                ``create_loss``
 ``train_one_epoch``            ``wrap_model``, ``setup_optimizer`` once; ``start_epoch``; the stock loop
 ``zero_shot_eval``             the stock one and ``evaluate``
+``main.open``                  params.txt is UTF-8, whatever the locale
 ``main.torch``                 its ``save`` is ``save_checkpoint``; its ``DistributedDataParallel`` drops
                                ``device_ids`` for CPU modules, which torch refuses
 ============================== ========================================================================
@@ -115,6 +116,7 @@ class Run:
             (params, "argparse", _Overlay(argparse, ArgumentParser=self.make_parser)),
             (open_clip_main, "create_model_and_transforms", self.create_model_and_transforms),
             (open_clip_main, "pt_load", load),
+            (open_clip_main, "open", functools.partial(open, encoding="utf-8")),
             (open_clip_main, "get_data", self.get_data),
             (open_clip_main, "create_loss", lambda args: plugin.create_loss(args)),
             (open_clip_main, "train_one_epoch", self.train_one_epoch),

@@ -60,7 +60,9 @@ def execute(words: list[str], out: Connection, largest_file: int) -> None:
     os.setsid()
     for descriptor in (1, 2):
         os.dup2(out.fileno(), descriptor)
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    sys.stdout, sys.stderr = (
+        open(n, "w", buffering=1, closefd=False, encoding="utf-8") for n in (1, 2)
+    )
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     torch.set_num_threads(1)
@@ -127,7 +129,9 @@ def processes() -> Iterator[tuple[int, int, int]]:
     """Number, parent and session of each process that has not ended."""
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+            fields = (
+                Path(f"/proc/{entry}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            )
             if fields[0] not in "ZX":
                 yield int(entry), int(fields[1]), int(fields[3])
 
@@ -158,7 +162,11 @@ def exported(out: Path) -> dict[str, Any]:
 def results(out: Path) -> dict[str, Any]:
     """What an evaluation measured."""
     path = out / "results.json"
-    return {path.name: json.loads(path.read_text())["metrics"]} if path.exists() else {}
+    return (
+        {path.name: json.loads(path.read_text(encoding="utf-8"))["metrics"]}
+        if path.exists()
+        else {}
+    )
 
 
 def built(out: Path) -> dict[str, Any]:

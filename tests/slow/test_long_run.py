@@ -32,7 +32,7 @@ LOCKS = ("--lock-image", "--lock-text", "--lock-text-freeze-layer-norm", "--feat
 def reading() -> dict[str, int]:
     """What this process holds."""
     gc.collect()
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return {
         "memory": int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024,
         "files": len(os.listdir("/proc/self/fd")),
@@ -71,7 +71,7 @@ def test_nothing_piles_up(kind, pairs, towers, tmp_path, monkeypatch):
     saved = load(checkpoints / f"epoch_{EPOCHS}.pt")["state_dict_ema"]
     for name, value in teacher.items():
         assert (saved[name].double() - value).norm() <= 1e-4 * value.norm() + 1e-12, name
-    log = (tmp_path / "run" / "out.log").read_text()
+    log = (tmp_path / "run" / "out.log").read_text(encoding="utf-8")
     steps = re.findall(r"Train Epoch: (\d+) \[ *(\d+)/.* Loss: (\S+)", log)
     due = [(e, 4 * (n + 1)) for e in range(EPOCHS) for n in range(EPOCH)]
     assert [(int(epoch), int(samples)) for epoch, samples, _ in steps] == due
