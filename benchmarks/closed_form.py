@@ -95,7 +95,7 @@ def fit(cell: Cell, images: torch.Tensor, texts: torch.Tensor) -> Any:
 
 def tuned(data: str) -> dict[tuple[int, float], list[str]]:
     """Of the tuned losses, from the study of ``docs/evidence.md``: mAP/F@1/F@5 of InfoNCE and OTTER."""
-    study = json.loads((RESULTS / "data_efficiency.json").read_text())
+    study = json.loads((RESULTS / "data_efficiency.json").read_text(encoding="utf-8"))
     rows = [*study["final"], *study["tuned elsewhere"]["coco-to-imagenet, tuned on coco"]]
     found = {(r["data"], r["pairs"], r["noise"], r["loss"]): r for r in rows}
     return {
@@ -151,7 +151,7 @@ def main() -> None:
     args = parser.parse_args()
     device, path = torch.device("cpu"), args.output / "closed_form.json"
     args.output.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     towers = Towers(args.towers, args.output / "features", "fp32", device)
 
     def half(folder: str) -> Half:

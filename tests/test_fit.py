@@ -48,7 +48,7 @@ def data(tmp_path_factory):
             files[f"{key}.txt"] = f"a {other[0]} {other[1]} no {i}".encode()
         write_tar(folder / f"{shard:05d}.tar", files)
     (folder / "sizes.json").write_text(
-        json.dumps({f"{s:05d}.tar": COUNT // SHARDS for s in range(3)})
+        json.dumps({f"{s:05d}.tar": COUNT // SHARDS for s in range(3)}), encoding="utf-8"
     )
     return folder
 
@@ -138,7 +138,7 @@ def test_listed_pairs_are_left_out_of_a_build(tmp_path, data, model):
     for i, files in enumerate(samples(*sorted(data.glob("*.tar"))).values()):
         (tmp_path / f"{i}.png").write_bytes(files["png"])
         rows.append(f"{tmp_path / f'{i}.png'},{files['txt'].decode()}")
-    table.write_text("\n".join(["filepath,title", *rows]))
+    table.write_text("\n".join(["filepath,title", *rows]), encoding="utf-8")
     words = ["csv", "--captions", table, "--images", tmp_path]
     if run_data(*words, "--output", tmp_path / "all"):
         pytest.fail("the build failed")
@@ -152,7 +152,7 @@ def test_listed_pairs_are_left_out_of_a_build(tmp_path, data, model):
     assert run_data(*words, "--output", tmp_path / "some", "--drop-wrong", out / "fit.json") == 0
     before, after = (samples(tmp_path / name / "00000.tar") for name in ("all", "some"))
     assert wrong and after == {k: v for k, v in before.items() if k not in wrong}
-    listed = (tmp_path / "some" / "dropped.tsv").read_text()
+    listed = (tmp_path / "some" / "dropped.tsv").read_text(encoding="utf-8")
     assert listed.count("looks wrong") == len(wrong)
 
 
@@ -171,9 +171,9 @@ def test_listed_pairs_are_left_out_of_a_build(tmp_path, data, model):
     ],
 )
 def test_a_list_that_is_of_something_else(tmp_path, capsys, content, said):
-    (tmp_path / "fit.json").write_text(content)
+    (tmp_path / "fit.json").write_text(content, encoding="utf-8")
     (tmp_path / "0.png").write_bytes(png(Image.new("RGB", (9, 9))))
-    (tmp_path / "t.csv").write_text("filepath,title\n0.png,a dog")
+    (tmp_path / "t.csv").write_text("filepath,title\n0.png,a dog", encoding="utf-8")
     words = [
         "csv",
         "--captions",
@@ -189,7 +189,9 @@ def test_a_list_that_is_of_something_else(tmp_path, capsys, content, said):
 
 def first_losses(logs):
     """The first step's terms, as the log has them."""
-    line = next(x for x in (logs / "out.log").read_text().splitlines() if "Train Epoch" in x)
+    line = next(
+        x for x in (logs / "out.log").read_text(encoding="utf-8").splitlines() if "Train Epoch" in x
+    )
     words = line.split()
     return {w[:-1]: float(words[i + 1]) for i, w in enumerate(words) if w.endswith("oss:")}
 
@@ -257,7 +259,7 @@ def test_init_fit_does_both(model, data, tmp_path, capfd):
     stock = open_clip.create_model(f"local-dir:{folder}")
     state = load(checkpoints / "epoch_1.pt")["state_dict"]
     assert torch.equal(state["visual.head.proj.weight"], stock.visual.head.proj.weight)
-    params = (tmp_path / "one" / "params.txt").read_text()
+    params = (tmp_path / "one" / "params.txt").read_text(encoding="utf-8")
     assert f"pair_weights: {folder / 'fit.json'}" in params
     before = (folder / "fit.json").stat().st_mtime_ns
     train(data, tmp_path, *words, "--name", "two")
@@ -266,7 +268,9 @@ def test_init_fit_does_both(model, data, tmp_path, capfd):
 
 def test_val_unpaired_and_a_text_mean_that_stays(model, data, labelled, tmp_path, fitted):
     captions = tmp_path / "captions.txt"
-    captions.write_text("\n".join(f"a {c} {s}" for c in COLOURS for s in SHAPES) + "\n\n")
+    captions.write_text(
+        "\n".join(f"a {c} {s}" for c in COLOURS for s in SHAPES) + "\n\n", encoding="utf-8"
+    )
     out = fit_folder(
         tmp_path / "out",
         model=str(model),
@@ -304,7 +308,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_fitted(case, model, data, tmp_path, fitted):
     change, said = REFUSED[case]
-    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "empty").write_text("\n", encoding="utf-8")
     places = {"data": data, "empty": tmp_path / "empty"}
     change = {k: v.format(**places) if isinstance(v, str) else v for k, v in change.items()}
     arguments = {"model": str(model), "train_data": shards_of(data), "feature_cache": fitted[1]}
