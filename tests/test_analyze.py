@@ -192,6 +192,11 @@ def test_pairs_come_from_all_shards_and_long_ones_make_up_for_short_ones(tmp_pat
     assert len(list(again)) == 63 == again.pairs_in_all
     half = Reader(shards, 33)
     assert len(list(half)) == 33 and half.pairs_in_all == 63
+    # Another folder's shards, called alike, count as the file beside them says.
+    shard(tmp_path / "more" / "0.tar", 9)
+    (tmp_path / "more" / "sizes.json").write_text('{"0.tar": 9}')
+    both = Reader(f"{shards}::{tmp_path}/more/0.tar", 8)
+    assert len(list(both)) == 8 and both.pairs_in_all == 72
 
 
 def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from data_helpers import jpeg, write_files, write_tar
-from training_helpers import train
+from training_helpers import parse_args, train
 
 
 def shards(folder, *contents):
@@ -74,6 +74,43 @@ def test_drawing_shards_for_ever_ends_too(tmp_path):
     data = shards(tmp_path / "more", good(*range(10)))
     words = ["--train-data", data, *resampled, "--loss", "otter"]
     assert list(train(tmp_path, tmp_path / "logs", *words).glob("*.pt"))
+
+
+def counts(folder, text, name="sizes.json"):
+    folder.mkdir()
+    (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("loss", ["clip", "otter"])
+def test_each_shard_counts_as_the_file_beside_it_says(tmp_path, monkeypatch, loss):
+    """open_clip takes the first one's numbers for all, where shards are called alike."""
+    monkeypatch.chdir(tmp_path)
+    counts(tmp_path / "a", '{"0.tar": 16, "1.tar": 16}')
+    counts(tmp_path / "b", '{"0.tar": 64, "1.tar": 64, "2.tar": 7}')
+    counts(tmp_path / "all", "5", "__len__")
+    a, b = "a/{0..1}.tar", "b/{0..2}.tar"
+    for data, count in {f"{a}::{b}": 167, f"{b}::{a}": 167, f"{a}::all/0.tar": 37}.items():
+        assert parse_args("--loss", loss, "--train-data", data).train_num_samples == count
+    data = ["--loss", loss, "--train-data", f"{a}::c/0.tar"]
+    assert parse_args(*data, "--train-num-samples", "9").train_num_samples == 9
+
+
+UNCOUNTED = {
+    "a/{0..2}.tar": "a/sizes.json gives no number of samples: '2.tar'",
+    "a/0.tar::c/0.tar": "c/sizes.json is missing, which other shards have",
+    "broken/0.tar": "broken/sizes.json gives no number of samples: Expecting",
+}
+
+
+@pytest.mark.parametrize("data", UNCOUNTED)
+def test_a_shard_that_is_not_counted_is_one_line(tmp_path, monkeypatch, data, capsys):
+    monkeypatch.chdir(tmp_path)
+    counts(tmp_path / "a", '{"0.tar": 16, "1.tar": 16}')
+    counts(tmp_path / "broken", "{")
+    with pytest.raises(SystemExit, match="2"):
+        parse_args("--train-data", data)
+    said = capsys.readouterr().err
+    assert f"--train-data {data}: {UNCOUNTED[data]}" in said and "--train-num-samples N" in said
 
 
 def test_accumulation_beyond_an_epoch(tmp_path):

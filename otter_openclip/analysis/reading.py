@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from open_clip_train.data import expand_urls, get_dataset_size
+from open_clip_train.data import expand_urls
 from PIL import Image
 from webdataset.gopen import gopen
 
@@ -25,6 +25,7 @@ from otter_openclip.shards.read import (
     rgb,
     samples,
 )
+from otter_openclip.shards.sizes import listed_samples
 
 
 class Pair(NamedTuple):
@@ -65,8 +66,8 @@ class Reader:
         urls = list(dict.fromkeys(expand_urls(self.shards)[0]))
         # Short shards come first, so that longer ones make up for them.
         urls.sort(key=lambda url: os.path.getsize(url) if os.path.exists(url) else 0)
-        with contextlib.suppress(OSError, KeyError, ValueError):
-            self.pairs_in_all = get_dataset_size(self.shards)[0]
+        with contextlib.suppress(OSError, ValueError):
+            self.pairs_in_all = listed_samples(expand_urls(self.shards)[0])
         missing, complete = self.count, True
         for number, url in enumerate(urls):
             share = -(-missing // (len(urls) - number))
