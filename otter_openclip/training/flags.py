@@ -251,6 +251,7 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
         if getattr(args, name) and not (args.lock_image or args.lock_text):
             flag = f"--{name.replace('_', '-')}"
             yield f"{flag} is for locked towers, but none is: add --lock-image, --lock-text or both"
+    yield from _late_faults(args)
     if args.loss != "clip":
         yield from _mixed_faults(args)
     if args.feature_cache is not None:
@@ -266,6 +267,14 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
                     f"{flag} takes --train-data in webdataset shards; otter-openclip data csv makes "
                     "them of a table"
                 )
+
+
+def _late_faults(args: argparse.Namespace) -> Iterator[str]:
+    """What open_clip itself would say when hours may have gone into ``--feature-cache``."""
+    if args.lr_scheduler not in ("cosine", "const", "const-cooldown"):
+        yield f"--lr-scheduler {args.lr_scheduler} is none of cosine, const and const-cooldown"
+    if args.lr_scheduler == "const-cooldown" and args.epochs_cooldown is None:
+        yield "--lr-scheduler const-cooldown needs --epochs-cooldown N; add it"
 
 
 def _mixed_faults(args: argparse.Namespace) -> Iterator[str]:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import shutil
 import textwrap
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -89,6 +90,7 @@ class ClipPlugin:
         self._train: DataInfo | None = None
         self._zeroshot: ZeroShotEvaluation | None = None
         self._best: BestCheckpoint | None = None
+        self._there_before = set(Path(args.logs, args.name).glob("*")) if args.name else set()
 
     def refuse(self, fault: Any, error: Exception | None = None) -> NoReturn:
         """End the command with one line, however many torch or transformers needs."""
@@ -106,6 +108,9 @@ class ClipPlugin:
     def setup_model(self, args: Namespace, model: nn.Module, *transforms: Any) -> tuple[Any, ...]:
         """Model: its transforms under ``--reference-crop`` and of a frozen image tower."""
         self.model = model
+        with self.faults_named():
+            watch.check_reports(args)
+            watch.check_locks(args, model)
         training, evaluation = transforms
         if args.reference_crop:
             with self.faults_named():
@@ -128,6 +133,8 @@ class ClipPlugin:
         """Data: features in their place, ``--zeroshot-data``, and an end where there is no batch."""
         self._train = data.get("train")
         if self._train is not None:
+            with self.faults_named():
+                watch.settle_warmup(args, self._train)
             if args.feature_cache is not None:
                 transform = self._train_transform if args.feature_views > 1 else preprocess_val
                 with self.faults_named():
@@ -177,6 +184,16 @@ class ClipPlugin:
 
     def failed(self) -> None:
         """By ``launcher`` alone: an epoch ends with an error."""
+
+    def drop_folder(self) -> None:
+        """By ``launcher`` alone: without a step the run's folder is as it was, or not there."""
+        if getattr(self.args, "log_path", None) is None or not is_master(self.args):
+            return
+        folder = Path(self.args.logs, self.args.name)
+        with contextlib.suppress(OSError):
+            for path in set(folder.glob("*")) - self._there_before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            folder.rmdir()
 
     def evaluate(
         self, args: Namespace, model: nn.Module, epoch: int, tokenizer: Any

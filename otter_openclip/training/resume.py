@@ -47,6 +47,7 @@ class Resume:
                 lock.acquire()
                 self._lock = lock
             except filelock.Timeout:
+                args.log_path = None  # the folder is the other run's
                 raise ValueError(
                     f"another run writes to {folder}; wait for its end, or pass another --name"
                 ) from None

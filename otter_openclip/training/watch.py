@@ -1,8 +1,10 @@
-"""What ends a run that would go on for nothing: data without a batch, a loss or weights with a NaN."""
+"""What ends a run that would go on for nothing: nothing to train or to train on, numbers with a NaN."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import logging
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -37,6 +39,46 @@ def reason_given() -> Iterator[None]:
         raise SystemExit(f"error: {reason}") from error
 
 
+def check_reports(args: Namespace) -> None:
+    """Raise ValueError for a logger that open_clip would miss after ``--feature-cache`` is filled."""
+    for name in ("wandb", "tensorboard"):
+        # A folder of that name, as wandb makes one, is found too, without an origin.
+        there = getattr(importlib.util.find_spec(name), "origin", None)
+        if there is None and (name in args.report_to or "all" in args.report_to):
+            fault = f"--report-to {args.report_to}: {name} is not installed"
+            raise ValueError(f"{fault}; pip install {name}, or drop it")
+
+
+def check_locks(args: Namespace, model: nn.Module) -> None:
+    """Lock the towers, as ``main`` does again, to say in one line what it could not or would train.
+
+    Raises:
+        ValueError: if open_clip cannot lock this model so, or nothing but the scale is left to train.
+    """
+    for tower, how in {
+        "image": {"unlocked_groups": args.lock_image_unlocked_groups},
+        "text": {
+            "unlocked_layers": args.lock_text_unlocked_layers,
+            "freeze_layer_norm": args.lock_text_freeze_layer_norm,
+        },
+    }.items():
+        try:
+            if getattr(args, f"lock_{tower}"):
+                getattr(model, f"lock_{tower}_tower")(**how)
+        except (AssertionError, AttributeError, LookupError, RuntimeError) as error:
+            asked = ", ".join(f"--lock-{tower}-{k.replace('_', '-')} {v}" for k, v in how.items())
+            raise ValueError(
+                f"--lock-{tower}: open_clip cannot lock this tower of --model {args.model} with {asked} "
+                f"({error!r}); change that, or drop --lock-{tower}"
+            ) from error
+    trained = (n for n, p in model.named_parameters() if p.requires_grad and "logit_" not in n)
+    if args.train_data and next(trained, None) is None:
+        raise ValueError(
+            f"--lock-image and --lock-text leave nothing of --model {args.model} to train but its "
+            "scale; drop one, or leave layers unlocked (--lock-image-unlocked-groups)"
+        )
+
+
 def check_loader(args: Namespace, train: DataInfo) -> None:
     """Raise ValueError if an epoch makes no step, of which open_clip would say nothing."""
     batches = train.dataloader.num_batches
@@ -50,6 +92,24 @@ def check_loader(args: Namespace, train: DataInfo) -> None:
             f"--accum-freq {args.accum_freq} is more than the {batches} batches of an epoch, so no step "
             "would be made; lower it or --batch-size"
         )
+
+
+def settle_warmup(args: Namespace, train: DataInfo) -> None:
+    """Without ``--warmup`` it is a tenth of the run, where open_clip has 10,000 steps.
+
+    Raises:
+        ValueError: if it is longer than the run, but with ``--loss clip``, where that is logged.
+    """
+    steps = train.dataloader.num_batches // args.accum_freq * args.epochs
+    if args.warmup is None:
+        args.warmup = steps // 10
+        logging.info(f"Warmup: {args.warmup} of the run's {steps} steps; --warmup N sets it")
+    elif args.warmup > steps and not args.skip_scheduler:
+        fault = f"--warmup {args.warmup} is longer than the run's {steps} steps"
+        fault += f", so its learning rate stays below --lr {args.lr}; lower it"
+        if args.loss != "clip":
+            raise ValueError(fault)
+        logging.warning(fault)
 
 
 def watch_passes(args: Namespace, train: DataInfo) -> None:
