@@ -24,7 +24,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from otter_openclip.checkpoints.contents import write_file
+from otter_openclip.checkpoints.contents import ENTRY, write_file
 from otter_openclip.checkpoints.newest import LATEST, epoch_of, newest_checkpoint
 from otter_openclip.closed_form.listing import weights_of
 from otter_openclip.frozen.loader import add_weights, use_features
@@ -36,7 +36,7 @@ from otter_openclip.training.closed_form_start import start_from_fit
 from otter_openclip.training.ending import Ending, Steps, goes_on_from
 from otter_openclip.training.fixed_teacher import FixedTeacher
 from otter_openclip.training.objectives import Objective
-from otter_openclip.training.resume import Resume, plugin_entries, read_resumed
+from otter_openclip.training.resume import Resume, plugin_entries, read_resumed, tell_changes
 from otter_openclip.training.scale import add_scale
 from otter_openclip.training.student_with_teacher import (
     MovingAverage,
@@ -127,7 +127,10 @@ class ClipPlugin:
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load, without running any of its code."""
         with self.faults_named():
-            return read_resumed(path)
+            checkpoint = read_resumed(path)
+        if self.args.train_data and ENTRY in checkpoint:
+            tell_changes(self.args, checkpoint[ENTRY], None)
+        return checkpoint
 
     def setup_data(self, args: Namespace, data: Data, preprocess_val: Any) -> Data:
         """Data: features in their place, ``--zeroshot-data``, and an end where there is no batch."""
@@ -177,7 +180,7 @@ class ClipPlugin:
             with self.faults_named():
                 self._zeroshot.read_ahead(self.model, args)
             if args.save_logs:
-                self._best = BestCheckpoint(args, self._zeroshot.criterion)
+                self._best = BestCheckpoint(args, self._zeroshot)
 
     def start_epoch(self, args: Namespace, epoch: int) -> None:
         """Epoch."""
