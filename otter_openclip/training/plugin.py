@@ -43,6 +43,7 @@ from otter_openclip.training.student_with_teacher import (
     StudentWithTeacher,
     Teacher,
 )
+from otter_openclip.training.table_check import check_tables
 from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due
 
 Data = dict[str, Any]  # open_clip's, by name of the data set
@@ -135,6 +136,8 @@ class ClipPlugin:
     def setup_data(self, args: Namespace, data: Data, preprocess_val: Any) -> Data:
         """Data: features in their place, ``--zeroshot-data``, and an end where there is no batch."""
         self._train = data.get("train")
+        with self.faults_named():
+            check_tables(args, data)
         if self._train is not None:
             with self.faults_named():
                 watch.settle_warmup(args, self._train)
