@@ -153,6 +153,9 @@ class ClipPlugin:
             with self.faults_named():
                 self._zeroshot = ZeroShotEvaluation(args.zeroshot_data, preprocess_val)
             data[ZEROSHOT_DATA] = self._zeroshot
+        if is_master(args):
+            prompts = {} if self._zeroshot is None else self._zeroshot.class_prompts()
+            watch.tell_cut_texts(args, self._train, prompts)
         return data
 
     def _use_features(self, args: Namespace, train: DataInfo, transform: Any) -> None:

@@ -6,14 +6,19 @@ import contextlib
 import importlib.util
 import logging
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
+import open_clip
 import torch
 import webdataset as wds
-from open_clip_train.data import DataInfo, ResampledShards2
+from open_clip_train.data import DataInfo, ResampledShards2, expand_urls
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
+
+from otter_openclip.captions import cut_alike
+from otter_openclip.shards.read import FIRST, first_captions
+from otter_openclip.training.flags import in_shards
 
 # Shards that are drawn without a batch: twice all of them, and more than fill webdataset's buffer.
 _ROUNDS, _BUFFER = 2, 2000
@@ -77,6 +82,26 @@ def check_locks(args: Namespace, model: nn.Module) -> None:
             f"--lock-image and --lock-text leave nothing of --model {args.model} to train but its "
             "scale; drop one, or leave layers unlocked (--lock-image-unlocked-groups)"
         )
+
+
+def tell_cut_texts(
+    args: Namespace, train: DataInfo | None, texts: Mapping[str, Iterable[str]]
+) -> None:
+    """Log which of ``texts``, by what they are, and of the first captions are equal once cut off.
+
+    ``--feature-cache`` looks at captions when it encodes them.
+    """
+    texts = dict(texts)
+    if train is not None and args.feature_cache is None and in_shards(args):
+        texts["captions"] = first_captions(expand_urls(args.train_data)[0])
+    elif train is not None and args.feature_cache is None:
+        captions = getattr(train.dataloader.dataset, "captions", ())
+        texts["captions"] = map(str, captions[:FIRST])
+    context = {"cache_dir": args.cache_dir, "context_length": args.force_context_length}
+    tokenizer = open_clip.get_tokenizer(args.model, **context) if texts else None
+    for what, each in texts.items():
+        if remark := cut_alike(what, each, tokenizer):
+            logging.warning(remark)
 
 
 def check_loader(args: Namespace, train: DataInfo) -> None:

@@ -67,6 +67,11 @@ class ZeroShotEvaluation:
         self.criterion = f"{self._sets[0].label}flat_hit@{KS[0]}"
         self.judge = self._sets[0].fingerprint()
 
+    def class_prompts(self) -> dict[str, list[str]]:
+        """What they are of -> the first prompt of each class."""
+        each = ((f"classes of {one.folder}", one.prompts) for one in self._sets)
+        return {what: [prompts[0] for prompts in classes] for what, classes in each}
+
     def read_ahead(self, model: nn.Module, args: argparse.Namespace) -> None:
         """Read every sample, before the first epoch: hours later a fault would cost an evaluation.
 
