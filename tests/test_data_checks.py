@@ -148,6 +148,10 @@ def test_what_open_clip_says_of_data_is_one_line(tmp_path):
     assert f"--train-data {data}: number of shards must be >= total workers" in said
     words = ["--train-data", data, "--loss", "otter", "--epochs", "1"]
     assert list(train(tmp_path, tmp_path / "two", *words, "--workers", "2").glob("*.pt"))
+    said = run(tmp_path, data, "--val-data", str(tmp_path / "no.tar"), "--workers", "0")
+    assert f"--val-data {tmp_path}/no.tar: {tmp_path}/no.tar: no such file; correct" in said
+    said = run(tmp_path, table(tmp_path / "rows", 12), "--val-data", "no.csv")
+    assert " or --val-data no.csv: [Errno 2] No such file or directory: 'no.csv'" in said
     said = run(tmp_path, str(tmp_path / "{0..3}.tar"), "--train-num-samples", "9")
     assert NO_BATCH in said and "0.tar" in said
 

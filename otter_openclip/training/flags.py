@@ -362,10 +362,11 @@ def _settle_size(args: argparse.Namespace) -> None:
         args.train_num_samples = listed_samples(expand_urls(args.train_data)[0])
 
 
-def in_shards(args: argparse.Namespace) -> bool:
-    """Whether open_clip takes ``--train-data`` for webdataset shards."""
-    guessed = args.dataset_type == "auto" and str(args.train_data).endswith(".tar")
-    return bool(args.train_data) and (guessed or args.dataset_type == "webdataset")
+def in_shards(args: argparse.Namespace, name: str = "train_data") -> bool:
+    """Whether open_clip takes ``--train-data``, or the flag of that name, for webdataset shards."""
+    data = getattr(args, name)
+    guessed = args.dataset_type == "auto" and str(data).endswith(".tar")
+    return bool(data) and (guessed or args.dataset_type == "webdataset")
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -168,13 +168,15 @@ class Run:
         self, args: Namespace, preprocess_fns: tuple[Any, Any], *rest: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """Stock data after the hook; with ``--zeroshot-data``, a reason to evaluate."""
+        asked = f"--train-data {args.train_data}"
+        asked += f" or --val-data {args.val_data}" if args.val_data else ""
         try:
             data = _stock_get_data(args, preprocess_fns, *rest, **kwargs)
         except KeyError as error:
             flags = "--csv-img-key, --csv-caption-key and --csv-separator"
-            self.plugin.refuse(f"--train-data {args.train_data} has no {error}; see {flags}", error)
+            self.plugin.refuse(f"{asked} has no {error}; see {flags}", error)
         except (RuntimeError, ValueError, OSError, AssertionError) as error:
-            self.plugin.refuse(f"--train-data {args.train_data}: {error}", error)
+            self.plugin.refuse(f"{asked}: {error}", error)
         data = self.plugin.setup_data(args, data, preprocess_fns[1])
         if ZEROSHOT_DATA in data:
             # open_clip evaluates if one of its own sets is there.

@@ -138,6 +138,7 @@ class ClipPlugin:
         self._train = data.get("train")
         with self.faults_named():
             check_tables(args, data)
+            watch.check_validation(args)
         if self._train is not None:
             with self.faults_named():
                 watch.settle_warmup(args, self._train)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -117,6 +118,13 @@ def check_loader(args: Namespace, train: DataInfo) -> None:
             f"--accum-freq {args.accum_freq} is more than the {batches} batches of an epoch, so no step "
             "would be made; lower it or --batch-size"
         )
+
+
+def check_validation(args: Namespace) -> None:
+    """Raise ValueError for a shard of ``--val-data`` that is gone, which may cost the first epoch."""
+    for shard in expand_urls(args.val_data)[0] if in_shards(args, "val_data") else ():
+        if ":" not in shard and not os.path.exists(shard):
+            raise ValueError(f"--val-data {args.val_data}: {shard}: no such file; correct the path")
 
 
 def settle_warmup(args: Namespace, train: DataInfo) -> None:
