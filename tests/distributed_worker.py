@@ -17,6 +17,7 @@ COUNT, WIDTH = 24, 8
 INFONCE = {"infonce": lambda impl=None, **kw: _ClipLoss(**kw)}
 LOCAL = {"otter-local": lambda **kw: OtterLoss(ot_scope="local", **kw)}
 NAMES = ("ls", "kd", "kd-coef", "otter", "otter-coef", "otter-keep", "otter-sharp", "otter-shared")
+NAMES += ("ls-weighted", "otter-weighted")
 MAKE = INFONCE | {name: SETTINGS[name] for name in NAMES} | LOCAL
 # (local_loss, gather_with_grad)
 FLAGS = [(True, True), (False, True), (True, False), (False, False)]
@@ -29,7 +30,11 @@ class _ClipLoss(ClipLoss):
 
 
 def impls(name):
-    return ("plain",) if name in ("infonce", "ls", "otter-local") else IMPLEMENTATIONS[1:]
+    return (
+        ("plain",)
+        if name in ("infonce", "ls", "ls-weighted", "otter-local")
+        else IMPLEMENTATIONS[1:]
+    )
 
 
 @contextlib.contextmanager

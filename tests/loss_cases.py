@@ -8,6 +8,22 @@ from otter_openclip import DistillationLoss, LabelSmoothingLoss, OtterLoss
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 
+
+def weights_of(images):
+    """A weight for each pair, which any rank knows of its own."""
+    return (images.detach()[:, 0] + 1) / 2
+
+
+def weighted(kind):
+    """The loss ``kind`` with ``weights_of`` its pairs."""
+
+    class Weighted(kind):
+        def forward(self, images, *further, **keywords):
+            return super().forward(images, *further, pair_weights=weights_of(images), **keywords)
+
+    return Weighted
+
+
 SETTINGS = {
     "ls": lambda **kw: LabelSmoothingLoss(0.3, **kw),
     "ls-0": lambda **kw: LabelSmoothingLoss(0.0, **kw),
@@ -25,6 +41,8 @@ SETTINGS = {
     "otter-flat": lambda **kw: OtterLoss(epsilon=5.0, **kw),
     "otter-edge": lambda **kw: OtterLoss(epsilon=0.101, **kw),
     "otter-alpha-1": lambda **kw: OtterLoss(1.0, **kw),
+    "ls-weighted": lambda **kw: weighted(LabelSmoothingLoss)(0.2, **kw),
+    "otter-weighted": lambda **kw: weighted(OtterLoss)(0.6, **kw),
     "otter-shared": lambda **kw: OtterLoss(share_logit_scale=True, **kw),
 }
 

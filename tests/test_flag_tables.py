@@ -12,6 +12,7 @@ from otter_openclip.training import flags as train_flags
 LABELLED = "--classes a --labels b --images c --output d"
 # Words that are complete.
 COMMANDS = {
+    "fit": "o --model t --train-data a.tar",
     "export": "run out",
     "convert": "x.pth.tar out",
     "towers": "out --image resnet18 --text folder",

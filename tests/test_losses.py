@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import DEVICES, features
+from loss_cases import DEVICES, features, weights_of
 from open_clip import ClipLoss
 
 from otter_openclip import DistillationLoss, LabelSmoothingLoss, OtterLoss
@@ -219,3 +219,18 @@ def test_without_a_teacher_the_student_is_its_own(make, impl):
         torch.testing.assert_close(one, other)
     with pytest.raises(ValueError, match="go together: give both or none"):
         make(impl=impl)(*student, torch.tensor(9.0), dist_image_features=student[0])
+
+
+@pytest.mark.parametrize(
+    "loss", [LabelSmoothingLoss(0.0), OtterLoss(1.0)], ids=["infonce", "otter"]
+)
+def test_weights_multiply_each_pairs_contrastive_term(loss):
+    images, texts, *teacher = features(9)
+    weights = weights_of(images)
+    terms = loss.double()(
+        images, texts, torch.tensor(7.0), *teacher, pair_weights=weights, output_dict=True
+    )
+    logits, own = 7 * images @ texts.T, torch.arange(9)
+    rows = [F.cross_entropy(x, own, reduction="none") for x in (logits, logits.T)]
+    expected = (weights * (rows[0] + rows[1])).mean() / 2
+    torch.testing.assert_close(terms["contrastive_loss"], expected)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -38,9 +37,6 @@ class _Chart:
     def path(self, points: Sequence[tuple[float, float]], kind: str) -> None:
         d = "M" + "L".join(self.at(x, y) for x, y in points)
         self.parts.append(f'<path d="{d}" class="{kind}"/>')
-
-    def box(self, left: float, low: float, right: float, high: float, kind: str) -> None:
-        self.path([(left, low), (right, low), (right, high), (left, high)], kind)
 
     def axes(
         self,
@@ -84,24 +80,4 @@ def matchings(histogram: Mapping[str, Sequence[float]], size: int) -> Markup:
         # One entry in several batches is less than one a batch: it stays visible as a sliver.
         heights = [h or (0.015 if c else 0) for h, c in zip(heights, histogram[name], strict=True)]
         chart.path(_steps(heights), f"area {kind}")
-    return chart.svg()
-
-
-def ranks(statistics: Mapping[str, Any]) -> Markup:
-    """Where captions' own pictures rank, with the height that captions at chance would give."""
-    counts = np.array(statistics["histogram"], float)
-    shares = counts / counts.sum()
-    top = max(0.1, math.ceil(shares.max() * 10) / 10)
-    chart = _Chart("Histogram of the ranks of captions' own pictures")
-    up = [(y, f"{y * top:.0%}") for y in (0, 0.5, 1)]
-    across = [(0.0, "nearest"), (0.5, "half"), (0.97, "last")]
-    chart.axes(across, up, "own picture's rank among all", "captions")
-    for place, share in enumerate(shares):
-        edge = 1 / len(shares)
-        chart.box(place * edge + 0.004, 0, (place + 1) * edge - 0.004, share / top, "bar on")
-    level = statistics["at_chance"] / len(shares) / top
-    chart.box(0, 0, 1, level, "chance")
-    chart.path([(0, level), (1, level)], "mark")
-    words = f"at chance: {statistics['at_chance']:.0%}"
-    chart.text(0.98, level, words, "note end", 0, -6 if level < 0.9 else 14)
     return chart.svg()

@@ -14,20 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from otter_openclip.analysis import charts
+from otter_openclip.analysis.duplicates import NEAR, Duplicates, duplicates, own_is_nearest
 from otter_openclip.analysis.embedding import Embedded, embed, load_model
 from otter_openclip.analysis.matching import batch_statistics, in_batches
-from otter_openclip.analysis.neighbours import (
-    FAR,
-    NEAR,
-    Duplicates,
-    Ranking,
-    by_neighbours,
-    by_similarity,
-    duplicates,
-)
 from otter_openclip.analysis.reading import Reader
 from otter_openclip.analysis.verdict import Verdict, verdict
 from otter_openclip.captions import cut_alike
+from otter_openclip.closed_form.estimator import fit_heads
+from otter_openclip.closed_form.listing import WRONG
+from otter_openclip.closed_form.page import similarity_chart
 from otter_openclip.files import make_room, write_json, write_text
 from otter_openclip.losses import DistillationLoss, OtterLoss
 
@@ -82,10 +77,6 @@ def report(output: Path, pairs: Embedded, stats: dict[str, Any], sizes: Sequence
         sizes: of batches, growing, none larger than ``pairs``.
     """
     pairs = _shuffled(pairs)
-    rankings = {
-        "similarity": by_similarity(pairs.images, pairs.texts),
-        "neighbours": by_neighbours(pairs.images, pairs.texts),
-    }
     texts = [" ".join(caption.casefold().split()) for caption in pairs.captions]
     copies = {
         "captions": duplicates(pairs.texts, texts, SHOWN),
@@ -95,16 +86,12 @@ def report(output: Path, pairs: Embedded, stats: dict[str, Any], sizes: Sequence
         str(size): batch_statistics(pairs.images, pairs.texts, size)
         for size in tqdm(sizes, desc="Matching", unit="batch size")
     }
-    stats["ranks"] = {name: ranking.statistics() for name, ranking in rankings.items()}
+    stats["wrong"], stats["suspects"], chart = _wrong(pairs)
     judged = verdict(stats)
     stats["verdict"] = judged._asdict()
-    suspects: list[tuple[int, int]] = []
-    if ranking := rankings.get(judged.judge):
-        suspects = _suspects(ranking)
-        stats["suspects"] = [_suspect(pairs, ranking, *pair) for pair in suspects]
     stats["duplicates"] = {name: _duplicates(pairs, copy) for name, copy in copies.items()}
     write_json(output / "stats.json", stats)
-    write_text(output / "report.html", _page(stats, pairs, suspects[:SHOWN], copies))
+    write_text(output / "report.html", _page(stats, pairs, copies, chart))
     return judged
 
 
@@ -134,25 +121,42 @@ def _notes(args: argparse.Namespace, data: dict[str, Any], sizes: list[int]) -> 
     return notes
 
 
-def _suspects(ranking: Ranking) -> list[tuple[int, int]]:
-    """Captions whose own picture is in the far part, with the picture that fits them best.
+def _wrong(pairs: Embedded) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """The estimate of ``fit`` under this model, the pairs that look wrong, and a picture of both.
 
-    Those come first that the other fits better by most.
+    What stands in the way of an estimate is its entry "fault".
     """
-    order = (ranking.best_score - ranking.own_score).argsort(descending=True).tolist()
-    far = [i for i in order if ranking.rank[i] > FAR]
-    return [(i, int(ranking.best[i])) for i in far[:LISTED]]
-
-
-def _suspect(pairs: Embedded, ranking: Ranking, i: int, other: int) -> dict[str, Any]:
-    return {
-        "place": pairs.places[i],
-        "caption": pairs.captions[i],
-        "pictures_that_fit_better": round(float(ranking.rank[i]) * (len(pairs.captions) - 1)),
-        "score": float(ranking.own_score[i]),
-        "best_score": float(ranking.best_score[i]),
-        "best_place": pairs.places[other],
+    try:
+        model, weights, statistics = fit_heads(pairs.images, pairs.texts)
+    except ValueError as error:
+        return {"fault": str(error)}, [], ""
+    wrong = statistics.wrong
+    estimate = {
+        "share": wrong.share,
+        "standard_error": wrong.error,
+        "own_is_nearest": own_is_nearest(pairs.images, pairs.texts),
     }
+    images, texts = model.transform(pairs.images, pairs.texts)
+    order = weights.argsort().tolist()[:LISTED]
+    suspects = []
+    for i in (i for i in order if weights[i] < WRONG):
+        scores = images @ texts[i]
+        own = float(scores[i])
+        scores[i] = -torch.inf
+        best = int(scores.argmax())
+        suspects.append(
+            {
+                "number": i,
+                "place": pairs.places[i],
+                "caption": pairs.captions[i],
+                "weight": float(weights[i]),
+                "similarity": own,
+                "best": best,
+                "best_similarity": float(scores[best]),
+                "best_place": pairs.places[best],
+            }
+        )
+    return estimate, suspects, similarity_chart(wrong)
 
 
 def _duplicates(pairs: Embedded, copies: Duplicates) -> dict[str, Any]:
@@ -168,10 +172,10 @@ def _duplicates(pairs: Embedded, copies: Duplicates) -> dict[str, Any]:
 def _page(
     stats: dict[str, Any],
     pairs: Embedded,
-    suspects: Sequence[tuple[int, int]],
     copies: dict[str, Duplicates],
+    chart: str,
 ) -> str:
-    """``report.jinja`` filled in; ``suspects`` are numbers of captions and of what fits them better."""
+    """``report.jinja`` filled in; ``chart`` is of the similarities."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -186,7 +190,8 @@ def _page(
         verdict=stats["verdict"],
         pairs=pairs,
         pictures=[base64.b64encode(thumbnail).decode() for thumbnail in pairs.thumbnails],
-        suspects=list(zip(suspects, stats.get("suspects", []), strict=False)),
+        suspects=stats["suspects"][:SHOWN],
+        chart=chart,
         copies=copies,
         size=size,
         examples=_examples(pairs, size),

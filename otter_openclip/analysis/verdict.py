@@ -9,10 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-# Shares of captions that fit no better than chance, and what that is called.
+# Shares of wrong captions, and what that is called.
 CLEAN, NOISY = 0.08, 0.25
-AT_CHANCE = 0.8  # such a share says nothing about captions: the model does not know them
-APART = 0.1  # two estimates that differ by this do not agree
 FEW = 1000  # pairs looked at
 BY_HEART = 0.7  # captions whose own picture is the first of all: more than models know of new ones
 
@@ -37,57 +35,24 @@ class Verdict(NamedTuple):
 
     noise: tuple[str, str]
     otter: tuple[str, str]
-    judge: str  # whose ranking to believe: "similarity", "neighbours" or "" for none
     sureness: str
     remarks: list[str]
 
 
-def choose_judge(similarity: float, neighbours: float) -> str:
-    """The model's similarity, unless neighbours put a much smaller share at chance; "" for neither.
-
-    Both are upper estimates, so the smaller one is the better.
-    """
-    if min(similarity, neighbours) > AT_CHANCE:
-        return ""
-    return "neighbours" if neighbours < similarity - APART else "similarity"
-
-
 def verdict(stats: Mapping[str, Any]) -> Verdict:
     """From the other entries of stats.json."""
-    ranks, data = stats["ranks"], stats["data"]
-    similarity, neighbours = (ranks[name]["at_chance"] for name in ("similarity", "neighbours"))
-    judge = choose_judge(similarity, neighbours)
-    remarks = []
-    if similarity > AT_CHANCE:
-        remarks.append(
-            "The model's own matching is at chance: a caption's own picture beats a random one in "
-            f"{ranks['similarity']['beats_a_random_picture']:.0%}, where 50% is chance. Read nothing "
-            "into how it matches within batches, nor into KD's targets."
-        )
-    if not judge:
-        noise = (
-            "Cannot be told",
-            "Under this model captions fit their own pictures no better than others, by its similarity "
-            "and by neighbours alike: either the captions have nothing to do with the pictures, or it "
-            "knows neither. Try a model pretrained on data like these.",
-        )
+    wrong, data = stats["wrong"], stats["data"]
+    if "fault" in wrong:
         otter = ("Cannot be told", "That depends on the captions.")
-        return Verdict(noise, otter, judge, "not sure at all", remarks)
-    if judge == "neighbours":
-        remarks.append(
-            f"The answer is by neighbours, which say {neighbours:.0%} where the model's similarity says "
-            f"{similarity:.0%}: both are too high rather than too low, so the lower one counts."
-        )
-    few = data["pairs"] < FEW
+        return Verdict(("Cannot be told", f"{wrong['fault']}."), otter, "not sure at all", [])
+    remarks, few = [], data["pairs"] < FEW
     if few:
         remarks.append(f"Only {data['pairs']:,} pairs were looked at.")
-    nearest = ranks["similarity"]["own_is_nearest"]
-    by_heart = neighbours - similarity > APART or (nearest > BY_HEART and not few)
+    by_heart = wrong["own_is_nearest"] > BY_HEART and not few
     if by_heart:
         remarks.append(
-            "The model may know these very pairs by heart, or the captions are too varied to have "
-            f"neighbours: {nearest:.0%} have their own picture first among {data['pairs']:,}; at chance "
-            f"are {similarity:.0%} by similarity, {neighbours:.0%} by neighbours."
+            "The model may know these very pairs by heart, or the captions are very varied: "
+            f"{wrong['own_is_nearest']:.0%} have their own picture first among {data['pairs']:,}."
         )
     remarks += [
         "A model that was trained on these very pairs finds much less noise than there is, or none: use "
@@ -95,18 +60,17 @@ def verdict(stats: Mapping[str, Any]) -> Verdict:
         "What is known of OTTER is from photos and two frozen pretrained towers, all losses tuned "
         "alike. Names of single things (glyphs) did not gain there.",
     ]
-    share, error = ranks[judge]["at_chance"], ranks[judge]["standard_error"]
+    share, error = wrong["share"], wrong["standard_error"]
     level = 0 if share < CLEAN else 1 if share < NOISY else 2
     answer = ("Hardly", "Some of them", "Yes, many")[level]
     noise = (
         f"{answer}, if new to the model" if by_heart else answer,
-        f"About {share:.0%} (± {2 * error:.0%}) of the captions fit their own picture no better "
-        "than one drawn by lot. Wrong captions are at most that many: what the model does not know "
-        "counts as well.",
+        f"About {share:.0%} (± {2 * error:.0%}) of the captions fit their own picture no better than "
+        "that of another. Wrong captions are about that many; what the model does not know counts "
+        "as well.",
     )
-    agree = abs(similarity - neighbours) < APART
-    sureness = "fairly sure" if agree and not by_heart and not few else "not very sure"
-    return Verdict(noise, _otter(level, data["pairs_in_all"]), judge, sureness, remarks)
+    sureness = "not very sure" if by_heart or few else "fairly sure"
+    return Verdict(noise, _otter(level, data["pairs_in_all"]), sureness, remarks)
 
 
 def _otter(level: int, total: int | None) -> tuple[str, str]:

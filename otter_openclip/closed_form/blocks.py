@@ -55,7 +55,20 @@ def _keys(features: Tensor) -> Tensor:
     return (keys ^ (keys >> 29)) * odd[0]
 
 
-class ArrayPairs:
+class _Pairs:
+    """What holds of pairs wherever they lie."""
+
+    device: torch.device
+    widths: tuple[int, int]
+
+    def no_pairs(self) -> Block:
+        """A block of none, for a rank that has no shard."""
+        sides = (torch.zeros(0, width, device=self.device) for width in self.widths)
+        none = torch.zeros(0, dtype=torch.float64, device=self.device)
+        return Block(*sides, none, none.long())
+
+
+class ArrayPairs(_Pairs):
     """Pairs in memory, of one process."""
 
     rank, world_size = 0, 1
@@ -80,7 +93,7 @@ class ArrayPairs:
         return value
 
 
-class ShardPairs:
+class ShardPairs(_Pairs):
     """This rank's share of pairs whose features lie in files beside shards."""
 
     def __init__(

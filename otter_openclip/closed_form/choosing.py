@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -51,18 +52,19 @@ def choose(
             covariances = moments.covariances(text_mean=text_mean)
             for ridge in ridges:
                 directions = covariances.directions(*ridge)
+                sides = directions.projected(block.images, block.texts)
                 for number, setting in enumerate(settings):
                     if (setting.ridge_images, setting.ridge_texts) == ridge:
-                        heads = directions.heads(setting.power)
-                        totals[number] += _held_out(heads, block, weight).cpu() / len(folds)
+                        scaled = zip(sides, directions.scales(setting.power), strict=True)
+                        embedded = [F.normalize(x * y.float(), dim=1) for x, y in scaled]
+                        totals[number] += _held_out(*embedded, weight).cpu() / len(folds)
                 bar.update()
     best = int(totals.argmax())
     setting, scale = divmod(best, len(SCALES))
     return settings[setting], SCALES[scale], float(totals.flatten()[best])
 
 
-def _held_out(heads: object, block: Block, weight: Tensor) -> Tensor:
-    images, texts = heads.images(block.images), heads.texts(block.texts)
+def _held_out(images: Tensor, texts: Tensor, weight: Tensor) -> Tensor:
     total, weight = weight.sum().clamp(min=1e-30), weight.float()
     return sum(
         log_likelihood(i, t, w, SCALES) * (w.sum() / total)

@@ -143,14 +143,12 @@ class Fit:
     def _hold_out(self) -> None:
         """Keep some pairs of each fold, drawn by their features: the same ones on any ranks."""
         share = min(1.0, FOLDS * _HELD_OUT / max(self.pairs.count, 1))
-        parts, usable = [], torch.zeros(1, dtype=torch.int64)
+        parts, usable = [self.pairs.no_pairs()], torch.zeros(1, dtype=torch.int64)
         for block in self.pairs.blocks("Reading"):
             usable += len(block.images)
             drawn = (block.image_keys & 0xFFFFFF) < share * 2**24
             parts.append(block[drawn.nonzero()[:, 0]])
         self._usable = int(self.pairs.over_ranks(usable))
-        if not parts:
-            raise ValueError("no pair can be used")
         fields = ("images", "texts", "weights", "places")
         columns = [torch.cat([getattr(part, name) for part in parts]) for name in fields]
         block = Block(*(self.pairs.of_ranks(column) for column in columns))
@@ -161,8 +159,8 @@ class Fit:
                 f"{len(block.images)} pairs with {distinct[0]} pictures and {distinct[1]} captions are "
                 f"too few to fit heads to: at least {FEWEST} pairs that differ are needed"
             )
-        folds = [block[(block.folds == fold).nonzero()[:, 0]] for fold in range(FOLDS)]
-        self._held_out = folds
+        folds = range(FOLDS)
+        self._held_out = [block[(block.folds == fold).nonzero()[:, 0]] for fold in folds]
 
     def _choose(self, folds: list[Moments]) -> None:
         total = reduce(add, folds)
@@ -177,7 +175,8 @@ class Fit:
         """Judge each pair by heads that were fitted without its fold."""
         total = reduce(add, folds)
         self.fold_heads = [self._covariances(total - fold).heads(self.setting) for fold in folds]
-        counts = sum(histograms(self.fold_heads, block) for block in self.pairs.blocks("Judging"))
+        none = histograms(self.fold_heads, self.pairs.no_pairs())
+        counts = sum((histograms(self.fold_heads, b) for b in self.pairs.blocks("Judging")), none)
         counts = self.pairs.over_ranks(counts)
         self.wrong = WrongPairs.estimate(counts, self._usable, self.wrong)
         if self.wrong.share > HOPELESS:

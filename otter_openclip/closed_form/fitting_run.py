@@ -22,6 +22,7 @@ from otter_openclip.closed_form.listing import better_captions, contents, judge_
 from otter_openclip.closed_form.page import SHOWN, page
 from otter_openclip.closed_form.validation import LabelledFeatures
 from otter_openclip.evaluation.run import join_ranks
+from otter_openclip.evaluation.validator import check_webdataset
 from otter_openclip.frozen.encode import Column, TowerEncoder, fill
 from otter_openclip.frozen.loader import image_column, text_column
 from otter_openclip.frozen.prefix import inner_parts, install
@@ -40,7 +41,8 @@ class Towers:
         try:
             model, _, transform = open_clip.create_model_and_transforms(place, device=device)
         except RuntimeError as error:  # open_clip's own of an unknown model
-            raise ValueError(f"--model {name}: {error}") from error
+            reason = str(error).partition(". ")[0]  # the names of all models follow
+            raise ValueError(f"--model {name}: {reason}") from error
         check_towers(model, name)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(place)
@@ -96,6 +98,8 @@ def fit_folder(
     check_out(out, overwrite)
     if (unpaired_images is None) != (unpaired_captions is None):
         raise ValueError("--unpaired-images and --unpaired-captions go together: give both or none")
+    if val is not None:
+        check_webdataset(val, flag="--val")
     rank, world_size = join_ranks() if together else (0, 1)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = precision or ("fp32" if place.type == "cpu" else "amp")

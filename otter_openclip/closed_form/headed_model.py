@@ -87,6 +87,7 @@ def _text_features(model: nn.Module, tokens: Tensor) -> Tensor:
     return prefix.run(model, "text", tokens.to(next(model.parameters()).device)).cpu().float()
 
 
+@torch.no_grad()
 def takes_off_a_mean(model: nn.Module, tokens: Tensor) -> bool:
     """Whether the text tower has a layer norm whose bias its features follow."""
     tower, before = copy.deepcopy(model.text).cpu(), _text_features(model, tokens)

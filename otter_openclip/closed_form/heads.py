@@ -21,6 +21,7 @@ from torch import Tensor
 
 _RANK = 1e-10  # smaller eigenvalues, relative to the largest, are rounding
 _TINY = 1e-30  # in place of a zero that is divided by
+_SMALL = 1e-8  # smaller correlations, relative to the largest, are rounding
 
 
 class Setting(NamedTuple):
@@ -94,7 +95,7 @@ class Covariances:
     mean: Tensor
     matrix: Tensor
     width: int
-    _roots: dict[tuple[int, float], Tensor] = field(default_factory=dict)
+    _regressions: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def halfway(self, other: Covariances) -> Covariances:
         """The mean of both matrices; the centres stay."""
@@ -109,34 +110,36 @@ class Covariances:
     def directions(self, ridge_images: float, ridge_texts: float) -> Directions:
         """The canonical directions under two ridges.
 
-        Any root of R does for R^(-1/2), as the rotation between roots goes into U; Cholesky's is quick.
+        With the regression B = R(Cxx)^(-1) Cxy of texts on images and a root L of R(Cyy), the right
+        singular vectors V are the eigenvectors of L^(-1) Cyx B L^(-T), as wide as the texts;
+        directions are L^(-T) V of texts and, times the correlations, B L^(-T) V of images.
 
         Raises: ValueError if a covariance has no inverse, for which its ridge is too small.
         """
-        images, texts = slice(0, self.width), slice(self.width, None)
+        p = self.width
         try:
-            a, b = self._root(images, ridge_images), self._root(texts, ridge_texts)
+            if ridge_images not in self._regressions:
+                root = _root(self.matrix[:p, :p], ridge_images)
+                regression = torch.cholesky_solve(self.matrix[:p, p:], root)
+                self._regressions[ridge_images] = (
+                    regression,
+                    self.matrix[p:, :p] @ regression,
+                )
+            root = _root(self.matrix[p:, p:], ridge_texts)
         except torch.linalg.LinAlgError:
             raise ValueError(
                 f"with the ridges {ridge_images:g} and {ridge_texts:g} a covariance has no inverse: "
                 "features are constant or too many for the pairs; use ridges above 0"
             ) from None
-        cross = torch.linalg.solve_triangular(a, self.matrix[images, texts], upper=False)
-        cross = torch.linalg.solve_triangular(b.T, cross, upper=True, left=False)
-        left, correlations, right = torch.linalg.svd(cross, full_matrices=False)
-        sides = [
-            torch.linalg.solve_triangular(root.T, vectors, upper=True)
-            for root, vectors in ((a, left), (b, right.T))
-        ]
-        return Directions(self.mean, *sides, correlations)
-
-    def _root(self, side: slice, ridge: float) -> Tensor:
-        """The lower triangular root of R of one side."""
-        if (side.start, ridge) not in self._roots:
-            shrunk = self.matrix[side, side].clone()
-            shrunk.diagonal().add_(ridge * shrunk.diagonal().mean())
-            self._roots[side.start, ridge] = torch.linalg.cholesky(shrunk)
-        return self._roots[side.start, ridge]
+        regression, explained = self._regressions[ridge_images]
+        inner = torch.linalg.solve_triangular(root, explained, upper=False)
+        inner = torch.linalg.solve_triangular(root, inner.T, upper=False)
+        values, vectors = torch.linalg.eigh(inner)
+        wide = min(p, len(root))
+        correlations = values.flip(0)[:wide].clamp(min=_TINY).sqrt()
+        vectors = vectors.flip(1)[:, :wide]
+        texts = torch.linalg.solve_triangular(root.T, vectors, upper=True)
+        return Directions(self.mean, regression @ texts, texts, correlations)
 
     def heads(self, setting: Setting, width: int | None = None) -> Heads:
         """The heads under ``setting``, with embeddings of ``width``, by default as wide as can be."""
@@ -146,19 +149,36 @@ class Covariances:
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """Canonical directions of both sides, (p, k) and (q, k), with their correlations (k,), falling."""
+    """Canonical directions of both sides, and their correlations, falling."""
 
     mean: Tensor
-    images: Tensor
-    texts: Tensor
-    correlations: Tensor
+    images: Tensor  # (p, k), times the correlations
+    texts: Tensor  # (q, k)
+    correlations: Tensor  # (k,)
 
     def heads(self, power: float, width: int | None = None) -> Heads:
         """The heads with embeddings of ``width``, at most and by default k."""
-        scale = (self.correlations[:width] / self.correlations[0].clamp(min=_TINY)) ** power
+        of_images, of_texts = self.scales(power)
         means = self.mean.split([len(self.images), len(self.texts)])
-        weights = self.images[:, :width] * scale, self.texts[:, :width] * scale
+        weights = (self.images * of_images)[:, :width], (self.texts * of_texts)[:, :width]
         return Heads(*(x.float() for x in (*means, *weights, self.correlations[:width])))
+
+    def projected(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (n, p) and (n, q) along the directions, (n, k) each in float32."""
+        means = self.mean.split([len(self.images), len(self.texts)])
+        return projected(images, means[0], self.images), projected(texts, means[1], self.texts)
+
+    def scales(self, power: float) -> tuple[Tensor, Tensor]:
+        """What columns of both sides are multiplied by, (k,) each."""
+        relative = (self.correlations / self.correlations[0]).clamp(min=_SMALL)
+        return relative ** (power - 1), relative**power
+
+
+def _root(covariance: Tensor, ridge: float) -> Tensor:
+    """The lower triangular root of R(covariance, ridge)."""
+    shrunk = covariance.clone()
+    shrunk.diagonal().add_(ridge * covariance.diagonal().mean())
+    return torch.linalg.cholesky(shrunk)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +201,12 @@ class Heads:
 
 
 def _embedded(features: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
-    return F.normalize(features.float() @ weight - mean @ weight, dim=1)
+    return F.normalize(projected(features, mean, weight), dim=1)
+
+
+def projected(features: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
+    """(n, D) features minus their mean, times a weight, in float32."""
+    return features.float() @ weight.float() - (mean @ weight).float()
 
 
 def log_likelihood(images: Tensor, texts: Tensor, weights: Tensor, scales: list[float]) -> Tensor:

@@ -50,10 +50,7 @@ def page(
         "correlations": _chart([record["correlations"]], ["on"], "1", f"{record['embed_dim']}")
     }
     if wrong is not None:
-        own, others = (_thinned(row.cpu().numpy()) for row in wrong.histograms)
-        top = max(own.max(), others.max())
-        rows = [others / top, own / top, _thinned(wrong.probability.cpu().numpy(), np.mean)]
-        curves["similarities"] = _chart(rows, ["off", "on", "line"], "-1", "1")
+        curves["similarities"] = similarity_chart(wrong)
     pairs = [
         {
             "place": f"{shard}: {key}",
@@ -65,6 +62,14 @@ def page(
         for (shard, number, key, weight, _), places in zip(shown, better, strict=True)
     ]
     return environment.get_template("fit.jinja").render(record=record, curves=curves, pairs=pairs)
+
+
+def similarity_chart(wrong: WrongPairs) -> Markup:
+    """Densities of own and others' similarities, and how likely a pair is right; an SVG."""
+    own, others = (_thinned(row.cpu().numpy()) for row in wrong.histograms)
+    top = max(own.max(), others.max())
+    rows = [others / top, own / top, _thinned(wrong.probability.cpu().numpy(), np.mean)]
+    return _chart(rows, ["off", "on", "line"], "-1", "1")
 
 
 def _thinned(values: np.ndarray, how: Any = np.sum) -> np.ndarray:

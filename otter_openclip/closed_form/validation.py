@@ -8,13 +8,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from clip_benchmark.datasets.builder import build_wds_dataset
-from torch import nn
+from torch import Tensor, nn
 
 from otter_openclip.closed_form.heads import Heads
 from otter_openclip.evaluation.labelled_images import LabelledImages
 from otter_openclip.evaluation.metrics import multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts
-from otter_openclip.evaluation.validator import check_webdataset
 from otter_openclip.frozen import prefix
 from otter_openclip.frozen.encode import Column, fill
 
@@ -27,12 +26,13 @@ class LabelledFeatures:
     def __init__(
         self, folder: str, model: nn.Module, tokenizer: Any, images: Column, **how: Any
     ) -> None:
-        """``images`` keeps the pictures' features; ``how`` is of ``frozen.encode.fill``.
+        """``folder`` is of ``check_webdataset``; ``images`` keeps the pictures' features.
+
+        ``how`` is of ``frozen.encode.fill``.
 
         Raises:
             ValueError: naming what of the folder cannot be used.
         """
-        check_webdataset(folder, flag="--val")
         dataset = build_wds_dataset("val", images.inputs.transform, "test", folder)
         prompts = class_prompts(dataset)
         shards = LabelledImages(dataset, images.inputs.transform).shards
@@ -61,6 +61,9 @@ class LabelledFeatures:
 
     def metrics(self, heads: Heads) -> dict[str, float]:
         """F@K and mean average precision under ``heads``, as ``otter-openclip eval`` computes them."""
+        return multilabel_metrics(heads.images(self.images), self.classes(heads), self.labels)
+
+    def classes(self, heads: Heads) -> Tensor:
+        """(C, D) unit-norm features of the classes, each the mean of its prompts'."""
         each = heads.texts(self.prompts).split(self.counts)
-        classes = F.normalize(torch.stack([part.mean(dim=0) for part in each]), dim=1)
-        return multilabel_metrics(heads.images(self.images), classes, self.labels)
+        return F.normalize(torch.stack([part.mean(dim=0) for part in each]), dim=1)

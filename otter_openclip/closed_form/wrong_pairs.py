@@ -65,7 +65,8 @@ def _bin(cosines: Tensor) -> Tensor:
 
 
 def _histogram(cosines: Tensor, weights: Tensor) -> Tensor:
-    return torch.bincount(_bin(cosines), weights.double(), minlength=_BINS)
+    # Of nothing it would be in float32.
+    return torch.bincount(_bin(cosines), weights.double(), minlength=_BINS).double()
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from argparse import Namespace
 from pathlib import Path
 
+import torch
 from open_clip_train.data import expand_urls
 from open_clip_train.distributed import world_info_from_env
 
@@ -39,10 +41,11 @@ def start_from_fit(args: Namespace) -> None:
             feature_cache=folder,
             precision=args.precision,
             workers=args.workers,
-            device=args.device,
+            device=args.device if torch.cuda.is_available() else "cpu",  # as open_clip falls back
             together=False,
             report=print,
         )
+        logging.root.handlers.clear()  # a warning has made one; open_clip makes its own
     while not (out / FIT_FILE).is_file():  # if rank 0 fails, torchrun ends this one
         time.sleep(_POLL)
     args.model = f"local-dir:{out}"

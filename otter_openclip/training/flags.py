@@ -232,7 +232,7 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with ``args`` as they are given; the first is said."""
     if args.loss not in LOSSES:  # a patched open_clip_train also lists other packages' losses
         yield f"--loss {args.loss} is not one of this plugin's: {', '.join(LOSSES)}"
-    for name in ("config", "zeroshot_data", "feature_cache"):
+    for name in ("config", "zeroshot_data", "feature_cache", "pair_weights"):
         if "" in as_list(getattr(args, name)):
             yield f"argument --{name.replace('_', '-')}: expected a value, got ''"
     if args.zeroshot_data is not None:

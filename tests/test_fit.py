@@ -1,0 +1,379 @@
+"""``otter-openclip fit``: the folder, its list and weights, and training that goes on from it."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import COLOURS, SHAPES, picture, png, write_tar
+from data_helpers import run as run_data
+from data_helpers import samples
+from forks import ranks
+from PIL import Image
+from training_helpers import load, train
+
+from otter_openclip import cli, fit_heads
+from otter_openclip.closed_form import fitting_run, headed_model
+from otter_openclip.closed_form.fitting_run import fit_folder
+from otter_openclip.frozen.loader import split_weights
+from otter_openclip.model_folders.towers import make_towers
+
+COUNT, SHARDS, WRONG = 300, 3, 60
+LOCKS = ["--lock-image", "--lock-text", "--lock-text-freeze-layer-norm"]
+
+
+@pytest.fixture(scope="module")
+def model(towers, tmp_path_factory):
+    """The two towers, in a folder."""
+    out = tmp_path_factory.mktemp("model") / "towers"
+    return make_towers(out, **towers, image_size=32, context_length=20)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Pairs of which every fifth has another's caption; the keys of these begin with w."""
+    folder, rng = tmp_path_factory.mktemp("noisy"), random.Random(0)
+    drawn = [(rng.choice(COLOURS), rng.choice(SHAPES)) for _ in range(COUNT)]
+    for shard in range(SHARDS):
+        files = {}
+        for i in range(shard, COUNT, SHARDS):
+            colour, shape = drawn[i]
+            wrong = i < WRONG
+            other = drawn[(i + 1) % WRONG] if wrong else drawn[i]
+            key = f"{'w' if wrong and other != drawn[i] else 'r'}{i:04d}"
+            files[f"{key}.png"] = png(picture(rng, colour, shape))
+            files[f"{key}.txt"] = f"a {other[0]} {other[1]} no {i}".encode()
+        write_tar(folder / f"{shard:05d}.tar", files)
+    (folder / "sizes.json").write_text(
+        json.dumps({f"{s:05d}.tar": COUNT // SHARDS for s in range(3)})
+    )
+    return folder
+
+
+def shards_of(folder):
+    return str(folder / "{00000..00002}.tar")
+
+
+@pytest.fixture(scope="module")
+def fitted(model, data, tmp_path_factory):
+    """The command's output folder, and its feature cache."""
+    folder = tmp_path_factory.mktemp("fit")
+    out, cache = folder / "out", folder / "cache"
+    words = ["fit", str(out), "--model", f"local-dir:{model}", "--train-data", shards_of(data)]
+    assert cli.main([*words, "--feature-cache", str(cache), "--workers", "0"]) == 0
+    return out, cache
+
+
+def record(out):
+    return json.loads((out / "fit.json").read_text(encoding="utf-8"))
+
+
+def features(cache):
+    """Image and text features of all pairs."""
+    sides = []
+    for kind in ("image", "text"):
+        (folder,) = cache.glob(f"{kind}-*")
+        files = sorted(folder.glob("*.npy"))
+        sides.append(np.concatenate([np.load(file)[:, 0] for file in files]).astype(np.float32))
+    return sides
+
+
+def test_stock_open_clip_gives_what_was_fitted(fitted, data):
+    out, cache = fitted
+    images, texts = features(cache)
+    heads, _, statistics = fit_heads(images, texts)
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
+    files = list(samples(data / "00000.tar").values())[:20]
+    pixels = torch.stack([transform(Image.open(open_png(f["png"])).convert("RGB")) for f in files])
+    with torch.no_grad():
+        v = model.eval().encode_image(pixels, normalize=True)
+        t = model.encode_text(tokenizer([f["txt"].decode() for f in files]), normalize=True)
+    w, u = heads.transform(torch.tensor(images[:20]), torch.tensor(texts[:20]))
+    said = record(out)
+    assert said["ridge_images"] == statistics.setting.ridge_images
+    torch.testing.assert_close(v @ t.T, w @ u.T, atol=2e-2, rtol=0)
+    assert model.logit_scale.exp().item() == pytest.approx(said["logit_scale"], rel=1e-5)
+    assert said["correlations"] == sorted(said["correlations"], reverse=True)
+
+
+def open_png(content):
+    import io
+
+    return io.BytesIO(content)
+
+
+def test_wrong_pairs_are_listed_with_captions_that_fit_better(fitted, data):
+    out, _ = fitted
+    said = record(out)
+    keys = [pair["key"] for pair in said["wrong"]]
+    low, high = said["wrong_share_interval"]
+    assert low < WRONG / COUNT < high
+    weights = [pair["weight"] for pair in said["wrong"]]
+    assert weights == sorted(weights) and max(weights) < 0.5
+    assert keys and sum(key[0] == "w" for key in keys) > 0.6 * len(keys)
+    assert keys[0] in samples(data / said["wrong"][0]["shard"].rpartition("/")[2])
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img") == min(24, len(keys)) and "http" not in page.replace("http-equiv", "")
+    rows = [np.load(file) for file in sorted((out / "pair_weights").glob("*.npy"))]
+    assert [row.shape for row in rows] == [(100, 1, 1)] * 3
+    assert sum((row < 0.5).sum() for row in rows) == len(keys)
+
+
+def test_two_ranks_write_what_one_does(fitted, model, data, tmp_path):
+    """Also without features: each makes those of its shards."""
+    words = ["fit", tmp_path / "out", "--model", f"local-dir:{model}", "--workers", "0"]
+    ranks(2, "-m", "otter_openclip.cli", *words, "--train-data", shards_of(data))
+    one, two = record(fitted[0]), record(tmp_path / "out")
+    assert two["wrong_share"] == pytest.approx(one["wrong_share"])
+    assert [p["key"] for p in two["wrong"]] == [p["key"] for p in one["wrong"]]
+    assert two["correlations"] == pytest.approx(one["correlations"], abs=1e-5)
+
+
+def test_listed_pairs_are_left_out_of_a_build(tmp_path, data, model):
+    rows, table = [], tmp_path / "t.csv"
+    for i, files in enumerate(samples(*sorted(data.glob("*.tar"))).values()):
+        (tmp_path / f"{i}.png").write_bytes(files["png"])
+        rows.append(f"{tmp_path / f'{i}.png'},{files['txt'].decode()}")
+    table.write_text("\n".join(["filepath,title", *rows]))
+    words = ["csv", "--captions", table, "--images", tmp_path]
+    if run_data(*words, "--output", tmp_path / "all"):
+        pytest.fail("the build failed")
+    out = fit_folder(
+        tmp_path / "out",
+        model=str(model),
+        train_data=str(tmp_path / "all" / "00000.tar"),
+        workers=0,
+    )
+    wrong = {pair["key"] for pair in record(out)["wrong"]}
+    assert run_data(*words, "--output", tmp_path / "some", "--drop-wrong", out / "fit.json") == 0
+    before, after = (samples(tmp_path / name / "00000.tar") for name in ("all", "some"))
+    assert wrong and after == {k: v for k, v in before.items() if k not in wrong}
+    listed = (tmp_path / "some" / "dropped.tsv").read_text()
+    assert listed.count("looks wrong") == len(wrong)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "lists no pairs"),
+        (
+            '{"wrong": [{"shard": "a/0.tar", "key": "1"}, {"shard": "b/0.tar", "key": "1"}]}',
+            "a and b",
+        ),
+        (
+            '{"wrong": [{"shard": "a/0.tar", "key": "000000099"}]}',
+            "no sample has the key 000000099",
+        ),
+    ],
+)
+def test_a_list_that_is_of_something_else(tmp_path, capsys, content, said):
+    (tmp_path / "fit.json").write_text(content)
+    (tmp_path / "0.png").write_bytes(png(Image.new("RGB", (9, 9))))
+    (tmp_path / "t.csv").write_text("filepath,title\n0.png,a dog")
+    words = [
+        "csv",
+        "--captions",
+        tmp_path / "t.csv",
+        "--images",
+        tmp_path,
+        "--output",
+        tmp_path / "o",
+    ]
+    assert run_data(*words, "--drop-wrong", tmp_path / "fit.json") == 2
+    assert said in capsys.readouterr().err
+
+
+def first_losses(logs):
+    """The first step's terms, as the log has them."""
+    line = next(x for x in (logs / "out.log").read_text().splitlines() if "Train Epoch" in x)
+    words = line.split()
+    return {w[:-1]: float(words[i + 1]) for i, w in enumerate(words) if w.endswith("oss:")}
+
+
+CACHE = pytest.mark.parametrize("cached", [True, False], ids=["kept features", "live"])
+
+
+@CACHE
+@pytest.mark.parametrize("accum", [1, 2])
+def test_weights_multiply_the_contrastive_term(fitted, data, tmp_path, cached, accum):
+    """With one weight for all pairs the term is that many times as large, and the other the same."""
+    out, cache = fitted
+    alike = tmp_path / "alike"
+    shutil.copytree(out, alike)
+    for file in (alike / "pair_weights").glob("*.npy"):
+        np.save(file, np.full((100, 1, 1), 0.25, np.float32))
+    sizes = ["--batch-size", str(50 // accum), "--accum-freq", str(accum)]
+    words = ["--model", f"local-dir:{out}", "--loss", "otter", "--epochs", "1", *LOCKS, *sizes]
+    words += ["--feature-cache", str(cache)] if cached else []
+    words += ["--train-data", shards_of(data)]
+    for name, weights in (("plain", []), ("quarter", ["--pair-weights", str(alike / "fit.json")])):
+        train(data, tmp_path, *words, *weights, "--name", name)
+    plain, quarter = (first_losses(tmp_path / name) for name in ("plain", "quarter"))
+    assert quarter["Contrastive_loss"] == pytest.approx(plain["Contrastive_loss"] / 4, rel=2e-3)
+    assert quarter["Distill_loss"] == pytest.approx(plain["Distill_loss"], rel=2e-3)
+
+
+def test_weights_are_those_of_the_pairs(fitted, data, tmp_path, monkeypatch):
+    """Live and kept, each pair's text comes with its own weight."""
+    from otter_openclip.training import student_with_teacher
+
+    seen = {}
+
+    def record_weights(texts):
+        texts, weights = split_weights(texts)
+        mode.update(
+            {
+                tuple(np.round(row, 3)): w
+                for row, w in zip(texts.tolist(), weights.tolist(), strict=True)
+            }
+        )
+        return texts, weights
+
+    monkeypatch.setattr(student_with_teacher, "split_weights", record_weights)
+    out, cache = fitted
+    words = ["--model", f"local-dir:{out}", "--loss", "infonce", "--epochs", "1", *LOCKS]
+    words += ["--train-data", shards_of(data), "--pair-weights", str(out / "fit.json")]
+    for name, more in (("live", []), ("kept", ["--feature-cache", str(cache)])):
+        mode = seen[name] = {}
+        train(data, tmp_path, *words, *more, "--name", name)
+    rows = [np.load(file).ravel() for file in sorted((out / "pair_weights").glob("*.npy"))]
+    every = np.sort(np.concatenate(rows))
+    for weights in seen.values():
+        values = np.sort(list(weights.values()))
+        nearest = np.abs(every[:, None] - values[None]).min(axis=0)
+        assert len(values) > 250 and nearest.max() < 1e-5
+
+
+def test_init_fit_does_both(model, data, tmp_path, capfd):
+    words = ["--model", f"local-dir:{model}", "--loss", "otter", "--epochs", "1", *LOCKS]
+    words += ["--train-data", shards_of(data), "--init", "fit", "--lr", "0"]
+    words += ["--feature-cache", str(tmp_path / "cache")]
+    checkpoints = train(data, tmp_path, *words, "--name", "one")
+    (folder,) = (tmp_path / "cache").glob("fit-*")
+    stock = open_clip.create_model(f"local-dir:{folder}")
+    state = load(checkpoints / "epoch_1.pt")["state_dict"]
+    assert torch.equal(state["visual.head.proj.weight"], stock.visual.head.proj.weight)
+    params = (tmp_path / "one" / "params.txt").read_text()
+    assert f"pair_weights: {folder / 'fit.json'}" in params
+    before = (folder / "fit.json").stat().st_mtime_ns
+    train(data, tmp_path, *words, "--name", "two")
+    assert (folder / "fit.json").stat().st_mtime_ns == before
+
+
+def test_val_unpaired_and_a_text_mean_that_stays(model, data, labelled, tmp_path, fitted):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("\n".join(f"a {c} {s}" for c in COLOURS for s in SHAPES) + "\n\n")
+    out = fit_folder(
+        tmp_path / "out",
+        model=str(model),
+        train_data=shards_of(data),
+        feature_cache=fitted[1],
+        val=str(labelled),
+        unpaired_images=str(data / "00001.tar"),
+        unpaired_captions=str(captions),
+        keep_text_mean=True,
+        embed_dim=4,
+        workers=0,
+    )
+    said = record(out)
+    assert said["embed_dim"] == 4 and 0 < said["val"]["mean_average_precision"] <= 1
+    loaded = open_clip.create_model(f"local-dir:{out}")
+    before = open_clip.create_model(f"local-dir:{model}")
+    norms = [m.text.transformer.encoder.layer[-1].output.LayerNorm.bias for m in (loaded, before)]
+    assert torch.equal(*norms)
+
+
+REFUSED = {
+    "not two towers": ({"model": "tiny-vit"}, "is not two pretrained towers"),
+    "a table": ({"train_data": "pairs.csv"}, "is a table"),
+    "unpaired": ({"unpaired_images": "x.tar"}, "go together"),
+    "no captions": (
+        {"unpaired_images": "{data}/00000.tar", "unpaired_captions": "{empty}"},
+        "no line",
+    ),
+    "no shard": ({"train_data": "/nowhere/0.tar"}, "/nowhere/0.tar"),
+    "not labelled": ({"val": "/nowhere"}, "--val"),
+    "width": ({"embed_dim": 5000}, "embed_dim is 5000"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_fitted(case, model, data, tmp_path, fitted):
+    change, said = REFUSED[case]
+    (tmp_path / "empty").write_text("\n")
+    places = {"data": data, "empty": tmp_path / "empty"}
+    change = {k: v.format(**places) if isinstance(v, str) else v for k, v in change.items()}
+    arguments = {"model": str(model), "train_data": shards_of(data), "feature_cache": fitted[1]}
+    with pytest.raises((ValueError, OSError), match=said):
+        fit_folder(tmp_path / "out", **{**arguments, "workers": 0, **change})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tower_that_cannot_take_the_mean_off(model, data, tmp_path, fitted, monkeypatch):
+    monkeypatch.setattr(fitting_run, "takes_off_a_mean", lambda *_: False)
+    with pytest.raises(ValueError, match="pass --keep-text-mean"):
+        fit_folder(
+            tmp_path / "out", model=str(model), train_data=shards_of(data), feature_cache=fitted[1]
+        )
+
+
+def test_which_towers_take_a_mean_off(model):
+    from otter_openclip.frozen.prefix import inner_parts, install
+
+    loaded = open_clip.create_model(f"local-dir:{model}").eval()
+    install(loaded, inner_parts(loaded))
+    tokens = open_clip.get_tokenizer(f"local-dir:{model}")(["red", "a circle"])
+    assert headed_model.takes_off_a_mean(loaded, tokens)
+    for module in loaded.text.transformer.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.bias = None
+    assert not headed_model.takes_off_a_mean(loaded, tokens)
+
+
+def test_weights_of_other_shards(fitted, data, tmp_path, capsys):
+    out, _ = fitted
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in data.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    words = [
+        "--model",
+        f"local-dir:{out}",
+        "--loss",
+        "otter",
+        "--pair-weights",
+        str(out / "fit.json"),
+    ]
+    with pytest.raises(SystemExit, match=r"has no weights of .*00000\.tar"):
+        train(moved, tmp_path, *words, "--train-data", shards_of(moved))
+    with pytest.raises(SystemExit, match="has no weights of pairs"):
+        words[-1] = str(moved / "sizes.json")
+        train(data, tmp_path, *words, "--train-data", shards_of(data), "--name", "two")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--init", "fit"], "--init fit needs what towers give for all pairs"),
+        (["--pair-weights", "f.json"], "--pair-weights takes --train-data in webdataset shards"),
+        (
+            ["--loss", "clip", "--pair-weights", "f.json"],
+            "--pair-weights has no meaning with --loss clip",
+        ),
+    ],
+)
+def test_flags_that_need_another(words, said, pairs, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(
+            pairs,
+            tmp_path,
+            "--loss",
+            "otter",
+            *words,
+            csv="--pair-weights" in words and "clip" not in words,
+        )
+    assert said in capsys.readouterr().err
