@@ -1,6 +1,8 @@
 """The command line: what is refused, before any data are read, and what the message says."""
 
 from argparse import Namespace
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 
 import forks
 import pytest
@@ -45,6 +47,9 @@ WRONG_LINES = {
     "--loss ls --distill-model a --distill-pretrained b": "has no teacher",
     "--loss kd --distill-model a": "must be given together",
     "--loss kd --distill-model a --distill-pretrained b --ema-decay 0": "drop one or the other",
+    # What open_clip says after the features are encoded.
+    "--lr-scheduler linear": "linear is none of cosine, const and const-cooldown",
+    "--loss otter --lr-scheduler const-cooldown": "needs --epochs-cooldown N",
     # Misspellings and abbreviations.
     "--loss otterr": "did you mean otter?",
     "--loss otter --batchsize 64": "did you mean --batch-size?",
@@ -108,6 +113,17 @@ def test_version(words):
 def test_a_model_that_open_clip_does_not_know_is_one_line(pairs, tmp_path):
     with pytest.raises(SystemExit, match=r"^otter-openclip train: error: --model RN5O: .*RN5O"):
         train(pairs, tmp_path, "--loss", "otter", "--model", "RN5O")
+
+
+@pytest.mark.parametrize("spec", [None, ModuleSpec("wandb", None)], ids=["nothing", "a folder"])
+def test_a_logger_that_is_not_installed(pairs, tmp_path, monkeypatch, spec):
+    """wandb makes a folder of its name where it runs."""
+    look = "importlib.util.find_spec"
+    monkeypatch.setattr(look, lambda name: spec if name == "wandb" else find_spec(name))
+    for value in ("wandb", "all"):
+        said = f"error: --report-to {value}: wandb is not installed; pip install wandb, or drop it"
+        with pytest.raises(SystemExit, match=said):
+            train(pairs, tmp_path, "--report-to", value)
 
 
 def test_an_abbreviated_flag_is_that_flag(tmp_path):

@@ -2,10 +2,16 @@
 
 import json
 import re
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from data_helpers import jpeg, write_files, write_tar
-from training_helpers import train
+from open_clip_train.data import CsvDataset
+from PIL import Image
+from training_helpers import parse_args, train
+
+from otter_openclip.training import table_check
 
 
 def shards(folder, *contents):
@@ -76,6 +82,43 @@ def test_drawing_shards_for_ever_ends_too(tmp_path):
     assert list(train(tmp_path, tmp_path / "logs", *words).glob("*.pt"))
 
 
+def counts(folder, text, name="sizes.json"):
+    folder.mkdir()
+    (folder / name).write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("loss", ["clip", "otter"])
+def test_each_shard_counts_as_the_file_beside_it_says(tmp_path, monkeypatch, loss):
+    """open_clip takes the first one's numbers for all, where shards are called alike."""
+    monkeypatch.chdir(tmp_path)
+    counts(tmp_path / "a", '{"0.tar": 16, "1.tar": 16}')
+    counts(tmp_path / "b", '{"0.tar": 64, "1.tar": 64, "2.tar": 7}')
+    counts(tmp_path / "all", "5", "__len__")
+    a, b = "a/{0..1}.tar", "b/{0..2}.tar"
+    for data, count in {f"{a}::{b}": 167, f"{b}::{a}": 167, f"{a}::all/0.tar": 37}.items():
+        assert parse_args("--loss", loss, "--train-data", data).train_num_samples == count
+    data = ["--loss", loss, "--train-data", f"{a}::c/0.tar"]
+    assert parse_args(*data, "--train-num-samples", "9").train_num_samples == 9
+
+
+UNCOUNTED = {
+    "a/{0..2}.tar": "a/sizes.json gives no number of samples: '2.tar'",
+    "a/0.tar::c/0.tar": "c/sizes.json is missing, which other shards have",
+    "broken/0.tar": "broken/sizes.json gives no number of samples: Expecting",
+}
+
+
+@pytest.mark.parametrize("data", UNCOUNTED)
+def test_a_shard_that_is_not_counted_is_one_line(tmp_path, monkeypatch, data, capsys):
+    monkeypatch.chdir(tmp_path)
+    counts(tmp_path / "a", '{"0.tar": 16, "1.tar": 16}')
+    counts(tmp_path / "broken", "{")
+    with pytest.raises(SystemExit, match="2"):
+        parse_args("--train-data", data)
+    said = capsys.readouterr().err
+    assert f"--train-data {data}: {UNCOUNTED[data]}" in said and "--train-num-samples N" in said
+
+
 def test_accumulation_beyond_an_epoch(tmp_path):
     data = shards(tmp_path / "data", good(*range(12)), good(*range(12, 24)))
     said = run(tmp_path, data, "--accum-freq", "3")
@@ -105,5 +148,59 @@ def test_what_open_clip_says_of_data_is_one_line(tmp_path):
     assert f"--train-data {data}: number of shards must be >= total workers" in said
     words = ["--train-data", data, "--loss", "otter", "--epochs", "1"]
     assert list(train(tmp_path, tmp_path / "two", *words, "--workers", "2").glob("*.pt"))
+    said = run(tmp_path, data, "--val-data", str(tmp_path / "no.tar"), "--workers", "0")
+    assert f"--val-data {tmp_path}/no.tar: {tmp_path}/no.tar: no such file; correct" in said
+    said = run(tmp_path, table(tmp_path / "rows", 12), "--val-data", "no.csv")
+    assert " or --val-data no.csv: [Errno 2] No such file or directory: 'no.csv'" in said
     said = run(tmp_path, str(tmp_path / "{0..3}.tar"), "--train-num-samples", "9")
     assert NO_BATCH in said and "0.tar" in said
+
+
+ROWS = {
+    "none.jpg\ta word": "none.jpg: no such file; a path counts from the current folder",
+    "page.jpg\ta word": "page.jpg: unreadable image: not an image that Pillow can read",
+    "cut.jpg\ta word": "cut.jpg: unreadable image: ",
+    "deep.png\ta word": "deep.png: 16-bit or float image (mode I;16)",
+    ".\ta word": ".: Is a directory",
+    "0.jpg\tNA": "no caption, or one that pandas takes for none (NA, null)",
+    "0.jpg": "no caption, or one",
+    '0.jpg\t"a word\n0.jpg\ta "word"': "a quotation mark joins several rows into one; double it",
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_that_cannot_be_used_is_named_before_the_first_step(tmp_path, monkeypatch, row):
+    data = Path(table(tmp_path / "data", 24))
+    monkeypatch.chdir(data.parent)
+    Path("page.jpg").write_text("<html>", encoding="utf-8")
+    Path("cut.jpg").write_bytes(jpeg(0)[:-9])
+    Image.new("I;16", (8, 8), 4000).save("deep.png")
+    whole = data.read_text(encoding="utf-8")
+    data.write_text(f"{whole}{row}\n", encoding="utf-8")
+    loss = ["--loss", "clip" if "none" in row else "otter"]
+    said = run(tmp_path, str(data), *loss, "--workers", "0")
+    assert f"--train-data {data}: row 25 below the header: {ROWS[row]}" in said
+    assert len(said.splitlines()) == 1
+    # As data for validation, which comes after the first epoch.
+    Path("train.csv").write_text(whole, encoding="utf-8")
+    said = run(tmp_path, "train.csv", "--val-data", str(data), *loss)
+    assert f"--val-data {data}: row 25" in said
+
+
+def test_ranks_share_out_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_check, "_AT_ONCE", 3)
+    seen = []
+    monkeypatch.setattr(table_check, "_picture_fault", seen.append)
+    rows = CsvDataset(table(tmp_path / "data", 23), None, "filepath", "title")
+    for rank in range(2):
+        args = Namespace(rank=rank, world_size=2, csv_separator="\t")
+        assert list(table_check._faults(rows, args)) == []
+        assert len(seen) == (12, 23)[rank]
+    assert sorted(seen) == sorted(rows.images)
+
+
+@pytest.mark.parametrize("text", ["caf\xe9", "a\tb\tc", '"open'])
+def test_a_table_that_cannot_be_read_below_its_header(tmp_path, text):
+    data = Path(table(tmp_path / "data", 24))
+    data.write_bytes(data.read_bytes() + f"x.jpg\t{text}\n".encode("latin-1"))
+    assert f"error: --train-data {data}: " in run(tmp_path, str(data))

@@ -96,3 +96,15 @@ def test_another_runs_checkpoint_starts_the_ema_anew(pairs, tmp_path, caplog):
     average = last["state_dict_ema"]["text_projection"] - state["text_projection"]
     step = last["state_dict"]["text_projection"] - state["text_projection"]
     assert 0 < average.norm() < step.norm()  # it started where the student did
+
+
+@pytest.mark.parametrize("loss", ["clip", "infonce", "otter --ema-decay 0"])
+def test_an_ema_that_is_not_kept_on_is_said(pairs, tmp_path, caplog, loss):
+    words = ["--loss", "otter", "--ema-decay", "0.7", "--epochs", "1", *COMMON]
+    first = train(pairs, tmp_path / "one", *words) / "epoch_1.pt"
+    assert "other settings" not in caplog.text
+    words = ["--resume", str(first), *COMMON, "--loss", *loss.split()]
+    last = load(train(pairs, tmp_path / "two", *words) / "epoch_2.pt")
+    assert "state_dict_ema" not in last
+    assert "Resuming with other settings than before: " in caplog.text
+    assert "EMA ends here, this run's checkpoints have none; to keep it go on with" in caplog.text

@@ -15,6 +15,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from training_helpers import assert_same, load, train
 
+from otter_openclip.training import plugin, resume
+
 LINE = ["--loss", "otter", "--workers", "0", "--epochs", "3", "--train-num-samples", "24"]
 STEPS = 2  # of an epoch
 LATEST = ["--resume", "latest"]
@@ -43,6 +45,10 @@ def at_step(number, act):
 
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fail():
+    raise ValueError("at a step")
 
 
 def copied(whole, tmp_path, *epochs):
@@ -145,23 +151,71 @@ def test_a_full_disk(pairs, tmp_path, whole):
     check_end(whole, folder)
 
 
-def test_two_runs_of_one_name(pairs, tmp_path, whole):
-    """The second is refused while the first is alive, and only then."""
-    folder = copied(whole, tmp_path, 1, 2)
+@contextlib.contextmanager
+def other_run(folder):
+    """A process that holds the lock of a run in ``folder``, and is killed."""
     code = (
         "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held')"
     )
     line = [sys.executable, "-c", f"{code}; sys.stdout.flush(); sys.stdin.read()"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([*line, str(folder.parent / ".lock")], **pipes) as other:
+    with subprocess.Popen([*line, str(folder / ".lock")], **pipes) as other:
         assert other.stdout.readline() == b"held\n"
+        yield
+        other.kill()
+
+
+def test_two_runs_of_one_name(pairs, tmp_path, whole):
+    """The second is refused while the first is alive, and only then."""
+    folder = copied(whole, tmp_path, 1, 2)
+    with other_run(folder.parent):
         with pytest.raises(SystemExit) as stop:
             train(pairs, tmp_path, *LINE, *LATEST)
         assert f"another run writes to {folder.parent}; wait for its end, or pass another" in (
             stop.value.code
         )
-        other.kill()
     train(pairs, tmp_path, *LINE, *LATEST)  # a killed process holds nothing
+
+
+def test_a_run_that_comes_second_leaves_the_firsts_folder(pairs, tmp_path, monkeypatch):
+    """There was none yet when its flags were parsed."""
+    folder = tmp_path / "run"
+    with contextlib.ExitStack() as stack:
+
+        def begin(args):
+            (folder / "checkpoints").mkdir(parents=True)
+            stack.enter_context(other_run(folder))
+            return resume.Resume(args)
+
+        monkeypatch.setattr(plugin, "Resume", begin)
+        with pytest.raises(SystemExit, match="another run writes to"):
+            train(pairs, tmp_path, *LINE)
+        assert {".lock", "checkpoints"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("loss", ["otter", "clip"])
+@pytest.mark.parametrize("there", [False, True])
+def test_without_a_step_the_name_is_free(pairs, tmp_path, loss, there):
+    line = [*LINE, "--loss", loss, "--epochs", "1", "--precision", "fp32"]
+    if there:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "notes").write_text("mine", encoding="utf-8")
+    faults = (["--workers", "3"], "number of shards"), (["--resume", "none.pt"], "none.pt")
+    for words, said in faults:
+        with pytest.raises(SystemExit, match=said):
+            train(pairs, tmp_path, *line, *words)
+        assert [path.name for path in tmp_path.rglob("*")] == (["run", "notes"] if there else [])
+    with at_step(STEPS, fail), pytest.raises(ValueError, match="at a step"):
+        train(pairs, tmp_path, *line)
+    assert "Start epoch 0" in (tmp_path / "run" / "out.log").read_text(encoding="utf-8")
+
+
+def test_a_run_without_a_step_takes_nothing_from_the_one_it_goes_on_from(pairs, tmp_path, whole):
+    folder = copied(whole, tmp_path, 1)
+    with pytest.raises(SystemExit, match="number of shards"):
+        train(pairs, tmp_path, *LINE, *LATEST, "--workers", "3")
+    assert [path.name for path in folder.iterdir()] == ["epoch_1.pt"]
+    assert (folder.parent / "out.log").is_file()
 
 
 @pytest.mark.parametrize("loss", ["otter", "clip"])
@@ -173,7 +227,7 @@ def test_no_loader_outlives_a_run(pairs, tmp_path, loss, fails):
     def look():
         working.extend(multiprocessing.active_children())
         if fails:
-            raise ValueError("at a step")
+            fail()
 
     line = ["--loss", loss, "--precision", "fp32", "--epochs", "1", "--batch-size", "4"]
     ends = pytest.raises(ValueError, match="at a step") if fails else contextlib.nullcontext()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from open_clip_train import main as open_clip_main
 from torch import nn
-from training_helpers import assert_same, flags, load, train
+from training_helpers import COMMON, assert_same, flags, load, train
 
 from otter_openclip import OtterLoss
 from otter_openclip.training import launcher, plugin, resume
@@ -184,6 +184,41 @@ def test_a_run_that_is_done_says_so(pairs, tmp_path, begun, caplog):
     words = ["--loss", "otter", "--lock-image", "--epochs", "1", "--resume", str(begun)]
     train(pairs, tmp_path, *words)
     assert "has seen 1 of --epochs 1: nothing is left to train" in caplog.text
+
+
+def test_warmup_is_a_tenth_of_the_run_unless_told(pairs, tmp_path, caplog, monkeypatch):
+    """open_clip's default of 10,000 steps would keep a short run's rate at nothing."""
+    monkeypatch.delitem(COMMON, "--warmup")
+    train(pairs, tmp_path, "--loss", "otter", "--batch-size", "36", "--epochs", "10")
+    assert "Warmup: 2 of the run's 20 steps" in caplog.text
+    rates = [float(rate) for rate in re.findall(r"LR: ([\d.]+)", caplog.text)]
+    assert rates[:3] == [0.005, 0.01, 0.01] and len(rates) == 20
+
+
+def test_a_warmup_beyond_the_run(pairs, tmp_path, caplog):
+    words = ["--epochs", "1", "--warmup", "7", "--precision", "fp32"]
+    said = r"--warmup 7 is longer than the run's 6 steps, so .* below --lr 0.01; lower it"
+    with pytest.raises(SystemExit, match=said):
+        train(pairs, tmp_path, "--loss", "ls", *words)
+    train(pairs, tmp_path, "--loss", "clip", *words)  # open_clip's own
+    assert re.search(said, caplog.text)
+
+
+LOCKS = {
+    "--model HF --lock-text --lock-text-unlocked-layers 1": "--lock-text-unlocked-layers 1.*layer_attr",
+    "--model tiny-vit --lock-text": r"--lock-text-freeze-layer-norm False \(AssertionError",
+    "--lock-image --lock-image-unlocked-groups 1": "--lock-image-unlocked-groups 1.*AssertionError",
+    "--lock-image --lock-text --lock-text-freeze-layer-norm": "leave nothing of --model tiny-rn",
+    "--model tiny-timm --force-patch-dropout 0.5": "--model tiny-timm: .*drop the --force flag",
+}
+
+
+@pytest.mark.parametrize("words", LOCKS)
+@pytest.mark.parametrize("loss", ["otter", "clip"])
+def test_towers_that_cannot_be_locked_so(pairs, tmp_path, hf_model, words, loss):
+    with pytest.raises(SystemExit) as stop:
+        train(pairs, tmp_path, "--loss", loss, *words.replace("HF", hf_model).split())
+    assert re.search(LOCKS[words], stop.value.code) and len(stop.value.code.splitlines()) == 1
 
 
 @pytest.mark.parametrize("loss", ["kd", "otter"])

@@ -75,7 +75,9 @@ def test_epochs_are_evaluated_and_the_best_is_kept(pairs, labelled, tmp_path, lo
         assert score == pytest.approx(plain_flat_hit(folder / f"epoch_{epoch}.pt", labelled))
     best = load(folder / "best.pt")
     first_best = scores.index(max(scores)) + 1
-    assert best.pop("zeroshot") == {**lines[first_best - 1], "weights": "student"}
+    judged = best.pop("zeroshot")
+    assert len(judged.pop("data")) == 24  # a fingerprint
+    assert judged == {**lines[first_best - 1], "weights": "student"}
     assert_same(best, load(folder / f"epoch_{first_best}.pt"))
     if loss == "otter":
         without = train(pairs, tmp_path / "without", *extra)
@@ -123,6 +125,23 @@ def test_the_best_survives_a_resume(pairs, labelled, tmp_path):
     torch.save(best, folder / "best.pt")
     train(pairs, tmp_path, *extra, "--epochs", "3", "--resume", "latest")
     assert load(folder / "best.pt")["epoch"] == 3
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_the_best_of_another_test_set_says_nothing(pairs, labelled, tmp_path, caplog, other):
+    """Its files count, not where they lie."""
+    copy = shutil.copytree(labelled, tmp_path / "copy")
+    if other:
+        files = files_of(copy / "test" / "0.tar")
+        write_tar(copy / "test" / "0.tar", {n: c for n, c in files.items() if "0029" not in n})
+    extra = ["--loss", "otter", "--zeroshot-frequency", "1", "--zeroshot-data"]
+    folder = train(pairs, tmp_path, *extra, str(labelled), "--epochs", "1")
+    best = load(folder / "best.pt")
+    best["zeroshot"]["zeroshot-flat_hit@1"] = 1.5  # beyond what epoch 2 can reach
+    torch.save(best, folder / "best.pt")
+    train(pairs, tmp_path, *extra, str(copy), "--epochs", "2", "--resume", "latest")
+    assert load(folder / "best.pt")["epoch"] == 1 + other
+    assert ("sought anew: " in caplog.text) == other
 
 
 @pytest.mark.parametrize("words", ["clip", "kd --distill-model tiny-rn --distill-pretrained x"])

@@ -19,6 +19,7 @@ from otter_openclip.analysis.embedding import Embedded, embed, load_model
 from otter_openclip.analysis.matching import batch_statistics, in_batches
 from otter_openclip.analysis.reading import Reader
 from otter_openclip.analysis.verdict import Verdict, verdict
+from otter_openclip.captions import cut_alike
 from otter_openclip.closed_form.estimator import fit_heads
 from otter_openclip.closed_form.listing import WRONG
 from otter_openclip.closed_form.page import similarity_chart
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, args.pretrained, device)
     pairs = embed(model, reader, args.samples, args.feature_cache)
+    cut = cut_alike("captions", pairs.captions, model.tokenizer)
     data = {
         "train_data": args.train_data,
         "pairs": len(pairs.captions),
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     }
     model = {"name": args.model, "pretrained": args.pretrained}
     sizes = sorted({size for size in args.batch_sizes if size <= data["pairs"]} or {data["pairs"]})
-    notes = _notes(args, data, sizes)
+    notes = [*([cut] if cut else []), *_notes(args, data, sizes)]
     judged = report(output, pairs, {"data": data, "model": model, "notes": notes}, sizes)
     print(f"Are the captions noisy? {judged.noise[0]}. {judged.noise[1]}")
     print(f"Would OTTER help? {judged.otter[0]}. {judged.otter[1]}")

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from open_clip_train.data import expand_urls, get_dataset_size
+from open_clip_train.data import expand_urls
 from PIL import Image
 from webdataset.gopen import gopen
 
@@ -26,6 +25,7 @@ from otter_openclip.shards.read import (
     rgb,
     samples,
 )
+from otter_openclip.shards.sizes import listed_samples
 
 
 class Pair(NamedTuple):
@@ -66,10 +66,8 @@ class Reader:
         urls = list(dict.fromkeys(expand_urls(self.shards)[0]))
         # Short shards come first, so that longer ones make up for them.
         urls.sort(key=lambda url: os.path.getsize(url) if os.path.exists(url) else 0)
-        by_folder = itertools.groupby(sorted(urls, key=os.path.dirname), os.path.dirname)
-        with contextlib.suppress(OSError, KeyError, ValueError, TypeError):  # or None is among them
-            # Each by the sizes.json beside it: open_clip counts all by that of the first.
-            self.pairs_in_all = sum(get_dataset_size(list(shards))[0] for _, shards in by_folder)
+        with contextlib.suppress(OSError, ValueError):
+            self.pairs_in_all = listed_samples(expand_urls(self.shards)[0])
         missing, complete = self.count, True
         for number, url in enumerate(urls):
             share = -(-missing // (len(urls) - number))

@@ -2,7 +2,8 @@
 
 ``state_dict_ema`` are the EMA teacher's weights, open_clip 4.x's own name; ``otter`` is the rest:
 settings, the second scale with its optimizer state, the teacher's counter. Stock open_clip ignores both.
-``best.pt`` also has ``zeroshot``: the metrics it was chosen by, and whose they are, student or teacher.
+``best.pt`` also has ``zeroshot``: the metrics it was chosen by, whose they are, student or teacher,
+and a fingerprint of the data.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ JUDGED = "zeroshot"
 JUDGED_WEIGHTS = "weights"
 # Plain values that DINO, MAE and torchvision keep beside their weights, and no code.
 torch.serialization.add_safe_globals([argparse.Namespace])
+JUDGED_BY = "data"
 _REASON = 300  # characters of torch's, which lists every key
 _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and its kind; of torch.compile
 

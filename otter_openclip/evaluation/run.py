@@ -22,6 +22,7 @@ from open_clip.model import get_model_preprocess_cfg
 from torch import Tensor, nn
 
 from otter_openclip import __version__
+from otter_openclip.captions import cut_alike
 from otter_openclip.cli import positive
 from otter_openclip.evaluation.classifier import class_features
 from otter_openclip.evaluation.labelled_images import (
@@ -186,6 +187,8 @@ def _classes(
                 )
         features = torch.stack(parts).mean(dim=0).T.to(args.device)
     else:
+        if remark := cut_alike("class names", [each[0] for each in prompts], tokenizer):
+            logging.warning(remark)
         features = class_features(model, tokenizer, prompts, device=args.device, autocast=autocast)
     if args.save_clf is not None:
         with written_whole(args.save_clf) as file:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
+from otter_openclip.captions import cut_alike
 from otter_openclip.frozen import prefix
 from otter_openclip.frozen.store import FeatureFiles, in_half
 from otter_openclip.shards import read
@@ -260,6 +261,11 @@ def fill(
     kinds = " and ".join(column.kind for column in columns)
     logging.info(f"Features ({kinds}): {len(wanted)} of {len(shards)} shards to encode")
     if wanted:
+        for column in columns if rank == 0 else ():
+            if isinstance(column.inputs, TokenInputs):
+                texts = read.first_captions(wanted)
+                if remark := cut_alike("captions", texts, column.inputs.tokenizer):
+                    logging.warning(remark)
         work = _encode(wanted[rank::world_size], lacking, device, workers, show=rank == 0)
         _together(work, device, world_size)
         if left := [shard for column in columns for shard in column.files.missing(wanted)]:

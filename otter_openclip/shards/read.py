@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import tarfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 
 IMAGES = ("webp", "png", "jpg", "jpeg")  # the first that a sample has, for clip_benchmark
 TRAINING_IMAGES = ("jpg", "png", "jpeg", "webp")  # for open_clip
+FIRST = 2000  # captions that are looked at before training
 _KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # names of webdataset's own, which are no samples
 _JOINTS = {"line ": ", ", "no ": " has ", "is ": " ", "cannot ": " "}
@@ -59,19 +61,19 @@ def samples(
     *,
     strict: bool = False,
     file: IO[bytes] | None = None,
-    contents: bool = True,
+    contents: bool | Collection[str] = True,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, suffix -> content) of each group of consecutive files with one key.
 
     The tar may be compressed, and is read from ``file`` if that is given. A suffix that comes again
     begins another sample, as in training, or is an error if ``strict``, as for clip_benchmark. Without
-    ``contents`` they are empty, and the disk is not read where they are.
+    ``contents``, but for suffixes among them, they are empty, and the disk is not read where they are.
 
     Raises:
         OSError: a fault's text, if the tar cannot be read to its end.
     """
     try:
-        mode = "r|*" if contents else "r:*"
+        mode = "r|*" if contents is True else "r:*"
         with tarfile.open(path, mode, file, tarinfo=Member) as tar:
             yield from _grouped(tar, strict, contents)
     except (tarfile.TarError, EOFError) as error:
@@ -94,7 +96,7 @@ def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _grouped(
-    tar: tarfile.TarFile, strict: bool, contents: bool
+    tar: tarfile.TarFile, strict: bool, contents: bool | Collection[str]
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     current: str | None = None
     files: dict[str, bytes] = {}
@@ -110,13 +112,27 @@ def _grouped(
             if current is not None:
                 yield current, files
             current, files = key, {}
-        files[suffix] = tar.extractfile(member).read() if contents else b""
+        wanted = contents is True or (contents and suffix in contents)
+        files[suffix] = tar.extractfile(member).read() if wanted else b""
     if current is not None:
         yield current, files
     while behind := tar.fileobj.read(1 << 20):
         if behind.strip(b"\0"):
             text = "behind its end more follows, another tar perhaps, which is not read"
             raise tarfile.ReadError(text)
+
+
+def first_captions(shards: Iterable[str]) -> Iterator[str]:
+    """:data:`FIRST` captions of each folder's first shards, of those that are on a disk."""
+    for _, group in itertools.groupby(filter(os.path.isfile, shards), os.path.dirname):
+        yield from itertools.islice(itertools.chain.from_iterable(map(_captions, group)), FIRST)
+
+
+def _captions(shard: str) -> Iterator[str]:
+    with contextlib.suppress(OSError):
+        for _, files in samples(shard, contents=("txt",)):
+            with contextlib.suppress(SampleError):
+                yield caption(files)
 
 
 def caption(files: Mapping[str, bytes]) -> str:

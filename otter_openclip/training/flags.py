@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
+from open_clip_train.data import expand_urls
 
 from otter_openclip import __version__
 from otter_openclip.cli import as_list, check_repeated, name_nearest, number, positive
@@ -24,6 +25,7 @@ from otter_openclip.losses import (
     MIN_LAMBDA,
     OT_SCOPES,
 )
+from otter_openclip.shards.sizes import listed_samples
 from otter_openclip.training.recipes import add_config_flag, expand_config
 
 LOSSES = ("clip", "infonce", "ls", "kd", "otter")
@@ -200,8 +202,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     argv = sys.argv[1:] if argv is None else argv
     parser.error = functools.partial(_error, parser)
     _add_flags(parser)
-    precision = parser.get_default("precision")
-    parser.set_defaults(precision=None, loss="clip")
+    stock = {name: parser.get_default(name) for name in ("precision", "warmup")}
+    parser.set_defaults(precision=None, warmup=None, loss="clip")
     check_repeated(parser, argv)
     # The class's method: the parser's own is the plugin's, which leads here.
     args = argparse.ArgumentParser.parse_args(parser, expand_config(parser, argv))
@@ -210,7 +212,13 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     _settle_flags(parser, args)
     for fault in _teacher_faults(args):
         parser.error(fault)
-    _settle_precision(args, precision)
+    _settle_precision(args, stock["precision"])
+    if args.warmup is None and args.loss == "clip":
+        args.warmup = stock["warmup"]
+    try:
+        _settle_size(args)
+    except ValueError as error:
+        parser.error(f"--train-data {args.train_data}: {error}; or pass --train-num-samples N")
     return args
 
 
@@ -243,6 +251,7 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
         if getattr(args, name) and not (args.lock_image or args.lock_text):
             flag = f"--{name.replace('_', '-')}"
             yield f"{flag} is for locked towers, but none is: add --lock-image, --lock-text or both"
+    yield from _late_faults(args)
     if args.loss != "clip":
         yield from _mixed_faults(args)
     if args.feature_cache is not None:
@@ -251,14 +260,21 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
         yield "--feature-views belongs to --feature-cache DIR; give that too, or drop it"
     if args.init is not None and args.feature_cache is None:
         yield "--init fit needs what towers give for all pairs: add --feature-cache DIR, or drop it"
-    table = args.dataset_type == "auto" and str(args.train_data).endswith((".csv", ".tsv"))
-    if table or not args.train_data or args.dataset_type not in ("webdataset", "auto"):
+    if not in_shards(args):
         for flag in ("--feature-cache", "--pair-weights"):
             if getattr(args, _dest(flag)) is not None:
                 yield (
                     f"{flag} takes --train-data in webdataset shards; otter-openclip data csv makes "
                     "them of a table"
                 )
+
+
+def _late_faults(args: argparse.Namespace) -> Iterator[str]:
+    """What open_clip itself would say when hours may have gone into ``--feature-cache``."""
+    if args.lr_scheduler not in ("cosine", "const", "const-cooldown"):
+        yield f"--lr-scheduler {args.lr_scheduler} is none of cosine, const and const-cooldown"
+    if args.lr_scheduler == "const-cooldown" and args.epochs_cooldown is None:
+        yield "--lr-scheduler const-cooldown needs --epochs-cooldown N; add it"
 
 
 def _mixed_faults(args: argparse.Namespace) -> Iterator[str]:
@@ -338,6 +354,19 @@ def _settle_precision(args: argparse.Namespace, default: str) -> None:
         no_gpu = args.device.startswith("cuda") and not torch.cuda.is_available()
         on_cpu = args.device.startswith("cpu") or no_gpu
         args.precision = "fp32" if on_cpu and args.loss != "clip" else default
+
+
+def _settle_size(args: argparse.Namespace) -> None:
+    """Count each shard by the file beside it; open_clip counts all by the first one's."""
+    if args.train_num_samples is None and in_shards(args):
+        args.train_num_samples = listed_samples(expand_urls(args.train_data)[0])
+
+
+def in_shards(args: argparse.Namespace, name: str = "train_data") -> bool:
+    """Whether open_clip takes ``--train-data``, or the flag of that name, for webdataset shards."""
+    data = getattr(args, name)
+    guessed = args.dataset_type == "auto" and str(data).endswith(".tar")
+    return bool(data) and (guessed or args.dataset_type == "webdataset")
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

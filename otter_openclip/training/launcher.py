@@ -20,10 +20,11 @@ open_clip_train with ``patches/open_clip_torch-3.3.0.patch`` calls the hooks its
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import pickle
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from open_clip_train import main as open_clip_main
 from open_clip_train import params
 from open_clip_train import train as open_clip_train_loop
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from otter_openclip.replacing import replaced
 from otter_openclip.terminating import on_sigterm
@@ -65,12 +67,32 @@ def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
     else:
         replacements = Run(plugin).replacements()
     try:
-        with on_sigterm(), no_code_from_files(), replaced(*replacements):
+        with on_sigterm(), no_code_from_files(), replaced(*replacements), _name_free(plugin):
             result = open_clip_main.main(list(argv))
     finally:
         if plugin.hooks is not None:
             plugin.close()
     return 1 if result == -1 else 0
+
+
+@contextlib.contextmanager
+def _name_free(plugin: Plugin) -> Iterator[None]:
+    """Of a block that fails before any optimizer's step no folder is left, so its --name is free."""
+    stepped = False
+
+    def note(*_: Any) -> None:
+        nonlocal stepped
+        stepped = True
+
+    hook = register_optimizer_step_post_hook(note)
+    try:
+        yield
+    except BaseException:
+        if plugin.hooks is not None and not stepped:
+            plugin.drop_folder()
+        raise
+    finally:
+        hook.remove()
 
 
 class _Overlay:
@@ -134,6 +156,9 @@ class Run:
         """The first model is the student."""
         try:
             made = _stock_create_model(*args, **kwargs)
+        except TypeError as error:  # a tower does not know what a flag gives it
+            fault = f"--model {args[0]}: {error}; drop the --force flag that it does not take"
+            self.plugin.refuse(fault, error)
         except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
             self.plugin.refuse(f"--model {args[0]}: {error}", error)
         if self._model_made:  # the second is open_clip's own --distill-model
@@ -145,13 +170,15 @@ class Run:
         self, args: Namespace, preprocess_fns: tuple[Any, Any], *rest: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """Stock data after the hook; with ``--zeroshot-data``, a reason to evaluate."""
+        asked = f"--train-data {args.train_data}"
+        asked += f" or --val-data {args.val_data}" if args.val_data else ""
         try:
             data = _stock_get_data(args, preprocess_fns, *rest, **kwargs)
         except KeyError as error:
             flags = "--csv-img-key, --csv-caption-key and --csv-separator"
-            self.plugin.refuse(f"--train-data {args.train_data} has no {error}; see {flags}", error)
+            self.plugin.refuse(f"{asked} has no {error}; see {flags}", error)
         except (RuntimeError, ValueError, OSError, AssertionError) as error:
-            self.plugin.refuse(f"--train-data {args.train_data}: {error}", error)
+            self.plugin.refuse(f"{asked}: {error}", error)
         data = self.plugin.setup_data(args, data, preprocess_fns[1])
         if ZEROSHOT_DATA in data:
             # open_clip evaluates if one of its own sets is there.

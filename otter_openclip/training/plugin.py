@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import shutil
 import textwrap
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from otter_openclip.checkpoints.contents import write_file
+from otter_openclip.checkpoints.contents import ENTRY, write_file
 from otter_openclip.checkpoints.newest import LATEST, epoch_of, newest_checkpoint
 from otter_openclip.closed_form.listing import weights_of
 from otter_openclip.frozen.loader import add_weights, use_features
@@ -35,13 +36,14 @@ from otter_openclip.training.closed_form_start import start_from_fit
 from otter_openclip.training.ending import Ending, Steps, goes_on_from
 from otter_openclip.training.fixed_teacher import FixedTeacher
 from otter_openclip.training.objectives import Objective
-from otter_openclip.training.resume import Resume, plugin_entries, read_resumed
+from otter_openclip.training.resume import Resume, plugin_entries, read_resumed, tell_changes
 from otter_openclip.training.scale import add_scale
 from otter_openclip.training.student_with_teacher import (
     MovingAverage,
     StudentWithTeacher,
     Teacher,
 )
+from otter_openclip.training.table_check import check_tables
 from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due
 
 Data = dict[str, Any]  # open_clip's, by name of the data set
@@ -89,6 +91,7 @@ class ClipPlugin:
         self._train: DataInfo | None = None
         self._zeroshot: ZeroShotEvaluation | None = None
         self._best: BestCheckpoint | None = None
+        self._there_before = set(Path(args.logs, args.name).glob("*")) if args.name else set()
 
     def refuse(self, fault: Any, error: Exception | None = None) -> NoReturn:
         """End the command with one line, however many torch or transformers needs."""
@@ -106,6 +109,9 @@ class ClipPlugin:
     def setup_model(self, args: Namespace, model: nn.Module, *transforms: Any) -> tuple[Any, ...]:
         """Model: its transforms under ``--reference-crop`` and of a frozen image tower."""
         self.model = model
+        with self.faults_named():
+            watch.check_reports(args)
+            watch.check_locks(args, model)
         training, evaluation = transforms
         if args.reference_crop:
             with self.faults_named():
@@ -122,12 +128,20 @@ class ClipPlugin:
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load, without running any of its code."""
         with self.faults_named():
-            return read_resumed(path)
+            checkpoint = read_resumed(path)
+        if self.args.train_data and ENTRY in checkpoint:
+            tell_changes(self.args, checkpoint[ENTRY], None)
+        return checkpoint
 
     def setup_data(self, args: Namespace, data: Data, preprocess_val: Any) -> Data:
         """Data: features in their place, ``--zeroshot-data``, and an end where there is no batch."""
         self._train = data.get("train")
+        with self.faults_named():
+            check_tables(args, data)
+            watch.check_validation(args)
         if self._train is not None:
+            with self.faults_named():
+                watch.settle_warmup(args, self._train)
             if args.feature_cache is not None:
                 transform = self._train_transform if args.feature_views > 1 else preprocess_val
                 with self.faults_named():
@@ -140,6 +154,9 @@ class ClipPlugin:
             with self.faults_named():
                 self._zeroshot = ZeroShotEvaluation(args.zeroshot_data, preprocess_val)
             data[ZEROSHOT_DATA] = self._zeroshot
+        if is_master(args):
+            prompts = {} if self._zeroshot is None else self._zeroshot.class_prompts()
+            watch.tell_cut_texts(args, self._train, prompts)
         return data
 
     def _use_features(self, args: Namespace, train: DataInfo, transform: Any) -> None:
@@ -170,13 +187,23 @@ class ClipPlugin:
             with self.faults_named():
                 self._zeroshot.read_ahead(self.model, args)
             if args.save_logs:
-                self._best = BestCheckpoint(args, self._zeroshot.criterion)
+                self._best = BestCheckpoint(args, self._zeroshot)
 
     def start_epoch(self, args: Namespace, epoch: int) -> None:
         """Epoch."""
 
     def failed(self) -> None:
         """By ``launcher`` alone: an epoch ends with an error."""
+
+    def drop_folder(self) -> None:
+        """By ``launcher`` alone: without a step the run's folder is as it was, or not there."""
+        if getattr(self.args, "log_path", None) is None or not is_master(self.args):
+            return
+        folder = Path(self.args.logs, self.args.name)
+        with contextlib.suppress(OSError):
+            for path in set(folder.glob("*")) - self._there_before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            folder.rmdir()
 
     def evaluate(
         self, args: Namespace, model: nn.Module, epoch: int, tokenizer: Any

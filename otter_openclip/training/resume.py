@@ -47,6 +47,7 @@ class Resume:
                 lock.acquire()
                 self._lock = lock
             except filelock.Timeout:
+                args.log_path = None  # the folder is the other run's
                 raise ValueError(
                     f"another run writes to {folder}; wait for its end, or pass another --name"
                 ) from None
@@ -98,7 +99,7 @@ class Resume:
                 "as a copy of the student and the distillation scale from its initial value."
             )
             return
-        _tell_changes(entry["settings"], settings(args))
+        tell_changes(args, entry, ema)
         if scale is not None:
             restore_scale(entry, optimizer, scale)
         if ema is not None and _STATE in entry:
@@ -121,7 +122,9 @@ def plugin_entries(
     return {TEACHER: ema.module.state_dict(), ENTRY: entry | {_STATE: ema.get_extra_state()}}
 
 
-def _tell_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def tell_changes(args: Namespace, entry: Mapping[str, Any], ema: EmaTeacher | None) -> None:
+    """Warn of what the run does not take from a checkpoint with this plugin's ``entry``."""
+    then, now = entry["settings"], settings(args)
     changed = [
         f"{name}: {then.get(name, 'unset')} -> {now.get(name, 'unset')}"
         for name in sorted(then.keys() | now.keys())
@@ -129,6 +132,11 @@ def _tell_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     ]
     if changed:
         logging.warning(f"Resuming with other settings than before: {', '.join(changed)}")
+    if ema is None and _STATE in entry:
+        logging.warning(
+            "The resumed checkpoint's EMA ends here, this run's checkpoints have none; to keep it go on "
+            f"with --loss {then['loss']} --ema-decay {then['ema_decay']}"
+        )
 
 
 def _latest(args: Namespace) -> str | None:

@@ -1,17 +1,25 @@
-"""What ends a run that would go on for nothing: data without a batch, a loss or weights with a NaN."""
+"""What ends a run that would go on for nothing: nothing to train or to train on, numbers with a NaN."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import logging
+import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
+import open_clip
 import torch
 import webdataset as wds
-from open_clip_train.data import DataInfo, ResampledShards2
+from open_clip_train.data import DataInfo, ResampledShards2, expand_urls
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
+
+from otter_openclip.captions import cut_alike
+from otter_openclip.shards.read import FIRST, first_captions
+from otter_openclip.training.flags import in_shards
 
 # Shards that are drawn without a batch: twice all of them, and more than fill webdataset's buffer.
 _ROUNDS, _BUFFER = 2, 2000
@@ -37,6 +45,66 @@ def reason_given() -> Iterator[None]:
         raise SystemExit(f"error: {reason}") from error
 
 
+def check_reports(args: Namespace) -> None:
+    """Raise ValueError for a logger that open_clip would miss after ``--feature-cache`` is filled."""
+    for name in ("wandb", "tensorboard"):
+        # A folder of that name, as wandb makes one, is found too, without an origin.
+        there = getattr(importlib.util.find_spec(name), "origin", None)
+        if there is None and (name in args.report_to or "all" in args.report_to):
+            fault = f"--report-to {args.report_to}: {name} is not installed"
+            raise ValueError(f"{fault}; pip install {name}, or drop it")
+
+
+def check_locks(args: Namespace, model: nn.Module) -> None:
+    """Lock the towers, as ``main`` does again, to say in one line what it could not or would train.
+
+    Raises:
+        ValueError: if open_clip cannot lock this model so, or nothing but the scale is left to train.
+    """
+    for tower, how in {
+        "image": {"unlocked_groups": args.lock_image_unlocked_groups},
+        "text": {
+            "unlocked_layers": args.lock_text_unlocked_layers,
+            "freeze_layer_norm": args.lock_text_freeze_layer_norm,
+        },
+    }.items():
+        try:
+            if getattr(args, f"lock_{tower}"):
+                getattr(model, f"lock_{tower}_tower")(**how)
+        except (AssertionError, AttributeError, LookupError, RuntimeError) as error:
+            asked = ", ".join(f"--lock-{tower}-{k.replace('_', '-')} {v}" for k, v in how.items())
+            raise ValueError(
+                f"--lock-{tower}: open_clip cannot lock this tower of --model {args.model} with {asked} "
+                f"({error!r}); change that, or drop --lock-{tower}"
+            ) from error
+    trained = (n for n, p in model.named_parameters() if p.requires_grad and "logit_" not in n)
+    if args.train_data and next(trained, None) is None:
+        raise ValueError(
+            f"--lock-image and --lock-text leave nothing of --model {args.model} to train but its "
+            "scale; drop one, or leave layers unlocked (--lock-image-unlocked-groups)"
+        )
+
+
+def tell_cut_texts(
+    args: Namespace, train: DataInfo | None, texts: Mapping[str, Iterable[str]]
+) -> None:
+    """Log which of ``texts``, by what they are, and of the first captions are equal once cut off.
+
+    ``--feature-cache`` looks at captions when it encodes them.
+    """
+    texts = dict(texts)
+    if train is not None and args.feature_cache is None and in_shards(args):
+        texts["captions"] = first_captions(expand_urls(args.train_data)[0])
+    elif train is not None and args.feature_cache is None:
+        captions = getattr(train.dataloader.dataset, "captions", ())
+        texts["captions"] = map(str, captions[:FIRST])
+    context = {"cache_dir": args.cache_dir, "context_length": args.force_context_length}
+    tokenizer = open_clip.get_tokenizer(args.model, **context) if texts else None
+    for what, each in texts.items():
+        if remark := cut_alike(what, each, tokenizer):
+            logging.warning(remark)
+
+
 def check_loader(args: Namespace, train: DataInfo) -> None:
     """Raise ValueError if an epoch makes no step, of which open_clip would say nothing."""
     batches = train.dataloader.num_batches
@@ -50,6 +118,31 @@ def check_loader(args: Namespace, train: DataInfo) -> None:
             f"--accum-freq {args.accum_freq} is more than the {batches} batches of an epoch, so no step "
             "would be made; lower it or --batch-size"
         )
+
+
+def check_validation(args: Namespace) -> None:
+    """Raise ValueError for a shard of ``--val-data`` that is gone, which may cost the first epoch."""
+    for shard in expand_urls(args.val_data)[0] if in_shards(args, "val_data") else ():
+        if ":" not in shard and not os.path.exists(shard):
+            raise ValueError(f"--val-data {args.val_data}: {shard}: no such file; correct the path")
+
+
+def settle_warmup(args: Namespace, train: DataInfo) -> None:
+    """Without ``--warmup`` it is a tenth of the run, where open_clip has 10,000 steps.
+
+    Raises:
+        ValueError: if it is longer than the run, but with ``--loss clip``, where that is logged.
+    """
+    steps = train.dataloader.num_batches // args.accum_freq * args.epochs
+    if args.warmup is None:
+        args.warmup = steps // 10
+        logging.info(f"Warmup: {args.warmup} of the run's {steps} steps; --warmup N sets it")
+    elif args.warmup > steps and not args.skip_scheduler:
+        fault = f"--warmup {args.warmup} is longer than the run's {steps} steps"
+        fault += f", so its learning rate stays below --lr {args.lr}; lower it"
+        if args.loss != "clip":
+            raise ValueError(fault)
+        logging.warning(fault)
 
 
 def watch_passes(args: Namespace, train: DataInfo) -> None:

@@ -19,13 +19,19 @@ from open_clip_train.precision import get_autocast
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from otter_openclip.checkpoints.contents import JUDGED, JUDGED_WEIGHTS, read_file, write_file
+from otter_openclip.checkpoints.contents import (
+    JUDGED,
+    JUDGED_BY,
+    JUDGED_WEIGHTS,
+    read_file,
+    write_file,
+)
 from otter_openclip.evaluation.classifier import class_features
 from otter_openclip.evaluation.labelled_images import LabelledImages, encode_images
 from otter_openclip.evaluation.metrics import KS, multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts
 from otter_openclip.frozen import prefix
-from otter_openclip.frozen.encode import fill
+from otter_openclip.frozen.encode import fill, fingerprint
 from otter_openclip.frozen.loader import image_column
 
 BEST = "best.pt"
@@ -48,6 +54,7 @@ class ZeroShotEvaluation:
 
     Attributes:
         criterion: the name of the metric by which epochs are compared, F@1 of the first folder.
+        judge: a fingerprint of that folder; figures of another cannot be compared with its own.
     """
 
     def __init__(self, folders: Sequence[str], transform: Callable[[Any], Tensor]) -> None:
@@ -58,6 +65,12 @@ class ZeroShotEvaluation:
             for folder, name in zip(folders, names, strict=True)
         ]
         self.criterion = f"{self._sets[0].label}flat_hit@{KS[0]}"
+        self.judge = self._sets[0].fingerprint()
+
+    def class_prompts(self) -> dict[str, list[str]]:
+        """What they are of -> the first prompt of each class."""
+        each = ((f"classes of {one.folder}", one.prompts) for one in self._sets)
+        return {what: [prompts[0] for prompts in classes] for what, classes in each}
 
     def read_ahead(self, model: nn.Module, args: argparse.Namespace) -> None:
         """Read every sample, before the first epoch: hours later a fault would cost an evaluation.
@@ -105,6 +118,11 @@ class _LabelledSet:
         self.folder, self.label = folder, label
         self.prompts, self.images = class_prompts(dataset), LabelledImages(dataset, transform)
         self._frozen: Any = None
+
+    def fingerprint(self) -> str:
+        """A digest of prompts and shards, wherever the folder lies."""
+        shards = [(os.path.basename(url), os.path.getsize(url)) for url in self.images.shards.urls]
+        return fingerprint({"prompts": self.prompts, "shards": shards})
 
     def encoded(self, model: nn.Module, args: argparse.Namespace) -> tuple[Tensor, Any]:
         """Features and labels of the images, which go through a frozen prefix once in a run."""
@@ -168,16 +186,17 @@ def due(epoch: int, args: argparse.Namespace) -> bool:
 class BestCheckpoint:
     """Keeps ``best.pt``, the checkpoint with the highest F@1, over resumes too."""
 
-    def __init__(self, args: argparse.Namespace, criterion: str) -> None:
-        """Read the best value so far from ``best.pt`` if the run goes on from an earlier one.
-
-        ``criterion`` is the metric's name, see ``ZeroShotEvaluation``.
-        """
-        self.path, self.criterion = Path(args.checkpoint_path) / BEST, criterion
+    def __init__(self, args: argparse.Namespace, evaluation: ZeroShotEvaluation) -> None:
+        """Read the best value so far from ``best.pt`` if the run goes on from an earlier one."""
+        self.path = Path(args.checkpoint_path) / BEST
+        self.criterion, self.judge = evaluation.criterion, evaluation.judge
         self.value = -1.0
         if args.resume is not None and self.path.is_file():
             try:
-                self.value = read_file(self.path)[JUDGED][self.criterion]
+                judged = read_file(self.path)[JUDGED]
+                if judged.get(JUDGED_BY) != self.judge:
+                    raise ValueError(f"{self.path} was judged by another --zeroshot-data")
+                self.value = judged[self.criterion]
             except (ValueError, KeyError) as error:
                 logging.warning(f"The best epoch is sought anew: {error}")
 
@@ -187,8 +206,9 @@ class BestCheckpoint:
         """Write ``make()``, the metrics and whose ``weights`` they are of if F@1 is higher than ever."""
         if metrics[self.criterion] <= self.value:
             return
+        judged = {**metrics, JUDGED_WEIGHTS: weights, JUDGED_BY: self.judge}
         try:
-            write_file(self.path, {**make(), JUDGED: {**metrics, JUDGED_WEIGHTS: weights}})
+            write_file(self.path, {**make(), JUDGED: judged})
         except OSError as error:  # the epoch's own checkpoint is still to come
             logging.warning(f"{self.path} cannot be written and stays as it was: {error}")
             return

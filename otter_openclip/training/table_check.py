@@ -1,0 +1,73 @@
+"""``--dataset-type csv``: what would end an epoch in its midst, or be trained on in its place."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from open_clip_train.data import CsvDataset, DataInfo
+from PIL import Image
+
+from otter_openclip.shards import read
+
+_AT_ONCE = 4096  # rows
+# A file's end that tells that all of it is there; without it the picture is decoded.
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+def check_tables(args: Namespace, data: dict[str, DataInfo]) -> None:
+    """Look at every row of the tables of ``data``, a share of them on each rank.
+
+    Raises:
+        ValueError: naming the first row that has no caption or no picture that can be used.
+    """
+    for flag in ("train", "val"):
+        table = getattr(getattr(data.get(flag), "dataloader", None), "dataset", None)
+        if not isinstance(table, CsvDataset):
+            continue
+        logging.info(f"Looking at {len(table)} rows of --{flag}-data")
+        for row, fault in _faults(table, args):
+            raise ValueError(
+                f"--{flag}-data {getattr(args, f'{flag}_data')}: row {row} below the header: {fault}; "
+                "mend it, or build shards with otter-openclip data csv, which leaves such rows out"
+            )
+
+
+def _faults(table: CsvDataset, args: Namespace) -> Iterator[tuple[int, str]]:
+    for row, caption in enumerate(table.captions, 1):
+        if caption != caption:
+            yield row, "no caption, or one that pandas takes for none (NA, null)"
+        elif args.csv_separator == "\t" and isinstance(caption, str) and "\n" in caption:
+            if "\t" in caption:
+                yield row, "a quotation mark joins several rows into one; double it"
+    # The readers' own filters of warnings are not made for threads: this one puts them right again.
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        for begin in range(args.rank, len(table.images), _AT_ONCE * args.world_size):
+            places = range(begin, len(table.images), args.world_size)[:_AT_ONCE]
+            paths = [str(table.images[place]) for place in places]
+            for place, fault in zip(places, pool.map(_picture_fault, paths), strict=True):
+                if fault is not None:
+                    yield place + 1, fault
+
+
+def _picture_fault(path: str) -> str | None:
+    """Why the file is no picture for training, None if it is one; few are read beyond their header."""
+    try:
+        with open(path, "rb") as file:
+            with read.readable():
+                image = Image.open(file)
+            read.check_range(image)
+            file.seek(0, io.SEEK_END)
+            file.seek(max(0, file.tell() - 12))
+            if not file.read().endswith(_ENDS.get(image.format, b"")):
+                file.seek(0)
+                read.rgb(Image.open(file))
+    except FileNotFoundError:
+        return f"{path}: no such file; a path counts from the current folder"
+    except (OSError, ValueError) as error:
+        return f"{path}: {getattr(error, 'strerror', None) or error}"
+    return None
