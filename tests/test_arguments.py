@@ -78,6 +78,7 @@ def test_defaults_are_the_papers():
         "ot_scope": "global",
         "share_logit_scale": False,
         "feature_dropout": 0.0,
+        "pair_weights": None,
         "teacher_mode": "train",
     }
 

@@ -25,7 +25,8 @@ SETTINGS = (
     "warmup lr_scheduler grad_clip_norm precision seed lock_image lock_text reference_crop "
     "feature_dropout distill_model teacher_model"
 ).split()
-PLACES = ("model", "pretrained", "distill_model", "teacher_model")  # of these some are paths
+# Of these some are paths.
+PLACES = ("model", "pretrained", "distill_model", "teacher_model", "pair_weights")
 CITED = ("ls", "kd", "otter")
 TITLE = (
     "Data Efficient Language-Supervised Zero-Shot Recognition with Optimal Transport Distillation"

@@ -133,7 +133,7 @@ _FLAGS = {
 }
 
 # How it is computed; what a checkpoint itself has.
-_NOT_OF_THE_OBJECTIVE = ("--loss-impl", "--init-distill-logit-scale")
+_NOT_OF_THE_OBJECTIVE = ("--loss-impl", "--init-distill-logit-scale", "--init")
 
 
 def _shown(default: Any) -> str:
