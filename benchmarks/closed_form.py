@@ -71,9 +71,9 @@ class Half:
         return {name: 100 * value for name, value in named.items()}
 
 
-def cells(data: list[str]) -> Iterator[Cell]:
+def cells(data: list[str], seeds: int) -> Iterator[Cell]:
     """All of them, seed by seed."""
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         for name in data:
             for pairs in PAIRS:
                 for noise in NOISE:
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--towers", required=True)
     parser.add_argument("--data", action="append", required=True, metavar="NAME=PAIRS,EVAL")
     parser.add_argument("--transfer", metavar="NAME=EVAL", help="of the first --data's heads")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     args = parser.parse_args()
     device, path = torch.device("cpu"), args.output / "closed_form.json"
     args.output.mkdir(parents=True, exist_ok=True)
@@ -172,7 +173,7 @@ def main() -> None:
     if args.transfer:
         name, _, folder = args.transfer.partition("=")
         halves[next(iter(features))][name] = half(folder)
-    todo = list(cells(list(features)))
+    todo = list(cells(list(features), args.seeds))
     for cell in tqdm(todo, unit="fit"):
         if json.dumps(cell) in results:
             continue

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from otter_openclip.closed_form.blocks import Block
-from otter_openclip.closed_form.heads import Moments, Setting, log_likelihood
+from otter_openclip.closed_form.heads import Covariances, Setting, log_likelihood
 
 IMAGE_RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 TEXT_RIDGES = (0.1, 1.0, 10.0)
@@ -23,21 +23,18 @@ SETTINGS = [Setting(*each) for each in itertools.product(IMAGE_RIDGES, TEXT_RIDG
 
 
 def choose(
-    left_out: Sequence[Moments],
+    left_out: Sequence[Covariances],
     held_out: Sequence[Block],
     weights: Sequence[Tensor],
-    settings: Sequence[Setting] = tuple(SETTINGS),
-    *,
-    text_mean: bool = True,
+    settings: Sequence[Setting],
 ) -> tuple[Setting, float, float]:
     """The setting, and the scale, under which held-out pairs are likeliest, and how likely they are.
 
     Args:
-        left_out: moments of all pairs but those of a fold.
+        left_out: covariances of all pairs but those of a fold.
         held_out: pairs of that fold.
         weights: of these pairs, (n,).
         settings: among which is chosen.
-        text_mean: as of ``Moments.covariances``.
 
     Returns:
         Setting, scale, and the mean log-likelihood of a pair, which is that of a text among the others
@@ -48,8 +45,7 @@ def choose(
     folds = list(zip(left_out, held_out, weights, strict=True))
     bar = tqdm(total=len(folds) * len(ridges), desc="Choosing", unit="ridge", leave=False)
     with bar:
-        for moments, block, weight in folds:
-            covariances = moments.covariances(text_mean=text_mean)
+        for covariances, block, weight in folds:
             for ridge in ridges:
                 directions = covariances.directions(*ridge)
                 sides = directions.projected(block.images, block.texts)

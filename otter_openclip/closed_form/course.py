@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from otter_openclip.closed_form.blocks import FOLDS, ArrayPairs, Block, ShardPairs, Unpaired
-from otter_openclip.closed_form.choosing import SETTINGS, choose
+from otter_openclip.closed_form.choosing import CHOOSING, SETTINGS, choose
 from otter_openclip.closed_form.heads import Covariances, Heads, Moments, Setting
 from otter_openclip.closed_form.wrong_pairs import HOPELESS, WrongPairs, histograms, similarities
 from otter_openclip.transport import sinkhorn
@@ -109,9 +109,7 @@ class Fit:
                 f"use at most {rank}"
             )
         self._width = self.options.embed_dim or rank
-        of_pairs = self.covariances
-        for _ in range(_ROUNDS if unpaired is not None or self.options.transport_pairs else 0):
-            self.covariances = of_pairs.halfway(self._covariances(self._matched(unpaired)))
+        self._match(folds, unpaired)
         chosen = (self.setting, self.scale, self.likelihood)
         return self.heads(self.setting), Statistics(*chosen, self.wrong, rank, self._usable)
 
@@ -162,14 +160,14 @@ class Fit:
         folds = range(FOLDS)
         self._held_out = [block[(block.folds == fold).nonzero()[:, 0]] for fold in folds]
 
-    def _choose(self, folds: list[Moments]) -> None:
-        total = reduce(add, folds)
-        left_out = [total - fold for fold in folds]
-        weights = [self.weights(block) for block in self._held_out]
-        settings, text_mean = self.options.settings(), self.options.text_mean
-        self.setting, self.scale, self.likelihood = choose(
-            left_out[:3], self._held_out[:3], weights[:3], settings, text_mean=text_mean
-        )
+    def _choose(self, folds: list[Moments], matched: Covariances | None = None) -> None:
+        total, held_out = reduce(add, folds), self._held_out[:CHOOSING]
+        left_out = [self._covariances(total - fold) for fold in folds[:CHOOSING]]
+        if matched is not None:
+            left_out = [each.halfway(matched) for each in left_out]
+        weights = [self.weights(block) for block in held_out]
+        chosen = choose(left_out, held_out, weights, self.options.settings())
+        self.setting, self.scale, self.likelihood = chosen
 
     def _find_wrong(self, folds: list[Moments]) -> None:
         """Judge each pair by heads that were fitted without its fold."""
@@ -186,25 +184,34 @@ class Fit:
                 "without weights"
             )
 
-    def _matched(self, unpaired: Unpaired | None) -> Moments:
-        """Moments of what the transport puts together, each batch's mass 1."""
+    def _match(self, folds: list[Moments], unpaired: Unpaired | None) -> None:
+        """Let the covariances be the mean of the pairs' and of what transport puts together; twice."""
+        of_pairs, pairs = self.covariances, self.pairs
+        for _ in range(_ROUNDS):
+            matched = []
+            if unpaired is not None:
+                batches = unpaired.batches(pairs.rank, pairs.world_size)
+                matched.append(self._moments_of_plans(batches, paired=False))
+                # With more to go by smaller ridges are better. The pairs' own matchings would mislead
+                # here: the held-out pairs are among them.
+                self._choose(folds, self._covariances(matched[0]))
+            if self.options.transport_pairs:
+                own = ((b.images, b.texts) for b in pairs.blocks("Matching") if len(b.images) > 1)
+                matched.append(self._moments_of_plans(own, paired=True))
+            if matched:
+                self.covariances = of_pairs.halfway(self._covariances(reduce(add, matched)))
+
+    def _moments_of_plans(
+        self, batches: Iterable[tuple[Tensor, Tensor]], *, paired: bool
+    ) -> Moments:
+        """Of what transport puts together, each batch's mass 1; no ``paired`` row with its own text."""
         heads = self.heads(self.setting)
         size = 1 + sum(self.pairs.widths)
         sums = torch.zeros(size, size, dtype=torch.float64, device=self.pairs.device)
-        for images, texts, paired in self._to_match(unpaired):
+        for images, texts in batches:
             cosines = heads.images(images) @ heads.texts(texts).T
             if paired:
                 cosines.fill_diagonal_(-torch.inf)
             plan = sinkhorn(-cosines, self.options.epsilon, ITERATIONS)
             sums += Moments.matched(images, texts, plan).sums
         return Moments(self.pairs.over_ranks(sums), self.pairs.widths[0])
-
-    def _to_match(self, unpaired: Unpaired | None) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """This rank's batches, and whether a row's own partner is in them."""
-        if unpaired is not None:
-            for images, texts in unpaired.batches(self.pairs.rank, self.pairs.world_size):
-                yield images, texts, False
-        if self.options.transport_pairs:
-            for block in self.pairs.blocks("Matching"):
-                if len(block.images) > 1:
-                    yield block.images, block.texts, True
