@@ -244,8 +244,13 @@ COMMANDS = {
         "otter_openclip.patching",
         "patch open_clip or clip_benchmark to know --loss otter, and back",
     ),
+    "compare": Command(
+        "otter_openclip.compare.compare_command",
+        "tune the losses alike on pairs of your own: does it help, and by how much?",
+    ),
     "demo": Command(
-        "otter_openclip.compare", "the course of InfoNCE and OTTER on two pretrained towers"
+        "otter_openclip.compare.demo_command",
+        "InfoNCE, OTTER and the closed form on icons, with right and with wrong captions",
     ),
 }
 
