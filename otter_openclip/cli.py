@@ -245,7 +245,7 @@ COMMANDS = {
         "patch open_clip or clip_benchmark to know --loss otter, and back",
     ),
     "compare": Command(
-        "otter_openclip.compare.compare_command",
+        "otter_openclip.compare",
         "tune the losses alike on pairs of your own: does it help, and by how much?",
     ),
     "demo": Command(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,53 +13,46 @@ from otter_openclip.evaluation.validator import check_webdataset
 from otter_openclip.shards import read
 from otter_openclip.shards.write import COUNT_FILE, TYPE_FILE, write_shard
 
-HALVES = ("choosing", "reporting")
+CHOOSING, REPORTING = "choosing", "reporting"
 LEAST = 20  # images, to be halved
 
-Sample = tuple[str, dict[str, bytes]]
 
-
-def read_labelled(folder: str) -> tuple[list[Sample], int]:
-    """Image and label vector of each sample of a labelled webdataset, and the number of classes.
+def write_halves(source: str, out: Path) -> tuple[dict[str, Path], int]:
+    """The folder of each half of a labelled webdataset, below ``out``, and how many images it has.
 
     Raises:
         ValueError: naming what of ``--eval`` cannot be used, or cannot tell methods apart.
     """
-    checked = check_webdataset(folder, flag="--eval")
-    samples, labels = [], []
+    checked, samples, digest = check_webdataset(source, flag="--eval"), [], hashlib.sha256()
     for shard in checked.shards:
         try:
-            for key, files in read.samples(shard, strict=True):
-                classes = read.labels(files, checked.suffix, checked.classes)
-                kind = next((kind for kind in read.IMAGES if kind in files), None)
-                read.check_image(read.image_file(files))
+            for _, files in read.samples(shard, strict=True):
                 vector = np.zeros(checked.classes, np.uint8)
-                vector[classes] = 1
+                vector[read.labels(files, checked.suffix, checked.classes)] = 1
                 np.save(content := io.BytesIO(), vector)
-                samples.append((f"{len(samples):06d}", {kind: files[kind], "npy": content.getvalue()}))
-                labels.append(tuple(classes))
+                kind = next((kind for kind in read.IMAGES if kind in files), "")
+                read.check_image(read.image_file(files))
+                samples.append({kind: files[kind], "npy": content.getvalue()})
+                digest.update(files[kind] + content.getvalue())
         except (OSError, read.SampleError) as error:
-            where = shard if isinstance(error, OSError) else f"{shard}: sample {key}"
-            raise ValueError(f"--eval {folder} cannot be used: {where}: {error}") from error
+            where = f"{shard}, sample {len(samples)} of all"
+            raise ValueError(f"--eval {source} cannot be used: {where}: {error}") from error
     if len(samples) < LEAST:
-        raise ValueError(f"--eval {folder}: {len(samples)} images are too few to halve; give {LEAST}")
-    if len(set(labels)) == 1:
-        raise ValueError(f"--eval {folder}: every image has the same labels, which tells nothing")
-    return samples, checked.classes
-
-
-def write_halves(samples: Sequence[Sample], source: str, out: Path) -> dict[str, Path]:
-    """The folder of each half, written below ``out`` unless it is there."""
+        raise ValueError(
+            f"--eval {source}: {len(samples)} images are too few to halve; give {LEAST}"
+        )
+    if len({files["npy"] for files in samples}) == 1:
+        raise ValueError(f"--eval {source}: all images have the same labels, which tells nothing")
     order = np.random.default_rng(0).permutation(len(samples))
-    folders = {}
-    for half, part in zip(HALVES, np.array_split(order, 2), strict=True):
-        folders[half] = folder = out / half
+    halves = {}
+    for half, part in zip((CHOOSING, REPORTING), np.array_split(order, 2), strict=True):
+        halves[half] = folder = out / digest.hexdigest()[:12] / half
         if (folder / "test" / COUNT_FILE).is_file():  # its features are known by its time
             continue
         (folder / "test").mkdir(parents=True, exist_ok=True)
         for path in Path(source).glob("*.txt"):
             shutil.copy(path, folder)
         (folder / TYPE_FILE).write_text("multilabel")
-        write_shard(folder / "test" / "0.tar", (samples[n] for n in sorted(part)))
+        write_shard(folder / "test" / "0.tar", ((f"{n:06d}", samples[n]) for n in sorted(part)))
         (folder / "test" / COUNT_FILE).write_text("1")
-    return folders
+    return halves, len(samples)

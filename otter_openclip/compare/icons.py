@@ -1,7 +1,4 @@
-"""Icons and the words of their names: a font and its list of names, of QtAwesome, which draws interfaces.
-
-Both are read as files; the package itself, which needs Qt, is not imported.
-"""
+"""Icons and the words of their names, of a font of QtAwesome, which is read without importing it."""
 
 from __future__ import annotations
 
@@ -21,7 +18,6 @@ from otter_openclip.compare.demo_towers import INSTALL, check_file
 from otter_openclip.shards.write import (
     CLASSES_FILE,
     COUNT_FILE,
-    SIZES_FILE,
     TEMPLATES_FILE,
     TYPE_FILE,
     write_shard,
@@ -39,7 +35,7 @@ SIZE, _GLYPH = 112, 88  # pixels
 POOL = 6000  # icons that pairs are drawn from; those of the test are behind them
 SHARDS = 3
 SHARED = 3  # icons of the test, at least, that have a label
-SHUFFLED = 0.4  # of the captions
+SHUFFLED, WRONG = 0.4, "w"  # of the captions; how keys of pairs end whose caption was
 
 
 class Icon(NamedTuple):
@@ -93,37 +89,25 @@ def shuffled(names: Sequence[str], share: float, rng: random.Random) -> list[str
     return captions
 
 
-def write_icons(folder: Path, out: Path, *, pairs: int, test: int) -> dict[str, list[Path]]:
-    """Write a test set, and pairs with their own captions and with a share of others'.
-
-    Returns:
-        The shards ``right`` and ``shuffled``; keys of pairs with another's caption end in ``w``. The test
-        set is ``out/test-icons``.
-    """
+def write_icons(folder: Path, out: Path, *, pairs: int, test: int) -> None:
+    """Write a test set, ``test-icons``, and pairs: ``right`` and ``shuffled``."""
     rng, font = random.Random(0), ImageFont.truetype(str(folder / FONT), _GLYPH)
     every = icons(folder)
     rng.shuffle(every)
     pool, held_out = every[:POOL], every[POOL : POOL + test]
-    train = pool[:pairs]
-    pictures = [_png(draw(icon, font)) for icon in train]
-    right = [icon.name for icon in train]
-    shards = {}
+    pictures = [_png(draw(icon, font)) for icon in pool[:pairs]]
+    right = [icon.name for icon in pool[:pairs]]
     for name, captions in (("right", right), ("shuffled", shuffled(right, SHUFFLED, rng))):
         (out / name).mkdir(parents=True)
-        shards[name] = []
+        samples = [
+            (f"{n:05d}{WRONG if captions[n] != right[n] else ''}", {"png": picture, "txt": text})
+            for n, (picture, text) in enumerate(
+                zip(pictures, map(str.encode, captions), strict=True)
+            )
+        ]
         for shard in range(SHARDS):
-            samples = [
-                (f"{n:05d}{'w' if captions[n] != right[n] else ''}", n)
-                for n in range(shard, pairs, SHARDS)
-            ]
-            path = out / name / f"{shard:05d}.tar"
-            files = ((k, {"png": pictures[n], "txt": captions[n].encode()}) for k, n in samples)
-            write_shard(path, files)
-            shards[name].append(path)
-        sizes = {path.name: len(range(n, pairs, SHARDS)) for n, path in enumerate(shards[name])}
-        (out / name / SIZES_FILE).write_text(json.dumps(sizes))
+            write_shard(out / name / f"{shard:05d}.tar", samples[shard::SHARDS])
     _write_test(held_out, pool, font, out / "test-icons")
-    return shards
 
 
 def _write_test(

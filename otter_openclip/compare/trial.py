@@ -1,23 +1,25 @@
 """One run of the training command in this process: what it is given, and what it measures.
 
-What frozen towers give is kept, so that a run of some hundred steps takes seconds. Nothing of a run is
-left on the disk unless its checkpoint is wanted.
+What frozen towers give is kept, so that a run of some hundred steps takes seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
+import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from clip_benchmark.datasets.builder import build_wds_dataset
+from open_clip_train.data import expand_urls
 from torch import nn
 
 from otter_openclip.evaluation.classifier import class_features
@@ -27,187 +29,170 @@ from otter_openclip.training.launcher import main as train
 from otter_openclip.training.plugin import Plugin
 
 EVALUATIONS = 5  # in the course of a run
-NAMES = 5  # that a picture is called
 METRICS = {"mAP": "mean_average_precision", "F@1": "flat_hit@1", "F@5": "flat_hit@5"}
-FIT = "fit"
-LABELS = {"infonce": "InfoNCE", "ls": "LS", "kd": "KD", "otter": "OTTER", FIT: "closed form"}
-
-Setting = dict[str, Any]  # flags of training, and "steps"
-
-
-def label(method: str) -> str:
-    """A method as pages call it."""
-    start, _, loss = method.rpartition("+")
-    return f"{LABELS[loss]} from the closed form" if start else LABELS[loss]
+PICTURES, NAMES = 12, 5  # that are shown, and that each is called
+FIT = "fit"  # the method; "fit+LOSS" is a loss that starts from it
+CLOSED_FORM = {"lr": 0.0, "steps": 1}  # a run that begins at it and learns nothing
+Setting = Mapping[str, Any]  # of a run: flags of training, and "steps"
 
 
-def closed_form() -> Setting:
-    """Of the method ``fit``: a run that begins at it and learns nothing."""
-    return {"lr": 0.0, "steps": 1}
+class Stop(Exception):
+    """Raised when an evaluation is reported: the run is not worth its end."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Place:
     """What runs have in common.
 
     Attributes:
         model: open_clip's name of it.
         train_data: shards, braces not expanded.
-        tests: labelled webdatasets by name; a run's metrics are of each.
-        work: folder for features and logs.
-        frozen: whether both towers are frozen under linear heads, and their features kept.
-        workers: processes that read images.
-        pictures: of the last of the ``tests``, that methods name.
+        tests: labelled webdatasets by name; by the last one pictures are named.
+        work: folder for features.
+        frozen: whether the model is two frozen towers under linear heads.
     """
 
     model: str
     train_data: str
-    tests: dict[str, Path]
+    tests: Mapping[str, Path]
     work: Path
     frozen: bool = True
-    workers: int = 0
-    pictures: Sequence[Any] = field(default_factory=list)
+
+    @functools.cached_property
+    def shards(self) -> list[str]:
+        """Each once."""
+        return list(dict.fromkeys(expand_urls(self.train_data)[0]))
+
+    def labelled(self, transform: Any) -> Any:
+        """The last of the tests, as clip_benchmark opens it."""
+        *_, folder = self.tests.values()
+        return build_wds_dataset(folder.name, transform, "test", str(folder))
+
+    @functools.cached_property
+    def pictures(self) -> list[tuple[Any, list[str]]]:
+        """Some pictures and their true names."""
+        dataset = self.labelled(lambda image: image.convert("RGB"))
+        first = islice(dataset, PICTURES)
+        return [(image, [dataset.classes[c] for c in label.nonzero()[0]]) for image, label in first]
 
 
-class Outcome(NamedTuple):
-    """Metrics by test and name, at the end and in the course; what the pictures are called."""
-
-    metrics: dict[str, dict[str, float]]
-    course: list[tuple[int, dict[str, float]]]  # steps, mAP by test
-    names: list[list[str]]
-
-
-def flags(method: str, setting: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """The training command's flags; switches are True."""
-    setting, (start, _, loss) = dict(setting), method.rpartition("+")
-    total, epochs = setting.pop("steps"), EVALUATIONS
-    if method == FIT:
-        start, loss, epochs = FIT, "infonce", 1
-    steps = max(1, round(total / epochs))
-    locked = {"lock-image": True, "lock-text": True, "lock-text-freeze-layer-norm": True}
-    locked |= {"feature-cache": str(place.work / "features")}
-    if loss in ("kd", "otter") and "init-logit-scale" in setting:
-        setting["init-distill-logit-scale"] = setting["init-logit-scale"]
-    batch = setting.setdefault("batch-size", 64)
-    return {
-        "loss": loss,
-        "model": place.model,
-        "train-data": place.train_data,
-        # An epoch is what lies between two evaluations.
-        "epochs": epochs,
-        "train-num-samples": steps * batch,
-        "warmup": epochs * steps // 10,
+def flags(method: str, setting: Setting, place: Place) -> dict[str, Any]:
+    """The training command's flags for a run, as a recipe has them; an epoch ends with an evaluation."""
+    start, _, loss = method.rpartition("+")
+    epochs = 1 if method == FIT else EVALUATIONS
+    batch = setting.get("batch-size", 64)
+    steps = max(1, round(setting["steps"] / epochs))
+    given = {
+        **{"loss": "infonce" if method == FIT else loss, "model": place.model},
+        **{"train-data": place.train_data, "batch-size": batch},
+        **{"epochs": epochs, "train-num-samples": steps * batch, "warmup": epochs * steps // 10},
         # open_clip's defaults depend on what the model's path looks like.
         **{"beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
-        **(locked if place.frozen else {}),
-        **({"init": FIT} if start else {}),
-        **setting,
-        "workers": place.workers,
+        **{name: value for name, value in setting.items() if name != "steps"},
+        "zeroshot-data": [str(folder) for folder in place.tests.values()],
+        **{"zeroshot-frequency": 1, "save-frequency": 0},
     }
-
-
-def words(flags: Mapping[str, Any]) -> list[str]:
-    """A command line of flags."""
-    line = []
-    for name, value in flags.items():
-        line += [f"--{name}"] if value is True else [f"--{name}", *map(str, _as_list(value))]
-    return line
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    if start or method == FIT:
+        given["init"] = FIT
+    if loss in ("kd", "otter") and "init-logit-scale" in setting:
+        given["init-distill-logit-scale"] = setting["init-logit-scale"]
+    if not place.frozen:
+        return given | {"workers": min(os.cpu_count() or 1, len(place.shards))}
+    locks = dict.fromkeys(("lock-image", "lock-text", "lock-text-freeze-layer-norm"), True)
+    return given | locks | {"feature-cache": str(place.work / "features"), "workers": 0}
 
 
 def run(
     method: str,
-    setting: Mapping[str, Any],
+    setting: Setting,
     place: Place,
     seed: int,
     *,
-    tests: Sequence[str] = (),
     report: Callable[[int, float], None] = lambda epoch, value: None,
     name_pictures: bool = False,
     logs: Path | None = None,
-) -> Outcome:
+) -> dict[str, Any]:
     """Train and measure.
 
     Args:
-        method: a loss, ``fit``, or ``fit+LOSS`` for what starts from the closed form.
-        setting: of it.
+        method: a loss, ``fit`` or ``fit+LOSS``.
+        setting: its.
         place: what runs have in common.
         seed: of the heads that are drawn and of the data's order.
-        tests: those of the place that are evaluated; by default all.
-        report: called with epoch and mAP on the first of them after each evaluation; what it raises
-            ends the run.
+        report: called with epoch and mAP on the first test after each evaluation; may raise Stop.
         name_pictures: whether the model names the place's pictures.
-        logs: a folder for the run's own folder ``run``, checkpoints in it.
+        logs: where the run leaves its folder ``run``; by default it leaves nothing.
+
+    Returns:
+        ``metrics`` by test and name; ``course``, steps and mAP on the last test; ``names`` of pictures.
 
     Raises:
         RuntimeError: with the end of what the command said, if it failed.
     """
-    tests = list(tests) or list(place.tests)
-    drawn = place.frozen and FIT not in method
-    watching = _Watching(tests, place, seed if drawn else None, report, name_pictures)
     given = flags(method, setting, place)
-    given |= {"zeroshot-data": [str(place.tests[name]) for name in tests], "seed": seed}
-    given |= {"zeroshot-frequency": 1, "save-frequency": 0}
-    given |= {"log-every-n-steps": 1_000_000, "name": "run"}
+    steps = given["train-num-samples"] // given["batch-size"]
+    eyes = _Eyes(place, seed if FIT not in method else None, steps, report, logs is None)
+    eyes.name_pictures = name_pictures
+    given |= {"log-every-n-steps": 1_000_000, "name": "run", "seed": seed}
     with tempfile.TemporaryDirectory(dir=place.work) as nowhere, quietly():
         given["logs"] = logs or nowhere
-        watching.leaves_nothing = logs is None
-        if train(words(given), plugin=watching) != 0:
+        words = []
+        for name, value in given.items():
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(str(each) for each in values if each is not True)]
+        if train(words, plugin=eyes) != 0:
             raise RuntimeError("the command returned an error")
-    steps = given["train-num-samples"] // given["batch-size"]
-    course = [
-        (epoch * steps, {test: found["mAP"] for test, found in metrics.items()})
-        for epoch, metrics in watching.evaluations
-    ]
-    return Outcome(watching.evaluations[-1][1], course, watching.names)
+    return eyes.outcome
 
 
-class Stop(Exception):
-    """Raised by ``report``: the run is not worth its end."""
+class _Eyes(Plugin):
+    """A run's plugin that also draws the heads anew, and hears of every evaluation."""
 
-
-class _Watching(Plugin):
-    """The plugin of a run, with eyes: it draws the heads anew and hears of every evaluation."""
+    name_pictures = False
 
     def __init__(
-        self, tests: list[str], place: Place, seed: int | None, report: Any, names: bool
+        self, place: Place, seed: int | None, steps: int, report: Any, leaves_nothing: bool
     ) -> None:
         super().__init__("train")
-        self.tests, self.place, self.seed, self.report = tests, place, seed, report
-        self.wants_names, self.leaves_nothing = names, True
-        self.transform: Any = None
-        self.names: list[list[str]] = []
-        self.evaluations: list[tuple[int, dict[str, dict[str, float]]]] = []
+        self.place, self.seed, self.steps, self.report = place, seed, steps, report
+        self.leaves_nothing, self.transform = leaves_nothing, None
+        self.outcome: dict[str, Any] = {"metrics": {}, "course": [], "names": []}
 
     def setup_model(self, args: Any, model: nn.Module, *transforms: Any) -> Any:
-        """Model: heads of the run's own seed."""
-        if self.seed is not None:
+        """Model."""
+        if self.place.frozen and self.seed is not None:
             draw_heads(model, self.seed)
-        made = self.hooks.setup_model(args, model, *transforms)
-        self.transform = made[-1]
-        return made
+        *made, self.transform = self.hooks.setup_model(args, model, *transforms)
+        return *made, self.transform
 
     def setup_data(self, args: Any, *data: Any) -> Any:
         """Data."""
         if self.leaves_nothing:
-            args.logs = "none"  # where open_clip writes no checkpoint
+            args.logs = "none"  # open_clip writes no checkpoints there
         return self.hooks.setup_data(args, *data)
 
     def evaluate(self, args: Any, model: nn.Module, epoch: int, tokenizer: Any) -> dict[str, float]:
         """Evaluation."""
-        found = self.hooks.evaluate(args, model, epoch, tokenizer)
-        metrics = {}
-        for test in self.tests:
-            prefix = f"zeroshot-{self.place.tests[test].name}-" if len(self.tests) > 1 else "zeroshot-"
-            metrics[test] = {name: found[prefix + long] for name, long in METRICS.items()}
-        self.evaluations.append((epoch, metrics))
-        if epoch == args.epochs and self.wants_names:
-            self.names = nearest(model, tokenizer, self.transform, self.place)
-        self.report(epoch, metrics[self.tests[0]]["mAP"])
+        found, tests = self.hooks.evaluate(args, model, epoch, tokenizer), self.place.tests
+        for test, folder in tests.items():
+            prefix = f"zeroshot-{folder.name}-" if len(tests) > 1 else "zeroshot-"
+            values = {name: found[prefix + long] for name, long in METRICS.items()}
+            self.outcome["metrics"][test] = values
+        self.outcome["course"].append((epoch * self.steps, values["mAP"]))
+        if epoch == args.epochs and self.name_pictures:
+            self.outcome["names"] = self._names(model, tokenizer)
+        self.report(epoch, self.outcome["metrics"][next(iter(tests))]["mAP"])
         return found
+
+    @torch.no_grad()
+    def _names(self, model: nn.Module, tokenizer: Any) -> list[list[str]]:
+        dataset, device = self.place.labelled(None), next(model.parameters()).device
+        prompts = class_prompts(dataset)
+        classes = class_features(model.eval(), tokenizer, prompts, device=device, progress=False)
+        images = torch.stack([self.transform(picture) for picture, _ in self.place.pictures])
+        similarity = model.encode_image(images.to(device), normalize=True) @ classes.T
+        best = similarity.topk(min(NAMES, len(classes)), dim=1).indices
+        return [[dataset.classes[c] for c in row] for row in best.tolist()]
 
 
 def draw_heads(model: nn.Module, seed: int) -> None:
@@ -223,28 +208,6 @@ def draw_heads(model: nn.Module, seed: int) -> None:
                     module.reset_parameters()
 
 
-def labelled(folder: Path, count: int) -> list[tuple[Any, list[int]]]:
-    """Pictures and the classes of the first samples of a labelled webdataset with label vectors."""
-    dataset = build_wds_dataset(folder.name, lambda image: image, "test", str(folder))
-    samples = islice(dataset, count)
-    return [(image.convert("RGB"), label.nonzero()[0].tolist()) for image, label in samples]
-
-
-@torch.no_grad()
-def nearest(model: nn.Module, tokenizer: Any, transform: Any, place: Place) -> list[list[str]]:
-    """The names of each picture's nearest classes, in the last of the place's tests."""
-    *_, folder = place.tests.values()
-    dataset = build_wds_dataset(folder.name, None, "test", str(folder))
-    device = next(model.parameters()).device
-    classes = class_features(
-        model.eval(), tokenizer, class_prompts(dataset), device=device, progress=False
-    )
-    images = torch.stack([transform(picture) for picture in place.pictures]).to(device)
-    similarity = model.encode_image(images, normalize=True) @ classes.T
-    best = similarity.topk(min(NAMES, len(classes)), dim=1).indices
-    return [[dataset.classes[c] for c in row] for row in best.tolist()]
-
-
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Keep what a command prints and logs; RuntimeError with the end of it if it fails."""
@@ -254,12 +217,10 @@ def quietly() -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
             yield
-    except Stop:
-        raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, SystemExit) and error.code == EXIT_CODE:  # SIGTERM
+        if isinstance(error, Stop) or getattr(error, "code", None) == EXIT_CODE:  # of SIGTERM
             raise
-        tail = "\n".join(text.getvalue().splitlines()[-15:])
+        tail = "\n".join(text.getvalue().splitlines()[-5:])
         raise RuntimeError(f"training failed: {error}\n{tail}") from error
     finally:
         for handler in root.handlers:
