@@ -71,20 +71,20 @@ def compare(
         if methods and not frozen:
             raise ValueError(f"--methods {methods[0]} needs two towers under linear heads")
         methods = (methods or [FIT, f"{FIT}+otter"]) if frozen else []
-        if methods:  # it is made once, before others look for it
+        task["test images"] = halves[CHOOSING].parent.name
+        task["budget (--quick)"] = str(quick)
+        study = Study(
+            storage or str(out / "study.journal"),
+            task,
+            place,
+            list(dict.fromkeys([*losses, *methods])),
+            trials=trials or (6 if quick else 30),
+            seeds=seeds or (2 if quick else 5),
+            pairs=pairs,
+            steps=QUICK_STEPS if quick else STEPS,
+        )
+        if methods:  # the closed form is made once, before others look for it
             run(FIT, CLOSED_FORM, place, 0)
-    task["test images"] = halves[CHOOSING].parent.name
-    task["budget (--quick)"] = str(quick)
-    study = Study(
-        storage or str(out / "study.journal"),
-        task,
-        place,
-        list(dict.fromkeys([*losses, *methods])),
-        trials=trials or (6 if quick else 30),
-        seeds=seeds or (2 if quick else 5),
-        pairs=pairs,
-        steps=QUICK_STEPS if quick else STEPS,
-    )
     _work(study, deadline, f"--hours {hours}")
     with filelock.FileLock(out / LOCK):
         _leave(out, study, {"pairs": pairs, "test images": images})
@@ -142,7 +142,8 @@ def _work(study: Study, deadline: float, hours: str) -> None:
                 seconds = (time.monotonic() - began) * EVALUATIONS
                 bar.write(
                     f"The towers are trained: a trial takes up to {seconds / 60:.1f} minutes, and all "
-                    f"{everything} runs {seconds * everything / 3600:.1f} hours"
+                    f"{everything} runs {seconds * everything / 3600:.1f} hours",
+                    file=bar.fp,  # standard output is the run's, and not shown
                 )
 
         def go_on(step: Callable[[], bool], runs_left: int) -> None:

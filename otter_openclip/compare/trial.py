@@ -220,6 +220,8 @@ def quietly() -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if isinstance(error, Stop) or getattr(error, "code", None) == EXIT_CODE:  # of SIGTERM
             raise
+        if isinstance(error, SystemExit) and isinstance(error.code, str):  # one line that says it
+            raise RuntimeError(error.code) from error
         tail = "\n".join(text.getvalue().splitlines()[-5:])
         raise RuntimeError(f"training failed: {error}\n{tail}") from error
     finally:
