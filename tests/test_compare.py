@@ -130,7 +130,7 @@ def test_a_killed_one_goes_on(words, tmp_path, monkeypatch):
         return stock(*args, **more)
 
     monkeypatch.setattr(study, "run", killed)
-    words = [*words, "--methods", "fit"]
+    words = [*words, "--methods", "fit", "--storage", f"sqlite:///{tmp_path}/study.db"]
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             compare(out, words)

@@ -59,20 +59,17 @@ def compare(
             raise ValueError(f"{out} exists and is no comparison; choose another folder")
     model = f"local-dir:{model}" if Path(model).is_dir() else model
     place = Place(model, train_data, {}, out)
-    task = {"pairs": _digest(place.shards, train_data)}
-    pairs = sum(_counts(place.shards))
-    if not pairs:
-        raise ValueError(f"--train-data {train_data} has no image with a caption (txt)")
+    pairs, digest = _read_pairs(place)
     out.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(out / LOCK):
         halves, images = write_halves(eval, out / HALVES)
-        frozen, task["towers"] = _encode(place)
+        frozen, towers = _encode(place)
         place = replace(place, tests=halves, frozen=frozen)
         if methods and not frozen:
             raise ValueError(f"--methods {methods[0]} needs two towers under linear heads")
         methods = (methods or [FIT, f"{FIT}+otter"]) if frozen else []
-        task["test images"] = halves[CHOOSING].parent.name
-        task["budget (--quick)"] = str(quick)
+        task = {"pairs": digest, "towers": towers, "test images": halves[CHOOSING].parent.name}
+        task["space (--quick)"] = str(quick)
         study = Study(
             storage or str(out / "study.journal"),
             task,
@@ -90,27 +87,21 @@ def compare(
         _leave(out, study, {"pairs": pairs, "test images": images})
 
 
-def _counts(shards: Sequence[str]) -> list[int]:
-    """How many pairs each shard has."""
-    counts = []
-    for shard in shards:
+def _read_pairs(place: Place) -> tuple[int, str]:
+    """How many pairs there are, and a digest of the shards' names and sizes, alike on all machines."""
+    if place.train_data.endswith((".csv", ".tsv")):
+        raise ValueError(f"--train-data {place.train_data} is a table; see otter-openclip data csv")
+    count, digest = 0, hashlib.sha256()
+    for shard in place.shards:
         try:
-            kinds = [files.keys() for _, files in read.samples(shard, contents=False)]
+            for _, files in read.samples(shard, contents=False):
+                count += "txt" in files and not files.keys().isdisjoint(read.TRAINING_IMAGES)
+            digest.update(f"{Path(shard).name} {os.path.getsize(shard)}\n".encode())
         except OSError as error:
             raise ValueError(f"--train-data {shard}: {error}") from error
-        counts.append(sum("txt" in k and not k.isdisjoint(read.TRAINING_IMAGES) for k in kinds))
-    return counts
-
-
-def _digest(shards: Sequence[str], train_data: str) -> str:
-    """Of the shards' names and sizes, which are alike on all machines."""
-    if train_data.endswith((".csv", ".tsv")):
-        raise ValueError(f"--train-data {train_data} is a table; see otter-openclip data csv")
-    try:
-        sizes = [(Path(shard).name, os.path.getsize(shard)) for shard in shards]
-    except OSError as error:
-        raise ValueError(f"--train-data {train_data}: {error}") from error
-    return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+    if not count:
+        raise ValueError(f"--train-data {place.train_data} has no image with a caption (txt)")
+    return count, digest.hexdigest()[:16]
 
 
 def _encode(place: Place) -> tuple[bool, str]:

@@ -92,16 +92,10 @@ def page(
     results: Results,
     **more: Any,
 ) -> str:
-    """``report.html``.
+    """``report.html``: ``panels`` have rows by title, ``results`` what ``place``'s pictures are called.
 
-    Args:
-        title: its heading.
-        text: what was done.
-        panels: by title the rows of methods that were given the same pairs.
-        place: whose pictures are shown.
-        results: in which methods have named them.
-        more: ``importance`` and ``failed`` by method; ``wrong`` pairs (``picture``, ``caption``,
-            ``note``) and what is ``said`` of them.
+    ``more`` may be ``importance`` and ``failed`` by method; ``wrong`` pairs (``picture``, ``caption``,
+    ``note``) and what is ``said`` of them.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -9,19 +9,12 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from otter_openclip.compare.demo_towers import INSTALL, check_file
-from otter_openclip.shards.write import (
-    CLASSES_FILE,
-    COUNT_FILE,
-    TEMPLATES_FILE,
-    TYPE_FILE,
-    write_shard,
-)
+from otter_openclip.compare.halves import label_vector, write_labelled
+from otter_openclip.shards.write import CLASSES_FILE, TEMPLATES_FILE, write_shard
 
 FONT = "materialdesignicons6-webfont-6.9.96.ttf"
 NAMES = "materialdesignicons6-webfont-charmap-6.9.96.json"
@@ -36,13 +29,6 @@ POOL = 6000  # icons that pairs are drawn from; those of the test are behind the
 SHARDS = 3
 SHARED = 3  # icons of the test, at least, that have a label
 SHUFFLED, WRONG = 0.4, "w"  # of the captions; how keys of pairs end whose caption was
-
-
-class Icon(NamedTuple):
-    """A character of the font, and its name."""
-
-    character: str
-    name: str
 
 
 def find_fonts() -> Path:
@@ -60,8 +46,8 @@ def find_fonts() -> Path:
     return folder
 
 
-def icons(folder: Path) -> list[Icon]:
-    """All icons, each once, under the words of their names but for those of style."""
+def icons(folder: Path) -> list[tuple[str, str]]:
+    """Each icon's character and its name's words, but for those of style."""
     names = {}
     for name, character in json.loads((folder / NAMES).read_text()).items():
         words = name.replace("_", "-").split("-")
@@ -69,15 +55,16 @@ def icons(folder: Path) -> list[Icon]:
             words.pop()
         if words:
             names.setdefault(chr(int(character, 16)), " ".join(words))
-    return [Icon(character, name) for character, name in names.items()]
+    return list(names.items())
 
 
-def draw(icon: Icon, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """Its picture, black on white."""
+def picture(character: str, font: ImageFont.FreeTypeFont) -> bytes:
+    """A character, black on white, as a PNG file."""
     image = Image.new("L", (SIZE, SIZE), 255)
     place = (SIZE / 2, SIZE / 2)
-    ImageDraw.Draw(image).text(place, icon.character, font=font, fill=0, anchor="mm")
-    return image.convert("RGB")
+    ImageDraw.Draw(image).text(place, character, font=font, fill=0, anchor="mm")
+    image.convert("RGB").save(content := io.BytesIO(), "PNG")
+    return content.getvalue()
 
 
 def shuffled(names: Sequence[str], share: float, rng: random.Random) -> list[str]:
@@ -95,49 +82,30 @@ def write_icons(folder: Path, out: Path, *, pairs: int, test: int) -> None:
     every = icons(folder)
     rng.shuffle(every)
     pool, held_out = every[:POOL], every[POOL : POOL + test]
-    pictures = [_png(draw(icon, font)) for icon in pool[:pairs]]
-    right = [icon.name for icon in pool[:pairs]]
-    for name, captions in (("right", right), ("shuffled", shuffled(right, SHUFFLED, rng))):
-        (out / name).mkdir(parents=True)
-        samples = [
-            (f"{n:05d}{WRONG if captions[n] != right[n] else ''}", {"png": picture, "txt": text})
-            for n, (picture, text) in enumerate(
-                zip(pictures, map(str.encode, captions), strict=True)
-            )
-        ]
+    pictures = [picture(character, font) for character, _ in pool[:pairs]]
+    right = [name for _, name in pool[:pairs]]
+    for folder_name, captions in (("right", right), ("shuffled", shuffled(right, SHUFFLED, rng))):
+        (out / folder_name).mkdir(parents=True)
+        samples = []
+        for n, caption in enumerate(captions):
+            key = f"{n:05d}{WRONG if caption != right[n] else ''}"
+            samples.append((key, {"png": pictures[n], "txt": caption.encode()}))
         for shard in range(SHARDS):
-            write_shard(out / name / f"{shard:05d}.tar", samples[shard::SHARDS])
-    _write_test(held_out, pool, font, out / "test-icons")
-
-
-def _write_test(
-    held_out: Sequence[Icon], pool: Sequence[Icon], font: ImageFont.FreeTypeFont, out: Path
-) -> None:
-    """A labelled webdataset; its classes are words that several of its names and of the pool's share."""
-    tested, seen = (
-        Counter(word for icon in each for word in set(icon.name.split()))
-        for each in (held_out, pool)
-    )
-    classes = sorted(
-        word
-        for word, count in tested.items()
-        if min(count, seen[word]) >= SHARED and len(word) > 2 and not word.isdigit()
-    )
-    samples = []
-    for icon in held_out:
-        label = np.array([word in icon.name.split() for word in classes], np.uint8)
-        if label.any():
-            np.save(content := io.BytesIO(), label)
-            files = {"png": _png(draw(icon, font)), "npy": content.getvalue()}
-            samples.append((f"{len(samples):05d}", files))
-    (out / "test").mkdir(parents=True)
-    write_shard(out / "test" / "0.tar", samples)
+            write_shard(out / folder_name / f"{shard:05d}.tar", samples[shard::SHARDS])
+    classes = _classes([name for _, name in held_out], [name for _, name in pool])
+    tested = []
+    for character, name in held_out:
+        if true := [n for n, word in enumerate(classes) if word in name.split()]:
+            label = label_vector(true, len(classes))
+            tested.append({"png": picture(character, font), "npy": label})
     texts = {CLASSES_FILE: "\n".join(classes), TEMPLATES_FILE: "an icon of {c}"}
-    texts |= {TYPE_FILE: "multilabel", f"test/{COUNT_FILE}": "1"}
-    for name, text in texts.items():
-        (out / name).write_text(text + "\n")
+    write_labelled(out / "test-icons", tested, texts)
 
 
-def _png(image: Image.Image) -> bytes:
-    image.save(content := io.BytesIO(), "PNG")
-    return content.getvalue()
+def _classes(tested: Sequence[str], pool: Sequence[str]) -> list[str]:
+    """Words that several of the test's names share, and of the pool's."""
+    counts, known = (
+        Counter(w for name in names for w in set(name.split())) for names in (tested, pool)
+    )
+    often = [word for word in counts if min(counts[word], known[word]) >= SHARED]
+    return sorted(word for word in often if len(word) > 2 and not word.isdigit())
