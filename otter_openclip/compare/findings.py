@@ -132,9 +132,8 @@ def chart(rows: Sequence[Row]) -> Markup:
         x, y = at(0, value)
         parts.append(f'<path class="axis" d="M{x},{y}H{at(most, value)[0]}"/>')
         parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end">{value}</text>')
-    for steps in {most // 2, most}:
-        x, y = at(steps, low)
-        parts.append(f'<text x="{x}" y="{y + 15}" text-anchor="middle">{steps} steps</text>')
+    x, y = at(most, low)
+    parts.append(f'<text x="{x}" y="{y + 15}" text-anchor="end">{most} steps</text>')
     for row in rows:
         course = row["course"]
         if len(course) == 1:
