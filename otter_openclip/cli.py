@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run_command("otter-openclip", "OTTER as a plugin of open_clip.", COMMANDS, argv)
     except KeyboardInterrupt:
-        if argv[0] != "data":
+        if argv[0] not in ("data", "compare"):
             raise
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
         return 130

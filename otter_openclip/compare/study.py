@@ -20,6 +20,9 @@ from otter_openclip.compare.trial import CLOSED_FORM, EVALUATIONS, FIT, Place, S
 
 BATCHES = (128, 256, 512)
 STEPS, QUICK_STEPS = (20, 600), (20, 100)
+# The first trial of every method: what often did well, and losses' own settings at their defaults.
+FIRST = {"lr": 1e-3, "steps": 100, "init-logit-scale": 2.0, "wd": 0.2, "feature-dropout": 0.3}
+FIRST |= {"alpha": 0.5, "sinkhorn-lambda": 0.15, "label-smoothing": 0.1, "distill-T-t": 100.0}
 HOPELESS = 3  # trials of a method that failed, and none that did not
 KEPT_SHARE = 67.0  # percent of the trials that go on after an evaluation
 TUNING_SEED, SEEDS = 100, "seeds"
@@ -91,7 +94,8 @@ class Study:
             for study in self.studies.values():
                 study.set_user_attr("task", study.user_attrs.get("task", task))
         except Exception as error:  # of every type: the database's, its driver's, JSON's
-            raise ValueError(f"--storage {storage} cannot be used: {error}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"--storage {storage} cannot be used: {reason}") from error
         if other := [name for name, value in task.items() if {t[name] for t in tasks} != {value}]:
             raise ValueError(
                 f"--storage {storage} is a study of other {' and '.join(other)}; name another"
@@ -128,6 +132,8 @@ class Study:
             return False
         method = min(waiting, key=waiting.__getitem__)
         study = self.studies[method]
+        if self.place.frozen and not study.get_trials(deepcopy=False):
+            study.enqueue_trial(FIRST | {"steps": min(FIRST["steps"], self.space[-1][1])})
         trial = study.ask()
         # By its number: the first are alike for every loss, and those of several processes differ.
         study.sampler = optuna.samplers.TPESampler(seed=trial.number)
@@ -243,6 +249,6 @@ def _join(storage: Any, name: str) -> optuna.Study:
         storage=storage,
         study_name=f"otter-openclip compare: {name}",
         direction="maximize",
-        pruner=optuna.pruners.PercentilePruner(KEPT_SHARE, n_warmup_steps=1),
+        pruner=optuna.pruners.PercentilePruner(KEPT_SHARE, n_warmup_steps=2),
         load_if_exists=True,
     )
