@@ -134,7 +134,7 @@ def run(
     eyes = _Eyes(place, seed if FIT not in method else None, steps, report, logs is None)
     eyes.name_pictures = name_pictures
     given |= {"log-every-n-steps": 1_000_000, "name": "run", "seed": seed}
-    with tempfile.TemporaryDirectory(dir=place.work) as nowhere, quietly():
+    with tempfile.TemporaryDirectory() as nowhere, quietly():
         given["logs"] = logs or nowhere
         words = []
         for name, value in given.items():
