@@ -114,9 +114,8 @@ def test_two_processes_share_a_journal(words, tmp_path):
     )
     for name in ("infonce", "otter", "fit+otter"):
         joined = optuna.load_study(storage=storage, study_name=f"otter-openclip compare: {name}")
-        assert 3 <= len(joined.trials) <= 4
-        lrs = [t.params["lr"] for t in joined.trials]
-        assert len(set(lrs)) == len(lrs)
+        assert 3 <= len(joined.trials) <= 4  # the last may be done by both
+        assert len({t.params["lr"] for t in joined.trials}) == 3
 
 
 def test_a_killed_one_goes_on(words, tmp_path, monkeypatch):
@@ -135,6 +134,10 @@ def test_a_killed_one_goes_on(words, tmp_path, monkeypatch):
         assert compare(out, words) == 130
     assert compare(out, words) == 0
     assert count == 2 + 4 + 5  # what was killed is done again, and nothing else
+    storage = f"sqlite:///{tmp_path}/study.db"
+    otter = optuna.load_study(storage=storage, study_name="otter-openclip compare: otter").trials
+    lost, *ended = otter
+    assert lost.params in [t.params for t in ended] and lost.state.name == "RUNNING"
     assert {row["seeds"] for row in results(out)["rows"]} == {2}
 
 

@@ -120,19 +120,20 @@ class Study:
 
         ``said`` hears of every evaluation: method, number and mAP.
         """
-        waiting = {}
+        waiting: dict[str, list[Any]] = {}
         for method in self.tuned:
-            ended, running = (self._trials(method, ended=each) for each in (True, False))
+            ended = self._trials(method, ended=True)
             if len(ended) >= HOPELESS and all("error" in trial.user_attrs for trial in ended):
                 self.failed[method] = ended[-1].user_attrs["error"]
             elif len(ended) < self.trials:
-                # What runs elsewhere may have been killed: when all others are taken it is replaced.
-                waiting[method] = len(ended) + len(running)
+                waiting[method] = self.studies[method].get_trials(deepcopy=False)
         if not waiting:
             return False
-        method = min(waiting, key=waiting.__getitem__)
-        study = self.studies[method]
-        if self.place.frozen and not study.get_trials(deepcopy=False):
+        method = min(waiting, key=lambda each: len(waiting[each]))
+        study, begun = self.studies[method], waiting[method]
+        if len(begun) >= self.trials:  # one of them runs elsewhere, or was killed: it is done again
+            study.enqueue_trial(next(t.params for t in begun if not t.state.is_finished()))
+        elif self.place.frozen and not begun:
             study.enqueue_trial(FIRST | {"steps": min(FIRST["steps"], self.space[-1][1])})
         trial = study.ask()
         # By its number: the first are alike for every loss, and those of several processes differ.
