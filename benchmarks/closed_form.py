@@ -3,7 +3,7 @@
     python -m benchmarks.closed_form --output OUT --towers FOLDER --data NAME=PAIRS,EVAL ... \\
         --transfer NAME=EVAL
 
-Pairs are drawn as for ``benchmarks.data_efficiency``, and figures are of the same half of the images, so
+Pairs are drawn as for ``docs/evidence.md``, and figures are of the same half of the images, so
 that rows of one seed are of the same pairs. Nothing is chosen by labels. It goes on where it stopped.
 """
 
@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import RESULTS
-from benchmarks.efficiency_runs import draw
+from benchmarks.common import RESULTS, draw
 from otter_openclip import fit_heads
 from otter_openclip.closed_form.fitting_run import Towers
 from otter_openclip.closed_form.validation import LabelledFeatures

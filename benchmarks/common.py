@@ -6,6 +6,7 @@ import ctypes
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +39,20 @@ def features(
         F.normalize(topic + cone + 1.5 * noise(count, width), dim=1).to(device, dtype)
         for _ in range(4)
     ]
+
+
+def draw(size: int, pairs: int, noise: float, seed: int) -> list[tuple[int, int]]:
+    """Image and caption of each of ``pairs`` of ``size`` pairs; of a share ``noise`` not its own.
+
+    Fewer pairs and less noise are subsets of more, with one seed.
+    """
+    rng = random.Random(seed)
+    images = rng.sample(range(size), size)[:pairs]
+    places = rng.sample(range(pairs), pairs)[: round(noise * pairs)]
+    captions = list(images)
+    for place, other in zip(places, [*places[1:], *places[:1]], strict=True):
+        captions[place] = images[other]
+    return list(zip(images, captions, strict=True))
 
 
 def synchronize(device: str) -> None:

@@ -245,8 +245,13 @@ COMMANDS = {
         "otter_openclip.patching",
         "patch open_clip or clip_benchmark to know --loss otter, and back",
     ),
+    "compare": Command(
+        "otter_openclip.compare",
+        "tune the losses alike on pairs of your own: does it help, and by how much?",
+    ),
     "demo": Command(
-        "otter_openclip.compare", "the course of InfoNCE and OTTER on two pretrained towers"
+        "otter_openclip.compare.demo_command",
+        "InfoNCE, OTTER and the closed form on icons, with right and with wrong captions",
     ),
 }
 
@@ -259,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run_command("otter-openclip", "OTTER as a plugin of open_clip.", COMMANDS, argv)
     except KeyboardInterrupt:
-        if argv[0] != "data":
+        if argv[0] not in ("data", "compare"):
             raise
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
         return 130

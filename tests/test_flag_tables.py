@@ -18,6 +18,7 @@ COMMANDS = {
     "towers": "out --image resnet18 --text folder",
     "analyze": "--train-data a.tar --model tiny-vit",
     "patch": "open_clip",
+    "compare": "o --model t --train-data a.tar --eval e",
     "demo": "",
     "data open-images": LABELLED,
     "data imagenet10k": LABELLED,

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import yaml
 from patched import ROOT, copy_packages, tomllib
-from PIL import Image
 
 import otter_openclip
 
@@ -109,13 +108,13 @@ demo.find_towers = lambda: {towers}
 def run(line):
     assert cli.main(line.split()) == 0, line
 
-run("demo --quick --output demo --seed 3")
+run("demo --quick --output demo")
 run("train --config cc3m_rn50_declutr_otter --model otter-tiny-trial --no-pretrained-image"
-    " --no-use-bn-sync --train-data demo/data/train/00000.tar --train-num-samples 32 --batch-size 16"
+    " --no-use-bn-sync --train-data demo/icons/right/00000.tar --train-num-samples 32 --batch-size 16"
     " --epochs 1 --workers 1 --name trial")
 run("export logs/trial out")
 run("eval --model local-dir:out --pretrained= --dataset wds/mine --no_amp --num_workers 0"
-    " --dataset_root demo/data/unseen_face --output result.json")
+    " --dataset_root demo/icons/test-icons --output result.json")
 run("export logs/trial out --overwrite --license cc0-1.0 --results result.json")
 sys.argv = "clip_benchmark build result.json --output results.csv".split()
 clip_benchmark.cli.main()
@@ -124,34 +123,14 @@ clip_benchmark.cli.main()
 
 def test_demo_train_export_and_eval_from_the_wheel_in_an_empty_folder(installed, towers, tmp_path):
     words = {name: str(value) for name, value in towers.items()}
-    out = run(installed / "python", "-c", CHAIN.format(towers=words), cwd=tmp_path)
-    output = tmp_path / "demo"
-    report = json.loads((output / "demo.json").read_text(encoding="utf-8"))
-    assert report["seed"] == 3 and report["runs"].keys() == {"infonce", "otter"}
-    assert report["versions"]["otter-openclip"] == otter_openclip.__version__
-    one, other = (report["commands"][loss].split() for loss in ("infonce", "otter"))
-    assert other[: len(one)] == [word.replace("infonce", "otter") for word in one]
-    for course in (run["course"] for run in report["runs"].values()):
-        assert [at["step"] for at in course] == [6, 12]
-        ends = course[-1]["tests"]
-        assert ends.keys() == {"unseen characters", "unseen face"}
-        for metrics in ends.values():
-            assert 0 <= metrics["flat_hit@1"] <= metrics["flat_hit@10"] <= 1
-            assert f"{100 * metrics['mean_average_precision']:.1f} |" in out
-    assert report["clip_benchmark"].keys() == {"infonce", "otter"}
-    assert "on unseen characters agrees with ours (by" in out
-    assert [len(names) for names in report["examples"]["nearest"]["otter"]] == [5, 5, 5]
-    assert any((output / "features").iterdir())
-    checkpoints = {path.name for path in (output / "logs/otter/checkpoints").iterdir()}
-    assert checkpoints == {"best.pt", "epoch_2.pt", "results.jsonl"}
-    with Image.open(output / "demo.png") as picture:
-        assert picture.width > 1000
+    run(installed / "python", "-c", CHAIN.format(towers=words), cwd=tmp_path)
+    report = json.loads((tmp_path / "demo" / "demo.json").read_text(encoding="utf-8"))
+    assert len(report["Captions as they are"]) == 3
+    assert "<svg" in (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     metrics = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["metrics"]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f" | flat_hit@1 | {metrics['flat_hit@1']:.4f} |" in card
-    with open(
-        tmp_path / "results.csv", newline="", encoding="utf-8"
-    ) as file:  # clip_benchmark's table of results
+    with open(tmp_path / "results.csv", newline="") as file:  # clip_benchmark's table of results
         (row,) = csv.DictReader(file)
     assert (row["dataset"], row["model"]) == ("wds/mine", "local-dir:out")
     assert all(float(row[name]) == value for name, value in metrics.items())

@@ -26,7 +26,7 @@ ROOMS = {
     "analysis": {"shards", "frozen", "closed_form"},
     "model_folders": {"checkpoints"},
     "training": {"shards", "checkpoints", "frozen", "evaluation", "closed_form"},
-    "compare": {"shards", "checkpoints", "model_folders", "evaluation"},
+    "compare": {"shards", "frozen", "evaluation", "closed_form", "model_folders", "training"},
 }
 # Where a command or a name leads to its room.
 DOORS = {"__init__": {"model_configs", "closed_form"}, "train": {"training"}}

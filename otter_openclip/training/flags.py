@@ -105,6 +105,13 @@ _FLAGS = {
         type=number(0, MAX_LOG_SCALE),
         metavar="LOG",
     ),
+    "--init-logit-scale": _Flag(
+        TRAINED_LOSSES,
+        None,
+        "log of the model's own scale at the start of training, instead of what the model has",
+        type=number(0, MAX_LOG_SCALE),
+        metavar="LOG",
+    ),
     "--feature-dropout": _Flag(
         TRAINED_LOSSES,
         0.0,
@@ -133,7 +140,12 @@ _FLAGS = {
 }
 
 # How it is computed; what a checkpoint itself has.
-_NOT_OF_THE_OBJECTIVE = ("--loss-impl", "--init-distill-logit-scale", "--init")
+_NOT_OF_THE_OBJECTIVE = (
+    "--loss-impl",
+    "--init",
+    "--init-logit-scale",
+    "--init-distill-logit-scale",
+)
 
 
 def _shown(default: Any) -> str:

@@ -51,13 +51,17 @@ _stock_train_one_epoch = open_clip_main.train_one_epoch
 _stock_zero_shot_eval = open_clip_train_loop.zero_shot_eval
 
 
-def main(argv: Sequence[str], prog: str = "otter-openclip train") -> int:
+def main(
+    argv: Sequence[str], prog: str = "otter-openclip train", plugin: Plugin | None = None
+) -> int:
     """Train with open_clip_train's flags and the plugin's; returns the exit code.
+
+    ``plugin`` is one whose hooks also do something for the caller.
 
     Raises:
         SystemExit: on bad flags and other bad input, with one line.
     """
-    plugin = Plugin(prog)
+    plugin = plugin or Plugin(prog)
     if hasattr(open_clip_main, "load_plugin"):  # the patched package asks for its plugin itself
 
         def load_plugin(_: Sequence[str]) -> Plugin:

@@ -278,11 +278,13 @@ class TrainingPlugin(ClipPlugin):
         self._wrapper: StudentWithTeacher | None = None
 
     def setup_model(self, args: Namespace, model: nn.Module, *transforms: Any) -> tuple[Any, ...]:
-        """Model: the run's folder is claimed; the fixed teacher of ``--distill-model`` beside it."""
+        """Model: the run's folder is claimed; the fixed teacher beside it; ``--init-logit-scale``."""
         with self.faults_named():
             self.resume.begin(args)
             if args.teacher_model is not None:
                 self.teacher = FixedTeacher(args, model)
+        if args.init_logit_scale is not None:
+            nn.init.constant_(model.logit_scale, args.init_logit_scale)
         return super().setup_model(args, model, *transforms)
 
     def load_checkpoint(self, path: str) -> Any:

@@ -1,0 +1,331 @@
+"""``otter-openclip compare`` on tiny towers: the study, what it leaves, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import Counter
+
+import forks
+import open_clip
+import optuna
+import pytest
+import torch
+from conftest import CLASSES, npy, write_set
+from data_helpers import samples
+from training_helpers import parse_args
+
+from otter_openclip import cli
+from otter_openclip.compare import findings, study, trial
+from otter_openclip.compare.halves import CHOOSING, REPORTING, write_halves
+from otter_openclip.compare.trial import CLOSED_FORM, FIT, Place, run
+from otter_openclip.model_folders.towers import make_towers
+
+BATCHES, STEPS = (16, 24), (5, 10)
+
+
+@pytest.fixture(scope="module")
+def model(towers, tmp_path_factory):
+    out = tmp_path_factory.mktemp("model") / "towers"
+    return make_towers(out, **towers, image_size=32, context_length=20)
+
+
+@pytest.fixture
+def words(model, pairs, labelled, monkeypatch):
+    """A command line but for its folder, whose trials are short."""
+    monkeypatch.setattr(study, "BATCHES", BATCHES)
+    monkeypatch.setattr(study, "QUICK_STEPS", STEPS)
+    shards = str(pairs / "{00000..00001}.tar")
+    line = ["--model", f"local-dir:{model}", "--train-data", shards, "--eval", str(labelled)]
+    return [*line, "--quick", "--trials", "2", "--seeds", "2", "--losses", "infonce", "otter"]
+
+
+def compare(out, words, *more):
+    return cli.main(["compare", str(out), *words, *map(str, more)])
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+def test_what_a_comparison_leaves(words, model, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert compare(out, words) == 0
+    assert results(out)["verdict"] in capsys.readouterr().out
+    rows = {row["method"]: row for row in results(out)["rows"]}
+    assert rows.keys() == {"infonce", "otter", "fit", "fit+otter"}
+    assert [row["choosing"] for row in rows.values()] == sorted(
+        (row["choosing"] for row in rows.values()), reverse=True
+    )
+    assert all(row["seeds"] == 2 for row in rows.values()) and results(out)["pairs"] == 72
+    for row in rows.values():
+        assert len(row["course"]) == (1 if row["method"] == "fit" else trial.EVALUATIONS)
+        assert row["course"][-1][1] == pytest.approx(row["mAP"][0])
+        parse_args("--config", str(out / "recipes" / f"{row['method']}.yaml"))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 12 and "http" not in page.replace("http-equiv", "")
+    assert all(findings.LABELS[method] in page for method in rows)
+    # The figures of a row are those of stock open_clip's model, on the half that chose it.
+    folder = next((out / "halves").glob("*/reporting"))
+    line = f"eval --model local-dir:{out / 'model'} --pretrained= --dataset wds/half --no_amp"
+    line += f" --num_workers 0 --dataset_root {folder} --output {tmp_path / 'eval.json'}"
+    assert cli.main(line.split()) == 0
+    metrics = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))["metrics"]
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))
+    )
+    repeats = optuna.load_study(storage=storage, study_name="otter-openclip compare: seeds").trials
+    best = next(iter(rows))
+    (first,) = (
+        t.user_attrs["outcome"]
+        for t in repeats
+        if re.fullmatch(rf"{re.escape(best)}, trial \d+, seed 0", t.user_attrs["repeat"])
+    )
+    assert first["metrics"][REPORTING]["mAP"] == pytest.approx(
+        metrics["mean_average_precision"], abs=1e-5
+    )
+    # All is there: nothing is trained but the model that is written.
+    done = []
+    monkeypatch.setattr(study, "run", lambda *args, **more: done.append(args))
+    assert compare(out, words) == 0 and not done
+
+
+def test_two_processes_share_a_journal(words, tmp_path):
+    """Each with a folder of its own; together they do no more than is wanted, and say the same."""
+    journal = tmp_path / "shared.journal"
+    code = (
+        f"from otter_openclip.compare import study; study.BATCHES = {BATCHES};"
+        f"study.QUICK_STEPS = {STEPS}; from otter_openclip import cli; import sys;"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    commands = [
+        ("-c", code, "compare", tmp_path / name, *words, "--trials", "3", "--storage", journal)
+        for name in ("one", "two")
+    ]
+    done = forks.together(commands, [{}, {}])
+    assert [each.returncode for each in done] == [0, 0], (
+        done[0].stderr[-2000:] + done[1].stderr[-2000:]
+    )
+    one, two = (results(tmp_path / name) for name in ("one", "two"))
+    assert one["rows"] == two["rows"]
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(journal))
+    )
+    for name in ("infonce", "otter", "fit+otter"):
+        joined = optuna.load_study(storage=storage, study_name=f"otter-openclip compare: {name}")
+        assert 3 <= len(joined.trials) <= 4  # the last may be done by both
+        assert len({t.params["lr"] for t in joined.trials}) == 3
+
+
+def test_a_killed_one_goes_on(words, tmp_path, monkeypatch):
+    out, stock, count = tmp_path / "out", study.run, 0
+
+    def killed(*args, **more):
+        nonlocal count
+        count += 1
+        if count in (2, 6):
+            raise KeyboardInterrupt  # as SIGKILL, this leaves its trial in the midst
+        return stock(*args, **more)
+
+    monkeypatch.setattr(study, "run", killed)
+    words = [*words, "--methods", "fit", "--storage", f"sqlite:///{tmp_path}/study.db"]
+    for _ in range(2):
+        assert compare(out, words) == 130
+    assert compare(out, words) == 0
+    assert count == 2 + 4 + 5  # what was killed is done again, and nothing else
+    storage = f"sqlite:///{tmp_path}/study.db"
+    otter = optuna.load_study(storage=storage, study_name="otter-openclip compare: otter").trials
+    lost, *ended = otter
+    assert lost.params in [t.params for t in ended] and lost.state.name == "RUNNING"
+    assert {row["seeds"] for row in results(out)["rows"]} == {2}
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    """A study whose runs take no time; ``values`` by method, an exception for a run that fails."""
+    values = {}
+
+    def quick(method, setting, place, seed, *, report=None, **more):
+        value = values.get(method, 0.5)
+        if isinstance(value, Exception):
+            raise value
+        value = value if isinstance(value, float) else value(setting)
+        for epoch in range(1, trial.EVALUATIONS + 1):
+            report and report(epoch, value)
+        metrics = {test: dict.fromkeys(trial.METRICS, value) for test in place.tests}
+        return {"metrics": metrics, "course": [(1, value)], "names": []}
+
+    monkeypatch.setattr(study, "run", quick)
+    place = Place("model", "0.tar", {CHOOSING: tmp_path, REPORTING: tmp_path}, tmp_path)
+
+    def make(methods=("infonce", "ls", "kd", "otter"), trials=8, task=None):
+        budget = {"trials": trials, "seeds": 3, "pairs": 999, "steps": (20, 600)}
+        made = study.Study(
+            str(tmp_path / "journal"), task or {"pairs": "a"}, place, methods, **budget
+        )
+        return made, values
+
+    return make
+
+
+def said(*_):
+    pass
+
+
+def test_every_loss_gets_as_many_trials_of_one_space(opened):
+    made, _ = opened(["infonce", "ls", "kd", "otter", "fit", "fit+otter"])
+    while made.tune_next(said):
+        counts = {len(made.studies[m].trials) for m in made.tuned}
+        assert max(counts) - min(counts) <= 1
+    first = {m: [t.params for t in made.studies[m].trials[:8]] for m in made.tuned}
+    shared = ("lr", "steps", "init-logit-scale", "wd", "batch-size", "feature-dropout")
+    alike = {m: [[p[name] for name in shared] for p in params] for m, params in first.items()}
+    assert len({json.dumps(params) for params in alike.values()}) == 1
+    own = {m: params[0].keys() - set(shared) for m, params in first.items()}
+    assert own == {
+        "infonce": set(),
+        "ls": {"label-smoothing"},
+        "kd": {"alpha", "distill-T-t"},
+        "otter": {"alpha", "sinkhorn-lambda"},
+        "fit+otter": {"alpha", "sinkhorn-lambda"},
+    }
+
+
+def test_the_best_setting_is_chosen_once_and_repeated(opened):
+    made, values = opened(["infonce", "otter", "fit"])
+    values |= {m: lambda setting: setting["lr"] for m in ("infonce", "otter")}
+    while made.tune_next(said):
+        pass
+    made.choose()
+    rates = [t.params["lr"] for t in made.studies["otter"].trials]
+    assert made.setting("otter")["lr"] == max(rates) and made.setting("fit") == CLOSED_FORM
+    while made.repeat_next():
+        pass
+    assert Counter(m for m, _ in made.results()) == {"infonce": 3, "otter": 3, "fit": 1}
+    # Others may have added a better trial since: what was chosen stays.
+    values["otter"] = 1.0
+    longer, _ = opened(["infonce", "otter", "fit"], trials=9)
+    while longer.tune_next(said):
+        pass
+    again, _ = opened(["infonce", "otter", "fit"])
+    again.choose()
+    longer.choose()
+    assert again.chosen == made.chosen != longer.chosen and not again.repeat_next()
+
+
+def test_hopeless_trials_stop_and_failing_methods_are_given_up(opened):
+    made, values = opened(["infonce", "kd", "ls"], trials=12)
+    values |= {"infonce": lambda setting: 0.03 - setting["lr"], "kd": RuntimeError("diverged")}
+    while made.tune_next(said):
+        pass
+    states = Counter(t.state.name for t in made.studies["infonce"].trials)
+    assert states["PRUNED"] and states["COMPLETE"] + states["PRUNED"] == 12
+    assert made.failed == {"kd": "diverged"} and len(made.studies["kd"].trials) == study.HOPELESS
+    made.choose()
+    assert made.chosen.keys() == {"infonce", "ls"} and made.trials_each == 12
+
+
+def outcome(value, course=((10, 0.1),)):
+    metrics = dict.fromkeys(trial.METRICS, value)
+    return {"metrics": {"a": metrics, "b": metrics}, "course": course, "names": []}
+
+
+def test_paired_differences_by_hand():
+    found = {("infonce", s): outcome(v) for s, v in enumerate((0.4, 0.8))}
+    found |= {("otter", s): outcome(v) for s, v in enumerate((0.5, 0.7, 0.1))}
+    found |= {("fit", 0): outcome(0.9)}
+    fit, infonce, otter = findings.table(found, "a", "b")
+    assert otter["difference"] == pytest.approx((0.0, 200**0.5)) and otter["ahead"] == 1
+    assert (otter["seeds"], otter["of"]) == (3, 2) and "difference" not in infonce
+    assert infonce["mAP"] == pytest.approx((60, 800**0.5)) and fit["ahead"] == 2
+    assert findings.verdict([fit, infonce, otter]) == (
+        "Best is closed form, mAP 90.0; +30.0 against InfoNCE ± 28.3, ahead with 2 of 2 seeds; "
+        "OTTER +0.0 against InfoNCE ± 14.1, ahead with 1 of 2 seeds."
+    )
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_halves_share_no_image(labelled, tmp_path, single):
+    if single:
+        shutil.copytree(labelled, tmp_path / "single")
+        files = samples(labelled / "test" / "0.tar")
+        named = {f"{k}.{s}": c for k, f in files.items() for s, c in f.items() if s == "png"}
+        named |= {f"{key}.cls": b"%d" % (n % 2) for n, key in enumerate(files)}
+        labelled = write_set(
+            tmp_path / "one", [dict(sorted(named.items()))], CLASSES, "classification"
+        )
+    halves, count = write_halves(str(labelled), tmp_path / "halves")
+    parts = [list(samples(folder / "test" / "0.tar").values()) for folder in halves.values()]
+    whole = [files["png"] for files in samples(labelled / "test" / "0.tar").values()]
+    assert sorted(files["png"] for part in parts for files in part) == sorted(whole)
+    assert [len(part) for part in parts] == [15, 15] and count == 30
+    assert (halves[CHOOSING] / "dataset_type.txt").read_text(encoding="utf-8") == "multilabel"
+
+
+def test_heads_are_drawn_by_the_seed_and_the_closed_form_is_left(model, pairs, labelled, tmp_path):
+    place = Place(
+        f"local-dir:{model}", str(pairs / "{00000..00001}.tar"), {"a": labelled}, tmp_path
+    )
+    setting = {"lr": 0.0, "steps": 5, "batch-size": 12, "init-logit-scale": 1.5}
+    states = []
+    for seed in (0, 0, 1):
+        run("infonce", setting, place, seed, logs=tmp_path / f"{len(states)}")
+        path = tmp_path / f"{len(states)}" / "run" / "checkpoints" / "epoch_5.pt"
+        states.append(torch.load(path, weights_only=True)["state_dict"])
+    name = "visual.head.proj.weight"
+    assert torch.equal(states[0][name], states[1][name])
+    assert not torch.equal(states[0][name], states[2][name])
+    assert states[0]["logit_scale"].item() == 1.5
+    first = run(FIT, CLOSED_FORM, place, 0, name_pictures=True)
+    assert first["metrics"] == run(FIT, CLOSED_FORM, place, 1)["metrics"]
+    assert len(first["names"]) == 12 and len(first["names"][0]) == trial.NAMES
+    with pytest.raises(RuntimeError, match="argument --lr: invalid float value"):
+        run("infonce", setting | {"lr": "much"}, place, 0)
+
+
+def test_towers_that_are_trained(pairs, labelled, tmp_path, monkeypatch, capfd):
+    """It works, and says first how long it takes."""
+    monkeypatch.setattr(study, "BATCHES", (24,))
+    monkeypatch.setattr(study, "QUICK_STEPS", STEPS)
+    line = f"--model tiny-vit --train-data {pairs}/00000.tar --eval {labelled} --quick --trials 1"
+    words = [*line.split(), "--seeds", "1", "--losses", "infonce"]
+    assert compare(tmp_path / "out", words) == 0
+    assert re.search(r"a trial takes up to 0\.\d minutes, and all 2 runs", capfd.readouterr().err)
+    assert open_clip.create_model(f"local-dir:{tmp_path / 'out' / 'model'}").visual is not None
+    assert compare(tmp_path / "other", [*words, "--methods", "fit"]) == 2
+    assert "--methods fit needs two towers under linear heads" in capfd.readouterr().err
+
+
+def test_what_is_refused(words, labelled, pairs, tmp_path, capsys, monkeypatch):
+    files = samples(labelled / "test" / "0.tar")
+    few = {f"{k}.{s}": c for k, f in list(files.items())[:12] for s, c in f.items()}
+    alike = {f"{k}.png": f["png"] for k, f in files.items()}
+    alike |= {f"{k}.npy": npy([1] + [0] * (len(CLASSES) - 1)) for k in files}
+    write_set(tmp_path / "few", [few], CLASSES)
+    write_set(tmp_path / "alike", [dict(sorted(alike.items()))], CLASSES)
+    (tmp_path / "something").mkdir()
+    (tmp_path / "something" / "else").touch()
+    out = tmp_path / "out"
+    cases = [
+        (out, ["--eval", tmp_path / "few"], "12 images are too few to halve; give 20"),
+        (out, ["--eval", tmp_path / "alike"], "all images have the same labels"),
+        (out, ["--eval", tmp_path / "no"], "--eval .*no cannot be used"),
+        (out, ["--train-data", labelled / "test" / "0.tar"], "has no image with a caption"),
+        (out, ["--train-data", tmp_path / "no.tar"], "--train-data .*No such file.*no.tar"),
+        (out, ["--train-data", pairs / "pairs.csv"], "is a table"),
+        (out, ["--model", "tiny-vt"], "--model tiny-vt"),
+        (tmp_path / "something", [], "something exists and is no comparison"),
+        (out, ["--storage", tmp_path], "--storage .* cannot be used"),
+        (out, ["--storage", "postgres://nowhere"], "--storage postgres://nowhere cannot be used"),
+        (out, ["--hours", "1e-6"], "--hours 1e-06: no method came to its end in that time"),
+    ]
+    for folder, more, message in cases:
+        assert compare(folder, words, *more) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert re.search(message, said[-1]), (message, said)
+    assert compare(out, words, "--train-data", pairs / "00000.tar") == 2
+    assert "is a study of other pairs; name another" in capsys.readouterr().err
+    monkeypatch.setitem(cli.sys.modules, "optuna", None)
+    assert compare(out, words) == 2
+    assert "pip install 'otter-openclip[compare]'" in capsys.readouterr().err
