@@ -114,8 +114,8 @@ def test_two_processes_share_a_journal(words, tmp_path):
     )
     for name in ("infonce", "otter", "fit+otter"):
         joined = optuna.load_study(storage=storage, study_name=f"otter-openclip compare: {name}")
-        assert 3 <= len(joined.trials) <= 4  # the last may be done by both
-        assert len({t.params["lr"] for t in joined.trials}) == 3
+        assert 3 <= len(joined.trials) <= 4  # both may begin a last one at the same moment
+        assert len({t.params["lr"] for t in joined.trials}) >= 3
 
 
 def test_a_killed_one_goes_on(words, tmp_path, monkeypatch):

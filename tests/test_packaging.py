@@ -130,7 +130,9 @@ def test_demo_train_export_and_eval_from_the_wheel_in_an_empty_folder(installed,
     metrics = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["metrics"]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f" | flat_hit@1 | {metrics['flat_hit@1']:.4f} |" in card
-    with open(tmp_path / "results.csv", newline="") as file:  # clip_benchmark's table of results
+    with open(
+        tmp_path / "results.csv", newline="", encoding="utf-8"
+    ) as file:  # clip_benchmark's table of results
         (row,) = csv.DictReader(file)
     assert (row["dataset"], row["model"]) == ("wds/mine", "local-dir:out")
     assert all(float(row[name]) == value for name, value in metrics.items())
