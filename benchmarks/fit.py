@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import machine, peak_memory, save, table
+from benchmarks.common import machine, paired, peak_memory, save, table
 from otter_openclip.closed_form.blocks import BLOCK, ShardPairs
 from otter_openclip.closed_form.course import Fit, Options
-from otter_openclip.closed_form.heads import Heads, Moments
 from otter_openclip.frozen.store import FeatureFiles
 
 WIDTHS, SHARED, SHARD = (1280, 384), 64, 10_000
@@ -54,22 +52,17 @@ def make(folder: Path, pairs: int) -> list[str]:
 
 def products(pairs: int) -> float:
     """Seconds of the products of a fit to so many pairs: sums in float64, projections in float32."""
-    images, texts = (torch.randn(BLOCK, width) for width in WIDTHS)
-    ones = torch.ones(BLOCK, dtype=torch.float64)
-    heads = Heads(*(torch.randn(w) for w in WIDTHS), *(torch.randn(w, 384) for w in WIDTHS), ones)
-    parts = [list(zip(images.split(BLOCK // 5), texts.split(BLOCK // 5), strict=True))] * 2
-    Moments.of(images, texts, ones)
-    begin, blocks = time.perf_counter(), 20
-    for _ in range(blocks):
-        for x, y in parts[0]:
-            Moments.of(x, y, ones[: len(x)])
-    sums = time.perf_counter() - begin
-    begin = time.perf_counter()
-    for _ in range(blocks):
-        for x, y in parts[1]:
-            x @ heads.image_weight, y @ heads.text_weight
-    projections = time.perf_counter() - begin
-    return (SUMS * sums + PROJECTIONS * projections) * pairs / (blocks * BLOCK)
+    rows = torch.randn(BLOCK, 1 + sum(WIDTHS), dtype=torch.float64).numpy()
+    sides = [(torch.randn(BLOCK, w), torch.randn(w, min(WIDTHS))) for w in WIDTHS]
+
+    def once() -> None:
+        for _ in range(SUMS):
+            rows.T @ rows
+        for _ in range(PROJECTIONS):
+            for features, weight in sides:
+                features @ weight
+
+    return min(paired({"products": once}, 10)["products"]) * pairs / BLOCK
 
 
 def fit(folder: str, shards: list[str]) -> Callable[[], Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from otter_openclip.closed_form.blocks import FOLDS, ArrayPairs, Block, ShardPairs, Unpaired
+from otter_openclip.closed_form.blocks import BLOCK, FOLDS, ArrayPairs, Block, ShardPairs, Unpaired
 from otter_openclip.closed_form.choosing import CHOOSING, SETTINGS, choose
 from otter_openclip.closed_form.heads import Covariances, Heads, Moments, Setting
 from otter_openclip.closed_form.wrong_pairs import HOPELESS, WrongPairs, histograms, similarities
@@ -196,10 +196,18 @@ class Fit:
                 # here: the held-out pairs are among them.
                 self._choose(folds, self._covariances(matched[0]))
             if self.options.transport_pairs:
-                own = ((b.images, b.texts) for b in pairs.blocks("Matching") if len(b.images) > 1)
-                matched.append(self._moments_of_plans(own, paired=True))
+                matched.append(self._moments_of_plans(self._own(), paired=True))
             if matched:
                 self.covariances = of_pairs.halfway(self._covariances(reduce(add, matched)))
+
+    def _own(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pairs in batches that are matched at once."""
+        for block in self.pairs.blocks("Matching"):
+            for images, texts in zip(
+                block.images.split(BLOCK), block.texts.split(BLOCK), strict=True
+            ):
+                if len(images) > 1:
+                    yield images, texts
 
     def _moments_of_plans(
         self, batches: Iterable[tuple[Tensor, Tensor]], *, paired: bool

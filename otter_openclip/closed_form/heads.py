@@ -42,9 +42,11 @@ class Moments:
     @classmethod
     def of(cls, images: Tensor, texts: Tensor, weights: Tensor) -> Moments:
         """Of features (n, p) and (n, q) with weights (n,), at least 0."""
-        rows = F.pad(torch.cat([images.double(), texts.double()], dim=1), (1, 0), value=1.0)
+        width, size = images.shape[1], 1 + images.shape[1] + texts.shape[1]
+        rows = torch.empty(len(images), size, dtype=torch.float64, device=images.device)
+        rows[:, 0], rows[:, 1 : width + 1], rows[:, width + 1 :] = 1.0, images, texts
         rows *= weights.double().sqrt()[:, None]
-        return cls(_gram(rows), images.shape[1])
+        return cls(_gram(rows), width)
 
     @classmethod
     def matched(cls, images: Tensor, texts: Tensor, plan: Tensor) -> Moments:
