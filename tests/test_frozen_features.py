@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import tarfile
+import types
 from collections import Counter
 from io import BytesIO
 
@@ -543,3 +544,25 @@ def test_evaluation_in_training_finds_the_same_features(cached, pairs, labelled,
     ]
     assert results[0] == pytest.approx(results[1], abs=1e-6)
     assert cached("again", *words)[1] == NONE
+
+
+def write_tar(path, count):
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            tar.addfile(tarfile.TarInfo(f"{number}.txt"))
+
+
+def test_a_rank_that_looks_later_does_its_share_all_the_same(monkeypatch, tmp_path):
+    """What the first rank has written by then changes nothing of who does what."""
+    shards = [str(tmp_path / f"{number}.tar") for number in range(4)]
+    for shard in shards:
+        write_tar(shard, 2)
+    done = []
+    monkeypatch.setattr(encode, "_together", lambda work, *_: list(work))
+    monkeypatch.setattr(encode, "_encode", lambda mine, *_, **__: iter(done.append(mine) or ()))
+    files = FeatureFiles(tmp_path / "image-x")
+    column = types.SimpleNamespace(kind="image", files=files, inputs=None)
+    files.write(shards[0], np.zeros((2, 1, 3), np.float32))
+    with pytest.raises(ValueError, match="has no features of"):
+        encode.fill([column], shards, device=torch.device("cpu"), rank=1, world_size=2)
+    assert done == [shards[1::2]]

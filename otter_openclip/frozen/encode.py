@@ -257,22 +257,22 @@ def fill(
     for column in columns:
         for shard in column.files.missing(shards):
             lacking[shard].append(column)
-    wanted = [shard for shard in shards if lacking[shard]]
     kinds = " and ".join(column.kind for column in columns)
+    wanted = [shard for shard in shards if lacking[shard]]
     logging.info(f"Features ({kinds}): {len(wanted)} of {len(shards)} shards to encode")
-    if wanted:
-        for column in columns if rank == 0 else ():
-            if isinstance(column.inputs, TokenInputs):
-                texts = read.first_captions(wanted)
-                if remark := cut_alike("captions", texts, column.inputs.tokenizer):
-                    logging.warning(remark)
-        work = _encode(wanted[rank::world_size], lacking, device, workers, show=rank == 0)
-        _together(work, device, world_size)
-        if left := [shard for column in columns for shard in column.files.missing(wanted)]:
-            raise ValueError(
-                f"{columns[0].files.folder.parent} has no features of {left[0]} although all were "
-                "encoded: the shards changed meanwhile, or the ranks do not share the folder"
-            )
+    for column in columns if rank == 0 and wanted else ():
+        if isinstance(column.inputs, TokenInputs):
+            texts = read.first_captions(wanted)
+            if remark := cut_alike("captions", texts, column.inputs.tokenizer):
+                logging.warning(remark)
+    # By place, and together in any case: a rank that looks later may find some files there already.
+    mine = [shard for shard in shards[rank::world_size] if lacking[shard]]
+    _together(_encode(mine, lacking, device, workers, show=rank == 0), device, world_size)
+    if left := [shard for column in columns for shard in column.files.missing(shards)]:
+        raise ValueError(
+            f"{columns[0].files.folder.parent} has no features of {left[0]} although all were "
+            "encoded: the shards changed meanwhile, or the ranks do not share the folder"
+        )
 
 
 def check_local(files: FeatureFiles, shards: Sequence[str]) -> None:
@@ -301,6 +301,8 @@ def _encode(
     show: bool,
 ) -> Iterator[None]:
     """Encode ``shards``, some :data:`ROUND` seconds' worth between two yields."""
+    if not shards:
+        return
     size = _BATCH.get(device.type, _BATCH_ELSEWHERE)
     batches = _Batches(shards, lacking, size)
     # A generator of its own: the loader must not draw from the training's random numbers.
