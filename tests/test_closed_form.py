@@ -149,6 +149,17 @@ def test_unpaired_data_help_few_pairs():
     assert shares[1] > shares[0] + 0.15
 
 
+def test_with_unpaired_data_smaller_ridges_are_chosen():
+    images, texts, _ = made(1100, seed=1, widths=(60, 40), shared=20)
+    order = np.random.default_rng(2).permutation(900)
+    more = {"unpaired_images": images[200:], "unpaired_texts": texts[200:][order]}
+    few, many = (
+        fit_heads(images[:200], texts[:200], weights=False, **each)[2].setting
+        for each in ({}, more)
+    )
+    assert many.ridge_images < few.ridge_images and many.ridge_texts < few.ridge_texts
+
+
 def test_it_has_the_habits_of_scikit_learn():
     images, texts, _ = made()
     model = clone(ClosedFormHeads(embed_dim=5, ridge=(1.0, 1.0)).set_params(power=0.5))

@@ -1,6 +1,7 @@
 """``otter-openclip fit``: the folder, its list and weights, and training that goes on from it."""
 
 import json
+import os
 import random
 import shutil
 
@@ -20,6 +21,7 @@ from otter_openclip.closed_form import fitting_run, headed_model
 from otter_openclip.closed_form.fitting_run import fit_folder
 from otter_openclip.frozen.loader import split_weights
 from otter_openclip.model_folders.towers import make_towers
+from otter_openclip.training import student_with_teacher
 
 COUNT, SHARDS, WRONG = 300, 3, 60
 LOCKS = ["--lock-image", "--lock-text", "--lock-text-freeze-layer-norm"]
@@ -220,34 +222,38 @@ def test_weights_multiply_the_contrastive_term(fitted, data, tmp_path, cached, a
 
 
 def test_weights_are_those_of_the_pairs(fitted, data, tmp_path, monkeypatch):
-    """Live and kept, each pair's text comes with its own weight."""
-    from otter_openclip.training import student_with_teacher
-
-    seen = {}
+    """Live and kept, each pair's text comes with its own weight; no caption comes twice."""
+    out, cache = fitted
+    rows = [np.load(file).ravel() for file in sorted((out / "pair_weights").glob("*.npy"))]
+    every = np.concatenate(rows)
+    assert every.std() > 0.2
+    captions = [f["txt"].decode() for f in samples(*sorted(data.glob("*.tar"))).values()]
+    tokens = open_clip.get_tokenizer(f"local-dir:{out}")(captions).float()
+    # Of the fitted towers, whose last norm is another: the folder that training makes.
+    modes, seen = {"live": [], "kept": ["--feature-cache", str(cache)]}, []
 
     def record_weights(texts):
-        texts, weights = split_weights(texts)
-        mode.update(
-            {
-                tuple(np.round(row, 3)): w
-                for row, w in zip(texts.tolist(), weights.tolist(), strict=True)
-            }
-        )
-        return texts, weights
+        split = split_weights(texts)
+        seen.append(split)
+        return split
 
     monkeypatch.setattr(student_with_teacher, "split_weights", record_weights)
-    out, cache = fitted
     words = ["--model", f"local-dir:{out}", "--loss", "infonce", "--epochs", "1", *LOCKS]
     words += ["--train-data", shards_of(data), "--pair-weights", str(out / "fit.json")]
-    for name, more in (("live", []), ("kept", ["--feature-cache", str(cache)])):
-        mode = seen[name] = {}
+    for name, more in modes.items():
+        seen.clear()
         train(data, tmp_path, *words, *more, "--name", name)
-    rows = [np.load(file).ravel() for file in sorted((out / "pair_weights").glob("*.npy"))]
-    every = np.sort(np.concatenate(rows))
-    for weights in seen.values():
-        values = np.sort(list(weights.values()))
-        nearest = np.abs(every[:, None] - values[None]).min(axis=0)
-        assert len(values) > 250 and nearest.max() < 1e-5
+        texts, weights = (torch.cat(column).float() for column in zip(*seen, strict=True))
+        if name == "live":
+            known = tokens
+        else:
+            newest = max(cache.glob("text-*"), key=lambda folder: folder.stat().st_mtime_ns)
+            files = sorted(newest.glob("*.npy"))
+            known = torch.from_numpy(np.concatenate([np.load(f)[:, 0] for f in files])).float()
+        distances = torch.cdist(texts, known)
+        nearest = distances.argmin(dim=1)
+        assert len(nearest.unique()) > 250 and distances.amin(dim=1).max() < 1e-3
+        np.testing.assert_allclose(weights.numpy(), every[nearest.numpy()], atol=2e-6)
 
 
 def test_init_fit_does_both(model, data, tmp_path, capfd):
@@ -264,6 +270,10 @@ def test_init_fit_does_both(model, data, tmp_path, capfd):
     before = (folder / "fit.json").stat().st_mtime_ns
     train(data, tmp_path, *words, "--name", "two")
     assert (folder / "fit.json").stat().st_mtime_ns == before
+    # Towers that were written anew in the same place are others.
+    os.utime(model / "open_clip_model.safetensors")
+    train(data, tmp_path, *words, "--name", "three")
+    assert len(list((tmp_path / "cache").glob("fit-*"))) == 2
 
 
 def test_val_unpaired_and_a_text_mean_that_stays(model, data, labelled, tmp_path, fitted):

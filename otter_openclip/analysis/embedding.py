@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 from collections.abc import Callable, Iterable
@@ -21,8 +20,8 @@ from otter_openclip.analysis.reading import Pair
 from otter_openclip.frozen.loader import image_column, text_column
 from otter_openclip.frozen.prefix import inner_parts, install
 from otter_openclip.frozen.store import FeatureFiles
+from otter_openclip.pages import thumbnail
 
-THUMBNAIL = 160  # pixels along the longer side
 _BATCH = 64
 
 
@@ -118,18 +117,10 @@ def embed(model: Model, pairs: Iterable[Pair], total: int, folder: str | None = 
             if not (images[-1].isfinite().all() and texts[-1].isfinite().all()):
                 raise ValueError("the model gives features that are not finite; check its weights")
             shown += [
-                (pair.caption, _thumbnail(pair.image), pair.digest, f"{pair.shard}: {pair.key}")
+                (pair.caption, thumbnail(pair.image), pair.digest, f"{pair.shard}: {pair.key}")
                 for pair in batch
             ]
             bar.update(len(batch))
     if folder is not None:
         print(f"{reused} of {2 * bar.n} features are those of {folder}")
     return Embedded(torch.cat(images), torch.cat(texts), *map(list, zip(*shown, strict=True)))
-
-
-def _thumbnail(image: Image.Image) -> bytes:
-    """A small JPEG of an RGB image."""
-    image = image.copy()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    image.save(buffer := io.BytesIO(), "JPEG", quality=78)
-    return buffer.getvalue()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +23,7 @@ from otter_openclip.closed_form.listing import WRONG
 from otter_openclip.closed_form.page import similarity_chart
 from otter_openclip.files import make_room, write_json, write_text
 from otter_openclip.losses import DistillationLoss, OtterLoss
+from otter_openclip.pages import address, templates
 
 SHOWN = 24  # pairs in each list of the page
 LISTED = 1000  # suspects in stats.json
@@ -176,20 +175,14 @@ def _page(
     chart: str,
 ) -> str:
     """``report.jinja`` filled in; ``chart`` is of the similarities."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(__file__)
     environment.filters |= {"percent": _percent, "number": _number, "shortened": _shortened}
     size = min(map(int, stats["batches"]))
     return environment.get_template("report.jinja").render(
         stats=stats,
         verdict=stats["verdict"],
         pairs=pairs,
-        pictures=[base64.b64encode(thumbnail).decode() for thumbnail in pairs.thumbnails],
+        pictures=[address(thumbnail) for thumbnail in pairs.thumbnails],
         suspects=stats["suspects"][:SHOWN],
         chart=chart,
         copies=copies,

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from otter_openclip.closed_form.wrong_pairs import WrongPairs
+from otter_openclip.pages import address, templates, thumbnail
 from otter_openclip.shards import read
 
 SHOWN = 24  # pairs that look wrong
-_THUMBNAIL, _CAPTION = 160, 280  # pixels, characters
+_CAPTION = 280  # characters
 _WIDTH, _HEIGHT, _EDGE = 420, 160, 22
 _POINTS = 200
 
@@ -39,13 +36,6 @@ def page(
         better: for each the places of captions that fit its picture better.
         samples: of all these places.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     curves = {
         "correlations": _chart([record["correlations"]], ["on"], "1", f"{record['embed_dim']}")
     }
@@ -55,13 +45,17 @@ def page(
         {
             "place": f"{shard}: {key}",
             "weight": weight,
-            "image": _thumbnail(samples[shard, number]),
+            "image": _image(samples[shard, number]),
             "caption": _caption(samples[shard, number]),
             "better": [_caption(samples[place]) for place in places],
         }
         for (shard, number, key, weight, _), places in zip(shown, better, strict=True)
     ]
-    return environment.get_template("fit.jinja").render(record=record, curves=curves, pairs=pairs)
+    return (
+        templates(__file__)
+        .get_template("fit.jinja")
+        .render(record=record, curves=curves, pairs=pairs)
+    )
 
 
 def similarity_chart(wrong: WrongPairs) -> Markup:
@@ -90,11 +84,9 @@ def _chart(rows: Sequence[Any], kinds: Sequence[str], first: str, last: str) -> 
     return Markup(f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>')
 
 
-def _thumbnail(files: Mapping[str, bytes]) -> str:
-    image = read.rgb(read.opened(read.image_file(files, read.TRAINING_IMAGES)))
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    image.save(buffer := io.BytesIO(), "JPEG", quality=78)
-    return base64.b64encode(buffer.getvalue()).decode()
+def _image(files: Mapping[str, bytes]) -> str:
+    image = read.opened(read.image_file(files, read.TRAINING_IMAGES))
+    return address(thumbnail(read.rgb(image)))
 
 
 def _caption(files: Mapping[str, bytes]) -> str:

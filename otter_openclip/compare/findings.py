@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from otter_openclip.compare.trial import FIT, METRICS, Place
+from otter_openclip.pages import address, templates, thumbnail
 
 LABELS = {"infonce": "InfoNCE", "ls": "LS", "kd": "KD", "otter": "OTTER", FIT: "closed form"}
 LABELS |= {f"{FIT}+{m}": f"{LABELS[m]} from the closed form" for m in LABELS if m != FIT}
-_THUMBNAIL = 160
 _WIDTH, _HEIGHT, _EDGE = 460, 230, 34
 
 Row = Mapping[str, Any]
@@ -97,14 +93,8 @@ def page(
     ``more`` may be ``importance`` and ``failed`` by method; ``wrong`` pairs (``picture``, ``caption``,
     ``note``) and what is ``said`` of them.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["image"] = thumbnail
+    environment = templates(__file__)
+    environment.filters["image"] = lambda picture: address(thumbnail(picture))
     names = {method: result["names"] for (method, _), result in results.items() if result["names"]}
     pictures = [
         (picture, labels, {method: called[n] for method, called in names.items()})
@@ -143,11 +133,3 @@ def chart(rows: Sequence[Row]) -> Markup:
         parts.append(f'<path class="course {kind}" d="M{points}"><title>{name}</title></path>')
     head = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="mAP against steps">'
     return Markup(f"{head}{''.join(parts)}</svg>")
-
-
-def thumbnail(picture: Any) -> str:
-    """A small picture as a data address."""
-    picture = picture.convert("RGB")
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    picture.save(content := io.BytesIO(), "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -22,7 +22,7 @@ def start_from_fit(args: Namespace) -> None:
     """Set ``args.model`` and ``args.pair_weights`` to those of a fit, which is made if it is not there.
 
     It lies in ``--feature-cache``, under a name of model, shards and precision, so that a run that goes
-    on finds it. Rank 0 makes it, the others wait.
+    on finds it; shards and a model's files are known by size and time. Rank 0 makes it, the others wait.
 
     Raises:
         ValueError: as ``fit``.
@@ -30,7 +30,14 @@ def start_from_fit(args: Namespace) -> None:
     folder = Path(args.feature_cache)
     files = FeatureFiles(folder)
     shards = [files.path(shard).name for shard in expand_urls(args.train_data)[0]]
-    settings = {"model": args.model, "shards": shards, "precision": args.precision}
+    towers = sorted(Path(args.model.removeprefix("local-dir:")).glob("*"))
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in towers]
+    settings = {
+        "model": args.model,
+        "towers": stamps,
+        "shards": shards,
+        "precision": args.precision,
+    }
     out = folder / f"fit-{fingerprint(settings)}"
     rank = world_info_from_env()[1]
     if rank == 0 and not (out / FIT_FILE).is_file():
