@@ -14,7 +14,7 @@ from tqdm import tqdm
 from otter_openclip.frozen.store import FeatureFiles, usable
 
 BLOCK = 4096  # pairs that are matched at once
-_READ = 16_384  # pairs that are read at once: sums of their folds are long enough to be quick
+READ = 16_384  # pairs that are read at once: sums of their folds are long enough to be quick
 FOLDS = 5
 _KEYED = 64  # values of a row that tell it from others
 
@@ -81,7 +81,7 @@ class ArrayPairs(_Pairs):
 
     def blocks(self, what: str) -> Iterator[Block]:
         """All pairs."""
-        places = torch.arange(self.count, device=self.device).split(_READ)
+        places = torch.arange(self.count, device=self.device).split(READ)
         for rows in places:
             yield Block(self.images[rows], self.texts[rows], self.weights[rows], rows)
 
@@ -125,15 +125,17 @@ class ShardPairs(_Pairs):
     def of_shard(self, shard: str) -> Iterator[Block]:
         """The usable pairs of a shard; of several views of a picture the first."""
         rows = [files.read(shard) for files in self.files]
-        for begin in range(0, len(rows[0]), _READ):
-            sides = [side[begin : begin + _READ] for side in rows]
+        for begin in range(0, len(rows[0]), READ):
+            sides = [side[begin : begin + READ] for side in rows]
             places = torch.from_numpy(usable(sides[0]) & usable(sides[1])).nonzero()[:, 0]
             if len(places):
                 features = [
                     torch.from_numpy(side[:, 0][places.numpy()]).to(self.device).float()
                     for side in sides
                 ]
-                if shard not in self._finite and not all(x.isfinite().all() for x in features):
+                if shard not in self._finite and not all(
+                    value.isfinite() for side in features for value in side.aminmax()
+                ):
                     path = self.files[0].path(shard)
                     raise ValueError(
                         f"{path} or its like of the texts has features that are not finite; remove "

@@ -11,9 +11,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from otter_openclip.closed_form.blocks import BLOCK, FOLDS, ArrayPairs, Block, ShardPairs, Unpaired
+from otter_openclip.closed_form.blocks import (
+    BLOCK,
+    FOLDS,
+    READ,
+    ArrayPairs,
+    Block,
+    ShardPairs,
+    Unpaired,
+)
 from otter_openclip.closed_form.choosing import CHOOSING, SETTINGS, choose
-from otter_openclip.closed_form.heads import Covariances, Heads, Moments, Setting
+from otter_openclip.closed_form.heads import (
+    Covariances,
+    Heads,
+    Moments,
+    Setting,
+    add_products,
+    mirrored,
+    weighted_rows,
+)
 from otter_openclip.closed_form.wrong_pairs import HOPELESS, WrongPairs, histograms, similarities
 from otter_openclip.transport import sinkhorn
 
@@ -130,13 +146,17 @@ class Fit:
         """Of each fold."""
         size, device = 1 + sum(self.pairs.widths), self.pairs.device
         sums = torch.zeros(FOLDS, size, size, dtype=torch.float64, device=device)
+        buffer = sums.new_empty(READ, size)  # memory that is new for each block is slow
         for block in self.pairs.blocks("Sums" if weigh is None else "Weighted sums"):
             weights = block.weights if weigh is None else weigh(block)
-            for fold in range(FOLDS):
-                rows = (block.folds == fold).nonzero()[:, 0]
-                part = block.images[rows], block.texts[rows], weights[rows]
-                sums[fold] += Moments.of(*part).sums
-        return [Moments(each, self.pairs.widths[0]) for each in self.pairs.over_ranks(sums)]
+            order = block.folds.argsort()
+            rows = buffer[: len(order)]
+            weighted_rows(block.images[order], block.texts[order], weights[order], rows)
+            counts = block.folds.bincount(minlength=FOLDS).tolist()
+            for fold, part in enumerate(rows.split(counts)):
+                add_products(sums[fold], part)
+        sums = self.pairs.over_ranks(sums)
+        return [Moments(mirrored(each), self.pairs.widths[0]) for each in sums]
 
     def _hold_out(self) -> None:
         """Keep some pairs of each fold, drawn by their features: the same ones on any ranks."""

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 _RANK = 1e-10  # smaller eigenvalues, relative to the largest, are rounding
@@ -42,11 +43,11 @@ class Moments:
     @classmethod
     def of(cls, images: Tensor, texts: Tensor, weights: Tensor) -> Moments:
         """Of features (n, p) and (n, q) with weights (n,), at least 0."""
-        width, size = images.shape[1], 1 + images.shape[1] + texts.shape[1]
+        size = 1 + images.shape[1] + texts.shape[1]
         rows = torch.empty(len(images), size, dtype=torch.float64, device=images.device)
-        rows[:, 0], rows[:, 1 : width + 1], rows[:, width + 1 :] = 1.0, images, texts
-        rows *= weights.double().sqrt()[:, None]
-        return cls(_gram(rows), width)
+        sums = rows.new_zeros(size, size)
+        add_products(sums, weighted_rows(images, texts, weights, rows))
+        return cls(mirrored(sums), images.shape[1])
 
     @classmethod
     def matched(cls, images: Tensor, texts: Tensor, plan: Tensor) -> Moments:
@@ -82,12 +83,27 @@ class Moments:
         return Covariances(center, covariance, self.width)
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """``rows.T @ rows``; numpy knows that half of it is enough."""
+def weighted_rows(images: Tensor, texts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """Write (1, x, y) of each pair, times the root of its weight, into ``rows`` (n, 1 + p + q)."""
+    width = images.shape[1]
+    rows[:, 0], rows[:, 1 : width + 1], rows[:, width + 1 :] = 1.0, images, texts
+    rows *= weights.double().sqrt()[:, None]
+    return rows
+
+
+def add_products(sums: Tensor, rows: Tensor) -> None:
+    """Add ``rows.T @ rows`` to ``sums``, of which only the lower triangle is kept."""
     if rows.device.type != "cpu":
-        return rows.T @ rows
-    array = rows.numpy()
-    return torch.from_numpy(array.T @ array)
+        sums.addmm_(rows.T, rows)
+    elif len(rows):
+        # To BLAS, which counts by columns, the lower triangle is the upper one.
+        dsyrk(1.0, rows.numpy().T, beta=1.0, c=sums.numpy().T, overwrite_c=1)
+
+
+def mirrored(sums: Tensor) -> Tensor:
+    """``sums``, whose lower triangle is now its upper one, too."""
+    sums.tril_()
+    return sums.add_(sums.tril(-1).mT)
 
 
 @dataclass(frozen=True, eq=False)
