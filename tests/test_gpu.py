@@ -3,6 +3,7 @@
 The tests against recorded values are parametrised by device where they are.
 """
 
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,8 @@ from test_step import beside_its_teacher
 from test_teacher import check_trajectory
 from training_helpers import assert_same, flags, load, train
 
-from otter_openclip import DistillationLoss, OtterLoss
+from otter_openclip import DistillationLoss, OtterLoss, cli
+from otter_openclip.model_folders.towers import make_towers
 
 HERE = Path(__file__).parent
 DEVICE = os.environ.get("OTTER_TEST_DEVICE", "cuda")
@@ -87,6 +89,23 @@ def test_training(pairs, tmp_path, precision, extra):
     saved = load(train(pairs, tmp_path, *line) / "epoch_2.pt")
     weights = [*saved["state_dict"].values(), *saved["state_dict_ema"].values()]
     assert all(torch.isfinite(x).all() for x in weights)
+
+
+def test_fit_is_the_cpus(towers, pairs, labelled, tmp_path):
+    """The command, which writes a model and looks for captions that fit better on the CPU."""
+    make_towers(tmp_path / "towers", **towers, image_size=32, context_length=20)
+    line = f"--model local-dir:{tmp_path}/towers --train-data {pairs}/{{00000..00001}}.tar"
+    line += f" --feature-cache {tmp_path}/features --precision fp32 --val {labelled}"
+    fits = []
+    for device in ("cpu", DEVICE):
+        out = tmp_path / str(len(fits))
+        assert cli.main(["fit", str(out), *line.split(), "--device", device]) == 0
+        fits.append(json.loads((out / "fit.json").read_text(encoding="utf-8")))
+    one, other = fits
+    for name in ("ridge_images", "ridge_texts", "power", "logit_scale", "embed_dim"):
+        assert one[name] == other[name]
+    for name in ("correlations", "wrong_share"):
+        assert one[name] == pytest.approx(other[name], abs=1e-3)
 
 
 def test_resume_is_exact_through_nccl(pairs, tmp_path, model_configs):

@@ -132,8 +132,9 @@ def fit_folder(
     fit = Fit(pairs, options)
     heads, statistics = fit.run(unpaired)
     if labelled is not None:
-        best = max(SETTINGS, key=lambda each: labelled.precision(fit.heads(each)))
+        best = max(SETTINGS, key=lambda each: labelled.precision(fit.heads(each).cpu()))
         heads, statistics = fit.heads(best), statistics._replace(setting=best)
+    heads = heads.cpu()
     files, wrong = {}, []
     if statistics.wrong is not None:
         files, wrong = judge_shards(fit, pairs, WEIGHTS_FOLDER)

@@ -12,7 +12,7 @@ number of them takes the memory of one block, ranks add up theirs, and a fold is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -208,6 +208,10 @@ class Heads:
     image_weight: Tensor  # (p, D)
     text_weight: Tensor  # (q, D)
     correlations: Tensor  # (D,) canonical, falling, in [0, 1]
+
+    def cpu(self) -> Heads:
+        """The same on the CPU, where models are written."""
+        return Heads(**{each.name: getattr(self, each.name).cpu() for each in fields(self)})
 
     def images(self, features: Tensor) -> Tensor:
         """(n, D) unit-norm embeddings of image features (n, p)."""

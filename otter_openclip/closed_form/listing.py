@@ -80,7 +80,7 @@ def better_captions(pairs: ShardPairs, heads: Heads, wrong: Sequence[Any]) -> li
         if len(where) >= _CAPTIONS:
             break
         for block in pairs.of_shard(shard):
-            scores = torch.cat([scores, (embedded @ heads.texts(block.texts).T).cpu()], dim=1)
+            scores = torch.cat([scores, embedded @ heads.texts(block.texts.cpu()).T], dim=1)
             where += [(shard, place) for place in block.places.tolist()]
     best = scores.topk(min(BETTER, scores.shape[1]), dim=1).indices
     return [[where[number] for number in row] for row in best.tolist()]
