@@ -120,12 +120,14 @@ def test_pages_can_be_followed(page, place, monkeypatch, capfd):
     path = ROOT / "docs" / f"{page}.md"
     for folder in ("logs", "shards"):
         shutil.rmtree(folder, ignore_errors=True)
-    for words in commands(path):
-        if not NOT_RUN & set(words):
-            _run(quick(words), capfd, monkeypatch)
-    for code in blocks(path, "python"):
-        code = code.replace("ViT-B-32", "tiny-vit").replace("laion2b_s34b_b79k", "tiny-vit.pt")
-        exec(compile(code, page, "exec"), {})
+    for language, block in FENCE.findall(path.read_text(encoding="utf-8")):
+        if language == "python":
+            block = block.replace("ViT-B-32", "tiny-vit").replace("laion2b_s34b_b79k", "tiny-vit.pt")
+            exec(compile(block, page, "exec"), {})
+            continue
+        for words in commands_of(block):
+            if not NOT_RUN & set(words):
+                _run(quick(words), capfd, monkeypatch)
 
 
 def _run(words, capfd, monkeypatch):
