@@ -1,7 +1,7 @@
 """The documentation: it builds, its commands parse, and what it names is there.
 
-Every command of every page is parsed by its own program. Those of ``start.md`` and ``recipes.md`` are run
-too, one after the other as they stand, on tiny models and data (QUICK).
+Every command of every page is parsed by its own program. Those of ``start.md`` and ``recipes.md`` are
+run too, one after the other as they stand, on tiny models and data (QUICK).
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def test_pages_can_be_followed(page, place, monkeypatch, capfd):
         shutil.rmtree(folder, ignore_errors=True)
     for language, block in FENCE.findall(path.read_text(encoding="utf-8")):
         if language == "python":
-            block = block.replace("ViT-B-32", "tiny-vit").replace("laion2b_s34b_b79k", "tiny-vit.pt")
-            exec(compile(block, page, "exec"), {})
+            code = block.replace("ViT-B-32", "tiny-vit")
+            exec(compile(code.replace("laion2b_s34b_b79k", "tiny-vit.pt"), page, "exec"), {})
             continue
         for words in commands_of(block):
             _run(quick(words), capfd, monkeypatch)
