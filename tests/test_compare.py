@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import forks
 import open_clip
@@ -91,16 +95,33 @@ def test_what_a_comparison_leaves(words, model, tmp_path, monkeypatch, capsys):
     assert compare(out, words) == 0 and not done
 
 
-def test_two_processes_share_a_journal(words, tmp_path):
+@pytest.fixture(params=["journal", pytest.param("postgresql", marks=pytest.mark.slow)])
+def storage(request, tmp_path):
+    """A file, or a PostgreSQL server on a socket of its own; Debian's package ``postgresql`` has one."""
+    if request.param == "journal":
+        yield str(tmp_path / "shared.journal")
+        return
+    folder = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
+    user = "postgres" if os.geteuid() == 0 else None  # the server does not run as root
+    with tempfile.TemporaryDirectory() as place:
+        shutil.chown(place, user) if user else None
+        data = f"{place}/data"
+        serving = f"-D {data} -o '-k {place} -c listen_addresses=' -l {place}/log -w"
+        for command in (f"initdb -D {data} -A trust -U otter", f"pg_ctl start {serving}"):
+            subprocess.run(f"{folder}/{command}", shell=True, check=True, user=user, cwd="/")
+        yield f"postgresql+psycopg://otter@/postgres?host={place}"
+        subprocess.run([folder / "pg_ctl", "stop", "-D", data], check=True, user=user, cwd="/")
+
+
+def test_two_processes_share_a_study(words, tmp_path, storage):
     """Each with a folder of its own; together they do no more than is wanted, and say the same."""
-    journal = tmp_path / "shared.journal"
     code = (
         f"from otter_openclip.compare import study; study.BATCHES = {BATCHES};"
         f"study.QUICK_STEPS = {STEPS}; from otter_openclip import cli; import sys;"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     commands = [
-        ("-c", code, "compare", tmp_path / name, *words, "--trials", "3", "--storage", journal)
+        ("-c", code, "compare", tmp_path / name, *words, "--trials", "3", "--storage", storage)
         for name in ("one", "two")
     ]
     done = forks.together(commands, [{}, {}])
@@ -109,9 +130,9 @@ def test_two_processes_share_a_journal(words, tmp_path):
     )
     one, two = (results(tmp_path / name) for name in ("one", "two"))
     assert one["rows"] == two["rows"]
-    storage = optuna.storages.JournalStorage(
-        optuna.storages.journal.JournalFileBackend(str(journal))
-    )
+    if "://" not in storage:
+        backend = optuna.storages.journal.JournalFileBackend(storage)
+        storage = optuna.storages.JournalStorage(backend)
     for name in ("infonce", "otter", "fit+otter"):
         joined = optuna.load_study(storage=storage, study_name=f"otter-openclip compare: {name}")
         assert 3 <= len(joined.trials) <= 4  # both may begin a last one at the same moment
