@@ -216,7 +216,7 @@ def test_costs_are_those_of_the_results():
 
 
 def test_pages_are_short():
-    long = {page.name for page in PAGES if len(page.read_text(encoding="utf-8").splitlines()) > 150}
+    long = {page.name for page in PAGES if len(page.read_text(encoding="utf-8").splitlines()) > 170}
     assert long == {"evidence.md"}
 
 
