@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     make_room(output / "report.html")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, args.pretrained, device)
-    pairs = embed(model, reader, args.samples, args.feature_cache)
+    pairs = embed(model, reader, args.samples)
     cut = cut_alike("captions", pairs.captions, model.tokenizer)
     data = {
         "train_data": args.train_data,
