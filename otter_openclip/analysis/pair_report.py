@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from otter_openclip.analysis import charts
 from otter_openclip.analysis.duplicates import NEAR, Duplicates, duplicates, own_is_nearest
 from otter_openclip.analysis.embedding import Embedded, embed, load_model
 from otter_openclip.analysis.matching import batch_statistics, in_batches
@@ -188,7 +187,6 @@ def _page(
         copies=copies,
         size=size,
         examples=_examples(pairs, size),
-        charts=charts,
     )
 
 
