@@ -92,21 +92,19 @@ def embedded(images, texts):
     return Embedded(images, texts, captions, [b""] * count, captions, captions)
 
 
-@pytest.mark.parametrize("shuffled", [0.0, 0.4])
-@pytest.mark.parametrize("related", [True, False])
-def test_the_share_of_wrong_captions(shuffled, related):
-    """Also under towers whose heads know nothing of each other; a fortieth of them fit by chance."""
-    images, texts = made_up(2000, shuffled, related=related)
+def test_the_share_of_wrong_captions():
+    """Under towers whose heads know nothing of each other; a fortieth of them fit by chance."""
+    images, texts = made_up(1000, 0.4, related=False)
     wrong, suspects, chart = pair_report._wrong(embedded(images, texts))
-    assert wrong["share"] == pytest.approx(shuffled, abs=4 * wrong["standard_error"] + 0.02)
-    assert len(suspects) == pytest.approx(2000 * shuffled, abs=100) and chart.startswith("<svg")
+    assert wrong["share"] == pytest.approx(0.4, abs=4 * wrong["standard_error"] + 0.02)
+    assert len(suspects) == pytest.approx(400, abs=50) and chart.startswith("<svg")
     for suspect in suspects[:5]:
         i, best = suspect["number"], suspect["best"]
         assert best != i and suspect["best_similarity"] > suspect["similarity"]
 
 
 def test_all_captions_at_chance_and_few_pairs():
-    images, texts = made_up(2000, 1.0)
+    images, texts = made_up(500, 1.0)
     wrong, suspects, _ = pair_report._wrong(embedded(images, texts))
     assert "of the pairs look wrong" in wrong["fault"] and suspects == []
     assert "too few" in pair_report._wrong(embedded(images[:30], texts[:30]))[0]["fault"]
