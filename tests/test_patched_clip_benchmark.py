@@ -166,7 +166,7 @@ def test_flags_are_there_with_the_task(run):
     assert "Use --task=TASK --help" in " ".join(said.split())
     for words in (["--task=zeroshot_multilabel"], ["--dataset", "cifar10", "goi"]):
         said, _ = run("eval", *words, "--help")
-        for flag in ("--ks", "--templates", "--reference_crop", "--load_truncated"):
+        for flag in ("--ks", "--templates", "--reference_crop"):
             assert flag in said
     _, said = run("eval", "--dataset", "cifar10", "--ks", "1", code=2)
     assert "unrecognized arguments: --ks 1" in said

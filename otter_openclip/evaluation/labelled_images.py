@@ -1,8 +1,7 @@
 """Images and labels of a labelled clip_benchmark webdataset, as features in a fixed order.
 
 The order is that of the shards and of the samples in them, whatever the number of loader workers and
-of ranks: what a metric depends on does not change with them. To read on through an incomplete image,
-``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` is replaced while it is decoded.
+of ranks: what a metric depends on does not change with them.
 """
 
 from __future__ import annotations
@@ -17,13 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import ImageFile
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from otter_openclip.evaluation.classifier import Autocast
-from otter_openclip.replacing import replaced
 from otter_openclip.shards import read as shard_samples
 from otter_openclip.shards.read import Fault, SampleError
 from otter_openclip.shards.write import CLASSES_FILE
@@ -123,23 +120,14 @@ class LabelledImages(IterableDataset):
     slots-th shard; with fewer, the slots share the shards and each decodes its part of the samples.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        transform: Callable,
-        *,
-        load_truncated: bool = False,
-        names_file: str | None = None,
-    ) -> None:
+    def __init__(self, dataset: Any, transform: Callable, *, names_file: str | None = None) -> None:
         """Take the shards and the number of classes from clip_benchmark's ``dataset``.
 
-        ``transform`` is of PIL images to tensors; with ``load_truncated`` what is missing of an
-        incomplete image is grey instead of an error. ``names_file`` is where the class names are from,
-        if not the dataset's own.
+        ``transform`` is of PIL images to tensors; ``names_file`` is where the class names are from, if
+        not the dataset's own.
         """
         super().__init__()
-        self.shards = CheckedShards(dataset, names_file)
-        self.transform, self.load_truncated = transform, load_truncated
+        self.shards, self.transform = CheckedShards(dataset, names_file), transform
         self.batch_size, self.rank, self.world_size = 64, 0, 1
 
     def __iter__(self) -> Iterator[Batch]:
@@ -170,12 +158,9 @@ class LabelledImages(IterableDataset):
         return [(shard, slot // shards, len(range(shard, slots, shards)))]
 
     def _image(self, sample: dict[str, Any]) -> Tensor:
-        # For this image only: the switch is the whole process's.
-        switch = self.load_truncated or ImageFile.LOAD_TRUNCATED_IMAGES
         image = shard_samples.opened(shard_samples.image_file(sample))
-        with replaced((ImageFile, "LOAD_TRUNCATED_IMAGES", switch)):
-            shard_samples.check_range(image)
-            return self.transform(shard_samples.rgb(image))
+        shard_samples.check_range(image)
+        return self.transform(shard_samples.rgb(image))
 
 
 def _collate(batch: list[Any]) -> Batch:
