@@ -6,7 +6,6 @@ Weights of a timm tower and of a Hugging Face tower are loaded, or refused by na
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,15 +21,6 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from otter_openclip.checkpoints.contents import load_weights, read_file
 from otter_openclip.model_folders.folder import CONFIG_FILE, check_state, errors_only
 
-# Any of these makes a folder one with a tokenizer in it.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 _COUNTER = "num_batches_tracked"  # Older files have none; nothing but training reads it.
 # What a tensor is called in every architecture: weight and bias of a norm have the same shape.
 _KINDS = {"weight", "bias", "running_mean", "running_var", _COUNTER}
@@ -78,22 +68,22 @@ def unreadable(text_model: str, flag: str, error: Exception) -> ValueError:
     )
 
 
-def read_tokenizer(
-    text_model: str, flag: str, context_length: int, vocab_size: int
-) -> HFTokenizer | None:
-    """The text tower's tokenizer; None if it is a folder without one.
+def read_tokenizer(text_model: str, flag: str, context_length: int, vocab_size: int) -> HFTokenizer:
+    """The text tower's tokenizer.
 
     Raises:
         ValueError: if it cannot be read, or has more tokens than the tower's ``vocab_size``.
     """
-    folder = Path(text_model)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
     try:
         tokenizer = HFTokenizer(text_model, context_length=context_length)
     except Exception as error:  # Each file format, and the network, has errors of its own.
         raise unreadable(text_model, flag, error) from error
-    if (tokens := len(tokenizer.tokenizer)) > vocab_size:
+    tokens = len(tokenizer.tokenizer)
+    if tokens <= len(
+        tokenizer.tokenizer.all_special_ids
+    ):  # transformers makes an empty one of none
+        raise ValueError(f"no tokenizer in the folder {text_model}; put its tokenizer.json there")
+    if tokens > vocab_size:
         raise ValueError(
             f"the tokenizer of {text_model} has {tokens} tokens, the text tower {vocab_size}; "
             f"pass {flag} with the one it was trained with"
@@ -198,17 +188,9 @@ def load_text_tower(
 
 def _read_state(path: Path, what: str) -> dict[str, Tensor]:
     contents = read_file(path)
-    nested = [key for key, value in contents.items() if isinstance(value, Mapping)]
-    nested = [key for key in nested if any(isinstance(x, Tensor) for x in contents[key].values())]
-    taken = []
-    for key in (*_NESTED, *(nested if len(nested) == 1 else ())):
+    for key in _NESTED:
         if isinstance(contents.get(key), Mapping):
             contents = contents[key]
-            taken.append(key)
-    if nested[1:] and not taken:
-        raise ValueError(f"{path} holds {', '.join(nested)}; save the weights you mean alone")
-    if nested[1:]:
-        logging.warning(f"{path} holds {', '.join(nested)}: {taken[0]} is taken")
     return check_state(contents, path, what)
 
 

@@ -104,11 +104,6 @@ def convert_checkpoint(
     tokenizer = read_tokenizer(
         text_model, "--text-model", config["text_cfg"]["context_length"], model.vocab_size
     )
-    if tokenizer is None:
-        logging.warning(
-            f"{text_model} has no tokenizer, so {out} gets none: open_clip.get_tokenizer will fail on "
-            "it. Put the tokenizer's files there and convert again with --overwrite"
-        )
     write_folder(out, model, config, state, tokenizer)
     return out
 
