@@ -7,7 +7,7 @@ from benchmarks import data
 
 def test_the_benchmark_runs(tmp_path, capsys):
     output = tmp_path / "data.json"
-    data.main(["--images", "30", "--workers", "2", "--names", "1000", "--output", str(output)])
+    data.main(["--images", "30", "--workers", "1", "--names", "1000", "--output", str(output)])
     results = json.loads(output.read_text(encoding="utf-8"))
     rows = {row["what"]: row for row in results["builds"]}
     built = [f"data csv, {source}" for source in ("folder", "all.tar", "all.zip")]

@@ -78,7 +78,7 @@ def test_drawing_shards_for_ever_ends_too(tmp_path):
     assert f"{NO_BATCH} from 2 shards" in run(tmp_path, data, *resampled)
     # Ten samples are few, but drawn again they make batches.
     data = shards(tmp_path / "more", good(*range(10)))
-    words = ["--train-data", data, *resampled, "--loss", "otter"]
+    words = ["--train-data", data, *resampled, "--loss", "otter", "--epochs", "1"]
     assert list(train(tmp_path, tmp_path / "logs", *words).glob("*.pt"))
 
 
