@@ -4,9 +4,11 @@ import bz2
 import csv
 import gzip
 import hashlib
+import io
 import json
 import tarfile
 
+import pandas
 import pytest
 from data_helpers import dropped, jpeg, run, samples, tree, write_files, write_tar
 from open_clip_train.data import get_dataset_size
@@ -108,6 +110,30 @@ def test_cc3m_from_the_references_layout(conceptual):
     assert skipped(out) == {"not downloaded": 1}
 
 
+def test_processed_labels_are_the_references(conceptual, monkeypatch):
+    assert build_cc(conceptual) == 0
+    path = conceptual.parent / "out" / "processed_labels.csv"
+    ours = pandas.read_csv(path)
+    # The reference's steps (data/cc_preprocess.py), without the pairs that we drop as repeated or empty.
+    captions = pandas.read_csv(
+        conceptual / "Train_GCC-training.tsv", sep="\t", names=["caption", "url"]
+    )
+    names = ["filename", "split", "type", "size", "status", "url"]
+    report = pandas.read_csv(conceptual / "downloaded_training_report.tsv", sep="\t", names=names)
+    # With "inner", as there, the order is that of the captions from pandas 2.2 on only.
+    merged = captions.merge(report[["filename", "url"]], on="url", how="left")
+    merged = merged[["filename", "caption"]].dropna().drop_duplicates("caption")
+    merged = merged[~merged.filename.str.match("training/[456]_")].reset_index(drop=True)
+    assert list(ours.columns) == ["Unnamed: 0", "filename", "caption"]
+    assert list(ours["Unnamed: 0"]) == [0, 1, 2, 3]
+    assert list(ours["caption"]) == list(merged["caption"])
+    assert list(ours["filename"]) == [str(conceptual / name) for name in merged["filename"]]
+    merged["filename"] = ours["filename"]
+    buffer = io.StringIO()
+    merged.to_csv(buffer)
+    assert path.read_text(encoding="utf-8") == buffer.getvalue()
+
+
 @pytest.mark.parametrize("kind", ["webdataset", "webdataset, one key", "files"])
 def test_cc3m_from_img2dataset(conceptual, kind):
     rows = [({"url": url}, jpeg(n)) for n, url in enumerate(URLS) if n not in (3, 4)]
@@ -117,6 +143,7 @@ def test_cc3m_from_img2dataset(conceptual, kind):
     assert build_cc(conceptual, source=["--img2dataset", folder]) == 0
     out = conceptual.parent / "out"
     assert pairs_of(out) == [(caption, jpeg(n)) for caption, n in KEPT]
+    assert (out / "processed_labels.csv").exists() == (kind == "files")
     assert skipped(out) == {"not downloaded": 2}
     assert dropped(out)[-1] == (URLS[6], "undecodable")
 

@@ -172,7 +172,7 @@ class Build:
         lost = {r: reasons[r] for r in (MISSING, AMBIGUOUS, UNDECODABLE) if r in reasons}
         most = getattr(self.args, "max_missing", None)
         listed = self.output / DROPPED_FILE
-        if not plan.left():
+        if next(plan.written(), None) is None:
             counts = _counts(reasons | plan.report()["skipped"]) or "the input lists none"
             check = "input and --images" if hasattr(self.args, "images") else "the input"
             fault = f"no sample could be kept ({counts}); check {check}, see {listed}"

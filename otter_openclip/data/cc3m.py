@@ -1,14 +1,18 @@
 """Conceptual Captions (CC3M) as training shards.
 
 Takes the official TSV (caption, URL) and the images either as the reference's downloader left them, its
-report TSV and folder, or as img2dataset did.
+report TSV and folder, or as img2dataset did. Also writes the OTTER reference's processed_labels.csv of
+the pairs whose image can be read, where the images are files; open_clip takes it with
+--dataset-type csv --csv-separator , --csv-img-key filename --csv-caption-key caption.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -17,7 +21,9 @@ from otter_openclip.data.lookup import NOT_DOWNLOADED, Picture
 from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import absolute
 from otter_openclip.data.tables import at, lines
+from otter_openclip.files import written_whole
 
+LABELS_FILE = "processed_labels.csv"
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 # Of github.com/igorbrigadir/DownloadConceptualCaptions, which the reference uses; no header.
 _REPORT = ("file", "folder", "mimetype", "size", "status", "url")
@@ -53,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
             plan.add(url, picture, caption)
 
     inputs = [args.captions, *([args.report] if args.report else [])]
-    return pairs.build(args, inputs, images, fill, "URL")
+    return pairs.build(args, inputs, images, fill, "URL", write_labels)
 
 
 def read_captions(path: str) -> Iterator[tuple[str, str]]:
@@ -78,6 +84,21 @@ def _fields(path: str, columns: tuple[str, ...]) -> Iterator[list[str]]:
             yield fields
         elif line:
             raise at(path, number, f"{len(fields)} columns, expected {', '.join(columns)}")
+
+
+def write_labels(output: Path, plan: Plan) -> None:
+    """Write processed_labels.csv (row number, filename, caption) if the images are files.
+
+    The reference has paths relative to its data folder; these are absolute, which its reader joins just
+    as well and open_clip needs.
+    """
+    rows = ((s.file.path, s.text) for s in plan.written() if s.file.offset is None)
+    if (first := next(rows, None)) is None:
+        return
+    with written_whole(output / LABELS_FILE, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([["", "filename", "caption"], [0, *first]])
+        writer.writerows([number, *row] for number, row in enumerate(rows, 1))
 
 
 def _unquoted(field: str) -> str:

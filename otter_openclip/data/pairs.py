@@ -48,15 +48,18 @@ def build(
     images: Paths | Downloaded | None,
     fill: Callable[[Plan], None],
     record: str,
+    finish: Callable[[Path, Plan], None] | None = None,
 ) -> int:
     """Build a training set; returns the exit code. The arguments are those of `building.Build`."""
 
-    def write_sizes(folder: Path, plan: Plan) -> None:
+    def write_small_files(folder: Path, plan: Plan) -> None:
+        if finish:
+            finish(folder, plan)
         sizes = {name: samples for name, samples, _ in plan.report()["written"]}
         write_json(folder / SIZES_FILE, sizes)
 
     name = "{:05d}.tar"
-    job = Build(args, inputs, images, fill, write_sizes, "txt", str.encode, name, record)
+    job = Build(args, inputs, images, fill, write_small_files, "txt", str.encode, name, record)
     last = job.run()["shards"] - 1
     print(f"--train-data '{job.output}/{f'{{00000..{last:05d}}}' if last else '00000'}.tar'")
     return 0

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,11 +139,11 @@ class Plan:
         key, name, file, text = self.db.execute(query, (id,)).fetchone()
         return Sample(id, key or f"{id - 1:09d}", name, File(*json.loads(file)), text)
 
-    def left(self) -> int:
-        """How many samples are not dropped."""
+    def written(self) -> Iterator[Sample]:
+        """The samples that are in shards, in the order of the input."""
         gone = "SELECT id FROM dropped WHERE id IS NOT NULL"
-        query = f"SELECT COUNT(*) FROM samples WHERE id NOT IN ({gone})"
-        return self.db.execute(query).fetchone()[0]
+        query = f"SELECT id FROM samples WHERE id NOT IN ({gone}) ORDER BY id"
+        yield from (self.sample(id) for (id,) in self.db.execute(query))
 
     def report(self) -> dict[str, Any]:
         """Numbers of samples and shards, counts by reason, and the shards' (name, samples, bytes)."""
