@@ -464,8 +464,7 @@ def test_columns_are_chosen_once_for_all_files(tmp_path, capsys, monkeypatch):
     words[4] = tmp_path / "third"
     assert run(*words, "image") == 2
     assert (
-        "3.parquet: not one column 'image' among thumb, said; --image-key"
-        in capsys.readouterr().err
+        "3.parquet: not one column 'image' but thumb, said; --image-key" in capsys.readouterr().err
     )
 
 
@@ -487,7 +486,8 @@ def test_an_arrow_stream_that_stops(tmp_path, capsys, inside):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image": PICTURES, "en": ["a"] * 3}, "not one column 'text' among image, en; --text-key"),
+        ({"image": PICTURES, "en": ["a"] * 3}, "not one column 'text' but en; --text-key"),
+        ({"image": PICTURES, "label": [0, 1, 2]}, "'text' but none of texts among image, label;"),
         ({"image": PICTURES, "text": [0, 1, 2]}, "row 0: no text in 'text', but 0"),
         ({"image": PICTURES, "text": [[{"raw": "a"}]] * 3}, "row 0: no text in 'text', but {"),
         ({"text": ["a"]}, "0 columns of images among text"),
@@ -514,7 +514,7 @@ def test_hugging_face_columns_of_one_name(tmp_path, capsys):
     whole = arrow.Table.from_arrays(columns, ["image", "text", "text"])
     writer.write_table(whole, tmp_path / "a.parquet")
     assert run("hf", "--dataset", tmp_path / "a.parquet", "--output", tmp_path / "out") == 2
-    assert "not one column 'text' among image, text, text" in capsys.readouterr().err
+    assert "not one column 'text' but text, text; --text-key" in capsys.readouterr().err
 
 
 def test_without_images_nothing_is_searched(tmp_path, monkeypatch):

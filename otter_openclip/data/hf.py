@@ -32,8 +32,9 @@ _WORDS = {
     "test": "test testing eval evaluation",
 }
 _SPLITS = {word: split for split, words in _WORDS.items() for word in words.split()}
-# The types of a column of images, as arrow writes them.
+# The types of columns, as arrow writes them.
 _IMAGES = re.compile(r"(\w*list<\w+: )?(struct<.*\bbytes: |(large_)?binary)")
+_TEXTS = re.compile(r"(\w*list<\w+: |dictionary<values=)*(large_)?string")
 _TABLE = re.compile(r"(?!cache-).*[.](parquet|arrow)")
 _PART = re.compile(r"(?:.*-)?(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\b")  # of a split's files
 
@@ -167,10 +168,12 @@ def rows(
     RuntimeError if pyarrow is missing.
     """
     with _opened(path) as (schema, batches):
-        for flag, key in (("image", image_key), ("text", text_key)):
+        listed = ", ".join(schema.names)
+        texts = ", ".join(field.name for field in schema if _TEXTS.match(str(field.type)))
+        texts = texts or f"none of texts among {listed}"
+        for flag, key, columns in (("image", image_key, listed), ("text", text_key, texts)):
             if schema.names.count(key) != 1:
-                listed = ", ".join(schema.names)
-                raise ValueError(f"{path}: not one column {key!r} among {listed}; --{flag}-key")
+                raise ValueError(f"{path}: not one column {key!r} but {columns}; --{flag}-key")
         keys = image_key, text_key
         columns = ([batch.column(key).to_pylist() for key in keys] for batch in batches)
         values = itertools.chain.from_iterable(itertools.starmap(zip, columns))
@@ -188,7 +191,8 @@ def rows(
                 raise ValueError(f"{row}: no image in {image_key!r}, but {content!r}; --image-key")
             for caption in captions:
                 if not isinstance(caption, str | None):
-                    raise ValueError(f"{row}: no text in {text_key!r}, but {caption!r}; --text-key")
+                    fault = f"no text in {text_key!r}, but {caption!r}; --text-key: {texts}"
+                    raise ValueError(f"{row}: {fault}")
             yield row, content, image.get("path"), [caption or "" for caption in captions]
 
 
