@@ -53,8 +53,7 @@ CASES = {
 NO_BATCH = "error: --train-data gives no batch of 12"
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("loss", ["otter", "clip"])
+@pytest.mark.parametrize(("case", "loss"), zip(CASES, ["otter", "otter", "clip"], strict=True))
 def test_data_without_a_batch_end_the_run_with_shards_and_what_looks_into_them(
     tmp_path, case, loss
 ):
@@ -181,6 +180,8 @@ def test_a_row_that_cannot_be_used_is_named_before_the_first_step(tmp_path, monk
     said = run(tmp_path, str(data), *loss, "--workers", "0")
     assert f"--train-data {data}: row 25 below the header: {ROWS[row]}" in said
     assert len(said.splitlines()) == 1
+    if "NA" not in row:
+        return
     # As data for validation, which comes after the first epoch.
     Path("train.csv").write_text(whole, encoding="utf-8")
     said = run(tmp_path, "train.csv", "--val-data", str(data), *loss)

@@ -104,7 +104,7 @@ def test_zero_shot_sets(tmp_path):
     code, figures = inspect(tmp_path)
     faults = {f["sample"]: f["fault"] for f in figures["faults"]}
     assert code == 1 and list(faults) == ["c", "d", ""]
-    assert "classnames.txt has 3" in faults["c"] and "nshards.txt but gone" in faults[""]
+    assert "there are 3 class names" in faults["c"] and "nshards.txt but gone" in faults[""]
     assert "unreadable labels" in faults["d"]
     (remark,) = figures["remarks"]  # evaluation warns of it too
     assert remark.endswith("0.tar: 1 images with no positive label")

@@ -99,7 +99,9 @@ def judge(looks: Sequence[Look], sets: Mapping[Path, Any]) -> tuple[list[Fault],
     for folder, labelled in sets.items():
         sizes = {shard.path.name: shard.samples for shard in looks if shard.path.parent == folder}
         if labelled:
-            faults += [*labelled.faults, *labelled.count_faults(sum(sizes.values()))]
+            faults += labelled.faults
+            if labelled.shards and not any(sizes.values()):
+                faults.append(Fault(str(folder), "", f"no images in {len(sizes)} shards"))
             remarks += labelled.remarks
         else:
             faults += size_faults(folder, sizes)

@@ -208,7 +208,7 @@ class _Command:
         if task == "zeroshot_classification":
             self.said = run.how_measured(self.args, dataset)
         if label_suffix(dataset) in ("cls", "txt"):  # ours check what they read
-            reader = CheckedShards(dataset, names_file)
+            reader = CheckedShards(dataset)
             dataset.pipeline[reader.position] = reader
         return dataset
 

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from otter_openclip.evaluation.classifier import Autocast
 from otter_openclip.shards import read as shard_samples
 from otter_openclip.shards.read import Fault, SampleError
-from otter_openclip.shards.write import CLASSES_FILE
 
 Batch = tuple[Tensor, list[np.ndarray], list[tuple[int, int]]]  # images, labels, (shard, sample)
 
@@ -58,12 +57,10 @@ class CheckedShards:
     end, and hands on labels that are none of the classes. Shards at addresses are read by webdataset.
     """
 
-    def __init__(self, dataset: Any, names_file: str | None = None) -> None:
-        """``names_file`` is where the class names are from, if not the dataset's own."""
+    def __init__(self, dataset: Any) -> None:
         self.urls = list(dataset.pipeline[0].urls)
         self.suffix = label_suffix(dataset)
         self.classes = None if dataset.classes is None else len(dataset.classes)
-        self.names_file = names_file or CLASSES_FILE
         names = [getattr(getattr(stage, "f", stage), "__name__", "") for stage in dataset.pipeline]
         self.position = next(i for i, name in enumerate(names) if "tarfile" in name)
         self.stock = dataset.pipeline[self.position]
@@ -81,7 +78,7 @@ class CheckedShards:
 
     def labels(self, sample: dict[str, Any]) -> np.ndarray:
         """The true classes of a sample."""
-        return shard_samples.labels(sample, self.suffix, self.classes, self.names_file)
+        return shard_samples.labels(sample, self.suffix, self.classes)
 
     def read_all(self) -> None:
         """Check every sample, and that there are any, with a bar."""
@@ -120,14 +117,10 @@ class LabelledImages(IterableDataset):
     slots-th shard; with fewer, the slots share the shards and each decodes its part of the samples.
     """
 
-    def __init__(self, dataset: Any, transform: Callable, *, names_file: str | None = None) -> None:
-        """Take the shards and the number of classes from clip_benchmark's ``dataset``.
-
-        ``transform`` is of PIL images to tensors; ``names_file`` is where the class names are from, if
-        not the dataset's own.
-        """
+    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor]) -> None:
+        """The shards and classes of clip_benchmark's ``dataset``, its images made by ``transform``."""
         super().__init__()
-        self.shards, self.transform = CheckedShards(dataset, names_file), transform
+        self.shards, self.transform = CheckedShards(dataset), transform
         self.batch_size, self.rank, self.world_size = 64, 0, 1
 
     def __iter__(self) -> Iterator[Batch]:

@@ -117,7 +117,7 @@ def evaluate(
     prompts = class_prompts(dataset, args.custom_template_file)
     if args.reference_crop:
         transform = _reference_crop(model)
-    images = LabelledImages(dataset, transform, names_file=args.custom_classname_file)
+    images = LabelledImages(dataset, transform)
     autocast = functools.partial(torch.autocast, torch.device(args.device).type, enabled=args.amp)
     encoded = encode_images(
         model,

@@ -146,15 +146,10 @@ def caption(files: Mapping[str, bytes]) -> str:
     return text
 
 
-def labels(
-    files: Mapping[str, bytes], suffix: str, classes: int | None, names_file: str = "classnames.txt"
-) -> np.ndarray:
+def labels(files: Mapping[str, bytes], suffix: str, classes: int | None) -> np.ndarray:
     """The true classes, from an ``npy`` of zeros and ones or a ``cls`` with one class's number.
 
-    ``classes`` is the number of class names, if it is known, in ``names_file``.
-
-    Raises:
-        SampleError: if evaluation cannot use them.
+    ``classes`` is how many there are, if it is known. SampleError if evaluation cannot use the labels.
     """
     if suffix not in files:
         if suffix == "npy":
@@ -172,10 +167,7 @@ def labels(
     except Exception as error:  # NumPy raises many types on damaged bytes
         raise SampleError(f"the npy cannot be read (unreadable labels: {error})") from error
     if vector.ndim != 1 or classes not in (None, len(vector)):
-        due = "1-D is due"
-        if classes:
-            due = f"there are {classes} class names; {names_file} has {classes}, and must have one "
-            due += "for each entry"
+        due = f"there are {classes} class names; each needs an entry" if classes else "1-D is due"
         raise SampleError(f"label vector of shape {vector.shape}, but {due}")
     if vector.dtype.kind not in "biuf":
         raise SampleError(f"label vector of {vector.dtype}, where numbers are due")
