@@ -41,11 +41,7 @@ class Model(NamedTuple):
 
 
 def load_model(name: str, pretrained: str | None, device: str) -> Model:
-    """An open_clip model; ``name`` may also be a folder that ``export`` or ``towers`` wrote.
-
-    Raises:
-        ValueError: if it would have random weights, or other ones than ``pretrained``.
-    """
+    """An open_clip model; ``name`` may also be a folder that ``export`` or ``towers`` wrote."""
     if Path(name).is_dir():
         name = f"{LOCAL_DIR_PREFIX}{name}"
     if pretrained and ":" in name:

@@ -179,10 +179,8 @@ def encode_images(
     The model is an open_clip one in eval mode on ``device``; it runs inside the context that
     ``autocast`` makes, on input of ``dtype``, if not float32. With ``encode`` the features are what that
     gives for images instead. If the processes of torch.distributed's default group work ``together``,
-    each encodes its share and all but rank 0 return None.
-
-    Raises:
-        ImageError: naming shard and sample, if an image or a label vector cannot be used.
+    each encodes its share and all but rank 0 return None. ImageError names shard and sample of what
+    cannot be used.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     images.batch_size, images.rank, images.world_size = batch_size, rank, world_size

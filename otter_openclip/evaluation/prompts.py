@@ -16,12 +16,9 @@ SIMPLE = "a photo of {c}."
 
 
 def class_prompts(dataset: Any, templates_file: str | None = None) -> list[tuple[str, ...]]:
-    """Each class's prompts, of a webdataset as clip_benchmark opened it.
+    """Each class's prompts, of a webdataset as clip_benchmark opened it; see `check_prompts`.
 
     Its ``templates`` may be from another file than its own; blank ones are dropped from it.
-
-    Raises:
-        ValueError: naming the file, and the line or the class, of what cannot be used.
     """
     folder, names = dataset.pipeline[0].urls[0].rsplit("/", 2)[0], dataset.classes
     where = templates_file or f"{folder}/{TEMPLATES_FILE}"
@@ -34,8 +31,7 @@ def class_prompts(dataset: Any, templates_file: str | None = None) -> list[tuple
 def check_prompts(templates: Any, names: Sequence[str], where: str) -> Any:
     """``templates``: a list with ``{c}`` for the name, here without blank ones, or each name's prompts.
 
-    Raises:
-        ValueError: naming ``where``, and the line or the class, for what cannot be used.
+    ValueError names ``where``, and the line or the class, of what cannot be used.
     """
     if isinstance(templates, list):
         for fault in template_faults(templates):
@@ -57,10 +53,6 @@ def read_templates(source: str) -> list[str]:
     """Templates with ``{c}`` for the name: "simple", "imagenet" (open_clip's 80), or a file's.
 
     The file is UTF-8 with one template a line and ``{}`` or ``{c}`` where the name goes.
-
-    Raises:
-        ValueError: naming the line, if it is no template.
-        FileNotFoundError: if there is no such file.
     """
     if source == "simple":
         return [SIMPLE]

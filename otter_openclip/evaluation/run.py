@@ -110,9 +110,6 @@ def evaluate(
 
     ``args`` are the flags of ``clip_benchmark eval`` and of ``add_arguments``. If the processes of the
     default group work ``together``, they share the images out; each returns the metrics.
-
-    Raises:
-        ValueError: for class names, prompts, images or labels that cannot be used.
     """
     prompts = class_prompts(dataset, args.custom_template_file)
     if args.reference_crop:

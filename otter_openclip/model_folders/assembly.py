@@ -37,9 +37,7 @@ def build_model(
 ) -> nn.Module:
     """Stock open_clip's model of a ``model_cfg`` and ``preprocess_cfg``, with random weights.
 
-    Raises:
-        ValueError: if the text tower's configuration cannot be read (naming ``text_flag``, the flag that
-            gave it) or open_clip cannot build the towers.
+    ``text_flag`` gave the text tower; ValueError if that cannot be read, or the towers cannot be built.
     """
     text_model = config["text_cfg"]["hf_model_name"]
     with tempfile.TemporaryDirectory() as folder, errors_only():
@@ -69,11 +67,7 @@ def unreadable(text_model: str, flag: str, error: Exception) -> ValueError:
 
 
 def read_tokenizer(text_model: str, flag: str, context_length: int, vocab_size: int) -> HFTokenizer:
-    """The text tower's tokenizer.
-
-    Raises:
-        ValueError: if it cannot be read, or has more tokens than the tower's ``vocab_size``.
-    """
+    """The text tower's tokenizer, of at most ``vocab_size`` tokens."""
     try:
         tokenizer = HFTokenizer(text_model, context_length=context_length)
     except Exception as error:  # Each file format, and the network, has errors of its own.
@@ -169,11 +163,7 @@ def text_config(text: str) -> tuple[str, PretrainedConfig, int]:
 def load_text_tower(
     transformer: nn.Module, text: str, weights: str | Path | None, pooler: str
 ) -> None:
-    """Load the file ``weights``, or else what ``text`` has, into the ``transformer``.
-
-    Raises:
-        ValueError: naming weights that are missing or do not fit.
-    """
+    """Load the file ``weights``, or else what ``text`` has; ValueError names what does not fit."""
     if weights is None:
         state = _pretrained_text(text, transformer.config, pooler)
     else:

@@ -156,10 +156,8 @@ def _without_projection_bias(
 
     open_clip's Hugging Face tower averages the last hidden states h over the tokens and projects without
     bias. Both are linear, so W mean(h) + c = W mean(h + d) where W d = c. BERT's and RoBERTa's h is the
-    output of a layer norm, whose bias takes d, the shortest solution.
-
-    Raises:
-        ValueError: if there is no such d to float32's precision, or no such layer norm.
+    output of a layer norm, whose bias takes d, the shortest solution. ValueError if there is no such d
+    to float32's precision, or no such layer norm.
     """
     state = dict(state)
     bias = state.pop("text_encoder.fc.bias", None)

@@ -66,9 +66,7 @@ def samples(
     The tar may be compressed, and is read from ``file`` if that is given. A suffix that comes again
     begins another sample, as in training, or is an error if ``strict``, as for clip_benchmark. Without
     ``contents``, but for suffixes among them, they are empty, and the disk is not read where they are.
-
-    Raises:
-        OSError: a fault's text, if the tar cannot be read to its end.
+    OSError with a fault's text if the tar cannot be read to its end.
     """
     try:
         mode = "r|*" if contents is True else "r:*"
@@ -80,11 +78,7 @@ def samples(
 
 
 def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar opened with ``tarinfo=Member``, none of them kept in memory.
-
-    Raises:
-        tarfile.TarError: if it does not end as a tar does.
-    """
+    """The members of a tar opened with ``tarinfo=Member``; TarError if it does not end as a tar does."""
     # Of a stream without members Python 3.10 cannot be asked again what opening it has seen.
     while not getattr(tar, "ended", False) and (member := tar.next()) is not None:
         tar.members.clear()  # or it keeps all
