@@ -337,8 +337,8 @@ def test_of_an_encoder_and_a_decoder_the_encoder_is_the_tower(parts, tmp_path):
     ("change", "message"),
     [
         ("[tv]o*", "no tokenizer in the folder .*text"),
-        ("config.json", "text cannot be read .*--text with a folder"),
-        ("model.safetensors", "cannot be read .*--text with a folder"),
+        ("config.json", "text cannot be read .* give a folder that has its config.json"),
+        ("model.safetensors", "text cannot be read .* give a folder"),
         ({"model_type": "distilbert"}, "cannot build .*text .*; it takes text towers of BERT's"),
         ({"num_hidden_layers": 3}, "not those of its config.json: encoder.layer.2.* is missing"),
         ({"num_hidden_layers": 1}, "encoder.layer.1.* is missing, .* or one too many"),

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
 from otter_openclip.shards.read import Fault
@@ -86,12 +85,10 @@ def _template_fault(template: Any) -> str | None:
     if not isinstance(template, str):
         return "no text"
     try:
-        fields = [field for _, *field in Formatter().parse(template) if field[0] is not None]
-    except ValueError as error:
-        return str(error)
-    if any(field != ["c", "", None] for field in fields):
-        return "another field than {c}"
-    return None if fields or not template.strip() else "no {c} in it"
+        made = template.format(c="\0")
+    except (ValueError, LookupError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None if "\0" in made or not template.strip() else "no {c} in it"
 
 
 def name_faults(names: Sequence[Any]) -> Iterator[str]:

@@ -33,12 +33,9 @@ _UNUSED = ("position_ids", "token_type_ids", "pooler.dense.weight", "pooler.dens
 
 
 def build_model(
-    config: Mapping[str, Any], text_flag: str, preprocess: Mapping[str, Any] | None = None
+    config: Mapping[str, Any], preprocess: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """Stock open_clip's model of a ``model_cfg`` and ``preprocess_cfg``, with random weights.
-
-    ``text_flag`` gave the text tower; ValueError if that cannot be read, or the towers cannot be built.
-    """
+    """Stock open_clip's model of a ``model_cfg`` and ``preprocess_cfg``, with random weights."""
     text_model = config["text_cfg"]["hf_model_name"]
     with tempfile.TemporaryDirectory() as folder, errors_only():
         contents = {"model_cfg": config, "preprocess_cfg": preprocess or {}}
@@ -48,7 +45,7 @@ def build_model(
                 f"{LOCAL_DIR_PREFIX}{folder}", load_weights=False, pretrained_text=False
             )
         except OSError as error:
-            raise unreadable(text_model, text_flag, error) from error
+            raise unreadable(text_model, error) from error
         except (KeyError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"open_clip cannot build {config['vision_cfg']['timm_model_name']} + {text_model} "
@@ -57,21 +54,21 @@ def build_model(
     return model.eval()
 
 
-def unreadable(text_model: str, flag: str, error: Exception) -> ValueError:
+def unreadable(text_model: str, error: Exception) -> ValueError:
     """An error for a text tower whose files cannot be read, with what to do."""
     reason = (str(error).strip().splitlines() or [""])[0]
     return ValueError(
-        f"the text tower {text_model} cannot be read ({reason}); pass {flag} with a folder that "
-        "has its config.json and tokenizer, or allow access to the Hugging Face hub"
+        f"the text tower {text_model} cannot be read ({reason}); give a folder that has its config.json "
+        "and tokenizer, or allow access to the Hugging Face hub"
     )
 
 
-def read_tokenizer(text_model: str, flag: str, context_length: int, vocab_size: int) -> HFTokenizer:
+def read_tokenizer(text_model: str, context_length: int, vocab_size: int) -> HFTokenizer:
     """The text tower's tokenizer, of at most ``vocab_size`` tokens."""
     try:
         tokenizer = HFTokenizer(text_model, context_length=context_length)
     except Exception as error:  # Each file format, and the network, has errors of its own.
-        raise unreadable(text_model, flag, error) from error
+        raise unreadable(text_model, error) from error
     tokens = len(tokenizer.tokenizer)
     if tokens <= len(
         tokenizer.tokenizer.all_special_ids
@@ -80,7 +77,7 @@ def read_tokenizer(text_model: str, flag: str, context_length: int, vocab_size: 
     if tokens > vocab_size:
         raise ValueError(
             f"the tokenizer of {text_model} has {tokens} tokens, the text tower {vocab_size}; "
-            f"pass {flag} with the one it was trained with"
+            "give the one it was trained with"
         )
     return tokenizer
 
@@ -156,7 +153,7 @@ def text_config(text: str) -> tuple[str, PretrainedConfig, int]:
     try:
         config = AutoConfig.from_pretrained(text)
     except Exception as error:  # Files, network, values of every wrong kind.
-        raise unreadable(text, "--text", error) from error
+        raise unreadable(text, error) from error
     return text, config, config.hidden_size
 
 
@@ -194,7 +191,7 @@ def _pretrained_text(text: str, config: PretrainedConfig, pooler: str) -> dict[s
                 text, output_loading_info=True, ignore_mismatched_sizes=True, **pooled
             )
     except Exception as error:  # Files, network, formats.
-        raise unreadable(text, "--text", error) from error
+        raise unreadable(text, error) from error
     # An entry is a name, or begins with one: transformers says the shapes since version 5.
     drawn = [*loading["missing_keys"], *loading["mismatched_keys"]]
     drawn = [entry if isinstance(entry, str) else entry[0] for entry in drawn]

@@ -94,16 +94,14 @@ def convert_checkpoint(
         f"{config['embed_dim']} dimensions"
     )
     state = _rename(state)
-    model = build_model(config, "--text-model")
+    model = build_model(config)
     load_model(
         model,
         state,
         f"{path} does not fit {args['image_arch']} + {text_model}",
         "Pass --text-model with the name or folder of the text tower it was trained with",
     )
-    tokenizer = read_tokenizer(
-        text_model, "--text-model", config["text_cfg"]["context_length"], model.vocab_size
-    )
+    tokenizer = read_tokenizer(text_model, args["max_token_length"], model.vocab_size)
     write_folder(out, model, config, state, tokenizer)
     return out
 

@@ -119,8 +119,8 @@ def make_towers(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(config, "--text", preprocess)
-    tokenizer = read_tokenizer(text, "--text", context_length, model.vocab_size)
+        model = build_model(config, preprocess)
+    tokenizer = read_tokenizer(text, context_length, model.vocab_size)
     if tokenizer.tokenizer.pad_token_id != hf_config.pad_token_id:
         raise ValueError(
             f"the tokenizer of {text} pads with {tokenizer.tokenizer.pad_token_id}, but its config.json "
