@@ -70,9 +70,8 @@ def read_tokenizer(text_model: str, context_length: int, vocab_size: int) -> HFT
     except Exception as error:  # Each file format, and the network, has errors of its own.
         raise unreadable(text_model, error) from error
     tokens = len(tokenizer.tokenizer)
-    if tokens <= len(
-        tokenizer.tokenizer.all_special_ids
-    ):  # transformers makes an empty one of none
+    # Of a folder without a tokenizer transformers makes one that knows no word.
+    if tokens <= len(tokenizer.tokenizer.all_special_ids):
         raise ValueError(f"no tokenizer in the folder {text_model}; put its tokenizer.json there")
     if tokens > vocab_size:
         raise ValueError(

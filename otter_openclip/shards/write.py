@@ -27,9 +27,7 @@ def write_shard(
             count += 1
             # As webdataset's TarWriter does, which takes torch, 2 s and 600 MB, to import.
             for suffix, content in sorted(files.items()):
-                member = tarfile.TarInfo(
-                    f"{key}.{suffix}"
-                )  # no owner, no date: always the same bytes
+                member = tarfile.TarInfo(f"{key}.{suffix}")  # no owner, no date: the same each time
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     return count
