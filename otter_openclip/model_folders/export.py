@@ -98,9 +98,6 @@ def export_checkpoint(
     if "logit_bias" in state:  # --siglip
         config.setdefault("init_logit_bias", -10)
     report(f"Exporting the {weights} of {path} as {model}")
-    listed = ", ".join(f"{name} {value}" for name, value in flags.items())
-    report(f"Model flags: {listed or 'none'}")
-
     trained = _build(model, flags, config)
     _check_frozen_norms(trained, state)
     load_model(

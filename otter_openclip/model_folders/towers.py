@@ -97,7 +97,6 @@ def make_towers(
     preprocess = _preprocessing(trunk, image_mean, image_std, image_interpolation)
     size = image_size or _plain_size(trunk)
     images, features = _image_features(trunk, image, size)
-    widths = {"image": (image_head, features.shape[1]), "text": (text_head, width)}
     config = {
         "embed_dim": embed_dim,
         "init_logit_scale": init_logit_scale,
@@ -121,20 +120,15 @@ def make_towers(
         torch.manual_seed(seed)
         model = build_model(config, preprocess)
     tokenizer = read_tokenizer(text, context_length, model.vocab_size)
-    if tokenizer.tokenizer.pad_token_id != hf_config.pad_token_id:
-        raise ValueError(
-            f"the tokenizer of {text} pads with {tokenizer.tokenizer.pad_token_id}, but its config.json "
-            f"says pad_token_id {hf_config.pad_token_id}, which open_clip masks; make them equal"
-        )
     model.visual.trunk.load_state_dict(trunk.state_dict())
     transformer = model.text.transformer
     if text_pooler == "own" and getattr(transformer, "pooler", None) is None:
         raise ValueError(f"{text} has no pooler of its own; use --text-pooler mean or cls")
     load_text_tower(transformer, text, text_weights, text_pooler)
     check_features(model.text, tokenizer, text, text_pooler)
-    if widths["image"] == ("linear", embed_dim):
+    if image_head == "linear" and features.shape[1] == embed_dim:
         nn.init.eye_(model.visual.head.proj.weight)
-    if widths["text"] == ("linear", embed_dim):
+    if text_head == "linear" and width == embed_dim:
         nn.init.eye_(model.text.proj.weight)
     with torch.no_grad():
         if not torch.allclose(model.visual.trunk(images), features, rtol=1e-4, atol=1e-5):
