@@ -342,15 +342,6 @@ def test_saved_and_loaded_classifier(ours, stocks, tmp_path):
 # Bad input ---------------------------------------------------------------------------------------
 
 
-def test_truncated_image(ours, tmp_path, capsys):
-    files = shards()
-    whole = jpeg(3, (90, 80))
-    files[2] |= {"bad.jpg": whole[: len(whole) // 2], "bad.npy": vector([1])}
-    bad = write_data(tmp_path / "bad", files)
-    ours(data=bad, code=2)
-    assert "2.tar: sample bad: unreadable image" in capsys.readouterr().err
-
-
 def test_a_folder_without_images(ours, tmp_path, capsys, caplog):
     """All faults of folders are in test_evaluation_folders.py."""
     ours(data=write_data(tmp_path / "empty", [{}, {}]), code=2)
@@ -362,6 +353,7 @@ def test_a_folder_without_images(ours, tmp_path, capsys, caplog):
     ("kind", "labels", "message", "workers"),
     [
         ("multilabel", {"x.npy": vector([1], value=2)}, "values other than 0 and 1", "2"),
+        ("multilabel", {"x.jpg": jpeg(3)[:-99], "x.npy": vector([1])}, "file is truncated", "0"),
         ("classification", {"x.cls": b"18"}, "its cls, b'18', is none of the 18 classes", "0"),
         ("retrieval", {"x.txt": b" "}, "empty caption", "2"),
     ],

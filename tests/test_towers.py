@@ -382,7 +382,6 @@ def test_settings_that_cannot_be(parts, tmp_path, settings, message, monkeypatch
 
 def test_the_towers_pooler_must_be_among_the_weights(parts, tmp_path):
     bare = text_folder(tmp_path / "text")
-    make(parts, tmp_path / "out", text=bare)
     with pytest.raises(ValueError, match=r"pooler.dense.* is missing"):
         make(parts, tmp_path / "own", text=bare, text_pooler="own")
 
