@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -239,8 +239,6 @@ def test_the_command_with_fewer_pairs_than_a_batch(weights, tmp_path, capsys):
     stats = json.loads((output / "stats.json").read_text(encoding="utf-8"))
     assert list(stats["batches"]) == ["31"] and stats["data"]["pairs_in_all"] == 31
     assert stats["model"] == {"name": "tiny-vit", "pretrained": str(weights)}
-    page = (output / "report.html").read_text(encoding="utf-8")
-    assert "<script>window.hacked" not in page and "onerror=&#34;" in page
     assert {path.name for path in output.iterdir()} == {"report.html", "stats.json"}
 
 
@@ -281,77 +279,26 @@ def test_features_that_are_not_finite_are_refused(pairs, tmp_path):
         embed(model, Reader(str(pairs / "00000.tar"), 5), 5)
 
 
-@pytest.fixture
-def page(tmp_path):
-    """A report of made-up pairs, some of them hostile, with everything on it."""
+def test_the_page_shows_all_of_it_and_runs_none(tmp_path):
+    """Captions, places and reasons are text, whatever is in them."""
     images, texts = made_up(300, shuffled=0.4)
     captions = [f"{HOSTILE} {i}" if i % 3 else "W" * 500 for i in range(300)]
     captions[5:9] = ["一只猫坐在垫子上"] * 4
     pictures = [jpeg(i % 290, (160, 107)) for i in range(300)]
     keys, places = [b"%d" % (i % 290) for i in range(300)], [f"{HOSTILE}: {i}" for i in range(300)]
-    passed = [
-        {"reason": HOSTILE * 3, "samples": 3},
-        {"reason": "b", "samples": 20},
-    ]
+    data = {"train_data": HOSTILE, "pairs": 300, "pairs_in_all": 3000}
     stats = {
-        "data": {
-            "train_data": "s/" * 200,
-            "pairs": 300,
-            "pairs_in_all": 3000,
-            "passed_over": passed,
-        },
-        "model": {"name": "m" * 90, "pretrained": None},
+        "data": data | {"passed_over": [{"reason": HOSTILE, "samples": 3}]},
+        "model": {"name": HOSTILE, "pretrained": None},
         "notes": [HOSTILE],
     }
-    pair_report.report(
-        tmp_path, Embedded(images, texts, captions, pictures, keys, places), stats, [16, 32, 64]
-    )
-    return tmp_path / "report.html"
-
-
-@pytest.fixture
-def browser():
-    """Headless Chromium."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    driver = shutil.which("chromedriver")
-    if not (driver and shutil.which("chromium")):
-        pytest.skip("chromium and chromedriver are not on PATH")
-    options = webdriver.ChromeOptions()
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(driver)
-    with webdriver.Chrome(options, service) as browser:
-        yield browser
-
-
-LOOK = """
-const images = [...document.images], root = document.documentElement;
-return {broken: images.filter(i => !i.naturalWidth).length, images: images.length, hacked: window.hacked,
-  wide: root.scrollWidth - root.clientWidth, colour: getComputedStyle(document.body).backgroundColor,
-  beyond: [...document.querySelectorAll("td, th, p, .card, h1, h3")].filter(
-    e => e.getClientRects().length && e.getBoundingClientRect().right > innerWidth + 1).length,
-  tables: [...document.querySelectorAll("table")].map(t => t.rows.length)};
-"""
-
-
-def test_the_page_in_a_browser(page, browser):
-    colours = []
-    for width in (390, 1280):
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        for scheme in ("light", "dark"):
-            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-            browser.get(page.as_uri())
-            for fold in browser.find_elements("tag name", "details"):
-                browser.execute_script("arguments[0].open = true", fold)
-            seen = browser.execute_script(LOOK)
-            assert seen["images"] > 50 and seen["broken"] == 0 and seen["hacked"] is None
-            assert seen["wide"] == 0 and seen["beyond"] == 0, (width, seen)
-            assert len(seen["tables"]) >= 5
-            colours.append(seen["colour"])
-    light, dark = colours[:2]
-    assert light != dark and colours == [light, dark] * 2
-    assert HOSTILE.split(" \u202e")[0] in browser.find_element("tag name", "body").text
-    assert browser.get_log("browser") == []
+    pairs = Embedded(images, texts, captions, pictures, keys, places)
+    pair_report.report(tmp_path, pairs, stats, [16, 32, 64])
+    tags = []
+    reader = HTMLParser()
+    reader.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    reader.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
+    shown = [attributes for tag, attributes in tags if tag == "img"]
+    assert len(shown) > 50 and all(x["src"].startswith("data:image/jpeg") for x in shown)
+    assert not [tag for tag, attributes in tags if tag == "script" or "onerror" in attributes]
+    assert [tag for tag, _ in tags].count("table") >= 5
