@@ -11,7 +11,7 @@ from open_clip_train.data import CsvDataset
 from PIL import Image
 from training_helpers import parse_args, train
 
-from otter_openclip.training import table_check
+from otter_openclip.training import table_check, watch
 
 
 def shards(folder, *contents):
@@ -71,10 +71,12 @@ def test_a_loaders_process_says_it_too(tmp_path):
     assert "Traceback" not in said
 
 
-def test_drawing_shards_for_ever_ends_too(tmp_path):
+def test_drawing_shards_for_ever_ends_too(tmp_path, monkeypatch):
     data = shards(tmp_path / "data", CASES["captions in json"], CASES["unreadable"])
     resampled = ["--dataset-resampled", "--train-num-samples", "24", "--workers", "0"]
-    assert f"{NO_BATCH} from 2 shards" in run(tmp_path, data, *resampled)
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "_BUFFER", 50)  # thousands of shards would be drawn
+        assert f"{NO_BATCH} from 2 shards" in run(tmp_path, data, *resampled)
     # Ten samples are few, but drawn again they make batches.
     data = shards(tmp_path / "more", good(*range(10)))
     words = ["--train-data", data, *resampled, "--loss", "otter", "--epochs", "1"]
