@@ -4,25 +4,33 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 from data_helpers import jpeg, run, samples, tree, write_files
+from fuzz import MEMORY
 from test_data_eval import DICTIONARY
 
 IMAGES = 14
 
 
 @pytest.fixture
-def data(tmp_path):
-    (tmp_path / "dictionary.txt").write_text(DICTIONARY, encoding="utf-8")
+def data():
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
+        yield write_data(Path(name))
+
+
+def write_data(folder):
+    (folder / "dictionary.txt").write_text(DICTIONARY, encoding="utf-8")
     names = [f"n{n % 3}/n{n % 3}_{n}.JPEG" for n in range(IMAGES)]
     rows = [f"{name}\t{n % 6}" for n, name in enumerate(names)]
-    (tmp_path / "val.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "val.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
     contents = {name: jpeg(n) for n, name in enumerate(names)}
     for n in (5, *range(9, 12)):  # the fourth shard of 3 loses all of its images
         contents[names[n]] = contents[names[n]][:-99]
-    write_files(tmp_path / "images", contents)
-    return tmp_path
+    write_files(folder / "images", contents)
+    return folder
 
 
 def command(data, out, *extra):
