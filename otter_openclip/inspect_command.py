@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from heapq import nlargest
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -48,7 +47,8 @@ def main(args: argparse.Namespace) -> int:
         for folder in dict.fromkeys(path.parent for path in paths)
     }
     jobs = [(path, sets[path.parent]) for path in paths]
-    looks = ordered_map(partial(inspecting.Look, pictures=args.pictures), jobs, args.workers)
+    look = partial(inspecting.Look, pictures=-(-args.pictures // len(jobs)))
+    looks = ordered_map(look, jobs, args.workers)
     looks = list(tqdm(looks, "Reading shards", len(paths), unit="shard"))
     faults, remarks = inspecting.judge(looks, sets)
     figures = inspecting.summarise(looks)
@@ -63,9 +63,9 @@ def main(args: argparse.Namespace) -> int:
         rows = [dict(zip(("shard", "sample", "fault"), fault, strict=True)) for fault in faults]
         write_json(Path(args.json), {**figures, "faults": rows, "remarks": list(map(str, remarks))})
     pictures = chain.from_iterable(look.pictures for look in looks)
-    if chosen := nlargest(args.pictures, pictures, key=lambda picture: picture[0]):
-        draw([(png, text) for _, png, text in chosen], Path(args.sheet))
-        print(f"{len(chosen)} of them, drawn by lot: {args.sheet}")
+    if chosen := list(islice(pictures, args.pictures)):
+        draw(chosen, Path(args.sheet))
+        print(f"{len(chosen)} of them, the first of each shard: {args.sheet}")
     else:
         print(f"No image to draw: {args.sheet} is not written.")
     return 1 if faults else 0

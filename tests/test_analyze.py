@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,9 @@ import open_clip
 import pytest
 import torch
 from data_helpers import jpeg, write_tar
-from training_helpers import train
 
 from otter_openclip import cli
-from otter_openclip.analysis import charts, duplicates, matching, pair_report, verdict
+from otter_openclip.analysis import duplicates, matching, pair_report, verdict
 from otter_openclip.analysis.embedding import Embedded, embed, load_model
 from otter_openclip.analysis.reading import Reader
 
@@ -68,9 +67,6 @@ def test_matching_statistics_are_the_formulas():
         "rows_with_one_over_0.2": np.mean([(x > 0.2).any(axis=1).mean() for x in others]),
     }
     assert {key: statistics[key] for key in expected} == pytest.approx(expected, rel=1e-3)
-    for name, values in (("diagonal", [x[~off] for x in p]), ("off_diagonal", [x[off] for x in p])):
-        counts = np.histogram(np.maximum(np.concatenate(values), 1e-8), matching.EDGES)[0] / 4
-        assert statistics["histogram"][name] == pytest.approx(counts.tolist())
     kd = statistics["targets"]["kd"]
     assert kd["entropy"] == pytest.approx(np.mean([entropy(x) for x in p]), rel=1e-3)
     assert kd["off_pair"] == pytest.approx(1 - expected["diagonal"], rel=1e-3)
@@ -96,21 +92,19 @@ def embedded(images, texts):
     return Embedded(images, texts, captions, [b""] * count, captions, captions)
 
 
-@pytest.mark.parametrize("shuffled", [0.0, 0.4])
-@pytest.mark.parametrize("related", [True, False])
-def test_the_share_of_wrong_captions(shuffled, related):
-    """Also under towers whose heads know nothing of each other; a fortieth of them fit by chance."""
-    images, texts = made_up(2000, shuffled, related=related)
+def test_the_share_of_wrong_captions():
+    """Under towers whose heads know nothing of each other; a fortieth of them fit by chance."""
+    images, texts = made_up(1000, 0.4, related=False)
     wrong, suspects, chart = pair_report._wrong(embedded(images, texts))
-    assert wrong["share"] == pytest.approx(shuffled, abs=4 * wrong["standard_error"] + 0.02)
-    assert len(suspects) == pytest.approx(2000 * shuffled, abs=100) and chart.startswith("<svg")
+    assert wrong["share"] == pytest.approx(0.4, abs=4 * wrong["standard_error"] + 0.02)
+    assert len(suspects) == pytest.approx(400, abs=50) and chart.startswith("<svg")
     for suspect in suspects[:5]:
         i, best = suspect["number"], suspect["best"]
         assert best != i and suspect["best_similarity"] > suspect["similarity"]
 
 
 def test_all_captions_at_chance_and_few_pairs():
-    images, texts = made_up(2000, 1.0)
+    images, texts = made_up(500, 1.0)
     wrong, suspects, _ = pair_report._wrong(embedded(images, texts))
     assert "of the pairs look wrong" in wrong["fault"] and suspects == []
     assert "too few" in pair_report._wrong(embedded(images[:30], texts[:30]))[0]["fault"]
@@ -198,11 +192,8 @@ def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path):
     reader = Reader(str(tmp_path / "{0..2}.tar"), 100)
     pairs = [pair for pair in reader if pair.shard == str(path)]
     assert all(pair.image.mode == "RGB" for pair in pairs)
-    # Training takes an empty caption, and none of the others; a place is among all samples.
-    assert [(pair.index, pair.key[-1], pair.caption) for pair in pairs][-2:] == [
-        (2, "2", "caption 2"),
-        (6, "e", ""),
-    ]
+    # Training takes an empty caption, and none of the others.
+    assert [(pair.key[-1], pair.caption) for pair in pairs][-2:] == [("2", "caption 2"), ("e", "")]
     reasons = dict(reader.passed_over)
     assert reasons.pop("unreadable image: not an image that Pillow can read") == 1
     assert reasons.pop("no txt with its caption") == 1
@@ -248,8 +239,6 @@ def test_the_command_with_fewer_pairs_than_a_batch(weights, tmp_path, capsys):
     stats = json.loads((output / "stats.json").read_text(encoding="utf-8"))
     assert list(stats["batches"]) == ["31"] and stats["data"]["pairs_in_all"] == 31
     assert stats["model"] == {"name": "tiny-vit", "pretrained": str(weights)}
-    page = (output / "report.html").read_text(encoding="utf-8")
-    assert "<script>window.hacked" not in page and "onerror=&#34;" in page
     assert {path.name for path in output.iterdir()} == {"report.html", "stats.json"}
 
 
@@ -290,103 +279,26 @@ def test_features_that_are_not_finite_are_refused(pairs, tmp_path):
         embed(model, Reader(str(pairs / "00000.tar"), 5), 5)
 
 
-@pytest.fixture
-def page(tmp_path):
-    """A report of made-up pairs, some of them hostile, with everything on it."""
+def test_the_page_shows_all_of_it_and_runs_none(tmp_path):
+    """Captions, places and reasons are text, whatever is in them."""
     images, texts = made_up(300, shuffled=0.4)
     captions = [f"{HOSTILE} {i}" if i % 3 else "W" * 500 for i in range(300)]
     captions[5:9] = ["一只猫坐在垫子上"] * 4
     pictures = [jpeg(i % 290, (160, 107)) for i in range(300)]
     keys, places = [b"%d" % (i % 290) for i in range(300)], [f"{HOSTILE}: {i}" for i in range(300)]
-    passed = [
-        {"reason": HOSTILE * 3, "samples": 3},
-        {"reason": "b", "samples": 20},
-    ]
+    data = {"train_data": HOSTILE, "pairs": 300, "pairs_in_all": 3000}
     stats = {
-        "data": {
-            "train_data": "s/" * 200,
-            "pairs": 300,
-            "pairs_in_all": 3000,
-            "passed_over": passed,
-        },
-        "model": {"name": "m" * 90, "pretrained": None},
+        "data": data | {"passed_over": [{"reason": HOSTILE, "samples": 3}]},
+        "model": {"name": HOSTILE, "pretrained": None},
         "notes": [HOSTILE],
     }
-    pair_report.report(
-        tmp_path, Embedded(images, texts, captions, pictures, keys, places), stats, [16, 32, 64]
-    )
-    return tmp_path / "report.html"
-
-
-@pytest.fixture
-def browser():
-    """Headless Chromium."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    driver = shutil.which("chromedriver")
-    if not (driver and shutil.which("chromium")):
-        pytest.skip("chromium and chromedriver are not on PATH")
-    options = webdriver.ChromeOptions()
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(driver)
-    with webdriver.Chrome(options, service) as browser:
-        yield browser
-
-
-LOOK = """
-const images = [...document.images], root = document.documentElement;
-return {broken: images.filter(i => !i.naturalWidth).length, images: images.length, hacked: window.hacked,
-  wide: root.scrollWidth - root.clientWidth, colour: getComputedStyle(document.body).backgroundColor,
-  beyond: [...document.querySelectorAll("td, th, p, .card, h1, h3")].filter(
-    e => e.getClientRects().length && e.getBoundingClientRect().right > innerWidth + 1).length,
-  tables: [...document.querySelectorAll("table")].map(t => t.rows.length)};
-"""
-
-
-def test_the_page_in_a_browser(page, browser):
-    colours = []
-    for width in (390, 1280):
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        for scheme in ("light", "dark"):
-            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-            browser.get(page.as_uri())
-            for fold in browser.find_elements("tag name", "details"):
-                browser.execute_script("arguments[0].open = true", fold)
-            seen = browser.execute_script(LOOK)
-            assert seen["images"] > 50 and seen["broken"] == 0 and seen["hacked"] is None
-            assert seen["wide"] == 0 and seen["beyond"] == 0, (width, seen)
-            assert len(seen["tables"]) >= 5
-            colours.append(seen["colour"])
-    light, dark = colours[:2]
-    assert light != dark and colours == [light, dark] * 2
-    assert HOSTILE.split(" \u202e")[0] in browser.find_element("tag name", "body").text
-    assert browser.get_log("browser") == []
-
-
-def test_charts_of_extreme_figures():
-    empty = {"diagonal": [0.0] * 32, "off_diagonal": [0.0] * 31 + [0.25]}
-    assert charts.matchings(empty, 2).startswith("<svg")
-
-
-@pytest.mark.parametrize("lock", ["--lock-image", "--lock-text"])
-def test_features_of_a_training_run_are_not_computed_again(pairs, hf_model, tmp_path, lock, capsys):
-    start = open_clip.create_model(hf_model)
-    torch.save(start.state_dict(), tmp_path / "start.pt")
-    words = ["--loss", "infonce", "--model", hf_model, "--pretrained", str(tmp_path / "start.pt")]
-    words += [lock, "--feature-cache", str(tmp_path / "cache"), "--epochs", "1"]
-    words += ["--lock-text-freeze-layer-norm"] * (lock == "--lock-text")
-    train(pairs, tmp_path / "run", *words)
-    shards = str(pairs / "{00000..00001}.tar")
-    model = load_model(hf_model, str(tmp_path / "start.pt"), "cpu")
-    live = embed(model, Reader(shards, 72), 72)
-    part = {"--lock-image": "visual.trunk", "--lock-text": "text.transformer"}[lock]
-    calls = []
-    model.network.get_submodule(part).register_forward_pre_hook(lambda *_: calls.append(1))
-    again = embed(model, Reader(shards, 72), 72, str(tmp_path / "cache"))
-    assert f"72 of 144 features are those of {tmp_path / 'cache'}" in capsys.readouterr().out
-    torch.testing.assert_close(again.images, live.images, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(again.texts, live.texts, rtol=1e-4, atol=1e-5)
-    assert not calls
+    pairs = Embedded(images, texts, captions, pictures, keys, places)
+    pair_report.report(tmp_path, pairs, stats, [16, 32, 64])
+    tags = []
+    reader = HTMLParser()
+    reader.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    reader.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
+    shown = [attributes for tag, attributes in tags if tag == "img"]
+    assert len(shown) > 50 and all(x["src"].startswith("data:image/jpeg") for x in shown)
+    assert not [tag for tag, attributes in tags if tag == "script" or "onerror" in attributes]
+    assert [tag for tag, _ in tags].count("table") >= 5

@@ -160,16 +160,6 @@ def test_the_command_and_its_folder(tower, tmp_path, capsys, monkeypatch):
     assert {p.name for p in tmp_path.iterdir()} == {"last.pth.tar", "out"}
 
 
-def test_a_text_model_without_a_tokenizer(tower, tmp_path, caplog):
-    folder = tmp_path / "config-only"
-    folder.mkdir()
-    (folder / "config.json").write_bytes((tower / "config.json").read_bytes())
-    file = save(tmp_path / "last.pth.tar", Reference(tower).state_dict())
-    out = convert_checkpoint(file, tmp_path / "out", text_model=str(folder))
-    assert "has no tokenizer" in caplog.text and not (out / "tokenizer.json").exists()
-    assert open_clip.create_model(f"local-dir:{out}").context_length == 12
-
-
 def test_a_file_without_args_is_taken_for_the_defaults(tower, tmp_path, caplog, monkeypatch):
     reference = Reference(tower)
     torch.save({"state_dict": reference.state_dict()}, tmp_path / "OTTER.pth.tar")

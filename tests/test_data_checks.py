@@ -11,7 +11,7 @@ from open_clip_train.data import CsvDataset
 from PIL import Image
 from training_helpers import parse_args, train
 
-from otter_openclip.training import table_check
+from otter_openclip.training import table_check, watch
 
 
 def shards(folder, *contents):
@@ -53,8 +53,7 @@ CASES = {
 NO_BATCH = "error: --train-data gives no batch of 12"
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("loss", ["otter", "clip"])
+@pytest.mark.parametrize(("case", "loss"), zip(CASES, ["otter", "otter", "clip"], strict=True))
 def test_data_without_a_batch_end_the_run_with_shards_and_what_looks_into_them(
     tmp_path, case, loss
 ):
@@ -72,13 +71,15 @@ def test_a_loaders_process_says_it_too(tmp_path):
     assert "Traceback" not in said
 
 
-def test_drawing_shards_for_ever_ends_too(tmp_path):
+def test_drawing_shards_for_ever_ends_too(tmp_path, monkeypatch):
     data = shards(tmp_path / "data", CASES["captions in json"], CASES["unreadable"])
     resampled = ["--dataset-resampled", "--train-num-samples", "24", "--workers", "0"]
-    assert f"{NO_BATCH} from 2 shards" in run(tmp_path, data, *resampled)
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "_BUFFER", 50)  # thousands of shards would be drawn
+        assert f"{NO_BATCH} from 2 shards" in run(tmp_path, data, *resampled)
     # Ten samples are few, but drawn again they make batches.
     data = shards(tmp_path / "more", good(*range(10)))
-    words = ["--train-data", data, *resampled, "--loss", "otter"]
+    words = ["--train-data", data, *resampled, "--loss", "otter", "--epochs", "1"]
     assert list(train(tmp_path, tmp_path / "logs", *words).glob("*.pt"))
 
 
@@ -181,6 +182,8 @@ def test_a_row_that_cannot_be_used_is_named_before_the_first_step(tmp_path, monk
     said = run(tmp_path, str(data), *loss, "--workers", "0")
     assert f"--train-data {data}: row 25 below the header: {ROWS[row]}" in said
     assert len(said.splitlines()) == 1
+    if "NA" not in row:
+        return
     # As data for validation, which comes after the first epoch.
     Path("train.csv").write_text(whole, encoding="utf-8")
     said = run(tmp_path, "train.csv", "--val-data", str(data), *loss)

@@ -9,7 +9,6 @@ import pytest
 from data_helpers import encoded, jpeg, run, write_tar
 from PIL import Image
 
-from otter_openclip.data.inspecting import Look
 from otter_openclip.shards import read as shard_samples
 
 
@@ -80,7 +79,6 @@ def test_every_fault_is_named(shards, capsys):
     assert faults["00001.tar", "alone"].startswith("neither caption")
     assert faults["00001.tar", "latin"] == "caption is not UTF-8"
     assert "(mode I), which loaders cut off" in faults["00001.tar", "deep"]
-    assert "50% of it is white then, 25% black" in faults["00001.tar", "deep"]
     assert faults["00001.tar", "long"] == f"its cls, {b'9' * 20}, is no class's number"
     assert faults["00001.tar", "minus"] == "its cls, b'-1', is no class's number"
     assert len(figures["faults"]) == 8 + 1
@@ -106,7 +104,7 @@ def test_zero_shot_sets(tmp_path):
     code, figures = inspect(tmp_path)
     faults = {f["sample"]: f["fault"] for f in figures["faults"]}
     assert code == 1 and list(faults) == ["c", "d", ""]
-    assert "classnames.txt has 3" in faults["c"] and "nshards.txt but gone" in faults[""]
+    assert "there are 3 class names" in faults["c"] and "nshards.txt but gone" in faults[""]
     assert "unreadable labels" in faults["d"]
     (remark,) = figures["remarks"]  # evaluation warns of it too
     assert remark.endswith("0.tar: 1 images with no positive label")
@@ -152,8 +150,8 @@ def test_folders_of_tars_and_odd_names(shards):
 @pytest.mark.parametrize(
     ("text", "file", "fault"),
     [
-        ("{broken", "sizes.json", "cannot be read as JSON"),
-        ('["00000.tar"]', "sizes.json", "cannot be read as JSON of shard names and numbers"),
+        ("{broken", "sizes.json", "is not JSON of shard names and numbers"),
+        ('["00000.tar"]', "sizes.json", "is not JSON of shard names and numbers"),
         ('{"00000.tar": 6}', "00001.tar", "1 samples, where sizes.json has None"),
         ('{"00000.tar": 6, "00001.tar": "1"}', "00001.tar", "where sizes.json has '1'"),
         ('{"00000.tar": 6, "00001.tar": 1, "2.tar": 0}', "2.tar", "counted in sizes.json but gone"),
@@ -191,14 +189,14 @@ def test_pictures_are_shown_as_loaders_decode_them(tmp_path):
     assert blue.any(axis=0).sum() == pytest.approx(3 * 30, abs=6)
 
 
-@pytest.mark.parametrize("suffix", ["png", "JPEG", "tif", ""])
+@pytest.mark.parametrize("suffix", ["JPEG", ""])
 def test_the_sheet_goes_where_it_is_asked_to(shards, suffix, monkeypatch):
     sheet = shards / "new" / "folder" / f"sheet{'.' if suffix else ''}{suffix}"
     assert run("inspect", shards, "--sheet", sheet, "--json", shards / "also" / "f.json") == 0
     assert [path.name for path in sheet.parent.iterdir()] == [sheet.name]
     assert (shards / "also" / "f.json").exists()
     with Image.open(sheet) as image:
-        assert image.format == {"tif": "TIFF", "": "PNG"}.get(suffix, suffix.upper())
+        assert image.format == (suffix or "PNG")
     monkeypatch.chdir(shards)
     assert run("inspect", shards) == 0 and (shards / "contact_sheet.png").exists()
 
@@ -221,12 +219,7 @@ def test_what_cannot_be_written_is_refused_before_reading(
     assert message in capsys.readouterr().err
 
 
-def test_pictures_are_drawn_by_lot(tmp_path):
-    names = [f"{n:03d}.{suffix}" for n in range(60) for suffix in ("jpg", "txt")]
-    write_tar(tmp_path / "0.tar", {n: jpeg(int(n[:3])) if "j" in n else b"x" for n in names})
-    pictures = Look((tmp_path / "0.tar", None), 60).pictures
-    drawn = Look((tmp_path / "0.tar", None), 5).pictures
-    assert sorted(drawn) == sorted(pictures)[-5:]
-    assert inspect(tmp_path, "--pictures", "5")[0] == 0
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.width // 176 == 5
+def test_pictures_are_the_first_of_each_shard(shards):
+    assert inspect(shards, "--pictures", "5")[0] == 0
+    with Image.open(shards / "sheet.png") as sheet:
+        assert sheet.width // 176 == 4  # three of the first shard, one of the second

@@ -196,18 +196,18 @@ def test_a_table_that_is_none_is_an_error_with_its_line(tmp_path, capsys, text, 
 # pixels -------------------------------------------------------------------------------------------
 
 
-def deep(array, form, **options):
+def deep(array, form):
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, form, **options)
+    Image.fromarray(array).save(buffer, form)
     return buffer.getvalue()
 
 
 RAMP = np.arange(480).reshape(20, 24)
 
 
-def white_is_zero(array, **options):
+def white_is_zero(array):
     """A TIFF whose tag says that 0 is white."""
-    content = bytearray(deep(array, "TIFF", **options))
+    content = bytearray(deep(array, "TIFF"))
     at = content.index(b"\x06\x01\x03\0\x01\0\0\0")
     content[at + 8 : at + 10] = b"\0\0"
     return bytes(content)
@@ -234,26 +234,13 @@ def fits(array):
     [
         (deep((RAMP * 130).astype(np.uint16), "PNG"), RAMP * 130 / 257),
         (deep((RAMP * 130).astype(np.uint16), "TIFF"), RAMP * 130 / 257),
-        (deep((RAMP * 8).astype(np.uint16), "TIFF", tiffinfo={281: 4095}), RAMP * 8 * 255 / 4095),
         (b"P5 24 20 999\n" + (RAMP * 2).astype(">u2").tobytes(), RAMP * 2 * 255 / 999),
-        (deep((RAMP / 480).astype(np.float32), "TIFF", tiffinfo={341: 1.0}), RAMP * 255 / 480),
         (deep((RAMP / 480).astype(np.float32), "TIFF"), "F pixels of no stated range"),
         (deep(RAMP.astype(np.int32), "TIFF"), "I pixels of no stated range"),
-        (deep(RAMP.astype(np.float32), "TIFF", tiffinfo={341: 1.0}), "F pixels outside"),
         (white_is_zero((RAMP * 130).astype(np.uint16)), 255 - RAMP * 130 / 257),
-        (
-            white_is_zero((RAMP * 8).astype(np.uint16), tiffinfo={281: 4095}),
-            255 - RAMP * 8 * 255 / 4095,
-        ),
         (twelve_bits(RAMP * 8), RAMP * 8 * 255 / 4095),
         (b"Pf 24 20 -1.0\n" + (RAMP / 480).astype("<f4").tobytes(), "F pixels of no|not an image"),
         (fits(RAMP), "I(;16)? pixels of no stated range"),
-        (
-            deep((RAMP * 8).astype(np.uint16), "TIFF", tiffinfo={281: 4095}).replace(
-                b"\x19\x01\x03\0\x01\0\0\0", b"\x19\x01\x02\0\x01\0\0\0"
-            ),
-            "ufunc",  # a number that is a text
-        ),
     ],
 )
 def test_deep_pixels_keep_their_meaning_or_go(tmp_path, capsys, content, expected):
@@ -476,7 +463,9 @@ def test_columns_are_chosen_once_for_all_files(tmp_path, capsys, monkeypatch):
     parquet(tmp_path / "set" / "3.parquet", {"thumb": [jpeg(3)], "said": ["c"]})
     words[4] = tmp_path / "third"
     assert run(*words, "image") == 2
-    assert "3.parquet: no column 'image' but thumb, said; --image-key" in capsys.readouterr().err
+    assert (
+        "3.parquet: not one column 'image' but thumb, said; --image-key" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -497,10 +486,10 @@ def test_an_arrow_stream_that_stops(tmp_path, capsys, inside):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image": PICTURES, "en": ["a", "b", "c"]}, "no column 'text' but en; --text-key"),
+        ({"image": PICTURES, "en": ["a"] * 3}, "not one column 'text' but en; --text-key"),
+        ({"image": PICTURES, "label": [0, 1, 2]}, "'text' but none of texts among image, label;"),
         ({"image": PICTURES, "text": [0, 1, 2]}, "row 0: no text in 'text', but 0"),
         ({"image": PICTURES, "text": [[{"raw": "a"}]] * 3}, "row 0: no text in 'text', but {"),
-        ({"image": PICTURES, "label": [0, 1, 2]}, "'text' but none of texts among image, label;"),
         ({"text": ["a"]}, "0 columns of images among text"),
         ({"image": PICTURES, "mask": [b"a"] * 3, "text": ["a"] * 3}, "2 columns of images among"),
         ({"image": [PICTURES[:2]], "text": ["a"]}, "row 0: 2 images in 'image', where one is due"),
@@ -525,7 +514,7 @@ def test_hugging_face_columns_of_one_name(tmp_path, capsys):
     whole = arrow.Table.from_arrays(columns, ["image", "text", "text"])
     writer.write_table(whole, tmp_path / "a.parquet")
     assert run("hf", "--dataset", tmp_path / "a.parquet", "--output", tmp_path / "out") == 2
-    assert "two columns of one name among image, text, text" in capsys.readouterr().err
+    assert "not one column 'text' but text, text; --text-key" in capsys.readouterr().err
 
 
 def test_without_images_nothing_is_searched(tmp_path, monkeypatch):

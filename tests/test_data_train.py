@@ -12,7 +12,6 @@ import pandas
 import pytest
 from data_helpers import dropped, jpeg, run, samples, tree, write_files, write_tar
 from open_clip_train.data import get_dataset_size
-from training_helpers import train
 
 from otter_openclip.data import cc3m, wit, yfcc15m
 
@@ -133,17 +132,6 @@ def test_processed_labels_are_the_references(conceptual, monkeypatch):
     buffer = io.StringIO()
     merged.to_csv(buffer)
     assert path.read_text(encoding="utf-8") == buffer.getvalue()
-
-
-def test_training_takes_the_shards_and_the_csv(conceptual, tmp_path, monkeypatch):
-    out = conceptual.parent / "out"
-    assert build_cc(conceptual, "--shard-size", "2") == 0
-    monkeypatch.chdir("/")
-    table = ["--dataset-type", "csv", "--csv-separator", ",", "--csv-img-key", "filename"]
-    table += ["--csv-caption-key", "caption", "--train-data", str(out / "processed_labels.csv")]
-    for data in (["--train-data", str(out / "{00000..00002}.tar")], table):
-        words = [*data, "--name", f"run{len(data)}", "--epochs", "1", "--batch-size", "4"]
-        assert list(train(out, tmp_path / "logs", *words).glob("*.pt"))
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "webdataset, one key", "files"])

@@ -183,7 +183,7 @@ def test_two_processes_give_the_same_numbers(ours, model, data, tmp_path):
     (tmp_path / "made").symlink_to(data)
     single_label(tmp_path / "a"), single_label(tmp_path / "b")
     words = line(model, tmp_path / "{dataset}", tmp_path / "{dataset}.json", "--distributed")
-    words += ["--num_workers", "1", "--dataset", "wds/a", "wds/made", "wds/b"]
+    words += ["--dataset", "wds/a", "wds/made", "wds/b"]
     said = forks.ranks(2, "-m", "otter_openclip.cli", *words)
     found = {
         name: json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
@@ -227,8 +227,6 @@ def test_results_say_prompts_and_crop(ours, data, tmp_path):
 def test_templates(ours, data, stocks, tmp_path):
     default = ours("--dump_templates")
     assert ours("--templates", "simple", "--dump_templates") == default
-    imagenet = ours("--templates", "imagenet", "--dump_templates")
-    assert len(imagenet["templates"]) == 80 and imagenet["metrics"] != default["metrics"]
     (tmp_path / "t.txt").write_text("a {c} café\n\nthe {} one, {{so}}\n", encoding="utf-8")
     mine = ours("--templates", tmp_path / "t.txt", "--dump_templates")
     assert mine["templates"] == ["a {c} café", "the {c} one, {{so}}"]
@@ -242,10 +240,10 @@ def test_templates(ours, data, stocks, tmp_path):
 
 @pytest.mark.parametrize(
     "template",
-    "a photo|a {name}|a {}|{c.x}|{c[0]}|{c!z}|{c:>9}|{".split("|"),
+    "a photo|a {name}|a {}|{c.x}|{c!z}|{".split("|"),
 )
 def test_bad_templates(template):
-    with pytest.raises(ValueError, match=r"^here, line 2: ") as stop:
+    with pytest.raises(ValueError, match=r"^here: line 2: ") as stop:
         prompts.check_prompts(["a {c}", template], (), "here")
     assert f"{template!r} is no template" in str(stop.value)
 
@@ -259,7 +257,7 @@ def test_templates_that_cannot_be_used(ours, capsys, tmp_path):
     prompts_file.write_text(json.dumps({"made": ["a {c}", "{c.x}"]}), encoding="utf-8")
     for flag, path in (("--templates", file), ("--custom_template_file", prompts_file)):
         ours(flag, path, code=2)
-        assert f"{path}, line 2: '{{c.x}}' is no template" in capsys.readouterr().err
+        assert f"{path}: line 2: '{{c.x}}' is no template" in capsys.readouterr().err
 
 
 def test_blank_templates_are_passed_over(ours, tmp_path):
@@ -316,8 +314,8 @@ def test_reference_crop(ours, model, data, monkeypatch):
     assert not torch.allclose(plain, cropped, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["goi", "imagenet10k"])
-def test_named_data_sets(ours, tmp_path, capsys, name):
+def test_a_named_data_set(ours, tmp_path, capsys):
+    name = "goi"
     write_data(tmp_path / "eval" / name, shards())
     result = ours(data=tmp_path / "eval", name=name)
     assert result["dataset"] == name
@@ -339,23 +337,9 @@ def test_saved_and_loaded_classifier(ours, stocks, tmp_path):
     for files in (["clf.pt", "clf.pt"], ["stock.pt"]):
         loaded = ours("--load_clfs", *(tmp_path / file for file in files))["metrics"]
         assert loaded == pytest.approx(mine, abs=1e-6)
-    its = stocks("--load_clfs", str(tmp_path / "clf.pt"))["metrics"]["mean_average_precision"]
-    assert its == pytest.approx(mine["mean_average_precision"], abs=1e-6)
 
 
 # Bad input ---------------------------------------------------------------------------------------
-
-
-def test_truncated_image(ours, tmp_path, capsys):
-    files = shards()
-    whole = jpeg(3, (90, 80))
-    files[2] |= {"bad.jpg": whole[: len(whole) // 2], "bad.npy": vector([1])}
-    bad = write_data(tmp_path / "bad", files)
-    ours(data=bad, code=2)
-    err = capsys.readouterr().err
-    assert "2.tar: sample bad" in err and "--load_truncated" in err
-    assert list(ours("--load_truncated", data=bad)["metrics"]) == METRICS
-    ours(data=bad, code=2)  # the switch is of one run
 
 
 def test_a_folder_without_images(ours, tmp_path, capsys, caplog):
@@ -369,6 +353,7 @@ def test_a_folder_without_images(ours, tmp_path, capsys, caplog):
     ("kind", "labels", "message", "workers"),
     [
         ("multilabel", {"x.npy": vector([1], value=2)}, "values other than 0 and 1", "2"),
+        ("multilabel", {"x.jpg": jpeg(3)[:-99], "x.npy": vector([1])}, "file is truncated", "0"),
         ("classification", {"x.cls": b"18"}, "its cls, b'18', is none of the 18 classes", "0"),
         ("retrieval", {"x.txt": b" "}, "empty caption", "2"),
     ],

@@ -78,11 +78,11 @@ SAMPLES = [
     ({"jpg": None, "webp": WHOLE["webp"][:-9]}, "unreadable image: "),
     (
         {"jpg": None, "png": picture("I;16", np.uint16, RAMP)},
-        "), which loaders cut off at 0 and 255: 62% of it is white then, 12% black",
+        "), which loaders cut off at 0 and 255",
     ),
     (
         {"jpg": None, "png": picture("F", np.float32, np.linspace(0, 1, 8), "TIFF")},
-        "image (mode F), which loaders cut off at 0 and 255: 0% of it is white then, 88% black",
+        "image (mode F), which loaders cut off at 0 and 255",
     ),
 ]
 SHARDS = [
@@ -209,7 +209,7 @@ def test_what_can_be_used(folder, caplog, changed, compress):
 def test_every_way_in_refuses_a_folder_in_the_same_words(folder, capsys):
     """``data inspect``, ``eval`` and ``--zeroshot-data``; the last two say which flag it was."""
     (folder / TEMPLATES).write_text("a photo", encoding="utf-8")
-    fault = f"{folder / TEMPLATES}, line 1: 'a photo' is no template (no {{c}} in it)"
+    fault = f"{folder / TEMPLATES}: line 1: 'a photo' is no template (no {{c}} in it)"
     assert run("inspect", folder, "--sheet", folder.parent / "s.png") == 1
     assert f"fault: {fault}" in capsys.readouterr().out
     line = ["eval", "--model", "tiny-rn", "--pretrained", "", "--dataset", "wds/made"]

@@ -276,8 +276,11 @@ def test_batch_norm_that_open_clip_froze(pairs, tmp_path, capsys):
         json.dumps(MODELS["tiny-timm"] | {"vision_cfg": vision}), encoding="utf-8"
     )
     open_clip.add_model_config(tmp_path / "tiny-act.json")
-    checkpoints = train(pairs, tmp_path, *words, "--model", "tiny-act", "--name", "act")
-    assert cli.main(["export", str(checkpoints), str(tmp_path / "act-out")]) == 2
+    state = open_clip.create_model("tiny-act").state_dict()
+    del state["visual.trunk.bn1.num_batches_tracked"]
+    torch.save(state, tmp_path / "act.pt")
+    words = [tmp_path / "act.pt", tmp_path / "act-out", "--model", "tiny-act"]
+    assert cli.main(["export", *map(str, words)]) == 2
     assert "which drops the activation of visual.trunk.bn1" in capsys.readouterr().err
 
 
@@ -301,13 +304,11 @@ KEPT = {
     "constant": lambda x: x[:1, :1].expand_as(x),
     "a part of a storage": lambda x: x.expand(2, *x.shape)[1],
 }
-DTYPES = ("float16", "bfloat16", "float64", "float8_e5m2", "int64", "int8", "uint8", "bool")
+DTYPES = ("bfloat16", "float64", "int64", "bool")
 KEPT |= {name: lambda x, name=name: (9 * x).to(getattr(torch, name)) for name in DTYPES}
 # And what spoils it: the error names file and tensor.
 SPOILT = {
     "longer": lambda x: torch.cat([x, x]),
-    "flat": lambda x: x.flatten(),
-    "deeper": lambda x: x[None, None],
     "empty": lambda x: x.new_zeros(0),
     "nan": lambda x: torch.full_like(x, torch.nan),
     "inf": lambda x: torch.full_like(x, torch.inf),

@@ -76,7 +76,7 @@ def test_pipes(tmp_path):
         good(tar)
     words = ["--train-num-samples", "24", "--dataset-type", "webdataset", "--loss", "otter"]
     words += ["--workers", "0", "--epochs", "1", "--train-data"]
-    late = f"pipe:cat {tmp_path / '0.tar'}; sleep 2; exit 3"
+    late = f"pipe:cat {tmp_path / '0.tar'}; sleep 1; exit 3"
     assert load(train(tmp_path, tmp_path / "logs", *words, late) / "epoch_1.pt")["epoch"] == 1
     nothing = "pipe:cat /nowhere/0.tar"
     with pytest.raises(SystemExit, match=nothing):

@@ -106,7 +106,10 @@ def test_devices_without_float64(levels):
         ({"targets": np.full((300, 120), 2)}, "other than 0 and 1"),
         ({"ks": (0,)}, r"at least 1, got \(0,\)"),
         ({"ks": ()}, r"at least 1, got \(\)"),
-        ({"image_features": torch.full((300, 16), torch.nan)}, "300 rows with NaN"),
+        (
+            {"image_features": torch.full((300, 16), torch.nan)},
+            "image_features has NaN or infinity",
+        ),
     ],
 )
 def test_bad_input(change, message):

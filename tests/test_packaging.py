@@ -100,36 +100,28 @@ from pathlib import Path
 import clip_benchmark.cli
 import otter_openclip
 from otter_openclip import cli
-from otter_openclip.compare import demo
+from otter_openclip.compare import icons
 
 assert otter_openclip.__file__.startswith(sys.prefix), otter_openclip.__file__
-demo.find_towers = lambda: {towers}
 
 def run(line):
     assert cli.main(line.split()) == 0, line
 
-run("demo --quick --output demo")
+icons.write_icons(icons.find_fonts(), Path("icons"), pairs=60, test=800)
 run("train --config cc3m_rn50_declutr_otter --model otter-tiny-trial --no-pretrained-image"
-    " --no-use-bn-sync --train-data demo/icons/right/00000.tar --train-num-samples 32 --batch-size 16"
+    " --no-use-bn-sync --train-data icons/right/00000.tar --train-num-samples 16 --batch-size 16"
     " --epochs 1 --workers 1 --name trial")
 run("export logs/trial out")
 run("eval --model local-dir:out --pretrained= --dataset wds/mine --no_amp --num_workers 0"
-    " --dataset_root demo/icons/test-icons --output result.json")
-run("export logs/trial out --overwrite --license cc0-1.0 --results result.json")
+    " --dataset_root icons/test-icons --output result.json")
 sys.argv = "clip_benchmark build result.json --output results.csv".split()
 clip_benchmark.cli.main()
 """
 
 
-def test_demo_train_export_and_eval_from_the_wheel_in_an_empty_folder(installed, towers, tmp_path):
-    words = {name: str(value) for name, value in towers.items()}
-    run(installed / "python", "-c", CHAIN.format(towers=words), cwd=tmp_path)
-    report = json.loads((tmp_path / "demo" / "demo.json").read_text(encoding="utf-8"))
-    assert len(report["Captions as they are"]) == 3
-    assert "<svg" in (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+def test_train_export_and_eval_from_the_wheel_in_an_empty_folder(installed, tmp_path):
+    run(installed / "python", "-c", CHAIN, cwd=tmp_path)
     metrics = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["metrics"]
-    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert f" | flat_hit@1 | {metrics['flat_hit@1']:.4f} |" in card
     with open(
         tmp_path / "results.csv", newline="", encoding="utf-8"
     ) as file:  # clip_benchmark's table of results
@@ -182,16 +174,6 @@ def test_what_is_imported_is_declared_and_the_other_way_round():
     assert imported() - declared - extras == set()
     assert declared & extras == set()
     assert declared - imported() == {"requests"}  # clip-benchmark's
-
-
-def test_the_public_api_is_typed(tmp_path):
-    """Torch's own types take mypy half a minute to read; `make types` does."""
-    pytest.importorskip("mypy")
-    words = ["--follow-imports", "skip", "--ignore-missing-imports", "--cache-dir", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", *words], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout
 
 
 def test_the_citation_is_the_papers():

@@ -36,6 +36,41 @@ COMMANDS = {
 }
 
 
+# Several lines of clip_benchmark's in one process; what each said and gave is printed last.
+EVERY = """
+import contextlib, io, json, sys, traceback
+from clip_benchmark.cli import main
+said = []
+for words in json.loads(sys.argv[1]):
+    sys.argv, out, err = ["clip_benchmark", *words], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main() or 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        except Exception:
+            code = traceback.print_exc() or 1
+    said.append([out.getvalue(), err.getvalue(), code])
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture
+def run_all(places, tmp_path):
+    """Run (line, exit code) of several commands in ``tmp_path``; stdout and stderr of each."""
+
+    def run_all(*commands, on=("patched", "ours")):
+        path = [*(places.get(place, place) for place in on), ROOT]
+        lines = json.dumps([list(map(str, words)) for words, _ in commands])
+        done = forks.run("-c", EVERY, lines, path=path, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout.splitlines()[-1])
+        assert [code for *_, code in said] == [code for _, code in commands], said
+        return [(out, err) for out, err, _ in said]
+
+    return run_all
+
+
 @pytest.fixture
 def run(places, tmp_path):
     """Run a command in ``tmp_path``; returns stdout and stderr."""
@@ -85,7 +120,7 @@ def test_entry_points_lead_somewhere():
 # Without plugins ---------------------------------------------------------------------------------
 
 
-def test_nothing_changes_without_plugins(run, model, data, pairs, tmp_path):
+def test_nothing_changes_without_plugins(run_all, model, data, pairs, tmp_path):
     (tmp_path / "names.txt").write_text("wds/made\n", encoding="utf-8")
     task = ("--task", "zeroshot_classification")
     commands = [
@@ -104,11 +139,13 @@ def test_nothing_changes_without_plugins(run, model, data, pairs, tmp_path):
     ]
     found = {}
     for place in ("stock", "patched"):
-        said = []
-        for words, code in commands:
-            stdout, stderr = run(*words, on=(place, "none"), code=code)
-            # Not the progress bars and the line numbers of tracebacks.
-            said.append((stdout, stderr if code == 2 else stderr.splitlines()[-1:] * code))
+        # Not the progress bars and the line numbers of tracebacks.
+        said = [
+            (out, err if code == 2 else err.splitlines()[-1:] * code)
+            for (out, err), (_, code) in zip(
+                run_all(*commands, on=(place, "none")), commands, strict=True
+            )
+        ]
         files = ("out.json", "second.json", "third.json", "pairs.json", "build.csv")
         found[place] = said, [sorted_csv((tmp_path / name).read_bytes(), name) for name in files]
         for name in files:
@@ -137,41 +174,42 @@ def sorted_csv(content, name):
         ("wds/made", ("--ks", "3", "1", "--templates", "imagenet", "--reference_crop")),
     ],
 )
-def test_the_launchers_numbers(run, model, data, tmp_path, dataset, flags):
-    flags = (*flags, "--dump_templates")
+def test_the_launchers_numbers(run, run_all, model, data, tmp_path, dataset, flags):
+    dumped = (*flags, "--dump_templates")
     task = () if dataset == "goi" else ("--task", "zeroshot_multilabel")
-    said, _ = run(*line(model, data, *flags, *task, dataset=dataset))
+    words = line(model, data, *dumped, *task, dataset=dataset)
+    again = line(model, data, *flags, *task, dataset=dataset, output="again.json")
+    (said, _), _ = run_all((words, 0), (again, 0))
     patched = result(tmp_path)
     assert "Running 'zeroshot_multilabel'" in said
-    for place in (("stock", "none"), ("patched", "ours")):  # the launcher, on both
-        task = ("--task", "auto" if dataset == "goi" else "zeroshot_classification")
-        again = line(model, data, *flags, *task, dataset=dataset, output="launcher.json")
-        run(*again, on=place, command="otter_openclip")
-        launcher = result(tmp_path, "launcher.json")
-        assert launcher.pop("task") == "zeroshot_classification"
-        assert launcher.pop("reference_crop") == ("--reference_crop" in flags)
-        assert launcher == {k: v for k, v in patched.items() if k != "task"}
+    task = ("--task", "auto" if dataset == "goi" else "zeroshot_classification")
+    words = line(model, data, *dumped, *task, dataset=dataset, output="launcher.json")
+    run(*words, command="otter_openclip")
+    launcher = result(tmp_path, "launcher.json")
+    assert launcher.pop("task") == "zeroshot_classification"
+    assert launcher.pop("reference_crop") == ("--reference_crop" in flags)
+    assert launcher == {k: v for k, v in patched.items() if k != "task"}
     assert patched["task"] == "zeroshot_multilabel"
     assert len(patched["templates"]) == (1 if dataset == "goi" else 80)
     assert 0 < patched["metrics"]["flat_hit@1"] < 1
-    task = () if dataset == "goi" else ("--task", "zeroshot_multilabel")
-    run(*line(model, data, *flags[:-1], *task, dataset=dataset, output="again.json"))
     said = "a photo of {c}." if dataset == "goi" else "imagenet: 80 templates; reference crop"
     assert result(tmp_path, "again.json") == patched | {"templates": said}
 
 
-def test_flags_are_there_with_the_task(run):
-    said, _ = run("eval", "--help")
+def test_flags_are_there_with_the_task(run_all):
+    chosen = (["--task=zeroshot_multilabel"], ["--dataset", "cifar10", "goi"])
+    helps = [(["eval", *words, "--help"], 0) for words in ([], *chosen)]
+    wrong = [
+        (["eval", "--dataset", name, "--ks", k], 2) for name, k in (("cifar10", 1), ("goi", 0))
+    ]
+    (said, _), *chosen, (_, unknown), (_, low) = run_all(*helps, *wrong)
     assert "auto,zeroshot_multilabel}" in said and "--ks" not in said
     assert "Use --task=TASK --help" in " ".join(said.split())
-    for words in (["--task=zeroshot_multilabel"], ["--dataset", "cifar10", "goi"]):
-        said, _ = run("eval", *words, "--help")
-        for flag in ("--ks", "--templates", "--reference_crop", "--load_truncated"):
+    for said, _ in chosen:
+        for flag in ("--ks", "--templates", "--reference_crop"):
             assert flag in said
-    _, said = run("eval", "--dataset", "cifar10", "--ks", "1", code=2)
-    assert "unrecognized arguments: --ks 1" in said
-    _, said = run("eval", "--dataset", "goi", "--ks", "0", code=2)
-    assert "argument --ks: must be at least 1, got 0" in said
+    assert "unrecognized arguments: --ks 1" in unknown
+    assert "argument --ks: must be at least 1, got 0" in low
 
 
 def test_a_folder_without_templates_needs_the_flag(run, model, tmp_path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import socket
 
-import forks
 import open_clip
 import pytest
 import timm
@@ -17,7 +17,9 @@ from training_helpers import load, train
 from transformers import AutoModel, M2M100Config, M2M100Model
 
 from otter_openclip import cli
+from otter_openclip.model_folders.assembly import read_trunk
 from otter_openclip.model_folders.export import export_checkpoint
+from otter_openclip.model_folders.modules import follow_modules
 from otter_openclip.model_folders.towers import make_towers
 
 WIDTH = {"test_resnet": 96, "test_vit": 64, "test_efficientnet": 256}
@@ -71,11 +73,8 @@ def pooled_text(folder, tokens, pooler):
     ("image", "pooler", "heads", "dim"),
     [
         ("test_resnet", "mean", ("linear", "linear"), None),
-        ("test_efficientnet", "cls", ("mlp", "none"), None),
+        ("test_efficientnet", "cls", ("mlp", "mlp"), 32),
         ("test_vit", "own", ("linear", "linear"), None),  # both heads are the identity
-        ("test_vit", "mean", ("none", "none"), 64),
-        ("test_resnet", "mean", ("none", "linear"), WIDTH["test_resnet"]),
-        ("test_efficientnet", "mean", ("none", "mlp"), WIDTH["test_efficientnet"]),
     ],
 )
 def test_features_are_the_parts_own_through_the_heads(parts, tmp_path, image, pooler, heads, dim):
@@ -92,7 +91,7 @@ def test_features_are_the_parts_own_through_the_heads(parts, tmp_path, image, po
             ("text", heads[1], model.text.proj),
         ):
             expected = pooled[name]
-            identity = head == "none" or (head == "linear" and expected.shape[1] == (dim or 64))
+            identity = head == "linear" and expected.shape[1] == (dim or 64)
             expected = expected if identity else module(expected)
             got = model.encode_image(images) if name == "image" else model.encode_text(tokens)
             assert got.shape == (2, dim or 64)
@@ -147,16 +146,20 @@ KINDS = ("Transformer", "Pooling")
 @pytest.mark.parametrize(
     ("kinds", "pooling", "pooler"),
     [
-        (KINDS, CLS, "cls"),
         ((*KINDS, "Normalize"), {"pooling_mode_mean_tokens": True, "include_prompt": True}, "mean"),
         (KINDS, {"pooling_mode": "cls", "embedding_dimension": 64}, "cls"),
     ],
 )
-def test_a_folders_own_pooling_is_the_default(parts, tmp_path, kinds, pooling, pooler):
-    text = modules(shutil.copytree(parts / "text", tmp_path / "text"), *kinds, **pooling)
+def test_how_modules_pool(tmp_path, kinds, pooling, pooler):
+    text = str(modules(tmp_path, *kinds, **pooling))
+    assert follow_modules(text, None) == (text, pooler)
+
+
+def test_a_folders_own_pooling_is_the_default(parts, tmp_path):
+    text = modules(shutil.copytree(parts / "text", tmp_path / "text"), *KINDS, **CLS)
     model, _, tokenizer = stock(make(parts, tmp_path / "out", text=text))
     tokens = tokenizer(["a red circle", "square"])
-    torch.testing.assert_close(model.encode_text(tokens), pooled_text(text, tokens, pooler))
+    torch.testing.assert_close(model.encode_text(tokens), pooled_text(text, tokens, "cls"))
     # In older folders the transformer has one of its own.
     features, old = model.encode_text(tokens), tmp_path / "old"
     shutil.copytree(text, old / "0_Transformer", ignore=shutil.ignore_patterns("modules.json"))
@@ -182,19 +185,15 @@ def test_a_folders_own_pooling_is_the_default(parts, tmp_path, kinds, pooling, p
         (("Transformer",), {}, "consists of Transformer, pooling by nothing"),
     ],
 )
-def test_modules_that_open_clip_cannot_express(parts, tmp_path, kinds, pooling, message):
-    text = modules(shutil.copytree(parts / "text", tmp_path / "text"), *kinds, **pooling)
+def test_modules_that_open_clip_cannot_express(tmp_path, kinds, pooling, message):
+    text = modules(tmp_path, *kinds, **pooling)
     with pytest.raises(ValueError, match=message):
-        make(parts, tmp_path / "out", text=text)
-    model, _, tokenizer = stock(make(parts, tmp_path / "out", text=text, text_pooler="mean"))
-    tokens = tokenizer(["a red circle", "square"])
-    torch.testing.assert_close(model.encode_text(tokens), pooled_text(text, tokens, "mean"))
+        follow_modules(str(text), None)
+    assert follow_modules(str(text), "mean") == (str(text), "mean")
     for broken in ("[{}]", "[]", "{"):
         (text / "modules.json").write_text(broken, encoding="utf-8")
-        with pytest.raises(
-            ValueError, match=r"the modules.json of .*text or a file it names is bro"
-        ):
-            make(parts, tmp_path / "broken", text=text)
+        with pytest.raises(ValueError, match=r"the modules.json of .* or a file it names is bro"):
+            follow_modules(str(text), None)
 
 
 def test_features_that_are_not_the_towers_are_refused(parts, tmp_path):
@@ -208,7 +207,7 @@ def test_features_that_are_not_the_towers_are_refused(parts, tmp_path):
         make(parts, tmp_path / "out", text=text, text_pooler="cls")
 
 
-def test_image_weights_as_others_save_them(parts, tmp_path, caplog):
+def test_image_weights_as_others_save_them(tmp_path):
     state = image_tower("test_vit").state_dict()
     other = {key: value + 1 for key, value in state.items()}
     args = argparse.Namespace(arch="test_vit", lr=0.1)
@@ -230,32 +229,28 @@ def test_image_weights_as_others_save_them(parts, tmp_path, caplog):
         "mae": {"model": state | mae},
         "torchvision": {"model": state, "model_ema": behind("module.", other)},
         "lightning": {"state_dict": behind("model.net."), "hyper_parameters": {"lr": 0.1}},
-        "of its own": {"weights": behind("module."), "epoch": 3},
     }
     for name, contents in files.items():
         torch.save(contents | trained, tmp_path / name)
-        out = make(parts, tmp_path / f"{name}-out", "test_vit", image_weights=tmp_path / name)
-        for key, value in stock(out)[0].visual.trunk.state_dict().items():
+        for key, value in read_trunk("test_vit", tmp_path / name).state_dict().items():
             assert torch.equal(value, state[key]), (name, key)
-    assert "dino holds student, teacher, dino_loss: teacher is taken" in caplog.text
-    assert "torchvision holds model, model_ema: model is taken" in caplog.text
 
     refused = {
-        "holds a, b; save the weights you mean": {"a": state, "b": other},
+        "holds no state_dict": {"a": state, "b": other},
         "holds a torch.nn.*Linear, which is code": {"model": torch.nn.Linear(1, 1)},
         'Unexpected key.*"reg_token"': state | {"reg_token": torch.ones(1)},
     }
     for message, contents in refused.items():
         torch.save(contents, tmp_path / "file.pt")
         with pytest.raises(ValueError, match=message):
-            make(parts, tmp_path / "out", "test_vit", image_weights=tmp_path / "file.pt")
+            read_trunk("test_vit", tmp_path / "file.pt")
 
 
 def renamed(state):
     return {f"part_{i}.{key.split('.')[-1]}": value for i, (key, value) in enumerate(state.items())}
 
 
-def test_image_weights_are_matched_by_name_then_by_order_and_shape(parts, tmp_path):
+def test_image_weights_are_matched_by_name_then_by_order_and_shape(tmp_path):
     state = image_tower("test_resnet").state_dict()
     trunk = {key: value for key, value in state.items() if not key.startswith("fc.")}
     uncounted = {key: v for key, v in trunk.items() if not key.endswith("num_batches_tracked")}
@@ -272,8 +267,7 @@ def test_image_weights_are_matched_by_name_then_by_order_and_shape(parts, tmp_pa
     }
     for name, contents in files.items():
         (save_file if name.endswith("safetensors") else torch.save)(contents, tmp_path / name)
-        out = make(parts, tmp_path / f"{name}-out", image_weights=tmp_path / name)
-        got = stock(out)[0].visual.trunk.state_dict()
+        got = read_trunk("test_resnet", tmp_path / name).state_dict()
         assert got.keys() == trunk.keys()
         for key, value in trunk.items():
             if "old" not in name or key in uncounted:
@@ -300,11 +294,14 @@ def test_weights_that_do_not_fit_are_named(parts, tmp_path):
         "deep.pt": (text | {"encoder.layer.5.x": torch.ones(1)}, 'Unexpected.*"encoder.layer.5.x"'),
         "other.pt": (state, 'Missing key.*"embeddings.word_embeddings.weight"'),
     }
-    for flag, files in (("image_weights", image_files), ("text_weights", text_files)):
-        for name, (contents, message) in files.items():
-            (save_file if name.endswith("safetensors") else torch.save)(contents, tmp_path / name)
-            with pytest.raises(ValueError, match=message):
-                make(parts, tmp_path / "out", **{flag: tmp_path / name})
+    for name, (contents, message) in image_files.items():
+        (save_file if name.endswith("safetensors") else torch.save)(contents, tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            read_trunk("test_resnet", tmp_path / name)
+    for name, (contents, message) in text_files.items():
+        torch.save(contents, tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            make(parts, tmp_path / "out", text_weights=tmp_path / name)
     assert not (tmp_path / "out").exists()
 
 
@@ -340,14 +337,14 @@ def test_of_an_encoder_and_a_decoder_the_encoder_is_the_tower(parts, tmp_path):
     ("change", "message"),
     [
         ("[tv]o*", "no tokenizer in the folder .*text"),
-        ("config.json", "text cannot be read .*--text with a folder"),
-        ("model.safetensors", "cannot be read .*--text with a folder"),
+        ("config.json", "text cannot be read .* give a folder that has its config.json"),
+        ("model.safetensors", "text cannot be read .* give a folder"),
         ({"model_type": "distilbert"}, "cannot build .*text .*; it takes text towers of BERT's"),
         ({"num_hidden_layers": 3}, "not those of its config.json: encoder.layer.2.* is missing"),
         ({"num_hidden_layers": 1}, "encoder.layer.1.* is missing, .* or one too many"),
         ({"intermediate_size": 8}, "dense.* is missing, of another shape"),
         ({"vocab_size": 9}, "has 14 tokens, the text tower 9"),
-        ({"pad_token_id": 3}, "pads with 0, but its config.json says pad_token_id 3"),
+        ({"pad_token_id": 3}, "pads, masks or pools texts in another way than .*text"),
         ({"hidden_size": "wide"}, "text cannot be read .*hidden_size|cannot build .*text "),
     ],
 )
@@ -373,8 +370,6 @@ def test_text_folders_that_cannot_be_used(parts, tmp_path, change, message):
         ({"image_weights": "nowhere.pt"}, "nowhere.pt cannot be read"),
         ({"text": "nobody/nothing"}, "text tower nobody/nothing cannot be read"),
         ({"image": "test_vit", "image_size": 100}, "test_vit cannot take images of 100 px"),
-        ({"embed_dim": 32, "text_head": "none"}, "text tower has 64 and the embedding 32"),
-        ({"image_head": "none"}, "image tower has 96 and the embedding 64; use linear"),
         ({"context_length": 13}, "context_length 13 is more than the 12 tokens"),
     ],
 )
@@ -387,7 +382,6 @@ def test_settings_that_cannot_be(parts, tmp_path, settings, message, monkeypatch
 
 def test_the_towers_pooler_must_be_among_the_weights(parts, tmp_path):
     bare = text_folder(tmp_path / "text")
-    make(parts, tmp_path / "out", text=bare)
     with pytest.raises(ValueError, match=r"pooler.dense.* is missing"):
         make(parts, tmp_path / "own", text=bare, text_pooler="own")
 
@@ -399,25 +393,16 @@ def test_an_overwrite_does_not_delete_the_text_tower(parts, tmp_path):
     assert make(parts, out, overwrite=True) == out
 
 
-ONLINE = """
-import os, socket, sys
-from huggingface_hub import constants
-constants.HF_HUB_OFFLINE = False
-del os.environ["HF_HUB_OFFLINE"]
-def refuse(*args, **kwargs): raise AssertionError("network")
-socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
-"""
-
-
-def test_local_files_need_no_network_and_the_folder_not_its_parts(parts, tmp_path):
-    shutil.copytree(parts, tmp_path / "parts")
-    words = "towers out --image test_resnet --image-weights parts/test_resnet.pt --text parts/text"
-    words = ["sh", *words.replace("parts/", f"{tmp_path}/parts/").split()]
-    words[2] = str(tmp_path / "out")
-    code = "from otter_openclip import cli; sys.exit(cli.main(sys.argv[2:]))"
-    done = forks.run("-c", ONLINE + code, *words)
-    assert done.returncode == 0, done.stderr
-    assert "After a move, set hf_model_name" in done.stderr
+def test_local_files_need_no_network_and_the_folder_not_its_parts(
+    parts, tmp_path, monkeypatch, caplog
+):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: asked.append(a) or 1 / 0)
+    monkeypatch.setattr(socket.socket, "connect", lambda *a: asked.append(a) or 1 / 0)
+    make(shutil.copytree(parts, tmp_path / "parts"), tmp_path / "out")
+    assert "After a move, set hf_model_name" in caplog.text and not asked
+    monkeypatch.undo()
     shutil.rmtree(tmp_path / "parts")
     model, _, tokenizer = stock(tmp_path / "out")
     assert model.encode_text(tokenizer(["a red circle"])).shape == (1, 64)

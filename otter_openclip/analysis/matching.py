@@ -15,8 +15,6 @@ from torch import Tensor
 from otter_openclip.losses import DistillationLoss, OtterLoss
 
 LIKELY = 0.2  # the paper's "likely to be matched"
-DECADES = -8  # the histogram's smallest probability, as a power of ten
-EDGES = np.logspace(DECADES, 0, 4 * -DECADES + 1)
 
 
 def in_batches(images: Tensor, texts: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
@@ -44,7 +42,6 @@ def _of_batch(images: Tensor, texts: Tensor) -> dict[str, Any]:
         "own_is_largest": float((on_pair > elsewhere.amax(dim=1)).float().mean()),
         "over_0.2": float((off > LIKELY).sum()),
         "rows_with_one_over_0.2": float((elsewhere.amax(dim=1) > LIKELY).float().mean()),
-        "histogram": {"diagonal": _histogram(on_pair), "off_diagonal": _histogram(off)},
         "targets": {
             "infonce": {"entropy": 0.0, "top_share": 1.0, "off_pair": 0.0},
             "kd": _target(DistillationLoss(), images, texts),
@@ -63,15 +60,8 @@ def _target(loss: DistillationLoss, images: Tensor, texts: Tensor) -> dict[str, 
     }
 
 
-def _histogram(values: Tensor) -> list[int]:
-    """Counts between ``EDGES``; what is smaller than all of them is in the first bin."""
-    return np.histogram(values.double().numpy().clip(EDGES[0], 1.0), EDGES)[0].tolist()
-
-
 def _mean(rows: list[Any]) -> Any:
-    """Means, entry by entry, of nested dicts and lists that are alike."""
+    """Means, entry by entry, of nested dicts that are alike."""
     if isinstance(rows[0], dict):
         return {key: _mean([row[key] for row in rows]) for key in rows[0]}
-    if isinstance(rows[0], list):
-        return [_mean(list(column)) for column in zip(*rows, strict=True)]
     return float(np.mean(rows))

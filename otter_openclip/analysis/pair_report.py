@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from otter_openclip.analysis import charts
 from otter_openclip.analysis.duplicates import NEAR, Duplicates, duplicates, own_is_nearest
 from otter_openclip.analysis.embedding import Embedded, embed, load_model
 from otter_openclip.analysis.matching import batch_statistics, in_batches
@@ -32,18 +31,13 @@ _CAPTION = 280  # characters that are shown
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write report.html and stats.json; returns the exit code.
-
-    Raises:
-        ValueError: if there is no such model, or there are no such data.
-        OSError: if the folder cannot be written.
-    """
+    """Write report.html and stats.json; returns the exit code."""
     output = Path(args.output)
     reader = Reader(args.train_data, args.samples)
     make_room(output / "report.html")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, args.pretrained, device)
-    pairs = embed(model, reader, args.samples, args.feature_cache)
+    pairs = embed(model, reader, args.samples)
     cut = cut_alike("captions", pairs.captions, model.tokenizer)
     data = {
         "train_data": args.train_data,
@@ -67,13 +61,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(output: Path, pairs: Embedded, stats: dict[str, Any], sizes: Sequence[int]) -> Verdict:
-    """Write the two files into the folder ``output``.
+    """Write the two files of at least two pairs into the folder ``output``, which is there.
 
-    Args:
-        output: that is there.
-        pairs: at least two.
-        stats: the entries "data", "model" and "notes" of stats.json; the others are added.
-        sizes: of batches, growing, none larger than ``pairs``.
+    ``stats`` are the entries "data", "model" and "notes" of stats.json, to which the others are added;
+    no batch of ``sizes`` is larger than ``pairs``.
     """
     pairs = _shuffled(pairs)
     texts = [" ".join(caption.casefold().split()) for caption in pairs.captions]
@@ -188,7 +179,6 @@ def _page(
         copies=copies,
         size=size,
         examples=_examples(pairs, size),
-        charts=charts,
     )
 
 

@@ -32,7 +32,6 @@ class Pair(NamedTuple):
     """A picture and its caption."""
 
     shard: str  # path or address
-    index: int  # its place among the shard's samples
     key: str  # its name in the shard
     caption: str
     image: Image.Image  # RGB
@@ -40,12 +39,7 @@ class Pair(NamedTuple):
 
 
 class Reader:
-    """Reads up to ``count`` pairs, the same ones each time.
-
-    Attributes:
-        passed_over: reason -> number of samples.
-        pairs_in_all: of the data; None if that is not known.
-    """
+    """Reads up to ``count`` pairs, the same ones each time."""
 
     def __init__(self, shards: str, count: int) -> None:
         """``shards`` as of ``--train-data``; ValueError if that is a table."""
@@ -54,15 +48,11 @@ class Reader:
                 f"--train-data {shards} is a table; build shards of it with otter-openclip data csv"
             )
         self.shards, self.count = shards, count
-        self.passed_over: Counter[str] = Counter()
-        self.pairs_in_all: int | None = None
+        self.passed_over: Counter[str] = Counter()  # samples, by reason
+        self.pairs_in_all: int | None = None  # of the data, if that is known
 
     def __iter__(self) -> Iterator[Pair]:
-        """As many pairs of each shard as it takes; all attributes are known in the end.
-
-        Raises:
-            ValueError: in the end, if there are fewer than two.
-        """
+        """As many pairs of each shard as it takes; ValueError in the end if they are fewer than two."""
         urls = list(dict.fromkeys(expand_urls(self.shards)[0]))
         # Short shards come first, so that longer ones make up for them.
         urls.sort(key=lambda url: os.path.getsize(url) if os.path.exists(url) else 0)
@@ -92,7 +82,7 @@ class Reader:
         try:
             file = gopen(url)
             try:
-                for index, (key, files) in enumerate(samples(url, file=file)):
+                for key, files in samples(url, file=file):
                     try:
                         content = image_file(files, TRAINING_IMAGES)
                         image = rgb(opened(content))
@@ -102,7 +92,7 @@ class Reader:
                         self.passed_over[str(error)] += 1
                         continue
                     digest = hashlib.blake2b(content, digest_size=16).digest()
-                    yield Pair(url, index, key, text, image, digest)
+                    yield Pair(url, key, text, image, digest)
             finally:
                 with contextlib.suppress(Exception):  # Of a pipe that is not read to its end.
                     file.close()

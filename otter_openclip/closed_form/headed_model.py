@@ -66,7 +66,7 @@ def with_heads(
         vision["timm_pool"] = ""
     vision |= {"timm_proj": "linear", "timm_proj_bias": True, "timm_model_pretrained": False}
     text |= {"hf_proj_type": "linear", "hf_model_pretrained": False}
-    fitted = build_model(config, "--model", preprocess)
+    fitted = build_model(config, preprocess)
     fitted.visual.trunk.load_state_dict(model.visual.trunk.state_dict())
     fitted.text.transformer.load_state_dict(model.text.transformer.state_dict())
     with torch.no_grad():

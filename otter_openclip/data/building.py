@@ -162,7 +162,7 @@ class Build:
             plan.drop_shared()
             if self.wrong:
                 plan.drop_keys(read_wrong(self.wrong), "looks wrong")
-            plan.begun = self.begun
+            plan.db.execute("INSERT INTO begun VALUES (?)", (json.dumps(self.begun),))
             self._check_lost(plan)
         os.replace(self.state / "unfinished.db", path)
 
@@ -270,8 +270,7 @@ def _is_there(path: Path, size: int) -> bool:
 def read_wrong(path: str) -> list[str]:
     """The keys of the pairs that ``fit`` found to look wrong, of its fit.json.
 
-    Raises:
-        ValueError: if the file is none, or lists pairs of several folders, whose keys may be alike.
+    ValueError if the file is none, or lists pairs of several folders, whose keys may be alike.
     """
     try:
         wrong = json.loads(Path(path).read_text(encoding="utf-8"))["wrong"]

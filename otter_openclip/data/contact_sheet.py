@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,7 +15,7 @@ THUMBNAIL = 160
 COLUMNS = 8
 
 
-def draw(chosen: Sequence[tuple[bytes, str]], path: Path) -> None:
+def draw(chosen: Sequence[tuple[Image.Image, str]], path: Path) -> None:
     """Draw the contact sheet: thumbnails with what belongs to them underneath.
 
     The suffix of ``path`` says the format, PNG if Pillow writes none of that suffix.
@@ -26,9 +24,9 @@ def draw(chosen: Sequence[tuple[bytes, str]], path: Path) -> None:
     width, height = THUMBNAIL + 16, THUMBNAIL + 76
     sheet = Image.new("RGB", (columns * width, -(-len(chosen) // columns) * height), "white")
     pen = ImageDraw.Draw(sheet)
-    write = partial(pen.multiline_text, fill="black", font=_font(12), anchor="ma", align="center")
-    for number, (png, text) in enumerate(chosen):
-        picture = Image.open(io.BytesIO(png))
+    font = ImageFont.load_default(12)
+    write = partial(pen.multiline_text, fill="black", font=font, anchor="ma", align="center")
+    for number, (picture, text) in enumerate(chosen):
         x, y = number % columns * width + width // 2, number // columns * height + THUMBNAIL + 4
         left, top = x - picture.width // 2, y - picture.height
         sheet.paste(picture, (left, top))
@@ -38,11 +36,3 @@ def draw(chosen: Sequence[tuple[bytes, str]], path: Path) -> None:
         write((x, y + 4), "\n".join(textwrap.wrap(short, 22)))
     with written_whole(path) as file:
         sheet.save(file, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
-
-
-def _font(size: int) -> Any:
-    """DejaVu, which knows more alphabets than Pillow's own font, where the system has it."""
-    try:
-        return ImageFont.truetype("DejaVuSans.ttf", size)
-    except OSError:
-        return ImageFont.load_default(size)

@@ -39,11 +39,12 @@ def main(args: argparse.Namespace) -> int:
     separator = separator or tables.separator_of(args.captions)
     rows = tables.table(args.captions, columns, separator)
     plain = not (args.images or args.img2dataset)
-    images = Paths([os.getcwd()], search=False) if plain else pairs.images(args)
+    beside = os.getcwd(), os.path.dirname(args.captions)
+    images = Paths(()) if plain else pairs.images(args)
 
     def fill(plan: Plan) -> None:
         for line, (image, caption) in tqdm(rows, "Reading captions", unit="caption"):
-            beside = [os.path.join(os.path.dirname(args.captions), image)] if plain else []
-            plan.add(image, images.find(image, *beside), caption, where=f"line {line}")
+            paths = [os.path.join(folder, image) for folder in beside] if plain else [image]
+            plan.add(image, images.find(*paths), caption, where=f"line {line}")
 
     return pairs.build(args, [args.captions], images, fill, "row")

@@ -20,8 +20,7 @@ STOCK_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _SUFFIXES = Image.registered_extensions().items()
 IMAGE_SUFFIXES = {"", *(suffix for suffix, name in _SUFFIXES if name in Image.OPEN)}
 JPEG_QUALITY = 95
-_MIN_MAX = ((340, 341), (280, 281))  # TIFF's (S)MinSampleValue and (S)MaxSampleValue
-_BITS, _PHOTOMETRIC = 258, 262
+_BITS, _PHOTOMETRIC = 258, 262  # of a TIFF
 _SIXTEEN_BITS = ("PNG", "PPM", "TIFF", "JPEG2000")  # whose integers have their bits for a range
 
 
@@ -54,23 +53,13 @@ def prepare(content: bytes, resize: int | None = None) -> tuple[str, bytes]:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """An image of mode I;16, I or F as one of mode L: its stated range becomes 0 to 255.
-
-    The range is that of TIFF's sample value tags, or else that of the 16 or fewer bits that a TIFF,
-    PNG, PNM or JPEG 2000 has. SampleError if no range is stated, or a pixel is outside it.
-    """
-    tags, low, high = getattr(image, "tag_v2", {}), 0.0, 0.0
-    for first, last in _MIN_MAX:
-        if last in tags and not high > low:
-            low, high = (float(np.max(tags.get(tag, 0))) for tag in (first, last))
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF")
-    if not high > low and sixteen and image.format in _SIXTEEN_BITS:
-        low, high = 0.0, 2.0 ** tags.get(_BITS, (16,))[0] - 1
-    if not high > low:
+    """A picture of up to 16 bits a pixel with 8; SampleError if nothing says what range others have."""
+    integers = image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF")
+    if not integers or image.format not in _SIXTEEN_BITS:
         raise SampleError(f"{image.mode} pixels of no stated range; scale them to 8 bits")
-    pixels = np.asarray(image, np.float64)
-    if not ((pixels >= low) & (pixels <= high)).all():
-        raise SampleError(f"{image.mode} pixels outside the stated range of {low:g} to {high:g}")
+    tags = getattr(image, "tag_v2", {})
+    high = 2.0 ** tags.get(_BITS, (16,))[0] - 1
+    pixels = np.asarray(image, np.float64) * (255 / high)
     if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds up to 8 bits only
-        low, high = high, low
-    return Image.fromarray(np.round((pixels - low) * (255 / (high - low))).astype(np.uint8))
+        pixels = 255 - pixels
+    return Image.fromarray(np.round(pixels).astype(np.uint8))

@@ -169,14 +169,12 @@ def rows(
     """
     with _opened(path) as (schema, batches):
         listed = ", ".join(schema.names)
-        if len(set(schema.names)) < len(schema):
-            raise ValueError(f"{path}: two columns of one name among {listed}; rename one")
         texts = ", ".join(field.name for field in schema if _TEXTS.match(str(field.type)))
         texts = texts or f"none of texts among {listed}"
         for flag, key, columns in (("image", image_key, listed), ("text", text_key, texts)):
-            if key not in schema.names:
-                raise ValueError(f"{path}: no column {key!r} but {columns}; --{flag}-key")
-        keys = [schema.get_field_index(key) for key in (image_key, text_key)]
+            if schema.names.count(key) != 1:
+                raise ValueError(f"{path}: not one column {key!r} but {columns}; --{flag}-key")
+        keys = image_key, text_key
         columns = ([batch.column(key).to_pylist() for key in keys] for batch in batches)
         values = itertools.chain.from_iterable(itertools.starmap(zip, columns))
         for number, (image, captions) in enumerate(

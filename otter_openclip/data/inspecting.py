@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import glob
-import io
 import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from hashlib import blake2b
-from heapq import heappush, heappushpop
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -45,7 +42,7 @@ def find_shards(patterns: Iterable[str]) -> list[Path]:
 
 
 class Look:
-    """What a shard holds: numbers of each sample, and some pictures (lot, PNG, caption or labels)."""
+    """What a shard holds: numbers of each sample, and small pictures of the first, with their text."""
 
     def __init__(self, job: tuple[Path, Any], pictures: int) -> None:
         """Read a shard, of an evaluation set or, if that is None, of training pairs."""
@@ -53,18 +50,18 @@ class Look:
         self.samples, self._most = 0, pictures
         self.sizes = {name: array("q") for name in SIZES}
         self.faults: list[Fault] = []
-        self.pictures: list[tuple[Any, bytes, str]] = []
+        self.pictures: list[tuple[Any, str]] = []
         try:
             for key, files in shard_samples.samples(self.path, strict=self.set is not None):
                 self.samples += 1
                 try:
-                    self._read(key, files)
+                    self._read(files)
                 except SampleError as error:
                     self.faults.append(Fault(str(self.path), key, str(error)))
         except OSError as error:
             self.faults.append(Fault(str(self.path), "", str(error)))
 
-    def _read(self, key: str, files: Mapping[str, bytes]) -> None:
+    def _read(self, files: Mapping[str, bytes]) -> None:
         text = self._read_text(files)
         order = shard_samples.IMAGES if self.set else shard_samples.TRAINING_IMAGES
         content = shard_samples.image_file(files, order)
@@ -73,13 +70,9 @@ class Look:
         self.sizes["image_bytes"].append(len(content))
         self.sizes["image_width"].append(decoded.width)
         self.sizes["image_height"].append(decoded.height)
-        # The lot hangs on the key, so that the same pictures are drawn every time.
-        lot = blake2b(key.encode(), digest_size=8).digest(), self.samples
-        full = len(self.pictures) >= self._most
-        if not full or lot > self.pictures[0][0]:
+        if len(self.pictures) < self._most:
             decoded.thumbnail((THUMBNAIL, THUMBNAIL))
-            decoded.save(png := io.BytesIO(), "PNG")
-            (heappushpop if full else heappush)(self.pictures, (lot, png.getvalue(), text))
+            self.pictures.append((decoded, text))
         shard_samples.check_range(image)
 
     def _read_text(self, files: Mapping[str, bytes]) -> str:
@@ -106,7 +99,9 @@ def judge(looks: Sequence[Look], sets: Mapping[Path, Any]) -> tuple[list[Fault],
     for folder, labelled in sets.items():
         sizes = {shard.path.name: shard.samples for shard in looks if shard.path.parent == folder}
         if labelled:
-            faults += [*labelled.faults, *labelled.count_faults(sum(sizes.values()))]
+            faults += labelled.faults
+            if labelled.shards and not any(sizes.values()):
+                faults.append(Fault(str(folder), "", f"no images in {len(sizes)} shards"))
             remarks += labelled.remarks
         else:
             faults += size_faults(folder, sizes)
@@ -120,9 +115,9 @@ def size_faults(folder: Path, counted: Mapping[str, int]) -> Iterator[Fault]:
         return
     try:
         sizes = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
-        fault = f"cannot be read as JSON of shard names and numbers of samples ({error})"
-        yield Fault(str(path), "", f"{fault}; write it again")
+    except (ValueError, TypeError) as error:
+        fault = f"is not JSON of shard names and numbers of samples ({error}); write it again"
+        yield Fault(str(path), "", fault)
         return
     for name, samples in counted.items():
         if (listed := sizes.get(name)) != samples:

@@ -45,13 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser, classes: str, labels: str, im
 
 
 def build(args: argparse.Namespace, classes: Sequence[str], rows: Sequence[Row]) -> int:
-    """Build a test set from its parsed metadata; returns the command's exit code.
-
-    Args:
-        args: the options of `add_arguments`, and ``command``.
-        classes: class names as they are to be prompted.
-        rows: the images in order; those without a positive label are left out.
-    """
+    """Build a test set; returns the exit code. Rows without a positive label are left out."""
     images = Paths(args.images, any_suffix=True)
 
     def encode(numbers: str) -> bytes:

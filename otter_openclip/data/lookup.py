@@ -70,18 +70,15 @@ class Paths:
 
     A picture is the file that is at its whole path below a folder or, if none is, in an archive; or else
     the only file of its name in all of them. With ``any_suffix`` a name stands for an image of any
-    format. Without ``search`` only what is at the whole path below a folder counts. Raises as
-    `sources.expand`.
+    format. Raises as `sources.expand`.
     """
 
     places: Iterable[str]
     any_suffix: bool = False
-    search: bool = True
 
     def __post_init__(self) -> None:
-        self.folders, archives = sources.expand(self.places)
-        self.archives = archives if self.search else []
-        self._unlisted = list(self.folders) if self.search else []
+        self.folders, self.archives = sources.expand(self.places)
+        self._unlisted = list(self.folders)
 
     def open(self, index: Index, folder: Path) -> None:
         """List archives, unpacked into ``folder``; folders are listed once a path is not there."""
@@ -106,7 +103,7 @@ class Paths:
                 return _only(pictures, whole=True)
         while self._unlisted:
             self._list(self._unlisted.pop(0))
-        for path in paths if self.search else ():
+        for path in paths:
             if pictures := self.index.select(self._name(path)):
                 return _only(pictures, whole=False)
         return Picture(None)

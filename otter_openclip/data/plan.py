@@ -58,10 +58,6 @@ class Plan:
         """The settings and inputs that the build was begun with."""
         return json.loads(self.db.execute("SELECT settings FROM begun").fetchone()[0])
 
-    @begun.setter
-    def begun(self, settings: dict[str, Any]) -> None:
-        self.db.execute("INSERT INTO begun VALUES (?)", (json.dumps(settings),))
-
     def add(
         self, name: str, picture: Picture, text: str, *, key: str | None = None, where: str = ""
     ) -> None:
@@ -123,9 +119,6 @@ class Plan:
     def skip(self, reason: str, count: int = 1) -> None:
         """Count samples that do not belong to the result."""
         self.db.execute("INSERT INTO skipped VALUES (?, ?)", (reason, count))
-
-    def __len__(self) -> int:
-        return self.db.execute("SELECT COUNT(*) FROM samples").fetchone()[0]
 
     def order(self, seed: int | None = None) -> np.ndarray:
         """The samples' ids as they come in the shards, those included that turn out unreadable."""

@@ -32,8 +32,7 @@ class NamedDataset:
     def __call__(self, *, root: str, split: str, transform: Any, **options: Any) -> Any:
         """Open it."""
         root = run.named_root(self.name, root, split)
-        dataset = build_wds_dataset(self.name, transform, split, root, options["wds_cache_dir"])
-        return run.printed_shortened(dataset)
+        return build_wds_dataset(self.name, transform, split, root, options["wds_cache_dir"])
 
 
 class MultiLabelTask:

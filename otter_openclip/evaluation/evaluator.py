@@ -207,10 +207,8 @@ class _Command:
             dataset.templates = check_prompts(dataset.templates, dataset.classes, templates_file)
         if task == "zeroshot_classification":
             self.said = run.how_measured(self.args, dataset)
-        if is_multilabel(dataset):
-            return run.printed_shortened(dataset)
-        if label_suffix(dataset):
-            reader = CheckedShards(dataset, names_file)
+        if label_suffix(dataset) in ("cls", "txt"):  # ours check what they read
+            reader = CheckedShards(dataset)
             dataset.pipeline[reader.position] = reader
         return dataset
 

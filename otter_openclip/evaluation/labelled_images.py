@@ -1,8 +1,7 @@
 """Images and labels of a labelled clip_benchmark webdataset, as features in a fixed order.
 
 The order is that of the shards and of the samples in them, whatever the number of loader workers and
-of ranks: what a metric depends on does not change with them. To read on through an incomplete image,
-``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` is replaced while it is decoded.
+of ranks: what a metric depends on does not change with them.
 """
 
 from __future__ import annotations
@@ -17,16 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import ImageFile
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from otter_openclip.evaluation.classifier import Autocast
-from otter_openclip.replacing import replaced
 from otter_openclip.shards import read as shard_samples
 from otter_openclip.shards.read import Fault, SampleError
-from otter_openclip.shards.write import CLASSES_FILE
 
 Batch = tuple[Tensor, list[np.ndarray], list[tuple[int, int]]]  # images, labels, (shard, sample)
 
@@ -61,12 +57,10 @@ class CheckedShards:
     end, and hands on labels that are none of the classes. Shards at addresses are read by webdataset.
     """
 
-    def __init__(self, dataset: Any, names_file: str | None = None) -> None:
-        """``names_file`` is where the class names are from, if not the dataset's own."""
+    def __init__(self, dataset: Any) -> None:
         self.urls = list(dataset.pipeline[0].urls)
         self.suffix = label_suffix(dataset)
         self.classes = None if dataset.classes is None else len(dataset.classes)
-        self.names_file = names_file or CLASSES_FILE
         names = [getattr(getattr(stage, "f", stage), "__name__", "") for stage in dataset.pipeline]
         self.position = next(i for i, name in enumerate(names) if "tarfile" in name)
         self.stock = dataset.pipeline[self.position]
@@ -84,7 +78,7 @@ class CheckedShards:
 
     def labels(self, sample: dict[str, Any]) -> np.ndarray:
         """The true classes of a sample."""
-        return shard_samples.labels(sample, self.suffix, self.classes, self.names_file)
+        return shard_samples.labels(sample, self.suffix, self.classes)
 
     def read_all(self) -> None:
         """Check every sample, and that there are any, with a bar."""
@@ -123,23 +117,10 @@ class LabelledImages(IterableDataset):
     slots-th shard; with fewer, the slots share the shards and each decodes its part of the samples.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        transform: Callable,
-        *,
-        load_truncated: bool = False,
-        names_file: str | None = None,
-    ) -> None:
-        """Take the shards and the number of classes from clip_benchmark's ``dataset``.
-
-        ``transform`` is of PIL images to tensors; with ``load_truncated`` what is missing of an
-        incomplete image is grey instead of an error. ``names_file`` is where the class names are from,
-        if not the dataset's own.
-        """
+    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor]) -> None:
+        """The shards and classes of clip_benchmark's ``dataset``, its images made by ``transform``."""
         super().__init__()
-        self.shards = CheckedShards(dataset, names_file)
-        self.transform, self.load_truncated = transform, load_truncated
+        self.shards, self.transform = CheckedShards(dataset), transform
         self.batch_size, self.rank, self.world_size = 64, 0, 1
 
     def __iter__(self) -> Iterator[Batch]:
@@ -170,12 +151,9 @@ class LabelledImages(IterableDataset):
         return [(shard, slot // shards, len(range(shard, slots, shards)))]
 
     def _image(self, sample: dict[str, Any]) -> Tensor:
-        # For this image only: the switch is the whole process's.
-        switch = self.load_truncated or ImageFile.LOAD_TRUNCATED_IMAGES
         image = shard_samples.opened(shard_samples.image_file(sample))
-        with replaced((ImageFile, "LOAD_TRUNCATED_IMAGES", switch)):
-            shard_samples.check_range(image)
-            return self.transform(shard_samples.rgb(image))
+        shard_samples.check_range(image)
+        return self.transform(shard_samples.rgb(image))
 
 
 def _collate(batch: list[Any]) -> Batch:
@@ -201,10 +179,8 @@ def encode_images(
     The model is an open_clip one in eval mode on ``device``; it runs inside the context that
     ``autocast`` makes, on input of ``dtype``, if not float32. With ``encode`` the features are what that
     gives for images instead. If the processes of torch.distributed's default group work ``together``,
-    each encodes its share and all but rank 0 return None.
-
-    Raises:
-        ImageError: naming shard and sample, if an image or a label vector cannot be used.
+    each encodes its share and all but rank 0 return None. ImageError names shard and sample of what
+    cannot be used.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     images.batch_size, images.rank, images.world_size = batch_size, rank, world_size

@@ -155,12 +155,9 @@ def _check_features(images: Any, classes: Any) -> tuple[Tensor, Tensor]:
                 f"{name} must be a float matrix with a row for each feature, got "
                 f"{tuple(features.shape)} of {features.dtype}"
             )
-        bad = (~features.isfinite()).any(1).nonzero()[:, 0]
-        if len(bad):
-            raise ValueError(
-                f"{name} has {len(bad)} rows with NaN or infinity, the first is row {bad[0].item()}; "
-                "the model's weights or its precision are to blame"
-            )
+        if not features.isfinite().all():
+            fault = f"{name} has NaN or infinity"
+            raise ValueError(f"{fault}; the model's weights or its precision are to blame")
     both = torch.promote_types(images.dtype, classes.dtype)
     return images.to(both), classes.to(images.device, both)
 

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
 from otter_openclip.shards.read import Fault
@@ -16,12 +15,9 @@ SIMPLE = "a photo of {c}."
 
 
 def class_prompts(dataset: Any, templates_file: str | None = None) -> list[tuple[str, ...]]:
-    """Each class's prompts, of a webdataset as clip_benchmark opened it.
+    """Each class's prompts, of a webdataset as clip_benchmark opened it; see `check_prompts`.
 
     Its ``templates`` may be from another file than its own; blank ones are dropped from it.
-
-    Raises:
-        ValueError: naming the file, and the line or the class, of what cannot be used.
     """
     folder, names = dataset.pipeline[0].urls[0].rsplit("/", 2)[0], dataset.classes
     where = templates_file or f"{folder}/{TEMPLATES_FILE}"
@@ -34,8 +30,7 @@ def class_prompts(dataset: Any, templates_file: str | None = None) -> list[tuple
 def check_prompts(templates: Any, names: Sequence[str], where: str) -> Any:
     """``templates``: a list with ``{c}`` for the name, here without blank ones, or each name's prompts.
 
-    Raises:
-        ValueError: naming ``where``, and the line or the class, for what cannot be used.
+    ValueError names ``where``, and the line or the class, of what cannot be used.
     """
     if isinstance(templates, list):
         for fault in template_faults(templates):
@@ -57,10 +52,6 @@ def read_templates(source: str) -> list[str]:
     """Templates with ``{c}`` for the name: "simple", "imagenet" (open_clip's 80), or a file's.
 
     The file is UTF-8 with one template a line and ``{}`` or ``{c}`` where the name goes.
-
-    Raises:
-        ValueError: naming the line, if it is no template.
-        FileNotFoundError: if there is no such file.
     """
     if source == "simple":
         return [SIMPLE]
@@ -94,12 +85,10 @@ def _template_fault(template: Any) -> str | None:
     if not isinstance(template, str):
         return "no text"
     try:
-        fields = [field for _, *field in Formatter().parse(template) if field[0] is not None]
-    except ValueError as error:
-        return str(error)
-    if any(field != ["c", "", None] for field in fields):
-        return "another field than {c}"
-    return None if fields or not template.strip() else "no {c} in it"
+        made = template.format(c="\0")
+    except (ValueError, LookupError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None if "\0" in made or not template.strip() else "no {c} in it"
 
 
 def name_faults(names: Sequence[Any]) -> Iterator[str]:

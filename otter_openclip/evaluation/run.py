@@ -7,7 +7,6 @@ import contextlib
 import functools
 import json
 import logging
-import reprlib
 import tempfile
 from collections.abc import Sequence
 from datetime import timedelta
@@ -26,7 +25,6 @@ from otter_openclip.captions import cut_alike
 from otter_openclip.cli import positive
 from otter_openclip.evaluation.classifier import class_features
 from otter_openclip.evaluation.labelled_images import (
-    ImageError,
     LabelledImages,
     encode_images,
     is_multilabel,
@@ -49,22 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--templates", metavar="{simple,imagenet,FILE}", help=text)
     text = "resize to 256/224 of the model's image size, then crop, as the reference does"
     add("--reference_crop", action="store_true", help=text)
-    text = "use what is there of an incomplete image (grey elsewhere) instead of stopping"
-    add("--load_truncated", action="store_true", help=text)
     # Class features are no longer kept; command lines that say where still work.
     add("--class_cache", help=argparse.SUPPRESS)
     add("--version", action="version", version=f"otter-openclip {__version__}")
-
-
-class _Shortened(list):
-    def __repr__(self) -> str:
-        return reprlib.repr(list(self))
-
-
-def printed_shortened(dataset: Any) -> Any:
-    """clip_benchmark's ``dataset``, of whose classes, maybe 20,000, it does not print all."""
-    dataset.classes = _Shortened(dataset.classes or ())
-    return dataset
 
 
 def named_root(name: str, root: str, split: str) -> str:
@@ -125,33 +110,21 @@ def evaluate(
 
     ``args`` are the flags of ``clip_benchmark eval`` and of ``add_arguments``. If the processes of the
     default group work ``together``, they share the images out; each returns the metrics.
-
-    Raises:
-        ValueError: for class names, prompts, images or labels that cannot be used.
     """
     prompts = class_prompts(dataset, args.custom_template_file)
     if args.reference_crop:
         transform = _reference_crop(model)
-    images = LabelledImages(
-        dataset,
-        transform,
-        load_truncated=args.load_truncated,
-        names_file=args.custom_classname_file,
-    )
+    images = LabelledImages(dataset, transform)
     autocast = functools.partial(torch.autocast, torch.device(args.device).type, enabled=args.amp)
-    try:
-        encoded = encode_images(
-            model,
-            images,
-            device=args.device,
-            autocast=autocast,
-            batch_size=args.batch_size,
-            workers=args.num_workers,
-            together=together,
-        )
-    except ImageError as error:
-        fix = "; or pass --load_truncated" if "truncated" in str(error) else ""
-        raise ValueError(f"{error}{fix}") from error
+    encoded = encode_images(
+        model,
+        images,
+        device=args.device,
+        autocast=autocast,
+        batch_size=args.batch_size,
+        workers=args.num_workers,
+        together=together,
+    )
     metrics = [None]
     if encoded is not None:
         features, labels = encoded

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from otter_openclip.evaluation.prompts import SIMPLE, name_faults, repeated_names, template_faults
@@ -130,12 +129,6 @@ class Folder:
     def classes(self) -> int | None:
         """Number of class names, if there are any."""
         return None if self.names is None else len(self.names)
-
-    def count_faults(self, samples: int) -> Iterator[Fault]:
-        """The fault of a folder without samples, if that is all that is wrong with its shards."""
-        if self.shards and not samples:
-            text = f"no images in {len(self.shards)} shards, first {self.shards[0]}"
-            yield Fault(str(self.root / self.split), "", text)
 
 
 def check_webdataset(

@@ -6,7 +6,6 @@ Weights of a timm tower and of a Hugging Face tower are loaded, or refused by na
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,15 +21,6 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from otter_openclip.checkpoints.contents import load_weights, read_file
 from otter_openclip.model_folders.folder import CONFIG_FILE, check_state, errors_only
 
-# Any of these makes a folder one with a tokenizer in it.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 _COUNTER = "num_batches_tracked"  # Older files have none; nothing but training reads it.
 # What a tensor is called in every architecture: weight and bias of a norm have the same shape.
 _KINDS = {"weight", "bias", "running_mean", "running_var", _COUNTER}
@@ -43,14 +33,9 @@ _UNUSED = ("position_ids", "token_type_ids", "pooler.dense.weight", "pooler.dens
 
 
 def build_model(
-    config: Mapping[str, Any], text_flag: str, preprocess: Mapping[str, Any] | None = None
+    config: Mapping[str, Any], preprocess: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """Stock open_clip's model of a ``model_cfg`` and ``preprocess_cfg``, with random weights.
-
-    Raises:
-        ValueError: if the text tower's configuration cannot be read (naming ``text_flag``, the flag that
-            gave it) or open_clip cannot build the towers.
-    """
+    """Stock open_clip's model of a ``model_cfg`` and ``preprocess_cfg``, with random weights."""
     text_model = config["text_cfg"]["hf_model_name"]
     with tempfile.TemporaryDirectory() as folder, errors_only():
         contents = {"model_cfg": config, "preprocess_cfg": preprocess or {}}
@@ -60,7 +45,7 @@ def build_model(
                 f"{LOCAL_DIR_PREFIX}{folder}", load_weights=False, pretrained_text=False
             )
         except OSError as error:
-            raise unreadable(text_model, text_flag, error) from error
+            raise unreadable(text_model, error) from error
         except (KeyError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"open_clip cannot build {config['vision_cfg']['timm_model_name']} + {text_model} "
@@ -69,34 +54,29 @@ def build_model(
     return model.eval()
 
 
-def unreadable(text_model: str, flag: str, error: Exception) -> ValueError:
+def unreadable(text_model: str, error: Exception) -> ValueError:
     """An error for a text tower whose files cannot be read, with what to do."""
     reason = (str(error).strip().splitlines() or [""])[0]
     return ValueError(
-        f"the text tower {text_model} cannot be read ({reason}); pass {flag} with a folder that "
-        "has its config.json and tokenizer, or allow access to the Hugging Face hub"
+        f"the text tower {text_model} cannot be read ({reason}); give a folder that has its config.json "
+        "and tokenizer, or allow access to the Hugging Face hub"
     )
 
 
-def read_tokenizer(
-    text_model: str, flag: str, context_length: int, vocab_size: int
-) -> HFTokenizer | None:
-    """The text tower's tokenizer; None if it is a folder without one.
-
-    Raises:
-        ValueError: if it cannot be read, or has more tokens than the tower's ``vocab_size``.
-    """
-    folder = Path(text_model)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
+def read_tokenizer(text_model: str, context_length: int, vocab_size: int) -> HFTokenizer:
+    """The text tower's tokenizer, of at most ``vocab_size`` tokens."""
     try:
         tokenizer = HFTokenizer(text_model, context_length=context_length)
     except Exception as error:  # Each file format, and the network, has errors of its own.
-        raise unreadable(text_model, flag, error) from error
-    if (tokens := len(tokenizer.tokenizer)) > vocab_size:
+        raise unreadable(text_model, error) from error
+    tokens = len(tokenizer.tokenizer)
+    # Of a folder without a tokenizer transformers makes one that knows no word.
+    if tokens <= len(tokenizer.tokenizer.all_special_ids):
+        raise ValueError(f"no tokenizer in the folder {text_model}; put its tokenizer.json there")
+    if tokens > vocab_size:
         raise ValueError(
             f"the tokenizer of {text_model} has {tokens} tokens, the text tower {vocab_size}; "
-            f"pass {flag} with the one it was trained with"
+            "give the one it was trained with"
         )
     return tokenizer
 
@@ -172,18 +152,14 @@ def text_config(text: str) -> tuple[str, PretrainedConfig, int]:
     try:
         config = AutoConfig.from_pretrained(text)
     except Exception as error:  # Files, network, values of every wrong kind.
-        raise unreadable(text, "--text", error) from error
+        raise unreadable(text, error) from error
     return text, config, config.hidden_size
 
 
 def load_text_tower(
     transformer: nn.Module, text: str, weights: str | Path | None, pooler: str
 ) -> None:
-    """Load the file ``weights``, or else what ``text`` has, into the ``transformer``.
-
-    Raises:
-        ValueError: naming weights that are missing or do not fit.
-    """
+    """Load the file ``weights``, or else what ``text`` has; ValueError names what does not fit."""
     if weights is None:
         state = _pretrained_text(text, transformer.config, pooler)
     else:
@@ -198,17 +174,9 @@ def load_text_tower(
 
 def _read_state(path: Path, what: str) -> dict[str, Tensor]:
     contents = read_file(path)
-    nested = [key for key, value in contents.items() if isinstance(value, Mapping)]
-    nested = [key for key in nested if any(isinstance(x, Tensor) for x in contents[key].values())]
-    taken = []
-    for key in (*_NESTED, *(nested if len(nested) == 1 else ())):
+    for key in _NESTED:
         if isinstance(contents.get(key), Mapping):
             contents = contents[key]
-            taken.append(key)
-    if nested[1:] and not taken:
-        raise ValueError(f"{path} holds {', '.join(nested)}; save the weights you mean alone")
-    if nested[1:]:
-        logging.warning(f"{path} holds {', '.join(nested)}: {taken[0]} is taken")
     return check_state(contents, path, what)
 
 
@@ -222,7 +190,7 @@ def _pretrained_text(text: str, config: PretrainedConfig, pooler: str) -> dict[s
                 text, output_loading_info=True, ignore_mismatched_sizes=True, **pooled
             )
     except Exception as error:  # Files, network, formats.
-        raise unreadable(text, "--text", error) from error
+        raise unreadable(text, error) from error
     # An entry is a name, or begins with one: transformers says the shapes since version 5.
     drawn = [*loading["missing_keys"], *loading["mismatched_keys"]]
     drawn = [entry if isinstance(entry, str) else entry[0] for entry in drawn]

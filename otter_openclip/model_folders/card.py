@@ -43,9 +43,8 @@ CITATION = f"""@inproceedings{{wu2022otter,
 def read_results(paths: Sequence[str | Path]) -> tuple[list[EvalResult], str]:
     """The metrics in result files of ``otter-openclip eval`` and ``clip_benchmark eval``, and of whom.
 
-    Raises:
-        ValueError: naming a file that is not one, has no finite metric or is of another model than the
-            first, or says otherwise what another says of one set.
+    ValueError names a file that is not one, has no finite metric or is of another model than the first,
+    or says otherwise what another says of one set.
     """
     evaluated: dict[tuple, EvalResult] = {}
     models: dict[str, str | Path] = {}
@@ -127,16 +126,9 @@ def model_card(
     results: Sequence[EvalResult],
     evaluated_as: str = "",
 ) -> str:
-    """The card's text.
+    """The card's text; ``load`` is what ``open_clip.create_model_and_transforms`` takes.
 
-    Args:
-        name: of the model.
-        load: what ``open_clip.create_model_and_transforms`` takes.
-        weights: "student" or "teacher".
-        epoch: of the checkpoint, if it says.
-        settings: of :func:`read_settings`.
-        licence: identifier, or None: then the card states none.
-        results, evaluated_as: of :func:`read_results`.
+    ``settings`` are of `read_settings`, ``results`` and ``evaluated_as`` of `read_results`.
     """
     loss = settings.get("loss", "clip")
     data = ModelCardData(

@@ -94,21 +94,14 @@ def convert_checkpoint(
         f"{config['embed_dim']} dimensions"
     )
     state = _rename(state)
-    model = build_model(config, "--text-model")
+    model = build_model(config)
     load_model(
         model,
         state,
         f"{path} does not fit {args['image_arch']} + {text_model}",
         "Pass --text-model with the name or folder of the text tower it was trained with",
     )
-    tokenizer = read_tokenizer(
-        text_model, "--text-model", config["text_cfg"]["context_length"], model.vocab_size
-    )
-    if tokenizer is None:
-        logging.warning(
-            f"{text_model} has no tokenizer, so {out} gets none: open_clip.get_tokenizer will fail on "
-            "it. Put the tokenizer's files there and convert again with --overwrite"
-        )
+    tokenizer = read_tokenizer(text_model, args["max_token_length"], model.vocab_size)
     write_folder(out, model, config, state, tokenizer)
     return out
 
@@ -161,10 +154,8 @@ def _without_projection_bias(
 
     open_clip's Hugging Face tower averages the last hidden states h over the tokens and projects without
     bias. Both are linear, so W mean(h) + c = W mean(h + d) where W d = c. BERT's and RoBERTa's h is the
-    output of a layer norm, whose bias takes d, the shortest solution.
-
-    Raises:
-        ValueError: if there is no such d to float32's precision, or no such layer norm.
+    output of a layer norm, whose bias takes d, the shortest solution. ValueError if there is no such d
+    to float32's precision, or no such layer norm.
     """
     state = dict(state)
     bias = state.pop("text_encoder.fc.bias", None)

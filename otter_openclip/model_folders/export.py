@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from otter_openclip.checkpoints.contents import ENTRY, JUDGED, JUDGED_WEIGHTS, TEACHER
 from otter_openclip.checkpoints.newest import newest_checkpoint, read_checkpoint
-from otter_openclip.cli import nearest
+from otter_openclip.cli import did_you_mean
 from otter_openclip.model_folders.card import CARD_FILE, model_card, read_results, read_settings
 from otter_openclip.model_folders.export_command import MODEL_FLAGS, WEIGHTS
 from otter_openclip.model_folders.folder import (
@@ -98,9 +98,6 @@ def export_checkpoint(
     if "logit_bias" in state:  # --siglip
         config.setdefault("init_logit_bias", -10)
     report(f"Exporting the {weights} of {path} as {model}")
-    listed = ", ".join(f"{name} {value}" for name, value in flags.items())
-    report(f"Model flags: {listed or 'none'}")
-
     trained = _build(model, flags, config)
     _check_frozen_norms(trained, state)
     load_model(
@@ -144,8 +141,6 @@ def _settings(
 ) -> tuple[str, dict[str, Any]]:
     """Model name and flags: the arguments, then params.txt's, then of the run's --pretrained tag."""
     names = [flag.removeprefix("--").replace("-", "_") for flag in MODEL_FLAGS]
-    if unknown := arguments.keys() - set(names):
-        raise TypeError(f"export_checkpoint has no argument {', '.join(sorted(unknown))}")
     params = _params_lines(path)
     trained_as, tag = params.get("model"), params.get("pretrained")
     recorded = {name: _literal(params[name]) for name in names if name in params}
@@ -222,9 +217,8 @@ def _model_config(model: str, flags: Mapping[str, Any]) -> dict[str, Any]:
         model if parse_model_name(model)[0] else model.replace("/", "-")
     )
     if config is None:
-        near = ", ".join(nearest(model, open_clip.list_models(), 3, 0.5))
-        hint = f"did you mean {near}?" if near else "a folder is given as local-dir:FOLDER"
-        raise ValueError(f"open_clip knows no model {model!r}; {hint}")
+        hint = did_you_mean(model, open_clip.list_models())
+        raise ValueError(f"open_clip knows no model {model!r}{hint}")
     config = copy.deepcopy(config)
     if "force_image_size" in flags:
         config["vision_cfg"]["image_size"] = flags["force_image_size"]

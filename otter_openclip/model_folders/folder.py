@@ -39,7 +39,7 @@ def write_folder(
     model: nn.Module,
     config: dict[str, Any],
     state: Mapping[str, Tensor],
-    tokenizer: Any | None,
+    tokenizer: Any,
     files: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Write ``out``, or nothing.
@@ -54,7 +54,7 @@ def write_folder(
         model: open_clip model with the weights of ``state``, in eval mode.
         config: its open_clip configuration, the JSON's ``model_cfg``.
         state: what the weights were loaded from, whose dtype they are written in.
-        tokenizer: open_clip tokenizer, or None to write the folder without one.
+        tokenizer: open_clip's.
         files: to write beside them, by name or path; texts in UTF-8.
 
     Raises:
@@ -190,10 +190,7 @@ def _verify(folder: Path, trained: nn.Module, tokenizer: Any) -> None:
         raise RuntimeError(
             f"stock open_clip cannot load the written folder ({reason}); nothing was exported"
         ) from error
-    if tokenizer is None:
-        tokens = tokens_again = torch.arange(1, 9).remainder(trained.vocab_size)[None]
-    else:
-        tokens, tokens_again = _tokens(tokenizer), _tokens(open_clip.get_tokenizer(name))
+    tokens, tokens_again = _tokens(tokenizer), _tokens(open_clip.get_tokenizer(name))
     tensors, again = trained.state_dict(), loaded.state_dict()
     features = zip(_features(trained, tokens), _features(loaded, tokens), strict=True)
     same = {

@@ -19,9 +19,7 @@ def follow_modules(text: str, pooler: str | None) -> tuple[str, str]:
     """Name or folder of the transformer that a text tower begins with, and how the tower pools.
 
     A ``pooler`` that is given takes the transformer alone. Without a modules.json it is the mean.
-
-    Raises:
-        ValueError: if stock open_clip cannot express what the modules do.
+    ValueError if stock open_clip cannot express what the modules do.
     """
     try:
         if (modules := _read(text, "modules.json")) is None:

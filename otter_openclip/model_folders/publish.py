@@ -16,13 +16,9 @@ from otter_openclip.model_folders.folder import CONFIG_FILE
 
 
 def push(out: Path, repository: str, *, private: bool) -> str:
-    """Upload the folder, its configuration last; a card that the repository already has stays.
+    """Upload the folder, its configuration last; a line that says what was done.
 
-    Returns:
-        A line that says what was done.
-
-    Raises:
-        RuntimeError: if the hub refuses.
+    A card that the repository already has stays. RuntimeError if the hub refuses.
     """
     try:
         api = HfApi()

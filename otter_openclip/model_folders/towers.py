@@ -68,7 +68,7 @@ def make_towers(
         text_pooler: "mean" over the tokens, "cls" the first token, "own" the tower's own pooler; by
             default what sentence-transformers' modules.json says, or "mean" without one.
         embed_dim: width of the embedding; by default the text tower's.
-        image_head, text_head: "linear" (no bias), "mlp" or "none", which needs equal widths.
+        image_head, text_head: "linear" (no bias), the identity between equal widths, or "mlp".
         image_size, image_mean, image_std, image_interpolation: by default the pretrained tower's.
         context_length: tokens per text; by default 77, or what the text tower takes if that is fewer.
         init_logit_scale: log of the scale training starts from.
@@ -97,21 +97,13 @@ def make_towers(
     preprocess = _preprocessing(trunk, image_mean, image_std, image_interpolation)
     size = image_size or _plain_size(trunk)
     images, features = _image_features(trunk, image, size)
-    widths = {"image": (image_head, features.shape[1]), "text": (text_head, width)}
-    for tower, (head, outputs) in widths.items():
-        if head == "none" and outputs != embed_dim:
-            raise ValueError(
-                f"{tower}_head none needs a tower as wide as the embedding, but the {tower} tower has "
-                f"{outputs} and the embedding {embed_dim}; use linear, or embed_dim {outputs}"
-            )
     config = {
         "embed_dim": embed_dim,
         "init_logit_scale": init_logit_scale,
         "vision_cfg": {
             "timm_model_name": image,
             "timm_model_pretrained": False,
-            # "" is the tower's own pooling, but not without a head: there it is none.
-            "timm_pool": _pooling(trunk, image) if image_head == "none" else "",
+            "timm_pool": "",  # the tower's own
             "timm_proj": image_head,
             "image_size": size,
         },
@@ -119,31 +111,24 @@ def make_towers(
             "hf_model_name": text,
             "hf_tokenizer_name": text,
             "hf_model_pretrained": False,
-            "hf_proj_type": None if text_head == "none" else text_head,
+            "hf_proj_type": text_head,
             "hf_pooler_type": POOLERS[text_pooler],
             "context_length": context_length,
         },
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(config, "--text", preprocess)
-    tokenizer = read_tokenizer(text, "--text", context_length, model.vocab_size)
-    if tokenizer is None:
-        raise ValueError(f"no tokenizer in the folder {text}; put its tokenizer.json there")
-    if tokenizer.tokenizer.pad_token_id != hf_config.pad_token_id:
-        raise ValueError(
-            f"the tokenizer of {text} pads with {tokenizer.tokenizer.pad_token_id}, but its config.json "
-            f"says pad_token_id {hf_config.pad_token_id}, which open_clip masks; make them equal"
-        )
+        model = build_model(config, preprocess)
+    tokenizer = read_tokenizer(text, context_length, model.vocab_size)
     model.visual.trunk.load_state_dict(trunk.state_dict())
     transformer = model.text.transformer
     if text_pooler == "own" and getattr(transformer, "pooler", None) is None:
         raise ValueError(f"{text} has no pooler of its own; use --text-pooler mean or cls")
     load_text_tower(transformer, text, text_weights, text_pooler)
     check_features(model.text, tokenizer, text, text_pooler)
-    if widths["image"] == ("linear", embed_dim):
+    if image_head == "linear" and features.shape[1] == embed_dim:
         nn.init.eye_(model.visual.head.proj.weight)
-    if widths["text"] == ("linear", embed_dim):
+    if text_head == "linear" and width == embed_dim:
         nn.init.eye_(model.text.proj.weight)
     with torch.no_grad():
         if not torch.allclose(model.visual.trunk(images), features, rtol=1e-4, atol=1e-5):
@@ -209,13 +194,3 @@ def _image_features(trunk: nn.Module, image: str, size: int | list[int]) -> tupl
             f"{tuple(features.shape[1:])}; use another image tower"
         )
     return images, features
-
-
-def _pooling(trunk: nn.Module, image: str) -> str:
-    """timm's name of the tower's pooling."""
-    for owner in (trunk, getattr(trunk, "head", None)):
-        pool = getattr(owner, "global_pool", None)
-        pool = getattr(pool, "pool_type", pool)
-        if isinstance(pool, str) and pool:
-            return pool
-    raise ValueError(f"open_clip cannot build {image} without a head; use --image-head linear")

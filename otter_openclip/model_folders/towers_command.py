@@ -17,7 +17,7 @@ import math
 from otter_openclip.cli import number, positive
 from otter_openclip.terminating import on_sigterm
 
-HEADS = ("linear", "mlp", "none")
+HEADS = ("linear", "mlp")
 POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "own": "cls_pooler"}
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 CONTEXT_LENGTH = 77  # open_clip's

@@ -15,10 +15,8 @@ _LENGTH_FILE = "__len__"  # webdataset's: the samples of a folder's shards toget
 def listed_samples(shards: Sequence[str]) -> int | None:
     """The samples of ``shards``, each by the ``sizes.json`` beside it; None if there is none at all.
 
-    open_clip itself counts all of them by the first one's.
-
-    Raises:
-        ValueError: naming the file that is missing, cannot be read or does not list a shard.
+    open_clip itself counts all of them by the first one's. ValueError names a file that is missing,
+    cannot be read or does not list a shard.
     """
     folders: dict[str, list[str]] = {}
     for shard in shards:
