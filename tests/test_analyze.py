@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from data_helpers import jpeg, write_tar
+from training_helpers import train
 
 from otter_openclip import cli
 from otter_openclip.analysis import duplicates, matching, pair_report, verdict
@@ -192,8 +193,11 @@ def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path):
     reader = Reader(str(tmp_path / "{0..2}.tar"), 100)
     pairs = [pair for pair in reader if pair.shard == str(path)]
     assert all(pair.image.mode == "RGB" for pair in pairs)
-    # Training takes an empty caption, and none of the others.
-    assert [(pair.key[-1], pair.caption) for pair in pairs][-2:] == [("2", "caption 2"), ("e", "")]
+    # Training takes an empty caption, and none of the others; a place is among all samples.
+    assert [(pair.index, pair.key[-1], pair.caption) for pair in pairs][-2:] == [
+        (2, "2", "caption 2"),
+        (6, "e", ""),
+    ]
     reasons = dict(reader.passed_over)
     assert reasons.pop("unreadable image: not an image that Pillow can read") == 1
     assert reasons.pop("no txt with its caption") == 1
@@ -302,3 +306,22 @@ def test_the_page_shows_all_of_it_and_runs_none(tmp_path):
     assert len(shown) > 50 and all(x["src"].startswith("data:image/jpeg") for x in shown)
     assert not [tag for tag, attributes in tags if tag == "script" or "onerror" in attributes]
     assert [tag for tag, _ in tags].count("table") >= 5
+
+
+def test_features_of_a_training_run_are_not_computed_again(pairs, hf_model, tmp_path, capsys):
+    start = open_clip.create_model(hf_model)
+    torch.save(start.state_dict(), tmp_path / "start.pt")
+    words = ["--loss", "infonce", "--model", hf_model, "--pretrained", str(tmp_path / "start.pt")]
+    words += ["--lock-image", "--lock-text", "--lock-text-freeze-layer-norm"]
+    train(pairs, tmp_path / "run", *words, "--feature-cache", str(tmp_path / "cache"))
+    shards = str(pairs / "{00000..00001}.tar")
+    model = load_model(hf_model, str(tmp_path / "start.pt"), "cpu")
+    live = embed(model, Reader(shards, 72), 72)
+    calls = []
+    for part in ("visual.trunk", "text.transformer"):
+        model.network.get_submodule(part).register_forward_pre_hook(lambda *_: calls.append(1))
+    again = embed(model, Reader(shards, 72), 72, str(tmp_path / "cache"))
+    assert f"144 of 144 features are those of {tmp_path / 'cache'}" in capsys.readouterr().out
+    torch.testing.assert_close(again.images, live.images, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again.texts, live.texts, rtol=1e-4, atol=1e-5)
+    assert not calls

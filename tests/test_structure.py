@@ -23,7 +23,7 @@ ROOMS = {
     "closed_form": {"shards", "frozen", "evaluation", "model_folders"},
     "data": {"shards"},
     "evaluation": {"shards", "checkpoints"},
-    "analysis": {"shards", "closed_form"},
+    "analysis": {"shards", "frozen", "closed_form"},
     "model_folders": {"checkpoints"},
     "training": {"shards", "checkpoints", "frozen", "evaluation", "closed_form"},
     "compare": {"shards", "frozen", "evaluation", "closed_form", "model_folders", "training"},

@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "within which pictures and captions are matched; default 512 1024 2048"
     sizes = [512, 1024, 2048]
     add("--batch-sizes", type=number(2, kind=int), nargs="+", default=sizes, metavar="B", help=text)
+    text = "of training runs with these towers frozen: features in it are not computed again"
+    add("--feature-cache", metavar="DIR", help=text)
     add("--output", default="analysis", metavar="DIR", help="default: analysis")
     add("--device", metavar="NAME", help="default: cuda if there is one, else cpu")
 

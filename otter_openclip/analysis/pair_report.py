@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     make_room(output / "report.html")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, args.pretrained, device)
-    pairs = embed(model, reader, args.samples)
+    pairs = embed(model, reader, args.samples, args.feature_cache)
     cut = cut_alike("captions", pairs.captions, model.tokenizer)
     data = {
         "train_data": args.train_data,

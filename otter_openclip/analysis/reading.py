@@ -32,6 +32,7 @@ class Pair(NamedTuple):
     """A picture and its caption."""
 
     shard: str  # path or address
+    index: int  # its place among the shard's samples
     key: str  # its name in the shard
     caption: str
     image: Image.Image  # RGB
@@ -82,7 +83,7 @@ class Reader:
         try:
             file = gopen(url)
             try:
-                for key, files in samples(url, file=file):
+                for index, (key, files) in enumerate(samples(url, file=file)):
                     try:
                         content = image_file(files, TRAINING_IMAGES)
                         image = rgb(opened(content))
@@ -92,7 +93,7 @@ class Reader:
                         self.passed_over[str(error)] += 1
                         continue
                     digest = hashlib.blake2b(content, digest_size=16).digest()
-                    yield Pair(url, key, text, image, digest)
+                    yield Pair(url, index, key, text, image, digest)
             finally:
                 with contextlib.suppress(Exception):  # Of a pipe that is not read to its end.
                     file.close()
