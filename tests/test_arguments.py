@@ -33,7 +33,6 @@ WRONG_LINES = {
     "--loss otter --tt-coef -1": "--tt-coef: must be at least 0",
     "--loss otter --init-distill-logit-scale 4.7": "at most 4.60517, got 4.7",
     "--loss otter --feature-dropout 1": "--feature-dropout: must be at least 0 and at most 0.99",
-    "--loss otter --feature-views 0": "--feature-views: must be at least 1",
     "--loss otter --ot-scope node": "invalid choice: 'node'",
     # A flag and the loss.
     "--loss ls --loss-impl plain": "it needs --loss kd or --loss otter",

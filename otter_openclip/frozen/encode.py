@@ -6,14 +6,11 @@ encoded, so a run that was killed goes on with the next shard.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import random
 import re
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,48 +90,33 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
 
 
 class ImageInputs:
-    """Reads images: (views, 3, H, W) of a sample's files, and whether they are of a picture."""
+    """Reads images: (3, H, W) of a sample's files, and whether they are of a picture."""
 
-    def __init__(self, transform: Callable[[Any], Tensor], views: int = 1) -> None:
-        """``transform`` gives (3, H, W); several views are random, by numbers of each image's own."""
-        self.transform, self.views = transform, views
+    def __init__(self, transform: Callable[[Any], Tensor]) -> None:
+        self.transform = transform
 
-    def __call__(self, files: Mapping[str, bytes], seed: int) -> tuple[Tensor, bool]:
-        """``seed`` is where the random numbers begin; a black image stands for one that is not there."""
+    def __call__(self, files: Mapping[str, bytes]) -> tuple[Tensor, bool]:
+        """A black image stands for one that is not there."""
         try:
             image = read.rgb(read.opened(read.image_file(files, read.TRAINING_IMAGES)))
         except read.SampleError as error:
             logging.warning(f"An image is left out: {error}")
-            return torch.stack([self.transform(Image.new("RGB", (64, 64)))] * self.views), False
-        if self.views == 1:
-            return self.transform(image)[None], True
-        with _seeded(seed):
-            return torch.stack([self.transform(image) for _ in range(self.views)]), True
+            return self.transform(Image.new("RGB", (64, 64))), False
+        return self.transform(image), True
 
 
 class TokenInputs:
-    """Reads captions: (1, context) tokens of a sample's files, and whether they are of a text."""
+    """Reads captions: (context,) tokens of a sample's files, and whether they are of a text."""
 
     def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, files: Mapping[str, bytes], _: int) -> tuple[Tensor, bool]:
+    def __call__(self, files: Mapping[str, bytes]) -> tuple[Tensor, bool]:
         """Of no UTF-8 text the tokens are those of an empty one."""
         try:
-            return self.tokenizer([files["txt"].decode()]), True
+            return self.tokenizer([files["txt"].decode()])[0], True
         except (KeyError, UnicodeDecodeError):
-            return self.tokenizer([""]), False
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """The random numbers of a block begin at ``seed``; those of the process go on after it."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
+            return self.tokenizer([""])[0], False
 
 
 class Column:
@@ -153,23 +135,23 @@ class Column:
         self.files = FeatureFiles(folder / f"{kind}-{key}")
 
     def rows(self, inputs: Tensor, good: Tensor) -> np.ndarray:
-        """(samples, views, width) of the inputs (samples, views, ...), those not ``good`` marked.
+        """(samples, 1, width) of the inputs (samples, ...), those not ``good`` marked.
 
         Raises: ValueError if features are not finite.
         """
         if self.encode is None:
             rows = inputs.to(torch.int32)
             rows[~good] = -1
-            return rows.numpy()
-        features = self.encode(inputs.flatten(0, 1))
+            return rows[:, None].numpy()
+        features = self.encode(inputs)
         if features.ndim != 2 or not features.isfinite().all():
-            fault = "is not finite" if features.ndim == 2 else "is no vector a sample"
             raise ValueError(
-                f"what the {self.kind} tower gives {fault}; check its weights, or use --precision fp32"
+                f"what the {self.kind} tower gives is no finite vector for each sample; check its "
+                "weights and pooling, or use --precision fp32"
             )
-        rows = features.float().view(*inputs.shape[:2], -1)
+        rows = features.float()
         rows[~good] = torch.nan
-        return rows.numpy()
+        return rows[:, None].numpy()
 
 
 class TowerEncoder:
@@ -183,19 +165,13 @@ class TowerEncoder:
         self.autocast = get_autocast(precision, device_type=device.type)
         self.dtype = get_input_dtype(precision)
 
-    @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
         """(N, width) features, on the CPU, of images (N, 3, H, W) or tokens (N, context)."""
-        module = self.model.get_submodule(self.name)
-        was_training = module.training
-        module.eval()
-        try:
-            dtype = self.dtype if inputs.is_floating_point() else None
-            with self.autocast():
-                inputs = inputs.to(device=self.device, dtype=dtype)
-                return prefix.run(self.model, self.tower, inputs).cpu()
-        finally:
-            module.train(was_training)
+        self.model.get_submodule(self.name).eval()
+        dtype = self.dtype if inputs.is_floating_point() else None
+        with self.autocast():
+            inputs = inputs.to(device=self.device, dtype=dtype)
+            return prefix.run(self.model, self.tower, inputs).cpu()
 
 
 class _Batches(IterableDataset):
@@ -211,12 +187,11 @@ class _Batches(IterableDataset):
         info = get_worker_info()
         for shard in self.shards if info is None else self.shards[info.id :: info.num_workers]:
             batch: list[dict[str, tuple[Tensor, bool]]] = []
-            for number, files in enumerate(_samples(shard)):
+            for files in _samples(shard):
                 if len(batch) == self.size:
                     yield shard, _stacked(batch), False
                     batch = []
-                seed = zlib.crc32(f"{Path(shard).name} {number}".encode())
-                batch.append({c.kind: c.inputs(files, seed) for c in self.columns[shard]})
+                batch.append({c.kind: c.inputs(files) for c in self.columns[shard]})
             yield shard, _stacked(batch), True
 
 
@@ -306,14 +281,9 @@ def _encode(
     size = _BATCH.get(device.type, _BATCH_ELSEWHERE)
     batches = _Batches(shards, lacking, size)
     # A generator of its own: the loader must not draw from the training's random numbers.
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        num_workers=min(workers, len(shards)),
-        generator=torch.Generator(),
-    )
+    settings = {"num_workers": min(workers, len(shards)), "generator": torch.Generator()}
+    loader = DataLoader(batches, batch_size=None, **settings)
     parts: dict[tuple[str, str], list[np.ndarray]] = {}
-    said: dict[str, str] = {}
     began = time.monotonic()
     with tqdm(desc="Encoding", unit="sample", disable=not show) as bar:
         for shard, stacked, last in loader:
@@ -323,15 +293,11 @@ def _encode(
                     part.append(column.rows(*stacked[column.kind]))
                 if last:
                     rows = np.concatenate(parts.pop((shard, column.kind)) or [np.zeros((0, 1, 1))])
-                    if column.encode is not None:
-                        rows, said[column.kind] = in_half(rows)
-                    column.files.write(shard, rows)
+                    column.files.write(shard, rows if column.encode is None else in_half(rows))
             bar.update(max((len(good) for _, good in stacked.values()), default=0))
             if time.monotonic() - began > ROUND:
                 yield
                 began = time.monotonic()
-    for kind, text in said.items():
-        logging.info(f"Features of the {kind} tower are kept in {text}")
 
 
 def _together(work: Iterator[None], device: torch.device, world_size: int) -> None:

@@ -193,14 +193,6 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="compute what locked towers (--lock-image, --lock-text) give once a sample, keep it in "
         "DIR in a file for each shard, and train on that; any --loss",
     )
-    group.add_argument(
-        "--feature-views",
-        type=number(1, 1000, int),
-        default=1,
-        metavar="K",
-        help="augmented views of each image to keep in --feature-cache; 1, the default, is without "
-        "augmentation",
-    )
     for name, flag in _FLAGS.items():
         text = f"{flag.text}; default {_shown(flag.default)} (--loss {', '.join(flag.losses)})"
         group.add_argument(name, default=None, help=text, **flag.keywords)
@@ -268,8 +260,6 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
         yield from _mixed_faults(args)
     if args.feature_cache is not None:
         yield from _cache_faults(args)
-    elif args.feature_views > 1:
-        yield "--feature-views belongs to --feature-cache DIR; give that too, or drop it"
     if args.init is not None and args.feature_cache is None:
         yield "--init fit needs what towers give for all pairs: add --feature-cache DIR, or drop it"
     if not in_shards(args):
@@ -311,13 +301,11 @@ def _mixed_faults(args: argparse.Namespace) -> Iterator[str]:
 def _cache_faults(args: argparse.Namespace) -> Iterator[str]:
     if args.distill_model is not None:  # known only after hours of encoding otherwise
         yield "--feature-cache does not go with --distill-model, which takes images; drop one of them"
-    if args.aug_cfg and args.lock_image and args.feature_views == 1:
+    if args.aug_cfg and args.lock_image:
         yield (
             "--aug-cfg: with --feature-cache a locked image tower sees its images without augmentation; "
-            "add --feature-views K to keep K augmented views, or drop it"
+            "drop one of them"
         )
-    if args.feature_views > 1 and not args.lock_image:
-        yield "--feature-views keeps views of images, which needs --lock-image"
 
 
 def _settle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

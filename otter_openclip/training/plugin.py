@@ -87,7 +87,6 @@ class ClipPlugin:
         self.model: nn.Module | None = None
         self.training: tuple[Optimizer, Any] | None = None
         self.teacher: Teacher | None = None
-        self._train_transform: Any = None
         self._train: DataInfo | None = None
         self._zeroshot: ZeroShotEvaluation | None = None
         self._best: BestCheckpoint | None = None
@@ -116,11 +115,10 @@ class ClipPlugin:
         if args.reference_crop:
             with self.faults_named():
                 training, evaluation = reference_transforms(model.visual.preprocess_cfg)
-        self._train_transform = training
         if args.lock_image and (args.feature_cache or args.loss != "clip"):
             if args.lock_image_freeze_bn_stats:
                 batch_norm.leave_batch_norm(model)
-            if not args.lock_image_unlocked_groups and not args.aug_cfg and args.feature_views == 1:
+            if not args.lock_image_unlocked_groups and not args.aug_cfg:
                 training = evaluation
                 logging.info("Frozen image tower: images without augmentation; --aug-cfg adds it")
         return model, training, evaluation
@@ -143,9 +141,8 @@ class ClipPlugin:
             with self.faults_named():
                 watch.settle_warmup(args, self._train)
             if args.feature_cache is not None:
-                transform = self._train_transform if args.feature_views > 1 else preprocess_val
                 with self.faults_named():
-                    self._use_features(args, self._train, transform)
+                    self._use_features(args, self._train, preprocess_val)
             if args.pair_weights is not None:
                 with self.faults_named():
                     add_weights(args, self._train, weights_of(args.pair_weights))
