@@ -255,11 +255,25 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
         if getattr(args, name) and not (args.lock_image or args.lock_text):
             flag = f"--{name.replace('_', '-')}"
             yield f"{flag} is for locked towers, but none is: add --lock-image, --lock-text or both"
-    yield from _late_faults(args)
-    if args.loss != "clip":
-        yield from _mixed_faults(args)
-    if args.feature_cache is not None:
-        yield from _cache_faults(args)
+    if args.lr_scheduler not in ("cosine", "const", "const-cooldown"):
+        yield f"--lr-scheduler {args.lr_scheduler} is none of cosine, const and const-cooldown"
+    if args.lr_scheduler == "const-cooldown" and args.epochs_cooldown is None:
+        yield "--lr-scheduler const-cooldown needs --epochs-cooldown N; add it"
+    distill = args.distill_model is not None, args.distill_pretrained is not None
+    teacher = args.loss in TEACHER_LOSSES
+    if any(distill) and args.loss != "clip" and not teacher:
+        yield f"--loss {args.loss} has no teacher; drop --distill-model, or use --loss kd or otter"
+    if any(distill) and not all(distill):
+        yield "--distill-model and --distill-pretrained must be given together"
+    if all(distill) and teacher and (args.ema_decay is not None or args.teacher_mode is not None):
+        yield "--ema-decay and --teacher-mode are for the EMA, which --distill-model replaces; drop one"
+    if any(distill) and args.feature_cache is not None:
+        yield "--feature-cache does not go with --distill-model, which takes images; drop one of them"
+    if args.feature_cache is not None and args.aug_cfg and args.lock_image:
+        yield (
+            "--aug-cfg: with --feature-cache a locked image tower sees its images without augmentation; "
+            "drop one of them"
+        )
     if args.init is not None and args.feature_cache is None:
         yield "--init fit needs what towers give for all pairs: add --feature-cache DIR, or drop it"
     if not in_shards(args):
@@ -269,43 +283,6 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
                     f"{flag} takes --train-data in webdataset shards; otter-openclip data csv makes "
                     "them of a table"
                 )
-
-
-def _late_faults(args: argparse.Namespace) -> Iterator[str]:
-    """What open_clip itself would say when hours may have gone into ``--feature-cache``."""
-    if args.lr_scheduler not in ("cosine", "const", "const-cooldown"):
-        yield f"--lr-scheduler {args.lr_scheduler} is none of cosine, const and const-cooldown"
-    if args.lr_scheduler == "const-cooldown" and args.epochs_cooldown is None:
-        yield "--lr-scheduler const-cooldown needs --epochs-cooldown N; add it"
-
-
-def _mixed_faults(args: argparse.Namespace) -> Iterator[str]:
-    """What of open_clip's flags our losses would pass over in silence."""
-    loss = f"--loss {args.loss}"
-    teacher = args.loss in TEACHER_LOSSES
-    distill = args.distill_model is not None, args.distill_pretrained is not None
-    if any(distill) and not teacher:
-        yield (
-            f"{loss} has no teacher, so --distill-model and --distill-pretrained have no meaning; use "
-            "--loss kd or --loss otter"
-        )
-    if any(distill) and not all(distill):
-        yield "--distill-model and --distill-pretrained must be given together"
-    if all(distill) and (args.ema_decay is not None or args.teacher_mode is not None):
-        yield (
-            "--ema-decay and --teacher-mode are for the EMA teacher, but --distill-model asks for a "
-            "fixed one; drop one or the other"
-        )
-
-
-def _cache_faults(args: argparse.Namespace) -> Iterator[str]:
-    if args.distill_model is not None:  # known only after hours of encoding otherwise
-        yield "--feature-cache does not go with --distill-model, which takes images; drop one of them"
-    if args.aug_cfg and args.lock_image:
-        yield (
-            "--aug-cfg: with --feature-cache a locked image tower sees its images without augmentation; "
-            "drop one of them"
-        )
 
 
 def _settle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

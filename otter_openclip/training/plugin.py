@@ -375,7 +375,7 @@ class TrainingPlugin(ClipPlugin):
 
     def _check(self) -> None:
         """After an epoch's last step, before anything of it is written: nothing is NaN or infinite."""
-        self.objective.watch.check()
+        self.objective.check()
         watch.check_model("student", unwrap_model(self._student))
         watch.check_model("loss", self.objective.loss)
         if self.teacher is not None and self.teacher.module is not None:
