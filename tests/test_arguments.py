@@ -45,7 +45,7 @@ WRONG_LINES = {
     "--zeroshot-weights teacher": "--zeroshot-weights belongs to --zeroshot-data DIR",
     "--loss ls --distill-model a --distill-pretrained b": "has no teacher",
     "--loss kd --distill-model a": "must be given together",
-    "--loss kd --distill-model a --distill-pretrained b --ema-decay 0": "drop one or the other",
+    "--loss kd --distill-model a --distill-pretrained b --ema-decay 0": "replaces; drop one",
     # What open_clip says after the features are encoded.
     "--lr-scheduler linear": "linear is none of cosine, const and const-cooldown",
     "--loss otter --lr-scheduler const-cooldown": "needs --epochs-cooldown N",

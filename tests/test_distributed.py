@@ -136,7 +136,7 @@ def test_what_a_step_sends(ranks, name):
         assert sorted(calls) == sorted(expected)
 
 
-@pytest.mark.parametrize("loss", ["infonce", "ls", "kd", "otter"])
+@pytest.mark.parametrize("loss", ["ls", "otter"])
 def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
     """DDP on the CPU over two steps: every weight and both scales as in one process."""
     sgd = "--opt timm/momentum --momentum 0.9 --wd 0 --lr 0.1 --epochs 1".split()
@@ -154,7 +154,7 @@ def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
     for key, value in one["state_dict"].items():
         other = two["state_dict"][f"module.{key}"]
         torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-6, msg=key)
-    if loss in ("kd", "otter"):
+    if loss == "otter":
         mine, its = (x["otter"]["distill_logit_scale"] for x in (one, two))
         torch.testing.assert_close(its, mine, rtol=1e-6, atol=0)
         for key, value in one["state_dict_ema"].items():

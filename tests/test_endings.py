@@ -193,8 +193,7 @@ def test_a_run_that_comes_second_leaves_the_firsts_folder(pairs, tmp_path, monke
         assert {".lock", "checkpoints"} <= {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("loss", ["otter", "clip"])
-@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(("loss", "there"), [("otter", False), ("clip", True)])
 def test_without_a_step_the_name_is_free(pairs, tmp_path, loss, there):
     line = [*LINE, "--loss", loss, "--epochs", "1", "--precision", "fp32"]
     if there:
@@ -218,8 +217,7 @@ def test_a_run_without_a_step_takes_nothing_from_the_one_it_goes_on_from(pairs, 
     assert (folder.parent / "out.log").is_file()
 
 
-@pytest.mark.parametrize("loss", ["otter", "clip"])
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(("loss", "fails"), [("otter", True), ("clip", False)])
 def test_no_loader_outlives_a_run(pairs, tmp_path, loss, fails):
     """Not even one that an error's traceback would keep alive."""
     working = []

@@ -61,7 +61,7 @@ def best_teacher(pairs, labelled, tmp_path_factory):
     return train(pairs, tmp_path_factory.mktemp("best"), *extra)
 
 
-@pytest.mark.parametrize("loss", ["otter", "infonce", "clip"])
+@pytest.mark.parametrize("loss", ["otter", "clip"])
 def test_epochs_are_evaluated_and_the_best_is_kept(pairs, labelled, tmp_path, loss):
     extra = ["--loss", loss, "--epochs", "3", "--save-frequency", "1", "--lr", "0.02"]
     extra += ["--precision", "fp32"]
@@ -197,8 +197,7 @@ def test_a_bad_sample_ends_the_run_before_the_first_epoch(
     assert "Train Epoch" not in caplog.text
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_several_folders_with_one_label_or_several(pairs, labelled, tmp_path, frozen):
+def test_several_folders_with_one_label_or_several(pairs, labelled, tmp_path):
     """Each folder's figures are those of a run of its own; F@1 of single labels is the accuracy."""
     single = shutil.copytree(labelled, tmp_path / "single")
     (single / "dataset_type.txt").unlink()
@@ -208,9 +207,7 @@ def test_several_folders_with_one_label_or_several(pairs, labelled, tmp_path, fr
         files[name.replace("npy", "cls")] = str(first).encode()
     write_tar(single / "test" / "0.tar", dict(sorted(files.items())))
     (several := tmp_path / "several").symlink_to(labelled)
-    extra = ["--loss", "otter", "--zeroshot-frequency", "1", "--lr", "0.02"]
-    extra += ["--model", "tiny-timm", "--lock-image"] if frozen else []
-    extra += ["--zeroshot-data"]
+    extra = ["--loss", "otter", "--zeroshot-frequency", "1", "--lr", "0.02", "--zeroshot-data"]
     both = train(pairs, tmp_path / "both", *extra, str(single), str(several))
     for folder in (single, several):
         alone = results(train(pairs, tmp_path / folder.name[:3], *extra, str(folder)))
@@ -224,8 +221,7 @@ def test_several_folders_with_one_label_or_several(pairs, labelled, tmp_path, fr
     best = load(both / "best.pt")["zeroshot"]
     scores = [line["zeroshot-single-flat_hit@1"] for line in results(both)]
     assert best["zeroshot-single-flat_hit@1"] == max(scores)
-    if not frozen:
-        assert scores[1] == pytest.approx(plain_flat_hit(both / "epoch_2.pt", single))
+    assert scores[1] == pytest.approx(plain_flat_hit(both / "epoch_2.pt", single))
 
 
 def test_a_checkpoint_without_optimizer_is_evaluated(labelled, best_teacher, tmp_path):
@@ -285,16 +281,15 @@ def test_best_is_exported_as_it_was_judged(best_teacher, tmp_path, capsys, file,
     assert_same(dict(model.state_dict()), dict(contents[key]))
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_a_damaged_best_is_named_with_the_fix(
-    pairs, labelled, best_teacher, tmp_path, capsys, caplog, damage
+    pairs, labelled, best_teacher, tmp_path, capsys, caplog
 ):
     """torch itself loads one with a flipped byte. What --resume says is in test_endings.py."""
     folder = shutil.copytree(best_teacher.parent, tmp_path / "run") / "checkpoints"
     bad, whole = folder / "best.pt", folder / "epoch_2.pt"
     content = bytearray(bad.read_bytes())
     content[len(content) // 2] ^= 1
-    bad.write_bytes(content if damage == "flip" else content[:-5000])
+    bad.write_bytes(content)
     said = f"{bad} cannot be read as a checkpoint"
     data = ["--dataset", "wds/x", "--dataset_root", str(labelled), "--task"]
     data += ["zeroshot_classification", "--output", str(tmp_path / "x.json"), "--num_workers", "0"]
