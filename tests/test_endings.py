@@ -165,8 +165,9 @@ def other_run(folder):
         other.kill()
 
 
-def test_two_runs_of_one_name(pairs, tmp_path, whole):
+def test_two_runs_of_one_name(pairs, tmp_path, whole, monkeypatch):
     """The second is refused while the first is alive, and only then."""
+    monkeypatch.setattr(resume, "_PATIENCE", 0.5)
     folder = copied(whole, tmp_path, 1, 2)
     with other_run(folder.parent):
         with pytest.raises(SystemExit) as stop:
@@ -188,6 +189,7 @@ def test_a_run_that_comes_second_leaves_the_firsts_folder(pairs, tmp_path, monke
             return resume.Resume(args)
 
         monkeypatch.setattr(plugin, "Resume", begin)
+        monkeypatch.setattr(resume, "_PATIENCE", 0.5)
         with pytest.raises(SystemExit, match="another run writes to"):
             train(pairs, tmp_path, *LINE)
         assert {".lock", "checkpoints"} <= {path.name for path in folder.iterdir()}

@@ -33,5 +33,5 @@ def test_advice(entropy, top, loss, said):
 
 def test_a_run_says_it_once(pairs, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        train(pairs, tmp_path, "--loss", "otter", "--epochs", "3", "--train-num-samples", "12")
+        train(pairs, tmp_path, "--loss", "otter", "--epochs", "3")
         assert caplog.text.count("The targets are nearly uniform") == 1

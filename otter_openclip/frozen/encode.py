@@ -31,8 +31,6 @@ from otter_openclip.frozen.store import FeatureFiles, in_half
 from otter_openclip.shards import read
 
 ROUND = 30.0  # seconds of encoding after which the ranks hear of each other
-_BATCH = {"cpu": 64}
-_BATCH_ELSEWHERE = 256
 _PLAIN = (bool, int, float, str, type(None))
 # Settings that change nothing of what a tower gives.
 _NO_MATTER = re.compile(
@@ -225,7 +223,6 @@ def fill(
 
     Raises:
         ValueError: if a shard is no local file, two cannot be told apart, or features are not finite.
-        OSError: if the folder cannot be written; what is done stays.
     """
     check_local(columns[0].files, shards)
     lacking = {shard: [] for shard in shards}
@@ -278,8 +275,7 @@ def _encode(
     """Encode ``shards``, some :data:`ROUND` seconds' worth between two yields."""
     if not shards:
         return
-    size = _BATCH.get(device.type, _BATCH_ELSEWHERE)
-    batches = _Batches(shards, lacking, size)
+    batches = _Batches(shards, lacking, 64 if device.type == "cpu" else 256)
     # A generator of its own: the loader must not draw from the training's random numbers.
     settings = {"num_workers": min(workers, len(shards)), "generator": torch.Generator()}
     loader = DataLoader(batches, batch_size=None, **settings)
@@ -302,10 +298,9 @@ def _encode(
 
 def _together(work: Iterator[None], device: torch.device, world_size: int) -> None:
     """Ranks meet after every round, so that no collective waits for longer than that takes."""
-    done = object()
     unfinished = True
     while unfinished:
-        unfinished = next(work, done) is not done
+        unfinished = next(work, "done") is None
         if world_size > 1:
             count = torch.tensor(int(unfinished), device=device)
             dist.all_reduce(count)

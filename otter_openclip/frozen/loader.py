@@ -119,11 +119,8 @@ def use_features(
 def add_weights(args: Namespace, train: DataInfo, weights: FeatureFiles) -> None:
     """Let the webdataset loader ``train`` give a further column of texts: the pair's weight.
 
-    Only texts reach the model as the loader gives them, on any device, in any accumulation and beside
-    any images; ``split_weights`` takes the column off there. Call it after ``use_features``.
-
-    Raises:
-        ValueError: if there are no weights of a shard.
+    Only texts reach the model as the loader gives them, whatever the accumulation; ``split_weights``
+    takes the column off there. Call it after ``use_features``. ValueError if a shard has no weights.
     """
     urls, _ = expand_urls(args.train_data, args.train_data_upsampling_factors)
     check_local(weights, urls)
@@ -139,11 +136,8 @@ def add_weights(args: Namespace, train: DataInfo, weights: FeatureFiles) -> None
         return
     start = stages.index(tarfile_to_samples_nothrow)
     stages.insert(start + 1, _AddRows(weights, torch.float64, "__weight__"))
-    stages.insert(next(i for i, stage in enumerate(stages) if _makes_tuples(stage)), _put_weight)
-
-
-def _makes_tuples(stage: Any) -> bool:
-    return getattr(stage, "f", None) is wds.filters.to_tuple.f or "to_tuple" in repr(stage)
+    tuples = next(s for s in stages if getattr(s, "f", None) is wds.filters.to_tuple.f)
+    stages.insert(stages.index(tuples), _put_weight)
 
 
 def _put_weight(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
