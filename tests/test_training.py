@@ -170,9 +170,9 @@ def test_a_warmup_beyond_the_run(pairs, tmp_path, caplog):
 
 
 LOCKS = {
-    "--model HF --lock-text --lock-text-unlocked-layers 1": "--lock-text-unlocked-layers 1.*layer_attr",
-    "--model tiny-vit --lock-text": r"--lock-text-freeze-layer-norm False \(AssertionError",
-    "--lock-image --lock-image-unlocked-groups 1": "--lock-image-unlocked-groups 1.*AssertionError",
+    "--model HF --lock-text --lock-text-unlocked-layers 1": "'unlocked_layers': 1.*layer_attr",
+    "--model tiny-vit --lock-text": r"'freeze_layer_norm': False.*AssertionError",
+    "--lock-image --lock-image-unlocked-groups 1": "'unlocked_groups': 1.*AssertionError",
     "--lock-image --lock-text --lock-text-freeze-layer-norm": "leave nothing of --model tiny-rn",
     "--model tiny-timm --force-patch-dropout 0.5": "--model tiny-timm: .*patch_drop",
 }

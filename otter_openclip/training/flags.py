@@ -216,13 +216,19 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     _settle_flags(parser, args)
     for fault in _teacher_faults(args):
         parser.error(fault)
-    _settle_precision(args, stock["precision"])
+    if args.precision is None:
+        # open_clip's default, amp, is tens of times slower on a CPU.
+        no_gpu = args.device.startswith("cuda") and not torch.cuda.is_available()
+        on_cpu = args.device.startswith("cpu") or no_gpu
+        args.precision = "fp32" if on_cpu and args.loss != "clip" else stock["precision"]
     if args.warmup is None and args.loss == "clip":
         args.warmup = stock["warmup"]
-    try:
-        _settle_size(args)
-    except ValueError as error:
-        parser.error(f"--train-data {args.train_data}: {error}; or pass --train-num-samples N")
+    if args.train_num_samples is None and in_shards(args):
+        # Each shard by the file beside it; open_clip counts all by the first one's.
+        try:
+            args.train_num_samples = listed_samples(expand_urls(args.train_data)[0])
+        except ValueError as error:
+            parser.error(f"--train-data {args.train_data}: {error}; or pass --train-num-samples N")
     return args
 
 
@@ -323,20 +329,6 @@ def _teacher_faults(args: argparse.Namespace) -> Iterator[str]:
             f"--zeroshot-weights teacher: this run (--loss {args.loss}) keeps no EMA; train with --loss "
             "kd or otter without --distill-model, or with --loss clip, and --ema-decay above 0"
         )
-
-
-def _settle_precision(args: argparse.Namespace, default: str) -> None:
-    """On a CPU float32 unless asked otherwise: open_clip's ``default``, amp, is tens of times slower."""
-    if args.precision is None:
-        no_gpu = args.device.startswith("cuda") and not torch.cuda.is_available()
-        on_cpu = args.device.startswith("cpu") or no_gpu
-        args.precision = "fp32" if on_cpu and args.loss != "clip" else default
-
-
-def _settle_size(args: argparse.Namespace) -> None:
-    """Count each shard by the file beside it; open_clip counts all by the first one's."""
-    if args.train_num_samples is None and in_shards(args):
-        args.train_num_samples = listed_samples(expand_urls(args.train_data)[0])
 
 
 def in_shards(args: argparse.Namespace, name: str = "train_data") -> bool:

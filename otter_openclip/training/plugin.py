@@ -142,7 +142,10 @@ class ClipPlugin:
                 watch.settle_warmup(args, self._train)
             if args.feature_cache is not None:
                 with self.faults_named():
-                    self._use_features(args, self._train, preprocess_val)
+                    for tower, locked in (("visual", args.lock_image), ("text", args.lock_text)):
+                        if locked and tower not in self.prefixes:
+                            raise ValueError(no_prefix_message(self.model, tower))
+                    use_features(args, self._train, self.model, self.prefixes, preprocess_val)
             if args.pair_weights is not None:
                 with self.faults_named():
                     add_weights(args, self._train, weights_of(args.pair_weights))
@@ -155,12 +158,6 @@ class ClipPlugin:
             prompts = {} if self._zeroshot is None else self._zeroshot.class_prompts()
             watch.tell_cut_texts(args, self._train, prompts)
         return data
-
-    def _use_features(self, args: Namespace, train: DataInfo, transform: Any) -> None:
-        for tower, locked in (("visual", args.lock_image), ("text", args.lock_text)):
-            if locked and tower not in self.prefixes:
-                raise ValueError(no_prefix_message(self.model, tower))
-        use_features(args, train, self.model, self.prefixes, transform)
 
     @functools.cached_property
     def prefixes(self) -> dict[str, str]:

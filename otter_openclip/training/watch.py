@@ -73,9 +73,8 @@ def check_locks(args: Namespace, model: nn.Module) -> None:
             if getattr(args, f"lock_{tower}"):
                 getattr(model, f"lock_{tower}_tower")(**how)
         except (AssertionError, AttributeError, LookupError, RuntimeError) as error:
-            asked = ", ".join(f"--lock-{tower}-{k.replace('_', '-')} {v}" for k, v in how.items())
             raise ValueError(
-                f"--lock-{tower}: open_clip cannot lock this tower of --model {args.model} with {asked} "
+                f"--lock-{tower}: open_clip cannot lock this tower of --model {args.model} with {how} "
                 f"({error!r}); change that, or drop --lock-{tower}"
             ) from error
     trained = (n for n, p in model.named_parameters() if p.requires_grad and "logit_" not in n)
