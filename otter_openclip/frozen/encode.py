@@ -7,6 +7,7 @@ encoded, so a run that was killed goes on with the next shard.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -90,6 +91,8 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
 class ImageInputs:
     """Reads images: (3, H, W) of a sample's files, and whether they are of a picture."""
 
+    contents = True  # of a shard's files
+
     def __init__(self, transform: Callable[[Any], Tensor]) -> None:
         self.transform = transform
 
@@ -105,6 +108,8 @@ class ImageInputs:
 
 class TokenInputs:
     """Reads captions: (context,) tokens of a sample's files, and whether they are of a text."""
+
+    contents = ("txt",)
 
     def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:
         self.tokenizer = tokenizer
@@ -173,38 +178,25 @@ class TowerEncoder:
 
 
 class _Batches(IterableDataset):
-    """Batches of shards: the shard, by kind inputs and which are good, and whether it is the last."""
+    """(shard, (inputs, which are good)) of batches of shards; after a shard's last one (shard, None)."""
 
-    def __init__(
-        self, shards: Sequence[str], columns: Mapping[str, list[Column]], size: int
-    ) -> None:
-        """``columns`` are those that each of the ``shards`` lacks."""
-        self.shards, self.columns, self.size = shards, columns, size
+    def __init__(self, shards: Sequence[str], inputs: ImageInputs | TokenInputs, size: int) -> None:
+        self.shards, self.inputs, self.size = shards, inputs, size
 
-    def __iter__(self) -> Iterator[tuple[str, dict[str, tuple[Tensor, Tensor]], bool]]:
+    def __iter__(self) -> Iterator[tuple[str, tuple[Tensor, Tensor] | None]]:
         info = get_worker_info()
         for shard in self.shards if info is None else self.shards[info.id :: info.num_workers]:
-            batch: list[dict[str, tuple[Tensor, bool]]] = []
-            for files in _samples(shard):
-                if len(batch) == self.size:
-                    yield shard, _stacked(batch), False
-                    batch = []
-                batch.append({c.kind: c.inputs(files) for c in self.columns[shard]})
-            yield shard, _stacked(batch), True
+            samples = map(self.inputs, _samples(shard, self.inputs.contents))
+            while batch := list(itertools.islice(samples, self.size)):
+                inputs, good = zip(*batch, strict=True)
+                yield shard, (torch.stack(inputs), torch.tensor(good))
+            yield shard, None
 
 
-def _stacked(batch: list[dict[str, tuple[Tensor, bool]]]) -> dict[str, tuple[Tensor, Tensor]]:
-    stacked = {}
-    for kind in batch[0] if batch else ():
-        inputs, good = zip(*(sample[kind] for sample in batch), strict=True)
-        stacked[kind] = torch.stack(inputs), torch.tensor(good)
-    return stacked
-
-
-def _samples(shard: str) -> Iterator[dict[str, bytes]]:
+def _samples(shard: str, contents: Any) -> Iterator[dict[str, bytes]]:
     """A shard's samples up to where it is damaged, as open_clip's loader reads them."""
     try:
-        for _, files in read.samples(shard):
+        for _, files in read.samples(shard, contents=contents):
             yield files
     except OSError as error:
         logging.warning(f"{shard} {error}")
@@ -225,26 +217,21 @@ def fill(
         ValueError: if a shard is no local file, two cannot be told apart, or features are not finite.
     """
     check_local(columns[0].files, shards)
-    lacking = {shard: [] for shard in shards}
     for column in columns:
-        for shard in column.files.missing(shards):
-            lacking[shard].append(column)
-    kinds = " and ".join(column.kind for column in columns)
-    wanted = [shard for shard in shards if lacking[shard]]
-    logging.info(f"Features ({kinds}): {len(wanted)} of {len(shards)} shards to encode")
-    for column in columns if rank == 0 and wanted else ():
-        if isinstance(column.inputs, TokenInputs):
-            texts = read.first_captions(wanted)
-            if remark := cut_alike("captions", texts, column.inputs.tokenizer):
+        wanted = dict.fromkeys(column.files.missing(shards))
+        logging.info(f"Features ({column.kind}): {len(wanted)} of {len(shards)} shards to encode")
+        if rank == 0 and isinstance(column.inputs, TokenInputs):
+            captions = read.first_captions(wanted)
+            if remark := cut_alike("captions", captions, column.inputs.tokenizer):
                 logging.warning(remark)
-    # By place, and together in any case: a rank that looks later may find some files there already.
-    mine = [shard for shard in shards[rank::world_size] if lacking[shard]]
-    _together(_encode(mine, lacking, device, workers, show=rank == 0), device, world_size)
-    if left := [shard for column in columns for shard in column.files.missing(shards)]:
-        raise ValueError(
-            f"{columns[0].files.folder.parent} has no features of {left[0]} although all were "
-            "encoded: the shards changed meanwhile, or the ranks do not share the folder"
-        )
+        # By place, and together in any case: a rank that looks later may find some files there already.
+        mine = [shard for shard in shards[rank::world_size] if shard in wanted]
+        _together(_encode(mine, column, device, workers, show=rank == 0), device, world_size)
+        if left := column.files.missing(shards):
+            raise ValueError(
+                f"{column.files.folder} has no features of {left[0]} although all were encoded: the "
+                "shards changed meanwhile, or the ranks do not share the folder"
+            )
 
 
 def check_local(files: FeatureFiles, shards: Sequence[str]) -> None:
@@ -265,32 +252,25 @@ def check_local(files: FeatureFiles, shards: Sequence[str]) -> None:
 
 
 def _encode(
-    shards: Sequence[str],
-    lacking: Mapping[str, list[Column]],
-    device: torch.device,
-    workers: int,
-    *,
-    show: bool,
+    shards: Sequence[str], column: Column, device: torch.device, workers: int, *, show: bool
 ) -> Iterator[None]:
     """Encode ``shards``, some :data:`ROUND` seconds' worth between two yields."""
     if not shards:
         return
-    batches = _Batches(shards, lacking, 64 if device.type == "cpu" else 256)
+    batches = _Batches(shards, column.inputs, 64 if device.type == "cpu" else 256)
     # A generator of its own: the loader must not draw from the training's random numbers.
     settings = {"num_workers": min(workers, len(shards)), "generator": torch.Generator()}
     loader = DataLoader(batches, batch_size=None, **settings)
-    parts: dict[tuple[str, str], list[np.ndarray]] = {}
+    parts: dict[str, list[np.ndarray]] = {shard: [] for shard in shards}
     began = time.monotonic()
-    with tqdm(desc="Encoding", unit="sample", disable=not show) as bar:
-        for shard, stacked, last in loader:
-            for column in lacking[shard]:
-                part = parts.setdefault((shard, column.kind), [])
-                if column.kind in stacked:
-                    part.append(column.rows(*stacked[column.kind]))
-                if last:
-                    rows = np.concatenate(parts.pop((shard, column.kind)) or [np.zeros((0, 1, 1))])
-                    column.files.write(shard, rows if column.encode is None else in_half(rows))
-            bar.update(max((len(good) for _, good in stacked.values()), default=0))
+    with tqdm(desc=f"Encoding ({column.kind})", unit="sample", disable=not show) as bar:
+        for shard, batch in loader:
+            if batch is None:
+                rows = np.concatenate(parts.pop(shard) or [np.zeros((0, 1, 1))])
+                column.files.write(shard, rows if column.encode is None else in_half(rows))
+            else:
+                parts[shard].append(column.rows(*batch))
+                bar.update(len(batch[0]))
             if time.monotonic() - began > ROUND:
                 yield
                 began = time.monotonic()
