@@ -91,10 +91,8 @@ def params(run_folder: Path) -> dict[str, str]:
 
 
 RUNS = {
-    "infonce": ["--loss", "infonce"],
     "kd": ["--loss=kd", "--model", "tiny-timm", "--share-logit-scale"],
     "otter": ["--loss", "otter", "--save-most-recent"],
-    "accumulation": ["--loss", "otter", "--batch-size", "6", "--accum-freq", "2"],
     "cache": ["--loss=otter", "--model", "tiny-timm", "--lock-image", "--feature-cache", "cache"],
     "crop": ["--loss", "clip", "--reference-crop", "--workers", "0", "--precision", "fp32"],
 }
