@@ -163,8 +163,15 @@ def test_torchrun_with_everything_on_resumes_exactly(pairs, labelled, tmp_path, 
     shutil.copytree(model_configs, packages / "open_clip" / "model_configs", dirs_exist_ok=True)
     path = [packages, ROOT]
     extra = ["--loss", "otter", "--batch-size", "6", "--accum-freq", "2", "--grad-clip-norm", "1"]
-    extra += ["--local-loss", "--gather-with-grad", "--model", "tiny-vit"]
-    extra += ["--zeroshot-data", str(labelled), "--zeroshot-frequency", "1"]
+    extra += ["--local-loss", "--gather-with-grad", "--model", "tiny-vit", "--workers", "1"]
+    extra += [
+        "--train-num-samples",
+        "48",
+        "--zeroshot-data",
+        str(labelled),
+        "--zeroshot-frequency",
+        "1",
+    ]
     line = flags(pairs, tmp_path / "whole", *extra)
     out = forks.ranks(2, "-m", "otter_openclip.train", *line, path=path)
     assert "Target_entropy" in out

@@ -14,6 +14,7 @@ from otter_openclip import cli
 from otter_openclip.training import launcher
 
 COMMON = ["--save-frequency", "1", "--lr", "0.02", "--precision", "fp32"]
+COMMON += ["--train-num-samples", "24"]
 
 
 def teachers_score(path, labelled, tmp_path):
@@ -81,7 +82,7 @@ def test_another_runs_checkpoint_starts_the_ema_anew(pairs, tmp_path, caplog):
     words = ["--resume", str(first), "--ema-decay", "0.5", "--epochs", "2", *COMMON]
     last = load(train(pairs, tmp_path / "two", *words) / "epoch_2.pt")
     assert "was not written with this plugin's losses" in caplog.text
-    assert last["otter"]["teacher_state"]["num_updates"] == 7  # six steps
+    assert last["otter"]["teacher_state"]["num_updates"] == 3  # two steps
     state = load(first)["state_dict"]
     average = last["state_dict_ema"]["text_projection"] - state["text_projection"]
     step = last["state_dict"]["text_projection"] - state["text_projection"]

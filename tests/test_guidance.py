@@ -1,14 +1,13 @@
 """What a run says of its targets after the first epoch."""
 
-import logging
 import re
 from argparse import Namespace
 
 import pytest
 import torch
-from training_helpers import train
+from training_helpers import parse_args
 
-from otter_openclip.training.objectives import advice
+from otter_openclip.training.objectives import Objective, advice
 
 RUN = {"batch_size": 64, "accum_freq": 2, "world_size": 4, "loss": "otter", "sinkhorn_lambda": 0.15}
 
@@ -31,7 +30,12 @@ def test_advice(entropy, top, loss, said):
     assert re.search(said, str(advice(values, args)))
 
 
-def test_a_run_says_it_once(pairs, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        train(pairs, tmp_path, "--loss", "otter", "--epochs", "3")
-        assert caplog.text.count("The targets are nearly uniform") == 1
+def test_a_run_says_it_once_and_after_an_epoch(caplog):
+    args = parse_args("--loss", "otter", "--batch-size", "64")
+    ranks = {"device": "cpu", "rank": 0, "world_size": 1}
+    objective = Objective(Namespace(**vars(args) | ranks))
+    statistics = {"target_entropy": torch.tensor(4.1), "target_top_share": torch.tensor(0.1)}
+    for epoch, said in enumerate((0, 1, 1)):
+        objective.start_epoch(epoch)
+        assert caplog.text.count("The targets are nearly uniform") == said
+        objective.loss.target_statistics = statistics

@@ -24,9 +24,9 @@ from otter_openclip.training.student_with_teacher import EmaTeacher
     "words",
     [
         "--loss otter --workers 2 --model tiny-timm",  # it has dropout
-        "--loss otter --dataset-resampled --train-num-samples 60",
+        "--loss otter --dataset-resampled --train-num-samples 60 --workers 1",
         "--loss kd --csv --teacher-mode eval",
-        "--loss infonce --workers 0",
+        "--loss infonce",
         "--loss otter --accum-freq 2 --batch-size 6 --opt timm/momentum --momentum 0.9 --wd 0",
         "--loss otter --precision pure_bf16",
     ],

@@ -86,7 +86,7 @@ def test_epochs_are_evaluated_and_the_best_is_kept(pairs, labelled, tmp_path, lo
 
 def test_the_best_survives_a_resume(pairs, labelled, tmp_path):
     extra = ["--loss", "otter", "--save-most-recent", "--zeroshot-data", str(labelled)]
-    extra += ["--zeroshot-frequency", "1"]
+    extra += ["--zeroshot-frequency", "1", "--train-num-samples", "12"]
     folder = train(pairs, tmp_path, *extra, "--epochs", "1")
     best = load(folder / "best.pt")
     best["zeroshot"]["zeroshot-flat_hit@1"] = 1.5  # beyond what epoch 2 can reach
@@ -107,7 +107,8 @@ def test_the_best_of_another_test_set_says_nothing(pairs, labelled, tmp_path, ca
     if other:
         files = files_of(copy / "test" / "0.tar")
         write_tar(copy / "test" / "0.tar", {n: c for n, c in files.items() if "0029" not in n})
-    extra = ["--loss", "otter", "--zeroshot-frequency", "1", "--zeroshot-data"]
+    extra = ["--loss", "otter", "--zeroshot-frequency", "1", "--train-num-samples", "12"]
+    extra += ["--zeroshot-data"]
     folder = train(pairs, tmp_path, *extra, str(labelled), "--epochs", "1")
     best = load(folder / "best.pt")
     best["zeroshot"]["zeroshot-flat_hit@1"] = 1.5  # beyond what epoch 2 can reach
@@ -181,7 +182,8 @@ def test_several_folders_with_one_label_or_several(pairs, labelled, tmp_path):
         files[name.replace("npy", "cls")] = str(first).encode()
     write_tar(single / "test" / "0.tar", dict(sorted(files.items())))
     (several := tmp_path / "several").symlink_to(labelled)
-    extra = ["--loss", "otter", "--zeroshot-frequency", "1", "--lr", "0.02", "--zeroshot-data"]
+    extra = ["--loss", "otter", "--train-num-samples", "24", "--lr", "0.02"]
+    extra += ["--zeroshot-frequency", "1", "--zeroshot-data"]
     both = train(pairs, tmp_path / "both", *extra, str(single), str(several))
     for folder in (single, several):
         alone = results(train(pairs, tmp_path / folder.name[:3], *extra, str(folder)))
@@ -222,7 +224,7 @@ def test_a_fault_after_an_epoch_costs_the_evaluation_only(
 
     monkeypatch.setattr(ZeroShotEvaluation, "metrics", damaged_before_the_first)
     extra = ["--loss", "otter", "--zeroshot-data", str(data), "--zeroshot-frequency", "1"]
-    folder = train(pairs, tmp_path, *extra)
+    folder = train(pairs, tmp_path, *extra, "--train-num-samples", "12")
     [said] = [record.message for record in caplog.records if record.levelname == "ERROR"]
     assert said.startswith("--zeroshot-data is not evaluated after epoch 1: ") and "0.tar" in said
     assert [line["epoch"] for line in results(folder)] == [2]
