@@ -61,8 +61,9 @@ def test_epochs_and_seeds_differ(pairs, tmp_path, monkeypatch):
         return stock(model, data, loss, epoch, *rest, **kwargs)
 
     monkeypatch.setattr(launcher, "_stock_train_one_epoch", record)
+    few = ["--loss", "infonce", "--train-num-samples", "48"]
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        train(pairs, tmp_path, "--loss", "infonce", "--name", name, "--seed", seed)
+        train(pairs, tmp_path, *few, "--name", name, "--seed", seed)
     assert all(torch.equal(orders["a", epoch], orders["b", epoch]) for epoch in (0, 1))
     assert not torch.equal(orders["a", 0], orders["a", 1])
     assert not torch.equal(orders["a", 0], orders["c", 0])
@@ -70,6 +71,7 @@ def test_epochs_and_seeds_differ(pairs, tmp_path, monkeypatch):
 
 def test_resume_latest_with_most_recent_and_deleted_checkpoints(pairs, tmp_path, monkeypatch):
     extra = ["--loss", "otter", "--save-most-recent", "--delete-previous-checkpoint"]
+    extra += ["--train-num-samples", "24"]
     whole = train(pairs, tmp_path / "whole", *extra)
     assert sorted(p.name for p in whole.glob("*")) == ["epoch_2.pt", "epoch_latest.pt"]
     stock = launcher._stock_train_one_epoch

@@ -64,7 +64,7 @@ def best_teacher(pairs, labelled, tmp_path_factory):
 @pytest.mark.parametrize("loss", ["otter", "clip"])
 def test_epochs_are_evaluated_and_the_best_is_kept(pairs, labelled, tmp_path, loss):
     extra = ["--loss", loss, "--epochs", "3", "--save-frequency", "1", "--lr", "0.02"]
-    extra += ["--precision", "fp32"]
+    extra += ["--precision", "fp32", "--train-num-samples", "24"]
     given = ["--zeroshot-data", str(labelled), "--zeroshot-frequency", "1"]
     folder = train(pairs, tmp_path / "with", *extra, *given)
     lines = results(folder)
