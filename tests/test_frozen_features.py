@@ -18,7 +18,6 @@ from training_helpers import assert_same, load, train
 from otter_openclip.frozen import encode, store
 from otter_openclip.frozen.loader import image_column
 from otter_openclip.frozen.store import FeatureFiles, in_half, usable
-from otter_openclip.model_folders.export import export_checkpoint
 
 LOCK_TEXT = ["--lock-text", "--lock-text-freeze-layer-norm"]
 LOCKS = {
@@ -272,12 +271,6 @@ def test_how_a_setting_was_written_down_is_no_other_setting(tmp_path):
     keys.append(column(model, tmp_path).files.folder)
     config["mean"][0] += 0.01
     assert keys[0] == keys[1] != column(model, tmp_path).files.folder
-
-
-def test_an_exported_model_finds_its_features(cached, model, tmp_path):
-    folder, _ = cached("run", "--epochs", "1")
-    out = export_checkpoint(folder / "run", tmp_path / "out")
-    assert cached("exported", "--model", f"local-dir:{out}")[1] == NONE
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,12 @@ def test_epochs_are_evaluated_and_the_best_is_kept(pairs, labelled, tmp_path, lo
 
 
 def test_the_best_survives_a_resume(pairs, labelled, tmp_path):
-    extra = ["--loss", "otter", "--save-most-recent", "--zeroshot-data", str(labelled)]
-    extra += ["--zeroshot-frequency", "1", "--train-num-samples", "12"]
-    folder = train(pairs, tmp_path, *extra, "--epochs", "1")
+    """Wherever its test set lies by then."""
+    copy = shutil.copytree(labelled, tmp_path / "copy")
+    extra = ["--loss", "otter", "--save-most-recent", "--train-num-samples", "12"]
+    extra += ["--zeroshot-frequency", "1", "--zeroshot-data"]
+    folder = train(pairs, tmp_path, *extra, str(labelled), "--epochs", "1")
+    extra.append(str(copy))
     best = load(folder / "best.pt")
     best["zeroshot"]["zeroshot-flat_hit@1"] = 1.5  # beyond what epoch 2 can reach
     torch.save(best, folder / "best.pt")
@@ -100,13 +103,10 @@ def test_the_best_survives_a_resume(pairs, labelled, tmp_path):
     assert load(folder / "best.pt")["epoch"] == 3
 
 
-@pytest.mark.parametrize("other", [False, True])
-def test_the_best_of_another_test_set_says_nothing(pairs, labelled, tmp_path, caplog, other):
-    """Its files count, not where they lie."""
+def test_the_best_of_another_test_set_says_nothing(pairs, labelled, tmp_path, caplog):
     copy = shutil.copytree(labelled, tmp_path / "copy")
-    if other:
-        files = files_of(copy / "test" / "0.tar")
-        write_tar(copy / "test" / "0.tar", {n: c for n, c in files.items() if "0029" not in n})
+    files = files_of(copy / "test" / "0.tar")
+    write_tar(copy / "test" / "0.tar", {n: c for n, c in files.items() if "0029" not in n})
     extra = ["--loss", "otter", "--zeroshot-frequency", "1", "--train-num-samples", "12"]
     extra += ["--zeroshot-data"]
     folder = train(pairs, tmp_path, *extra, str(labelled), "--epochs", "1")
@@ -114,8 +114,7 @@ def test_the_best_of_another_test_set_says_nothing(pairs, labelled, tmp_path, ca
     best["zeroshot"]["zeroshot-flat_hit@1"] = 1.5  # beyond what epoch 2 can reach
     torch.save(best, folder / "best.pt")
     train(pairs, tmp_path, *extra, str(copy), "--epochs", "2", "--resume", "latest")
-    assert load(folder / "best.pt")["epoch"] == 1 + other
-    assert ("sought anew: " in caplog.text) == other
+    assert load(folder / "best.pt")["epoch"] == 2 and "sought anew: " in caplog.text
 
 
 @pytest.mark.parametrize("words", ["clip", "kd --distill-model tiny-rn --distill-pretrained x"])
