@@ -53,7 +53,7 @@ def pairs_alike(folder, count=24):
 
 
 @pytest.mark.parametrize(
-    "words", ["0.tar", "t.csv", "0.tar --loss clip", "0.tar --feature-cache f"]
+    "words", ["0.tar", "t.csv --loss clip --precision fp32", "0.tar --feature-cache f"]
 )
 def test_train_says_it_before_the_first_step(tmp_path, caplog, monkeypatch, words):
     monkeypatch.chdir(tmp_path)

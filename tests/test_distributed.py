@@ -36,7 +36,7 @@ def torchrun(processes, *command, env=None, cwd=None):
     return done.stdout
 
 
-@pytest.fixture(scope="session", params=[1, 2, 3, 4])
+@pytest.fixture(scope="session", params=[2, 3])
 def ranks(request, tmp_path_factory):
     """Results of every loss, flag and implementation on each of R ranks."""
     folder = tmp_path_factory.mktemp("ranks")
@@ -55,16 +55,13 @@ class RowsAlone(OtterLoss):
 class PlansAlone(OtterLoss):
     """``--ot-scope local`` on some ranks: each transports its own rows."""
 
-    ranks = 1
-
     def _target(self, similarity):
         super()._target(similarity)
         cost = -similarity
         cost.fill_diagonal_(torch.inf)
         plans = [sinkhorn(rows, self.epsilon, self.iterations) for rows in cost.chunk(self.ranks)]
-        if self.ranks > 1:  # of its own rows' plan
-            errors = [(plan.sum(dim=1) * len(plan) - 1).abs().mean() for plan in plans]
-            self.target_statistics["marginal_error"] = torch.stack(errors).mean()
+        errors = [(plan.sum(dim=1) * len(plan) - 1).abs().mean() for plan in plans]
+        self.target_statistics["marginal_error"] = torch.stack(errors).mean()
         target = torch.cat([plan / plan.sum(dim=1, keepdim=True) for plan in plans])
         self.target_statistics["target_entropy"] = torch.special.entr(target).sum(dim=1).mean()
         self.target_statistics["target_top_share"] = target.amax(dim=1).mean()
@@ -75,7 +72,7 @@ def of_one_process(name, *, world, local, with_grad):
     """The whole batch in one process, by the plain formulas, under open_clip's flags."""
     make = SETTINGS["ls-0"] if name == "infonce" else MAKE[name]
     loss = make(impl="plain").double()
-    if local and not with_grad and world > 1:
+    if local and not with_grad:
         loss._cosines = types.MethodType(RowsAlone._cosines, loss)
     if local and name == "otter-local":
         loss.__class__ = PlansAlone
@@ -114,12 +111,9 @@ def test_one_pair_on_each_rank_is_finite(ranks):
 @pytest.mark.parametrize("name", ["kd", "otter", "otter-sharp", "otter-keep"])
 def test_what_a_step_sends(ranks, name):
     """Numbers handed to torch.distributed by a rank; nothing of size B x N among them."""
-    world, local = len(ranks), COUNT // len(ranks)
+    local = COUNT // len(ranks)
     for impl in ("dense", "streaming"):
         calls = list(ranks[0][name, True, True, impl]["calls"])
-        if world == 1:
-            assert calls == []
-            continue
         # Features: the texts with their gradient back, and the teacher's two sets.
         to_all, to_owners = "all_gather", "all_to_all_single"
         expected = [(to_all, local * WIDTH), (to_owners, COUNT * WIDTH)]
@@ -136,7 +130,7 @@ def test_what_a_step_sends(ranks, name):
         assert sorted(calls) == sorted(expected)
 
 
-@pytest.mark.parametrize("loss", ["infonce", "ls", "kd", "otter"])
+@pytest.mark.parametrize("loss", ["ls", "otter"])
 def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
     """DDP on the CPU over two steps: every weight and both scales as in one process."""
     sgd = "--opt timm/momentum --momentum 0.9 --wd 0 --lr 0.1 --epochs 1".split()
@@ -154,7 +148,7 @@ def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
     for key, value in one["state_dict"].items():
         other = two["state_dict"][f"module.{key}"]
         torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-6, msg=key)
-    if loss in ("kd", "otter"):
+    if loss == "otter":
         mine, its = (x["otter"]["distill_logit_scale"] for x in (one, two))
         torch.testing.assert_close(its, mine, rtol=1e-6, atol=0)
         for key, value in one["state_dict_ema"].items():
@@ -169,8 +163,15 @@ def test_torchrun_with_everything_on_resumes_exactly(pairs, labelled, tmp_path, 
     shutil.copytree(model_configs, packages / "open_clip" / "model_configs", dirs_exist_ok=True)
     path = [packages, ROOT]
     extra = ["--loss", "otter", "--batch-size", "6", "--accum-freq", "2", "--grad-clip-norm", "1"]
-    extra += ["--local-loss", "--gather-with-grad", "--model", "tiny-vit"]
-    extra += ["--zeroshot-data", str(labelled), "--zeroshot-frequency", "1"]
+    extra += ["--local-loss", "--gather-with-grad", "--model", "tiny-vit", "--workers", "1"]
+    extra += [
+        "--train-num-samples",
+        "48",
+        "--zeroshot-data",
+        str(labelled),
+        "--zeroshot-frequency",
+        "1",
+    ]
     line = flags(pairs, tmp_path / "whole", *extra)
     out = forks.ranks(2, "-m", "otter_openclip.train", *line, path=path)
     assert "Target_entropy" in out

@@ -165,8 +165,9 @@ def other_run(folder):
         other.kill()
 
 
-def test_two_runs_of_one_name(pairs, tmp_path, whole):
+def test_two_runs_of_one_name(pairs, tmp_path, whole, monkeypatch):
     """The second is refused while the first is alive, and only then."""
+    monkeypatch.setattr(resume, "_PATIENCE", 0.5)
     folder = copied(whole, tmp_path, 1, 2)
     with other_run(folder.parent):
         with pytest.raises(SystemExit) as stop:
@@ -188,13 +189,13 @@ def test_a_run_that_comes_second_leaves_the_firsts_folder(pairs, tmp_path, monke
             return resume.Resume(args)
 
         monkeypatch.setattr(plugin, "Resume", begin)
+        monkeypatch.setattr(resume, "_PATIENCE", 0.5)
         with pytest.raises(SystemExit, match="another run writes to"):
             train(pairs, tmp_path, *LINE)
         assert {".lock", "checkpoints"} <= {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("loss", ["otter", "clip"])
-@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(("loss", "there"), [("otter", False), ("clip", True)])
 def test_without_a_step_the_name_is_free(pairs, tmp_path, loss, there):
     line = [*LINE, "--loss", loss, "--epochs", "1", "--precision", "fp32"]
     if there:
@@ -218,8 +219,7 @@ def test_a_run_without_a_step_takes_nothing_from_the_one_it_goes_on_from(pairs, 
     assert (folder.parent / "out.log").is_file()
 
 
-@pytest.mark.parametrize("loss", ["otter", "clip"])
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(("loss", "fails"), [("otter", True), ("clip", False)])
 def test_no_loader_outlives_a_run(pairs, tmp_path, loss, fails):
     """Not even one that an error's traceback would keep alive."""
     working = []

@@ -33,45 +33,30 @@ def stopped(pairs, logs, *extra, csv=False):
 @pytest.mark.parametrize(
     ("extra", "step", "term"),
     [
-        (["--loss", "otter", "--log-every-n-steps", "4"], 7, "contrastive_loss is nan, distill_loss"),
-        (["--loss", "kd", "--log-every-n-steps", "100"], 11, "contrastive_loss is nan, distill_loss"),
-        (["--loss", "ls", "--log-every-n-steps", "4"], 8, "contrastive_loss is nan"),
-        (["--loss", "infonce", "--log-every-n-steps", "4"], 8, "contrastive_loss is nan"),
+        (["--loss", "otter", "--log-every-n-steps", "4"], 4, "contrastive_loss is nan, distill_loss"),
+        (["--loss", "kd", "--log-every-n-steps", "100"], 5, "contrastive_loss is nan, distill_loss"),
+        (["--loss", "infonce", "--log-every-n-steps", "1"], 2, "contrastive_loss is nan"),
     ],
 )  # fmt: skip
-def test_a_loss_that_is_not_finite_ends_the_run_at_its_first_step(
+def test_a_loss_that_is_not_finite_ends_the_run_where_it_would_be_logged(
     pairs, tmp_path, monkeypatch, extra, step, term
 ):
+    """Or after the epoch; it is so from the epoch's step 2 on."""
     calls = []
 
     def spoil(output, _):
         if torch.is_grad_enabled():
             calls.append(output)
             rows = torch.arange(12)[:, None] == 3
-            if len(calls) == step + 1:
+            if len(calls) == 6 + 3:
                 output["image_features"] = output["image_features"].masked_fill(rows, torch.nan)
 
     poison(monkeypatch, spoil)
     said = stopped(pairs, tmp_path, *extra)
-    assert f"error: the loss of step {step - 6} of epoch 1 (both counted from 0): {term}" in said
-    assert "not finite are 1 of 12 image_features;" in said
+    assert f"error: the loss of step {step} of epoch 1 (both counted from 0): {term}" in said
     checkpoints = tmp_path / "run" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["epoch_1.pt"]
     assert all(x.isfinite().all() for x in load(checkpoints / "epoch_1.pt")["state_dict"].values())
-
-
-def test_features_of_micro_batches_are_counted_together(pairs, tmp_path, monkeypatch):
-    bad = open_clip.get_tokenizer("tiny-vit")("a red circle")
-
-    def spoil(output, text):
-        rows = (text == bad).all(dim=1, keepdim=True)
-        output["text_features"] = output["text_features"].masked_fill(rows, torch.inf)
-
-    poison(monkeypatch, spoil)
-    words = ["--loss", "otter", "--accum-freq", "2", "--batch-size", "6"]
-    said = stopped(pairs, tmp_path, *words, "--log-every-n-steps", "100")
-    assert re.search(r"[1-9]\d? of 12 text_features, [1-9]\d? of 12 dist_text_features", said)
-    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_what_no_loss_shows_does_not_reach_a_checkpoint_or_results(pairs, tmp_path, monkeypatch):

@@ -84,11 +84,9 @@ def test_what_it_says_and_when_there_is_nothing_to_do(site, run):
 @pytest.mark.parametrize(
     ("project", "target", "packages", "checkout"),
     [
-        ("open_clip", "bare", "bare", False),
         ("open_clip", "bare/open_clip_train", "bare", False),
         ("open_clip", "flat", "flat", True),
         # The checkout's folder often has the package's name.
-        ("open_clip", "open_clip", "open_clip/src", True),
         ("open_clip", "open_clip/src/open_clip", "open_clip/src", True),
         ("clip_benchmark", "bare", "bare", False),
         ("clip_benchmark", "clip_benchmark", "clip_benchmark", True),

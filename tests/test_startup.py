@@ -30,29 +30,36 @@ import atexit, sys
 atexit.register(lambda: print("loaded", *sorted({set(HEAVY)!r} & set(sys.modules))))
 """
 COMMAND = LOADED + "from otter_openclip import cli; sys.exit(cli.main())"
+# Each line's exit code, and what has been imported by then.
+COMMANDS = f"""
+import contextlib, io, sys
+from otter_openclip import cli
+for line in sys.argv[1:]:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            code = cli.main(line.split())
+        except SystemExit as stop:
+            code = stop.code
+    print(code, *sorted({set(HEAVY)!r} & set(sys.modules)))
+"""
 
 
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        ("--help", 0),
-        ("dta", 2),
-        ("data", 2),
-        *((f"{name} --help", 0) for name in cli.COMMANDS if name not in ("train", "eval", "data")),
-        *((f"data {name} --help", 0) for name in cli.DATA_COMMANDS),
-        ("data csv --captions nowhere.csv --output out", 2),
-        ("data inspect nowhere.tar", 2),
-        ("patch open_clip --target nowhere", 2),
-        ("patch open_clip", None),
-        ("export run out --wieghts teacher", 2),
-        ("convert last.pth.tar out --owerwrite", 2),
-        ("towers out --image resnet18 --txt folder", 2),
-    ],
-)
-def test_commands_that_need_no_torch_do_not_import_it(words, code):
-    done = python(COMMAND, *words.split())
-    assert done.stdout.splitlines()[-1].split() == ["loaded"], done.stdout[-500:]
-    assert code is None or done.returncode == code, done.stderr
+def test_commands_that_need_no_torch_do_not_import_it():
+    helps = [f"{n} --help" for n in cli.COMMANDS if n not in ("train", "eval", "data")]
+    helps += ["--help", *(f"data {name} --help" for name in cli.DATA_COMMANDS)]
+    wrong = [
+        "dta",
+        "data",
+        "data csv --captions nowhere.csv --output out",
+        "data inspect nowhere.tar",
+        "patch open_clip --target nowhere",
+        "export run out --wieghts teacher",
+        "convert last.pth.tar out --owerwrite",
+        "towers out --image resnet18 --txt folder",
+    ]
+    done = python(COMMANDS, *helps, *wrong)
+    assert done.stdout.splitlines() == ["0"] * len(helps) + ["2"] * len(wrong), done.stderr
 
 
 def test_building_and_looking_at_shards_import_no_torch(tmp_path):

@@ -23,18 +23,12 @@ from otter_openclip.training.student_with_teacher import EmaTeacher
 @pytest.mark.parametrize(
     "words",
     [
-        "--loss otter",
-        "--loss otter --workers 0",
-        "--loss otter --workers 2",
-        "--loss otter --dataset-resampled --train-num-samples 60",
-        "--loss kd --csv",
-        "--loss ls --csv --workers 0",
+        "--loss otter --workers 2 --model tiny-timm",  # it has dropout
+        "--loss otter --dataset-resampled --train-num-samples 60 --workers 1",
+        "--loss kd --csv --teacher-mode eval",
         "--loss infonce",
-        "--loss otter --model tiny-timm",  # it has dropout
-        "--loss otter --opt timm/momentum --momentum 0.9 --wd 0",
-        "--loss otter --accum-freq 2 --batch-size 6",
+        "--loss otter --accum-freq 2 --batch-size 6 --opt timm/momentum --momentum 0.9 --wd 0",
         "--loss otter --precision pure_bf16",
-        "--loss otter --teacher-mode eval",
     ],
 )
 def test_resume_is_exact(pairs, tmp_path, words):
@@ -67,8 +61,9 @@ def test_epochs_and_seeds_differ(pairs, tmp_path, monkeypatch):
         return stock(model, data, loss, epoch, *rest, **kwargs)
 
     monkeypatch.setattr(launcher, "_stock_train_one_epoch", record)
+    few = ["--loss", "infonce", "--train-num-samples", "48"]
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        train(pairs, tmp_path, "--loss", "infonce", "--name", name, "--seed", seed)
+        train(pairs, tmp_path, *few, "--name", name, "--seed", seed)
     assert all(torch.equal(orders["a", epoch], orders["b", epoch]) for epoch in (0, 1))
     assert not torch.equal(orders["a", 0], orders["a", 1])
     assert not torch.equal(orders["a", 0], orders["c", 0])
@@ -76,6 +71,7 @@ def test_epochs_and_seeds_differ(pairs, tmp_path, monkeypatch):
 
 def test_resume_latest_with_most_recent_and_deleted_checkpoints(pairs, tmp_path, monkeypatch):
     extra = ["--loss", "otter", "--save-most-recent", "--delete-previous-checkpoint"]
+    extra += ["--train-num-samples", "24"]
     whole = train(pairs, tmp_path / "whole", *extra)
     assert sorted(p.name for p in whole.glob("*")) == ["epoch_2.pt", "epoch_latest.pt"]
     stock = launcher._stock_train_one_epoch
@@ -101,9 +97,8 @@ def test_remote_sync(pairs, tmp_path):
     assert_same(load(remote / "run" / "checkpoints" / "epoch_2.pt"), load(here / "epoch_2.pt"))
 
 
-@pytest.mark.parametrize("loss", ["infonce", "ls", "kd", "otter"])
-def test_stock_open_clip_loads_and_resumes_the_checkpoint(pairs, tmp_path, loss, model_configs):
-    path = train(pairs, tmp_path, "--loss", loss, "--epochs", "1") / "epoch_1.pt"
+def test_stock_open_clip_loads_and_resumes_the_checkpoint(pairs, tmp_path, model_configs):
+    path = train(pairs, tmp_path, "--loss", "otter", "--epochs", "1") / "epoch_1.pt"
     blocked = tmp_path / "blocked"
     (blocked / "otter_openclip").mkdir(parents=True)
     (blocked / "otter_openclip" / "__init__.py").write_text(
@@ -124,22 +119,6 @@ def test_stock_open_clip_loads_and_resumes_the_checkpoint(pairs, tmp_path, loss,
     assert stock["optimizer"].keys() == {"state", "param_groups"}
 
 
-def test_resuming_a_plain_checkpoint_warns(pairs, tmp_path, caplog):
-    path = train(pairs, tmp_path, "--epochs", "1", "--precision", "fp32") / "epoch_1.pt"
-    assert "otter" not in load(path)["optimizer"]
-    with caplog.at_level(logging.WARNING):
-        train(pairs, tmp_path, "--loss", "otter", "--name", "b", "--resume", str(path))
-    assert "the teacher starts as a copy of the student" in caplog.text
-
-
-def test_resuming_with_other_settings_warns(pairs, tmp_path, caplog):
-    path = train(pairs, tmp_path, "--loss", "otter", "--epochs", "1") / "epoch_1.pt"
-    extra = ["--loss", "otter", "--alpha", "0.3", "--name", "b", "--resume", str(path)]
-    with caplog.at_level(logging.WARNING):
-        train(pairs, tmp_path, *extra)
-    assert "alpha: 0.5 -> 0.3" in caplog.text
-
-
 @pytest.fixture(scope="module")
 def begun(pairs, tmp_path_factory):
     """The checkpoint of an epoch of tiny-rn with its image tower locked."""
@@ -147,19 +126,7 @@ def begun(pairs, tmp_path_factory):
     return train(pairs, tmp_path_factory.mktemp("begun"), *words) / "epoch_1.pt"
 
 
-def test_an_optimizers_state_with_groups_of_the_same_size():
-    """Which torch takes, to fail in the first step."""
-    weight = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight])
-    optimizer.load_state_dict(torch.optim.AdamW([weight]).state_dict())
-    resumed = resume.Resume(Namespace(resume="a.pt", opt="timm/momentum"))
-    resumed._checkpoint = {}
-    with pytest.raises(ValueError, match=r"--resume a.pt: .*no dampening.* --opt timm/momentum"):
-        resumed.restore(Namespace(resume="a.pt", opt="timm/momentum"), optimizer, None, None)
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
-@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize(("prefix", "bare"), [("module.", True), ("_orig_mod.module.", False)])
 def test_resuming_weights_that_were_saved_in_a_wrapper(pairs, tmp_path, begun, prefix, bare):
     checkpoint = load(begun)
     state = {prefix + key: value for key, value in checkpoint["state_dict"].items()}
@@ -205,25 +172,23 @@ def test_a_warmup_beyond_the_run(pairs, tmp_path, caplog):
 
 
 LOCKS = {
-    "--model HF --lock-text --lock-text-unlocked-layers 1": "--lock-text-unlocked-layers 1.*layer_attr",
-    "--model tiny-vit --lock-text": r"--lock-text-freeze-layer-norm False \(AssertionError",
-    "--lock-image --lock-image-unlocked-groups 1": "--lock-image-unlocked-groups 1.*AssertionError",
+    "--model HF --lock-text --lock-text-unlocked-layers 1": "'unlocked_layers': 1.*layer_attr",
+    "--model tiny-vit --lock-text": r"'freeze_layer_norm': False.*AssertionError",
+    "--lock-image --lock-image-unlocked-groups 1": "'unlocked_groups': 1.*AssertionError",
     "--lock-image --lock-text --lock-text-freeze-layer-norm": "leave nothing of --model tiny-rn",
-    "--model tiny-timm --force-patch-dropout 0.5": "--model tiny-timm: .*drop the --force flag",
+    "--model tiny-timm --force-patch-dropout 0.5": "--model tiny-timm: .*patch_drop",
 }
 
 
 @pytest.mark.parametrize("words", LOCKS)
-@pytest.mark.parametrize("loss", ["otter", "clip"])
-def test_towers_that_cannot_be_locked_so(pairs, tmp_path, hf_model, words, loss):
+def test_towers_that_cannot_be_locked_so(pairs, tmp_path, hf_model, words):
     with pytest.raises(SystemExit) as stop:
-        train(pairs, tmp_path, "--loss", loss, *words.replace("HF", hf_model).split())
+        train(pairs, tmp_path, *words.replace("HF", hf_model).split())
     assert re.search(LOCKS[words], stop.value.code) and len(stop.value.code.splitlines()) == 1
 
 
-@pytest.mark.parametrize("loss", ["kd", "otter"])
-def test_the_second_scale_starts_where_it_is_told(pairs, tmp_path, loss, caplog):
-    still = ["--loss", loss, "--epochs", "1", "--lr", "0", "--warmup", "0"]
+def test_the_second_scale_starts_where_it_is_told(pairs, tmp_path, caplog):
+    still = ["--loss", "otter", "--epochs", "1", "--lr", "0", "--warmup", "0"]
     scale = ["--init-distill-logit-scale", "2.5"]
     path = train(pairs, tmp_path, *still, *scale) / "epoch_1.pt"
     assert load(path)["otter"]["distill_logit_scale"] == 2.5
@@ -295,7 +260,7 @@ def test_the_update_is_the_losss_gradient(pairs, tmp_path, monkeypatch):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["infonce", "ls", "kd", "otter"])
+@pytest.mark.parametrize("loss", ["ls", "otter"])
 def test_accumulation_is_the_whole_batch(pairs, tmp_path, loss):
     """Two micro-batches of 6 move the weights as one batch of 12 does, both scales included."""
     sgd = ["--opt", "timm/momentum", "--momentum", "0.9", "--wd", "0", "--lr", "0.1"]
@@ -306,7 +271,7 @@ def test_accumulation_is_the_whole_batch(pairs, tmp_path, loss):
     one, two = load(one / "epoch_1.pt"), load(two / "epoch_1.pt")
     for key, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-3, atol=1e-5)
-    if loss in ("kd", "otter"):
+    if loss == "otter":
         entries = one["otter"], two["otter"]
         scales = [entry["distill_logit_scale"] for entry in entries]
         torch.testing.assert_close(*scales, rtol=1e-4, atol=0)
@@ -330,18 +295,10 @@ def test_accumulation_runs_the_teacher_once_for_each_micro_batch(pairs, tmp_path
 @pytest.mark.parametrize(
     "words",
     [
-        "--precision amp_bf16 --model tiny-vit",
-        "--precision amp --model tiny-vit",
-        "--precision bf16 --model tiny-vit",
-        "--grad-clip-norm 0.1",
-        "--lock-image --lock-image-freeze-bn-stats",
-        "--lock-text --lock-text-freeze-layer-norm --force-custom-text",
-        "--grad-checkpointing --model tiny-vit",
-        "--share-logit-scale",
-        "--ot-scope local --keep-diag",
-        "--local-loss --gather-with-grad",
-        "--opt timm/lamb --eps 1e-6",
-        "--val-data VAL",
+        "--precision amp_bf16 --model tiny-vit --grad-clip-norm 0.1",
+        "--precision bf16 --model tiny-vit --grad-checkpointing --val-data VAL",
+        "--lock-text --lock-text-freeze-layer-norm --force-custom-text --share-logit-scale",
+        "--ot-scope local --keep-diag --local-loss --gather-with-grad --opt timm/lamb --eps 1e-6",
     ],
 )
 def test_works_with(pairs, tmp_path, words):
@@ -377,8 +334,7 @@ def teacher(pairs, tmp_path_factory):
     return train(pairs, folder, "--loss", "infonce", "--epochs", "1") / "epoch_1.pt"
 
 
-@pytest.mark.parametrize("loss", ["kd", "otter"])
-@pytest.mark.parametrize("accum", [[], ["--accum-freq", "2"]], ids=["", "accum"])
+@pytest.mark.parametrize(("loss", "accum"), [("otter", []), ("kd", ["--accum-freq", "2"])])
 def test_fixed_teacher(pairs, tmp_path, teacher, loss, accum):
     words = ["--loss", loss, "--model", "tiny-vit", *accum]
     words += ["--distill-model", "tiny-rn", "--distill-pretrained", str(teacher)]
@@ -420,5 +376,3 @@ def test_reference_crop_reaches_the_batches(pairs, tmp_path, monkeypatch):
     extra = ["--loss", "otter", "--workers", "0", "--epochs", "1", "--batch-size", "36"]
     train(pairs, tmp_path / "with", *extra, "--reference-crop", csv=True)
     assert calls == 72 * [(40, 40)]
-    train(pairs, tmp_path / "without", *extra, csv=True)
-    assert len(calls) == 72

@@ -20,7 +20,7 @@ COMMON = {
     "--epochs": "2",
     "--warmup": "1",
     "--lr": "1e-2",
-    "--workers": "1",
+    "--workers": "0",
     "--log-every-n-steps": "1",
     "--name": "run",
 }

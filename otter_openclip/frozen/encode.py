@@ -6,14 +6,12 @@ encoded, so a run that was killed goes on with the next shard.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import itertools
 import json
 import logging
-import random
 import re
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,6 @@ from otter_openclip.frozen.store import FeatureFiles, in_half
 from otter_openclip.shards import read
 
 ROUND = 30.0  # seconds of encoding after which the ranks hear of each other
-_BATCH = {"cpu": 64}
-_BATCH_ELSEWHERE = 256
 _PLAIN = (bool, int, float, str, type(None))
 # Settings that change nothing of what a tower gives.
 _NO_MATTER = re.compile(
@@ -93,48 +89,37 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
 
 
 class ImageInputs:
-    """Reads images: (views, 3, H, W) of a sample's files, and whether they are of a picture."""
+    """Reads images: (3, H, W) of a sample's files, and whether they are of a picture."""
 
-    def __init__(self, transform: Callable[[Any], Tensor], views: int = 1) -> None:
-        """``transform`` gives (3, H, W); several views are random, by numbers of each image's own."""
-        self.transform, self.views = transform, views
+    contents = True  # of a shard's files
 
-    def __call__(self, files: Mapping[str, bytes], seed: int) -> tuple[Tensor, bool]:
-        """``seed`` is where the random numbers begin; a black image stands for one that is not there."""
+    def __init__(self, transform: Callable[[Any], Tensor]) -> None:
+        self.transform = transform
+
+    def __call__(self, files: Mapping[str, bytes]) -> tuple[Tensor, bool]:
+        """A black image stands for one that is not there."""
         try:
             image = read.rgb(read.opened(read.image_file(files, read.TRAINING_IMAGES)))
         except read.SampleError as error:
             logging.warning(f"An image is left out: {error}")
-            return torch.stack([self.transform(Image.new("RGB", (64, 64)))] * self.views), False
-        if self.views == 1:
-            return self.transform(image)[None], True
-        with _seeded(seed):
-            return torch.stack([self.transform(image) for _ in range(self.views)]), True
+            return self.transform(Image.new("RGB", (64, 64))), False
+        return self.transform(image), True
 
 
 class TokenInputs:
-    """Reads captions: (1, context) tokens of a sample's files, and whether they are of a text."""
+    """Reads captions: (context,) tokens of a sample's files, and whether they are of a text."""
+
+    contents = ("txt",)
 
     def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, files: Mapping[str, bytes], _: int) -> tuple[Tensor, bool]:
+    def __call__(self, files: Mapping[str, bytes]) -> tuple[Tensor, bool]:
         """Of no UTF-8 text the tokens are those of an empty one."""
         try:
-            return self.tokenizer([files["txt"].decode()]), True
+            return self.tokenizer([files["txt"].decode()])[0], True
         except (KeyError, UnicodeDecodeError):
-            return self.tokenizer([""]), False
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """The random numbers of a block begin at ``seed``; those of the process go on after it."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
+            return self.tokenizer([""])[0], False
 
 
 class Column:
@@ -153,23 +138,23 @@ class Column:
         self.files = FeatureFiles(folder / f"{kind}-{key}")
 
     def rows(self, inputs: Tensor, good: Tensor) -> np.ndarray:
-        """(samples, views, width) of the inputs (samples, views, ...), those not ``good`` marked.
+        """(samples, 1, width) of the inputs (samples, ...), those not ``good`` marked.
 
         Raises: ValueError if features are not finite.
         """
         if self.encode is None:
             rows = inputs.to(torch.int32)
             rows[~good] = -1
-            return rows.numpy()
-        features = self.encode(inputs.flatten(0, 1))
+            return rows[:, None].numpy()
+        features = self.encode(inputs)
         if features.ndim != 2 or not features.isfinite().all():
-            fault = "is not finite" if features.ndim == 2 else "is no vector a sample"
             raise ValueError(
-                f"what the {self.kind} tower gives {fault}; check its weights, or use --precision fp32"
+                f"what the {self.kind} tower gives is no finite vector for each sample; check its "
+                "weights and pooling, or use --precision fp32"
             )
-        rows = features.float().view(*inputs.shape[:2], -1)
+        rows = features.float()
         rows[~good] = torch.nan
-        return rows.numpy()
+        return rows[:, None].numpy()
 
 
 class TowerEncoder:
@@ -183,55 +168,35 @@ class TowerEncoder:
         self.autocast = get_autocast(precision, device_type=device.type)
         self.dtype = get_input_dtype(precision)
 
-    @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
         """(N, width) features, on the CPU, of images (N, 3, H, W) or tokens (N, context)."""
-        module = self.model.get_submodule(self.name)
-        was_training = module.training
-        module.eval()
-        try:
-            dtype = self.dtype if inputs.is_floating_point() else None
-            with self.autocast():
-                inputs = inputs.to(device=self.device, dtype=dtype)
-                return prefix.run(self.model, self.tower, inputs).cpu()
-        finally:
-            module.train(was_training)
+        self.model.get_submodule(self.name).eval()
+        dtype = self.dtype if inputs.is_floating_point() else None
+        with self.autocast():
+            inputs = inputs.to(device=self.device, dtype=dtype)
+            return prefix.run(self.model, self.tower, inputs).cpu()
 
 
 class _Batches(IterableDataset):
-    """Batches of shards: the shard, by kind inputs and which are good, and whether it is the last."""
+    """(shard, (inputs, which are good)) of batches of shards; after a shard's last one (shard, None)."""
 
-    def __init__(
-        self, shards: Sequence[str], columns: Mapping[str, list[Column]], size: int
-    ) -> None:
-        """``columns`` are those that each of the ``shards`` lacks."""
-        self.shards, self.columns, self.size = shards, columns, size
+    def __init__(self, shards: Sequence[str], inputs: ImageInputs | TokenInputs, size: int) -> None:
+        self.shards, self.inputs, self.size = shards, inputs, size
 
-    def __iter__(self) -> Iterator[tuple[str, dict[str, tuple[Tensor, Tensor]], bool]]:
+    def __iter__(self) -> Iterator[tuple[str, tuple[Tensor, Tensor] | None]]:
         info = get_worker_info()
         for shard in self.shards if info is None else self.shards[info.id :: info.num_workers]:
-            batch: list[dict[str, tuple[Tensor, bool]]] = []
-            for number, files in enumerate(_samples(shard)):
-                if len(batch) == self.size:
-                    yield shard, _stacked(batch), False
-                    batch = []
-                seed = zlib.crc32(f"{Path(shard).name} {number}".encode())
-                batch.append({c.kind: c.inputs(files, seed) for c in self.columns[shard]})
-            yield shard, _stacked(batch), True
+            samples = map(self.inputs, _samples(shard, self.inputs.contents))
+            while batch := list(itertools.islice(samples, self.size)):
+                inputs, good = zip(*batch, strict=True)
+                yield shard, (torch.stack(inputs), torch.tensor(good))
+            yield shard, None
 
 
-def _stacked(batch: list[dict[str, tuple[Tensor, bool]]]) -> dict[str, tuple[Tensor, Tensor]]:
-    stacked = {}
-    for kind in batch[0] if batch else ():
-        inputs, good = zip(*(sample[kind] for sample in batch), strict=True)
-        stacked[kind] = torch.stack(inputs), torch.tensor(good)
-    return stacked
-
-
-def _samples(shard: str) -> Iterator[dict[str, bytes]]:
+def _samples(shard: str, contents: Any) -> Iterator[dict[str, bytes]]:
     """A shard's samples up to where it is damaged, as open_clip's loader reads them."""
     try:
-        for _, files in read.samples(shard):
+        for _, files in read.samples(shard, contents=contents):
             yield files
     except OSError as error:
         logging.warning(f"{shard} {error}")
@@ -250,29 +215,23 @@ def fill(
 
     Raises:
         ValueError: if a shard is no local file, two cannot be told apart, or features are not finite.
-        OSError: if the folder cannot be written; what is done stays.
     """
     check_local(columns[0].files, shards)
-    lacking = {shard: [] for shard in shards}
     for column in columns:
-        for shard in column.files.missing(shards):
-            lacking[shard].append(column)
-    kinds = " and ".join(column.kind for column in columns)
-    wanted = [shard for shard in shards if lacking[shard]]
-    logging.info(f"Features ({kinds}): {len(wanted)} of {len(shards)} shards to encode")
-    for column in columns if rank == 0 and wanted else ():
-        if isinstance(column.inputs, TokenInputs):
-            texts = read.first_captions(wanted)
-            if remark := cut_alike("captions", texts, column.inputs.tokenizer):
+        wanted = dict.fromkeys(column.files.missing(shards))
+        logging.info(f"Features ({column.kind}): {len(wanted)} of {len(shards)} shards to encode")
+        if rank == 0 and isinstance(column.inputs, TokenInputs):
+            captions = read.first_captions(wanted)
+            if remark := cut_alike("captions", captions, column.inputs.tokenizer):
                 logging.warning(remark)
-    # By place, and together in any case: a rank that looks later may find some files there already.
-    mine = [shard for shard in shards[rank::world_size] if lacking[shard]]
-    _together(_encode(mine, lacking, device, workers, show=rank == 0), device, world_size)
-    if left := [shard for column in columns for shard in column.files.missing(shards)]:
-        raise ValueError(
-            f"{columns[0].files.folder.parent} has no features of {left[0]} although all were "
-            "encoded: the shards changed meanwhile, or the ranks do not share the folder"
-        )
+        # By place, and together in any case: a rank that looks later may find some files there already.
+        mine = [shard for shard in shards[rank::world_size] if shard in wanted]
+        _together(_encode(mine, column, device, workers, show=rank == 0), device, world_size)
+        if left := column.files.missing(shards):
+            raise ValueError(
+                f"{column.files.folder} has no features of {left[0]} although all were encoded: the "
+                "shards changed meanwhile, or the ranks do not share the folder"
+            )
 
 
 def check_local(files: FeatureFiles, shards: Sequence[str]) -> None:
@@ -293,53 +252,35 @@ def check_local(files: FeatureFiles, shards: Sequence[str]) -> None:
 
 
 def _encode(
-    shards: Sequence[str],
-    lacking: Mapping[str, list[Column]],
-    device: torch.device,
-    workers: int,
-    *,
-    show: bool,
+    shards: Sequence[str], column: Column, device: torch.device, workers: int, *, show: bool
 ) -> Iterator[None]:
     """Encode ``shards``, some :data:`ROUND` seconds' worth between two yields."""
     if not shards:
         return
-    size = _BATCH.get(device.type, _BATCH_ELSEWHERE)
-    batches = _Batches(shards, lacking, size)
+    batches = _Batches(shards, column.inputs, 64 if device.type == "cpu" else 256)
     # A generator of its own: the loader must not draw from the training's random numbers.
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        num_workers=min(workers, len(shards)),
-        generator=torch.Generator(),
-    )
-    parts: dict[tuple[str, str], list[np.ndarray]] = {}
-    said: dict[str, str] = {}
+    settings = {"num_workers": min(workers, len(shards)), "generator": torch.Generator()}
+    loader = DataLoader(batches, batch_size=None, **settings)
+    parts: dict[str, list[np.ndarray]] = {shard: [] for shard in shards}
     began = time.monotonic()
-    with tqdm(desc="Encoding", unit="sample", disable=not show) as bar:
-        for shard, stacked, last in loader:
-            for column in lacking[shard]:
-                part = parts.setdefault((shard, column.kind), [])
-                if column.kind in stacked:
-                    part.append(column.rows(*stacked[column.kind]))
-                if last:
-                    rows = np.concatenate(parts.pop((shard, column.kind)) or [np.zeros((0, 1, 1))])
-                    if column.encode is not None:
-                        rows, said[column.kind] = in_half(rows)
-                    column.files.write(shard, rows)
-            bar.update(max((len(good) for _, good in stacked.values()), default=0))
+    with tqdm(desc=f"Encoding ({column.kind})", unit="sample", disable=not show) as bar:
+        for shard, batch in loader:
+            if batch is None:
+                rows = np.concatenate(parts.pop(shard) or [np.zeros((0, 1, 1))])
+                column.files.write(shard, rows if column.encode is None else in_half(rows))
+            else:
+                parts[shard].append(column.rows(*batch))
+                bar.update(len(batch[0]))
             if time.monotonic() - began > ROUND:
                 yield
                 began = time.monotonic()
-    for kind, text in said.items():
-        logging.info(f"Features of the {kind} tower are kept in {text}")
 
 
 def _together(work: Iterator[None], device: torch.device, world_size: int) -> None:
     """Ranks meet after every round, so that no collective waits for longer than that takes."""
-    done = object()
     unfinished = True
     while unfinished:
-        unfinished = next(work, done) is not done
+        unfinished = next(work, "done") is None
         if world_size > 1:
             count = torch.tensor(int(unfinished), device=device)
             dist.all_reduce(count)

@@ -43,24 +43,21 @@ def image_column(
     device: torch.device,
     precision: str = "fp32",
     reference_crop: bool = False,
-    views: int = 1,
-    augmentation: Mapping[str, Any] | None = None,
 ) -> Column:
     """What the prefix ``name`` of the image tower gives for images under ``transform``.
 
-    ``transform`` is that of the model's preprocessing, of ``reference_crop`` or, with several views, of
-    ``augmentation``; precision as of open_clip's ``--precision``.
+    ``transform`` is that of the model's preprocessing, or of ``reference_crop``; precision as of
+    open_clip's ``--precision``.
     """
     config = model.visual.preprocess_cfg
     settings = {
         "preprocessing": config | {"size": size_pair(config["size"])},
         "reference_crop": reference_crop,
-        "views": [views, augmentation] if views > 1 else 1,
         "precision": precision,
     }
     key = tower_fingerprint(model, "visual", name, settings)
     encoder = TowerEncoder(model, "visual", name, device, precision)
-    return Column("image", folder, key, ImageInputs(transform, views), encoder)
+    return Column("image", folder, key, ImageInputs(transform), encoder)
 
 
 def text_column(
@@ -90,12 +87,7 @@ def use_features(
 ) -> None:
     """Let open_clip's webdataset loader ``train`` give features; those that are not kept yet are made.
 
-    Args:
-        args: open_clip_train's, with ``feature_cache``, ``feature_views`` and ``reference_crop``.
-        train: changed in place.
-        model: the bare model, before training.
-        prefixes: ``find_prefixes`` of it.
-        transform: of images; random if there are several views.
+    ``model`` is the bare model with its ``prefixes``, ``transform`` that of images.
 
     Raises:
         ValueError: if the shards or the features cannot be used.
@@ -107,17 +99,8 @@ def use_features(
     common = {"device": device, "precision": args.precision}
     columns = [text_column(model, prefixes.get("text"), folder, tokenizer, **common)]
     if "visual" in prefixes:
-        image = image_column(
-            model,
-            prefixes["visual"],
-            folder,
-            transform,
-            reference_crop=args.reference_crop,
-            views=args.feature_views,
-            augmentation=args.aug_cfg,
-            **common,
-        )
-        columns.insert(0, image)
+        common["reference_crop"] = args.reference_crop
+        columns.insert(0, image_column(model, prefixes["visual"], folder, transform, **common))
     urls, _ = expand_urls(args.train_data, args.train_data_upsampling_factors)
     ranks = {"rank": args.rank, "world_size": args.world_size, "workers": args.workers}
     fill(columns, list(dict.fromkeys(urls)), device=device, **ranks)
@@ -136,11 +119,8 @@ def use_features(
 def add_weights(args: Namespace, train: DataInfo, weights: FeatureFiles) -> None:
     """Let the webdataset loader ``train`` give a further column of texts: the pair's weight.
 
-    Only texts reach the model as the loader gives them, on any device, in any accumulation and beside
-    any images; ``split_weights`` takes the column off there. Call it after ``use_features``.
-
-    Raises:
-        ValueError: if there are no weights of a shard.
+    Only texts reach the model as the loader gives them, whatever the accumulation; ``split_weights``
+    takes the column off there. Call it after ``use_features``. ValueError if a shard has no weights.
     """
     urls, _ = expand_urls(args.train_data, args.train_data_upsampling_factors)
     check_local(weights, urls)
@@ -156,11 +136,8 @@ def add_weights(args: Namespace, train: DataInfo, weights: FeatureFiles) -> None
         return
     start = stages.index(tarfile_to_samples_nothrow)
     stages.insert(start + 1, _AddRows(weights, torch.float64, "__weight__"))
-    stages.insert(next(i for i, stage in enumerate(stages) if _makes_tuples(stage)), _put_weight)
-
-
-def _makes_tuples(stage: Any) -> bool:
-    return getattr(stage, "f", None) is wds.filters.to_tuple.f or "to_tuple" in repr(stage)
+    tuples = next(s for s in stages if getattr(s, "f", None) is wds.filters.to_tuple.f)
+    stages.insert(stages.index(tuples), _put_weight)
 
 
 def _put_weight(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -27,10 +27,6 @@ def _is_locked(module: nn.Module) -> bool:
     return bool(parameters) and not any(param.requires_grad for param in parameters)
 
 
-def _pools_a_map(module: nn.Module) -> bool:
-    return isinstance(module, TimmModel) and hasattr(module.head, "pool")
-
-
 def find_prefixes(model: nn.Module) -> dict[str, str]:
     """Tower -> name of its locked prefix, of a bare open_clip model; towers without one are left out.
 
@@ -51,8 +47,7 @@ def inner_parts(model: nn.Module) -> dict[str, str]:
         module = getattr(model, tower, None)
         if isinstance(module, nn.Module):
             inner = {TimmModel: "trunk", HFTextEncoder: "transformer"}.get(type(module))
-            whole = inner is None or _pools_a_map(module)
-            parts[tower] = tower if whole else f"{tower}.{inner}"
+            parts[tower] = tower if inner is None else f"{tower}.{inner}"
     return parts
 
 
@@ -62,8 +57,6 @@ def no_prefix_message(model: nn.Module, tower: str) -> str:
     name = {"visual": "image", "text": "text"}[tower]
     if not isinstance(module, nn.Module):
         return f"the {name} tower is not a module of its own; add --force-custom-text"
-    if _pools_a_map(module):
-        return f"the {name} tower pools in its head; use timm_pool '' in the model's JSON"
     trained = next((key for key, param in module.named_parameters() if param.requires_grad), None)
     return (
         f"what is frozen of the {name} tower is neither its whole trunk nor the tower: {trained} is "

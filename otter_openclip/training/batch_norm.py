@@ -16,14 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def leave_batch_norm(model: nn.Module) -> None:
-    """Let the next ``model.lock_image_tower`` replace no module, whatever ``freeze_bn_stats`` says."""
-    stock = model.lock_image_tower
+    """Let ``model``, whose image tower ``watch.check_locks`` has locked, not be locked again."""
+    model.lock_image_tower = _nothing
 
-    def lock(**keywords: Any) -> None:
-        del model.lock_image_tower  # the class's again: a copy of the model must not hold this one
-        stock(**keywords | {"freeze_bn_stats": False})
 
-    model.lock_image_tower = lock
+def _nothing(**_: Any) -> None:
+    """In place of what would replace modules."""
 
 
 def locked_batch_norms(model: nn.Module) -> list[str]:

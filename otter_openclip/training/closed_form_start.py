@@ -32,13 +32,8 @@ def start_from_fit(args: Namespace) -> None:
     shards = [files.path(shard).name for shard in expand_urls(args.train_data)[0]]
     towers = sorted(Path(args.model.removeprefix("local-dir:")).glob("*"))
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in towers]
-    settings = {
-        "model": args.model,
-        "towers": stamps,
-        "shards": shards,
-        "precision": args.precision,
-    }
-    out = folder / f"fit-{fingerprint(settings)}"
+    settings = {"model": args.model, "towers": stamps, "shards": shards}
+    out = folder / f"fit-{fingerprint({**settings, 'precision': args.precision})}"
     rank = world_info_from_env()[1]
     if rank == 0 and not (out / FIT_FILE).is_file():
         fit_folder(

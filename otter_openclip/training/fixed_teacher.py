@@ -6,7 +6,6 @@ open_clip gives both models the student's images and tokens, whatever the teache
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
 from typing import Any
 
 import open_clip
@@ -15,7 +14,13 @@ from torch import nn
 from otter_openclip.preprocessing import size_pair
 from otter_openclip.training.student_with_teacher import Teacher, as_teacher
 
-_IMAGE = {"size": "--force-image-size", "mean": "--image-mean", "std": "--image-std"}
+_FIXES = {
+    "image size": "pass --force-image-size, or another teacher",
+    "image mean": "pass --image-mean, or another teacher",
+    "image std": "pass --image-std, or another teacher",
+    "context length": "pass --force-context-length, or another teacher",
+    "tokenizer": "choose a teacher with the student's tokenizer",
+}
 
 
 class FixedTeacher(Teacher):
@@ -24,12 +29,7 @@ class FixedTeacher(Teacher):
     shares_prefixes = False
 
     def __init__(self, args: Namespace, student: nn.Module) -> None:
-        """Make the model of ``--distill-model``.
-
-        Raises:
-            ValueError: if its image size, mean, std, context length or kind of tokenizer are not the
-                student's.
-        """
+        """Make the model of ``--distill-model``; ValueError unless it reads what the student reads."""
         model, _, _ = open_clip.create_model_and_transforms(
             args.teacher_model,
             args.teacher_pretrained,
@@ -38,34 +38,27 @@ class FixedTeacher(Teacher):
             output_dict=True,
             cache_dir=args.cache_dir,
         )
-        for what, theirs, ours, fix in _compared(args, model, student):
-            if theirs != ours:
+        theirs = _inputs(
+            model, open_clip.get_tokenizer(args.teacher_model, cache_dir=args.cache_dir)
+        )
+        context = {"cache_dir": args.cache_dir, "context_length": args.force_context_length}
+        ours = _inputs(student, open_clip.get_tokenizer(args.model, **context))
+        for what, fix in _FIXES.items():
+            if theirs[what] != ours[what]:
                 raise ValueError(
                     f"--distill-model {args.teacher_model} would be given the student's input, but its "
-                    f"{what} is {theirs}, the student's {ours}; {fix}"
+                    f"{what} is {theirs[what]}, the student's {ours[what]}; {fix}"
                 )
         self.module = as_teacher(model.eval())
 
 
-def _compared(
-    args: Namespace, teacher: nn.Module, student: nn.Module
-) -> Iterator[tuple[str, Any, Any, str]]:
-    """What must be alike: its name, the teacher's, the student's, and what to do if it is not."""
-    for key, flag in _IMAGE.items():
-        as_tuple = size_pair if key == "size" else tuple
-        theirs, ours = (as_tuple(model.visual.preprocess_cfg[key]) for model in (teacher, student))
-        yield f"image {key}", theirs, ours, f"pass {flag}, or another teacher"
-    theirs = open_clip.get_tokenizer(args.teacher_model, cache_dir=args.cache_dir)
-    ours = open_clip.get_tokenizer(
-        args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
-    )
-    lengths = theirs.context_length, ours.context_length
-    yield "context length", *lengths, "pass --force-context-length, or another teacher"
-    fix = "choose a teacher with the student's tokenizer"
-    yield "tokenizer", _kind(theirs), _kind(ours), fix
-
-
-def _kind(tokenizer: Any) -> str:
-    """A tokenizer's class and number of words; of Hugging Face's, those of the wrapped one."""
-    inner = getattr(tokenizer, "tokenizer", tokenizer)
-    return f"{type(inner).__name__} of {getattr(inner, 'vocab_size', '?')} words"
+def _inputs(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """What a model with this tokenizer reads."""
+    image, inner = model.visual.preprocess_cfg, getattr(tokenizer, "tokenizer", tokenizer)
+    return {
+        "image size": size_pair(image["size"]),
+        "image mean": tuple(image["mean"]),
+        "image std": tuple(image["std"]),
+        "context length": tokenizer.context_length,
+        "tokenizer": f"{type(inner).__name__} of {getattr(inner, 'vocab_size', '?')} words",
+    }

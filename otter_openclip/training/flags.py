@@ -193,14 +193,6 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="compute what locked towers (--lock-image, --lock-text) give once a sample, keep it in "
         "DIR in a file for each shard, and train on that; any --loss",
     )
-    group.add_argument(
-        "--feature-views",
-        type=number(1, 1000, int),
-        default=1,
-        metavar="K",
-        help="augmented views of each image to keep in --feature-cache; 1, the default, is without "
-        "augmentation",
-    )
     for name, flag in _FLAGS.items():
         text = f"{flag.text}; default {_shown(flag.default)} (--loss {', '.join(flag.losses)})"
         group.add_argument(name, default=None, help=text, **flag.keywords)
@@ -224,13 +216,19 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     _settle_flags(parser, args)
     for fault in _teacher_faults(args):
         parser.error(fault)
-    _settle_precision(args, stock["precision"])
+    if args.precision is None:
+        # open_clip's default, amp, is tens of times slower on a CPU.
+        no_gpu = args.device.startswith("cuda") and not torch.cuda.is_available()
+        on_cpu = args.device.startswith("cpu") or no_gpu
+        args.precision = "fp32" if on_cpu and args.loss != "clip" else stock["precision"]
     if args.warmup is None and args.loss == "clip":
         args.warmup = stock["warmup"]
-    try:
-        _settle_size(args)
-    except ValueError as error:
-        parser.error(f"--train-data {args.train_data}: {error}; or pass --train-num-samples N")
+    if args.train_num_samples is None and in_shards(args):
+        # Each shard by the file beside it; open_clip counts all by the first one's.
+        try:
+            args.train_num_samples = listed_samples(expand_urls(args.train_data)[0])
+        except ValueError as error:
+            parser.error(f"--train-data {args.train_data}: {error}; or pass --train-num-samples N")
     return args
 
 
@@ -263,13 +261,25 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
         if getattr(args, name) and not (args.lock_image or args.lock_text):
             flag = f"--{name.replace('_', '-')}"
             yield f"{flag} is for locked towers, but none is: add --lock-image, --lock-text or both"
-    yield from _late_faults(args)
-    if args.loss != "clip":
-        yield from _mixed_faults(args)
-    if args.feature_cache is not None:
-        yield from _cache_faults(args)
-    elif args.feature_views > 1:
-        yield "--feature-views belongs to --feature-cache DIR; give that too, or drop it"
+    if args.lr_scheduler not in ("cosine", "const", "const-cooldown"):
+        yield f"--lr-scheduler {args.lr_scheduler} is none of cosine, const and const-cooldown"
+    if args.lr_scheduler == "const-cooldown" and args.epochs_cooldown is None:
+        yield "--lr-scheduler const-cooldown needs --epochs-cooldown N; add it"
+    distill = args.distill_model is not None, args.distill_pretrained is not None
+    teacher = args.loss in TEACHER_LOSSES
+    if any(distill) and args.loss != "clip" and not teacher:
+        yield f"--loss {args.loss} has no teacher; drop --distill-model, or use --loss kd or otter"
+    if any(distill) and not all(distill):
+        yield "--distill-model and --distill-pretrained must be given together"
+    if all(distill) and teacher and (args.ema_decay is not None or args.teacher_mode is not None):
+        yield "--ema-decay and --teacher-mode are for the EMA, which --distill-model replaces; drop one"
+    if any(distill) and args.feature_cache is not None:
+        yield "--feature-cache does not go with --distill-model, which takes images; drop one of them"
+    if args.feature_cache is not None and args.aug_cfg and args.lock_image:
+        yield (
+            "--aug-cfg: with --feature-cache a locked image tower sees its images without augmentation; "
+            "drop one of them"
+        )
     if args.init is not None and args.feature_cache is None:
         yield "--init fit needs what towers give for all pairs: add --feature-cache DIR, or drop it"
     if not in_shards(args):
@@ -279,45 +289,6 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
                     f"{flag} takes --train-data in webdataset shards; otter-openclip data csv makes "
                     "them of a table"
                 )
-
-
-def _late_faults(args: argparse.Namespace) -> Iterator[str]:
-    """What open_clip itself would say when hours may have gone into ``--feature-cache``."""
-    if args.lr_scheduler not in ("cosine", "const", "const-cooldown"):
-        yield f"--lr-scheduler {args.lr_scheduler} is none of cosine, const and const-cooldown"
-    if args.lr_scheduler == "const-cooldown" and args.epochs_cooldown is None:
-        yield "--lr-scheduler const-cooldown needs --epochs-cooldown N; add it"
-
-
-def _mixed_faults(args: argparse.Namespace) -> Iterator[str]:
-    """What of open_clip's flags our losses would pass over in silence."""
-    loss = f"--loss {args.loss}"
-    teacher = args.loss in TEACHER_LOSSES
-    distill = args.distill_model is not None, args.distill_pretrained is not None
-    if any(distill) and not teacher:
-        yield (
-            f"{loss} has no teacher, so --distill-model and --distill-pretrained have no meaning; use "
-            "--loss kd or --loss otter"
-        )
-    if any(distill) and not all(distill):
-        yield "--distill-model and --distill-pretrained must be given together"
-    if all(distill) and (args.ema_decay is not None or args.teacher_mode is not None):
-        yield (
-            "--ema-decay and --teacher-mode are for the EMA teacher, but --distill-model asks for a "
-            "fixed one; drop one or the other"
-        )
-
-
-def _cache_faults(args: argparse.Namespace) -> Iterator[str]:
-    if args.distill_model is not None:  # known only after hours of encoding otherwise
-        yield "--feature-cache does not go with --distill-model, which takes images; drop one of them"
-    if args.aug_cfg and args.lock_image and args.feature_views == 1:
-        yield (
-            "--aug-cfg: with --feature-cache a locked image tower sees its images without augmentation; "
-            "add --feature-views K to keep K augmented views, or drop it"
-        )
-    if args.feature_views > 1 and not args.lock_image:
-        yield "--feature-views keeps views of images, which needs --lock-image"
 
 
 def _settle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -358,20 +329,6 @@ def _teacher_faults(args: argparse.Namespace) -> Iterator[str]:
             f"--zeroshot-weights teacher: this run (--loss {args.loss}) keeps no EMA; train with --loss "
             "kd or otter without --distill-model, or with --loss clip, and --ema-decay above 0"
         )
-
-
-def _settle_precision(args: argparse.Namespace, default: str) -> None:
-    """On a CPU float32 unless asked otherwise: open_clip's ``default``, amp, is tens of times slower."""
-    if args.precision is None:
-        no_gpu = args.device.startswith("cuda") and not torch.cuda.is_available()
-        on_cpu = args.device.startswith("cpu") or no_gpu
-        args.precision = "fp32" if on_cpu and args.loss != "clip" else default
-
-
-def _settle_size(args: argparse.Namespace) -> None:
-    """Count each shard by the file beside it; open_clip counts all by the first one's."""
-    if args.train_num_samples is None and in_shards(args):
-        args.train_num_samples = listed_samples(expand_urls(args.train_data)[0])
 
 
 def in_shards(args: argparse.Namespace, name: str = "train_data") -> bool:

@@ -160,10 +160,8 @@ class Run:
         """The first model is the student."""
         try:
             made = _stock_create_model(*args, **kwargs)
-        except TypeError as error:  # a tower does not know what a flag gives it
-            fault = f"--model {args[0]}: {error}; drop the --force flag that it does not take"
-            self.plugin.refuse(fault, error)
-        except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
+        # The first is of a flag that the tower does not take.
+        except (TypeError, RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
             self.plugin.refuse(f"--model {args[0]}: {error}", error)
         if self._model_made:  # the second is open_clip's own --distill-model
             return made

@@ -13,7 +13,7 @@ from open_clip import ClipLoss
 from torch import Tensor, nn
 
 from otter_openclip.losses import DistillationLoss, LabelSmoothingLoss, OtterLoss
-from otter_openclip.training.watch import LossWatch
+from otter_openclip.training.watch import stop
 
 # Targets that spread over more of the batch, or have more mass on one pair, are worth a word.
 UNIFORM_SHARE = 0.5
@@ -73,23 +73,23 @@ class LoggedLosses(dict):
 
 
 class Objective:
-    """A run's loss, which counts its steps, logs its statistics and looks at every term.
+    """A run's loss, with the statistics of its targets among what is logged.
 
     Attributes:
         loss: the module.
         scale: the log of s_d, if the loss has one.
-        watch: what looks at the terms.
     """
 
     def __init__(self, args: Namespace) -> None:
         self.loss = create_loss(args)
         self.scale: nn.Parameter | None = getattr(self.loss, "distill_logit_scale", None)
-        self.watch = LossWatch()
-        self._args, self._calls, self._advised = args, 0, False
+        self._args, self._advised = args, False
+        self._epoch, self._calls = 0, 0
+        self._terms: Mapping[str, Tensor] = {}
 
     def start_epoch(self, epoch: int) -> None:
         """Count from this epoch's first step; after the first epoch, say once what its targets tell."""
-        self._calls, self.watch.epoch = 0, epoch
+        self._epoch, self._calls = epoch, 0
         statistics = getattr(self.loss, "target_statistics", None)
         if statistics and not self._advised:
             self._advised = True
@@ -97,48 +97,45 @@ class Objective:
                 logging.warning(text)
 
     def __call__(self, logit_scale: Tensor, **features: Any) -> dict[str, Tensor]:
-        """Terms of the loss, with the statistics of the targets among what is logged."""
+        """Terms of the loss; those of a step that open_clip logs, for which it waits, are looked at."""
         terms = self.loss(logit_scale=logit_scale, **features)
-        step, micro_batch = divmod(self._calls, self._args.accum_freq)
+        self._terms = {name: value.detach() for name, value in terms.items()}
         self._calls += 1
-        self.watch.take(step, terms, features)
-        last = micro_batch == self._args.accum_freq - 1
-        if last and step % self._args.log_every_n_steps == 0:
-            self.watch.check()  # open_clip logs this step
+        step, micro_batch = divmod(self._calls, self._args.accum_freq)
+        if micro_batch == 0 and (step - 1) % self._args.log_every_n_steps == 0:
+            self.check()
         if not isinstance(self.loss, DistillationLoss):
             return terms
         scale = self.loss.distill_scale(logit_scale).detach()
         return LoggedLosses(terms, {"distill_scale": scale, **self.loss.target_statistics})
+
+    def check(self) -> None:
+        """End the run if the last step's loss is not finite: one NaN makes all after it NaN."""
+        bad = [f"{k} is {v.item()}" for k, v in self._terms.items() if not v.isfinite()]
+        if bad:
+            step = (self._calls - 1) // self._args.accum_freq
+            where = f"step {step} of epoch {self._epoch} (both counted from 0)"
+            stop(f"the loss of {where}: {', '.join(bad)}")
 
 
 def advice(statistics: Mapping[str, Tensor], args: Namespace) -> str | None:
     """What to set if the last batch's targets are nearly uniform or nearly one-hot, else None.
 
     ``exp(target_entropy)`` is the number of pairs over which even targets of that entropy spread.
-
-    Args:
-        statistics: a loss's ``target_statistics``; read back from the device.
-        args: of the run.
     """
     total = args.batch_size * args.accum_freq * args.world_size
     entropy, top = (float(statistics[f"target_{name}"]) for name in ("entropy", "top_share"))
-    figures = f"target_entropy {entropy:.2f} nats (log {total} = {math.log(total):.2f})"
-    figures += f", target_top_share {top:.2f}"
-    sharper, blunter = "a smaller", "a larger"
-    flag, value = "--sinkhorn-lambda", args.sinkhorn_lambda
-    if args.loss == "kd":
-        sharper, blunter = blunter, sharper
-        flag, value = "--distill-T-t", args.distill_T_t
+    kd = args.loss == "kd"
+    flag, value = (
+        ("--distill-T-t", args.distill_T_t) if kd else ("--sinkhorn-lambda", args.sinkhorn_lambda)
+    )
     if math.exp(entropy) > UNIFORM_SHARE * total:
-        return (
-            f"The targets are nearly uniform: {figures}. A row spreads over some "
-            f"{math.exp(entropy):.0f} of {total} pairs, so that distillation is label smoothing. Try "
-            f"{sharper} {flag} (now {value:g}), or towers that are pretrained: their similarities mean "
-            "something from the first step"
-        )
-    if top > ONE_HOT_MASS:
-        return (
-            f"The targets are nearly one-hot: {figures}. A row has one other pair as its target; where "
-            f"that is not wanted try {blunter} {flag} (now {value:g})"
-        )
-    return None
+        found, change = "uniform, which is label smoothing", "larger" if kd else "smaller"
+    elif top > ONE_HOT_MASS:
+        found, change = "one-hot", "smaller" if kd else "larger"
+    else:
+        return None
+    return (
+        f"The targets are nearly {found}: target_entropy {entropy:.2f} nats (log {total} = "
+        f"{math.log(total):.2f}), target_top_share {top:.2f}; try a {change} {flag} (now {value:g})"
+    )

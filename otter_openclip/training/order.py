@@ -66,11 +66,7 @@ def _worker_seed(seed: int, rank: int) -> int:
 
 
 def make_repeatable(data: dict[str, DataInfo], *, seed: int, rank: int) -> None:
-    """Take chance out of ``get_data``'s training loader, in place; csv data need nothing here.
-
-    Raises:
-        RuntimeError: if the webdataset pipeline is not the one of the supported open_clip range.
-    """
+    """Take chance out of ``get_data``'s training loader, in place; csv data need nothing here."""
     train = data.get("train")
     if train is None or train.shared_epoch is None:
         return
@@ -79,14 +75,8 @@ def make_repeatable(data: dict[str, DataInfo], *, seed: int, rank: int) -> None:
     # generator of its own, or dropout would differ after a resume.
     loader.generator = torch.Generator().manual_seed(derive_seed(seed, rank))
     stages = loader.dataset.pipeline
-    shuffles = [stage for stage in stages if getattr(stage, "f", None) is _shuffle]
-    if len(shuffles) != 1:
-        raise RuntimeError(
-            f"expected one sample shuffle in open_clip's webdataset pipeline, found {len(shuffles)}; "
-            "this open_clip or webdataset release is not supported, see pyproject.toml for the range"
-        )
-    rng = random.Random()
-    shuffles[0].kw["rng"] = rng
+    (shuffle,) = (stage for stage in stages if getattr(stage, "f", None) is _shuffle)
+    shuffle.kw["rng"] = rng = random.Random()
     if isinstance(stages[0], ResampledShards2):
         stages[0].worker_seed = functools.partial(_worker_seed, seed, rank)
     stages.insert(1, _SeedPass(train.shared_epoch, seed, rank, rng))

@@ -48,6 +48,7 @@ from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation,
 
 Data = dict[str, Any]  # open_clip's, by name of the data set
 _LONGEST = 1000  # characters of a message; torch's of weights that do not fit list every key
+_READING = ("setup_model", "load_checkpoint", "setup_data", "setup_optimizer")
 # Entry of the data dict that stands for --zeroshot-data.
 ZEROSHOT_DATA = "zeroshot-data"
 
@@ -67,12 +68,13 @@ class Plugin:
         stock = args.loss == "clip" and not args.ema_decay
         self.hooks = (ClipPlugin if stock else TrainingPlugin)(args, parser.prog)
         if args.init is not None:
-            with self.hooks.faults_named():
-                start_from_fit(args)
+            self.hooks.faults_named()(start_from_fit)(args)
         return args
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.hooks, name)
+        """A hook; a fault of what the first of them read ends the command with one line."""
+        hook = getattr(self.hooks, name)
+        return self.hooks.faults_named()(hook) if name in _READING else hook
 
 
 class ClipPlugin:
@@ -87,7 +89,6 @@ class ClipPlugin:
         self.model: nn.Module | None = None
         self.training: tuple[Optimizer, Any] | None = None
         self.teacher: Teacher | None = None
-        self._train_transform: Any = None
         self._train: DataInfo | None = None
         self._zeroshot: ZeroShotEvaluation | None = None
         self._best: BestCheckpoint | None = None
@@ -109,26 +110,22 @@ class ClipPlugin:
     def setup_model(self, args: Namespace, model: nn.Module, *transforms: Any) -> tuple[Any, ...]:
         """Model: its transforms under ``--reference-crop`` and of a frozen image tower."""
         self.model = model
-        with self.faults_named():
-            watch.check_reports(args)
-            watch.check_locks(args, model)
+        watch.check_reports(args)
+        watch.check_locks(args, model)
         training, evaluation = transforms
         if args.reference_crop:
-            with self.faults_named():
-                training, evaluation = reference_transforms(model.visual.preprocess_cfg)
-        self._train_transform = training
+            training, evaluation = reference_transforms(model.visual.preprocess_cfg)
         if args.lock_image and (args.feature_cache or args.loss != "clip"):
             if args.lock_image_freeze_bn_stats:
                 batch_norm.leave_batch_norm(model)
-            if not args.lock_image_unlocked_groups and not args.aug_cfg and args.feature_views == 1:
+            if not args.lock_image_unlocked_groups and not args.aug_cfg:
                 training = evaluation
                 logging.info("Frozen image tower: images without augmentation; --aug-cfg adds it")
         return model, training, evaluation
 
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load, without running any of its code."""
-        with self.faults_named():
-            checkpoint = read_resumed(path)
+        checkpoint = read_resumed(path)
         if self.args.train_data and ENTRY in checkpoint:
             tell_changes(self.args, checkpoint[ENTRY], None)
         return checkpoint
@@ -136,34 +133,25 @@ class ClipPlugin:
     def setup_data(self, args: Namespace, data: Data, preprocess_val: Any) -> Data:
         """Data: features in their place, ``--zeroshot-data``, and an end where there is no batch."""
         self._train = data.get("train")
-        with self.faults_named():
-            check_tables(args, data)
-            watch.check_validation(args)
+        check_tables(args, data)
+        watch.check_validation(args)
         if self._train is not None:
-            with self.faults_named():
-                watch.settle_warmup(args, self._train)
+            watch.settle_warmup(args, self._train)
             if args.feature_cache is not None:
-                transform = self._train_transform if args.feature_views > 1 else preprocess_val
-                with self.faults_named():
-                    self._use_features(args, self._train, transform)
+                for tower, locked in (("visual", args.lock_image), ("text", args.lock_text)):
+                    if locked and tower not in self.prefixes:
+                        raise ValueError(no_prefix_message(self.model, tower))
+                use_features(args, self._train, self.model, self.prefixes, preprocess_val)
             if args.pair_weights is not None:
-                with self.faults_named():
-                    add_weights(args, self._train, weights_of(args.pair_weights))
+                add_weights(args, self._train, weights_of(args.pair_weights))
             watch.watch_passes(args, self._train)
         if args.zeroshot_data is not None:
-            with self.faults_named():
-                self._zeroshot = ZeroShotEvaluation(args.zeroshot_data, preprocess_val)
+            self._zeroshot = ZeroShotEvaluation(args.zeroshot_data, preprocess_val)
             data[ZEROSHOT_DATA] = self._zeroshot
         if is_master(args):
             prompts = {} if self._zeroshot is None else self._zeroshot.class_prompts()
             watch.tell_cut_texts(args, self._train, prompts)
         return data
-
-    def _use_features(self, args: Namespace, train: DataInfo, transform: Any) -> None:
-        for tower, locked in (("visual", args.lock_image), ("text", args.lock_text)):
-            if locked and tower not in self.prefixes:
-                raise ValueError(no_prefix_message(self.model, tower))
-        use_features(args, train, self.model, self.prefixes, transform)
 
     @functools.cached_property
     def prefixes(self) -> dict[str, str]:
@@ -184,8 +172,7 @@ class ClipPlugin:
         """Optimizer; the last moment before work begins, for what ``--zeroshot-data`` would cost."""
         self.training = (optimizer, scaler)
         if self._zeroshot is not None and is_master(args):
-            with self.faults_named():
-                self._zeroshot.read_ahead(self.model, args)
+            self._zeroshot.read_ahead(self.model, args)
             if args.save_logs:
                 self._best = BestCheckpoint(args, self._zeroshot)
 
@@ -279,25 +266,22 @@ class TrainingPlugin(ClipPlugin):
 
     def setup_model(self, args: Namespace, model: nn.Module, *transforms: Any) -> tuple[Any, ...]:
         """Model: the run's folder is claimed; the fixed teacher beside it; ``--init-logit-scale``."""
-        with self.faults_named():
-            self.resume.begin(args)
-            if args.teacher_model is not None:
-                self.teacher = FixedTeacher(args, model)
+        self.resume.begin(args)
+        if args.teacher_model is not None:
+            self.teacher = FixedTeacher(args, model)
         if args.init_logit_scale is not None:
             nn.init.constant_(model.logit_scale, args.init_logit_scale)
         return super().setup_model(args, model, *transforms)
 
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load: the plugin's part of it waits for the optimizer."""
-        with self.faults_named():
-            return self.resume.load(self.args, path)
+        return self.resume.load(self.args, path)
 
     def setup_data(self, args: Namespace, data: Data, preprocess_val: Any) -> Data:
         """Data: every epoch's order follows from (seed, epoch, rank, worker)."""
         order.make_repeatable(data, seed=args.seed, rank=args.rank)
         if "train" in data:
-            with self.faults_named():
-                watch.check_loader(args, data["train"])
+            watch.check_loader(args, data["train"])
         data = super().setup_data(args, data, preprocess_val)
         if "train" in data:
             data["train"].dataloader = Steps(data["train"].dataloader, self.ending, self._check)
@@ -348,8 +332,7 @@ class TrainingPlugin(ClipPlugin):
             optimizer.register_step_post_hook(self._after_step)
         if self.objective.scale is not None:
             add_scale(optimizer, self.objective.scale, args.accum_freq)
-        with self.faults_named():
-            self.resume.restore(args, optimizer, self.objective.scale, self._ema)
+        self.resume.restore(args, optimizer, self.objective.scale, self._ema)
         self.ending.listen()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -378,7 +361,7 @@ class TrainingPlugin(ClipPlugin):
 
     def _check(self) -> None:
         """After an epoch's last step, before anything of it is written: nothing is NaN or infinite."""
-        self.objective.watch.check()
+        self.objective.check()
         watch.check_model("student", unwrap_model(self._student))
         watch.check_model("loss", self.objective.loss)
         if self.teacher is not None and self.teacher.module is not None:

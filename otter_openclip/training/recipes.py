@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,8 @@ _INSTALLED = Path(__file__).parents[1] / "configs"
 RECIPES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "configs"
 
 
-class _Strict(yaml.SafeLoader):
-    """Takes what stands there: no key twice, nothing for nothing, numbers and words as they are written.
-
-    YAML 1.1 reads 010 as 8, 1:30 as 90 and no as false.
-    """
-
-    yaml_implicit_resolvers: dict[str, Any] = {}
+class _Words(yaml.BaseLoader):
+    """Takes values as they are written, where YAML 1.1 reads 010 as 8, and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As YAML's, or an error that names the line."""
@@ -34,18 +28,6 @@ class _Strict(yaml.SafeLoader):
                 raise yaml.YAMLError(f"line {line} has {key.value!r} again; drop one")
             names.add(name)
         return super().construct_mapping(node, deep)
-
-    def refuse_nothing(self, node: yaml.ScalarNode) -> None:
-        """Raise the error of a value that is ``~``, ``null`` or not there."""
-        fix = 'drop the line, or write a value ("" for an empty one)'
-        raise yaml.YAMLError(f"line {node.start_mark.line + 1} has no value, {node.value!r}; {fix}")
-
-
-_TAGS = {"bool": "(true|false)$", "null": "(~|null|)$"}
-for _tag, _pattern in _TAGS.items():
-    _tag = f"tag:yaml.org,2002:{_tag}"
-    _Strict.add_implicit_resolver(_tag, re.compile(_pattern, re.IGNORECASE), None)
-_Strict.add_constructor(_tag, _Strict.refuse_nothing)
 
 
 def add_config_flag(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +53,7 @@ def expand_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[
         return list(argv)
     path = _path(parser, known.config)
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), _Strict)
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _Words)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
@@ -113,20 +95,20 @@ def _path(parser: argparse.ArgumentParser, recipe: str) -> Path:
 def _words(name: str, action: argparse.Action, value: Any) -> list[str]:
     """The words of a command line for one line of a recipe."""
     if action.nargs == 0:
-        if not isinstance(value, bool):
+        if _python(value) not in ("True", "False"):
             raise ValueError(f"is a switch: true or false, got {value}")
-        return [f"--{name}"] if value else []
-    if isinstance(value, bool):
-        raise ValueError(f"cannot be {value!r}")
+        return [f"--{name}"] if _python(value) == "True" else []
     if isinstance(value, dict):  # --aug-cfg scale=(0.9,1.0)
-        value = [f"{k}={_listed(v)}" for k, v in value.items()]
+        value = [f"{k}={_python(v)}" for k, v in value.items()]
     if not isinstance(value, list):
         return [f"--{name}={value}"]
     if action.nargs is None:
         raise ValueError(f"takes one value, got {value!r}")
-    return [f"--{name}", *map(str, value)]
+    return [f"--{name}", *value]
 
 
-def _listed(value: Any) -> str:
+def _python(value: Any) -> str:
     """A value as Python writes it, numbers in a list without quotes."""
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_python, value))}]"
+    return {"true": "True", "false": "False"}.get(str(value).lower(), str(value))

@@ -79,19 +79,10 @@ class Resume:
         scale: nn.Parameter | None,
         ema: EmaTeacher | None,
     ) -> None:
-        """Give scale and moving average what the checkpoint had, and let go of it.
-
-        Raises:
-            ValueError: if the optimizer's state is one of another kind of optimizer.
-        """
+        """Give scale and moving average what the checkpoint had, and let go of it."""
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is None:
             return
-        if lacking := optimizer.defaults.keys() - optimizer.param_groups[0].keys():
-            raise ValueError(
-                f"--resume {args.resume}: its optimizer had no {min(lacking)}, so it was another than "
-                f"--opt {args.opt}; pass that one, or start from its weights with --pretrained"
-            )
         entry = checkpoint[ENTRY]
         if entry is None:
             logging.warning(

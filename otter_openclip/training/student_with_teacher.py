@@ -96,15 +96,14 @@ class StudentWithTeacher(nn.Module):
         """Put the two side by side.
 
         Args:
-            student: the model as open_clip's ``main`` made it, in DDP and compiled or not.
+            student: in DDP and compiled or not.
             teacher: None for losses without one.
             accum_freq: micro-batches for each optimizer step.
             distill_logit_scale: registered here so that gradient clipping sees it.
-            frozen: names of the student's modules that are never in train mode, nor are its average's.
+            frozen: names of modules that are never in train mode.
             prefixes: ``frozen.prefix.find_prefixes`` of the student, installed.
-            feature_dropout: share of what the prefixes give that the student does not see in training.
-            weighted: whether the loader gives texts with their pairs' weights (``add_weights``), which
-                are then in the output as ``pair_weights``.
+            feature_dropout: on what the prefixes give, for the student in training.
+            weighted: whether texts come with their pairs' weights (``add_weights``).
         """
         super().__init__()
         self.student, self.teacher = student, teacher

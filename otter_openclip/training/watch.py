@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +15,7 @@ import open_clip
 import torch
 import webdataset as wds
 from open_clip_train.data import DataInfo, ResampledShards2, expand_urls
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import get_worker_info
 
 from otter_openclip.captions import cut_alike
@@ -72,9 +73,8 @@ def check_locks(args: Namespace, model: nn.Module) -> None:
             if getattr(args, f"lock_{tower}"):
                 getattr(model, f"lock_{tower}_tower")(**how)
         except (AssertionError, AttributeError, LookupError, RuntimeError) as error:
-            asked = ", ".join(f"--lock-{tower}-{k.replace('_', '-')} {v}" for k, v in how.items())
             raise ValueError(
-                f"--lock-{tower}: open_clip cannot lock this tower of --model {args.model} with {asked} "
+                f"--lock-{tower}: open_clip cannot lock this tower of --model {args.model} with {how} "
                 f"({error!r}); change that, or drop --lock-{tower}"
             ) from error
     trained = (n for n, p in model.named_parameters() if p.requires_grad and "logit_" not in n)
@@ -150,20 +150,22 @@ def watch_passes(args: Namespace, train: DataInfo) -> None:
     if train.shared_epoch is None:
         return
     stages = train.dataloader.pipeline[0].dataset.pipeline
-    drawn = len(stages[0].urls) if isinstance(stages[0], ResampledShards2) else None
-    watched = _Pass(args.batch_size, drawn)
-    # Before the stage that opens shards.
-    stages.insert(1 if drawn else stages.index(wds.split_by_worker) + 1, watched.shards)
+    most, opening = math.inf, 1
+    if isinstance(stages[0], ResampledShards2):  # which are drawn without end
+        most = _ROUNDS * len(stages[0].urls) + _BUFFER + args.batch_size
+    else:
+        opening = stages.index(wds.split_by_worker) + 1
+    watched = _Pass(args.batch_size, most)
+    stages.insert(opening, watched.shards)
     stages.append(watched.batches)
 
 
 class _Pass:
     """Two stages around one process's pass over its shards."""
 
-    def __init__(self, batch_size: int, drawn: int | None) -> None:
-        """``drawn`` is the number of shards that are drawn from without end, or None."""
-        self.batch_size = batch_size
-        self.most = None if drawn is None else _ROUNDS * drawn + _BUFFER + batch_size
+    def __init__(self, batch_size: int, most: float) -> None:
+        """``most`` is how many shards are opened for a first batch."""
+        self.batch_size, self.most = batch_size, most
         self.opened: list[str] = []
         self.made = 0
 
@@ -171,9 +173,9 @@ class _Pass:
         """Before the shards are opened."""
         self.opened, self.made = [], 0
         for shard in source:
-            if self.most is not None and not self.made and len(self.opened) > self.most:
-                self._give_up()
             if not self.made:
+                if len(self.opened) > self.most:
+                    self._give_up()
                 self.opened.append(shard["url"])
             yield shard
 
@@ -196,43 +198,6 @@ class _Pass:
         )
 
 
-class LossWatch:
-    """Looks at the terms of every loss, which stay on their device until a step that is logged.
-
-    There open_clip waits for the device too; one more transfer tells of all of them.
-    """
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        self._unseen: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
-
-    @torch.no_grad()
-    def take(self, step: int, terms: Mapping[str, Tensor], features: Mapping[str, Any]) -> None:
-        """The terms of a loss, and the features it was given."""
-        rows = {
-            name: value.sum(dim=1, dtype=torch.float32).isfinite()
-            for name, value in features.items()
-            if isinstance(value, Tensor) and value.ndim == 2
-        }
-        self._unseen.append((step, {k: v.detach() for k, v in terms.items()}, rows))
-
-    def check(self) -> None:
-        """End the run, naming the first bad step, if a loss since the last look is not finite."""
-        unseen, self._unseen = self._unseen, []
-        values = [value.float() for _, terms, _ in unseen for value in terms.values()]
-        if not values or torch.stack(values).isfinite().all():
-            return
-        step, terms, rows = next(
-            each for each in unseen if not all(value.isfinite() for value in each[1].values())
-        )
-        bad = ", ".join(f"{k} is {v.item()}" for k, v in terms.items() if not v.isfinite())
-        text = f"the loss of step {step} of epoch {self.epoch} (both counted from 0): {bad}"
-        counts = [
-            f"{int((~g).sum())} of {len(g)} {name}" for name, g in rows.items() if not g.all()
-        ]
-        _stop(f"{text}; not finite are {', '.join(counts)}" if counts else text)
-
-
 def check_model(what: str, model: nn.Module) -> None:
     """End the run, naming the first of ``model``'s tensors in which there is a NaN or an infinity.
 
@@ -246,8 +211,9 @@ def check_model(what: str, model: nn.Module) -> None:
     }
     if finite and not torch.stack([*finite.values()]).all():
         name = next(name for name, fine in finite.items() if not fine)
-        _stop(f"{name} of the {what} is not finite after the epoch")
+        stop(f"{name} of the {what} is not finite after the epoch")
 
 
-def _stop(reason: str) -> NoReturn:
+def stop(reason: str) -> NoReturn:
+    """End the run, in which something is not finite."""
     raise SystemExit(f"error: {reason}; {_FIX}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -75,17 +74,12 @@ class ZeroShotEvaluation:
     def read_ahead(self, model: nn.Module, args: argparse.Namespace) -> None:
         """Read every sample, before the first epoch: hours later a fault would cost an evaluation.
 
-        Images are encoded as far as the image tower of ``model`` is frozen.
-
         Raises:
             ValueError: naming folder, shard and sample that cannot be used.
         """
-        student = unwrap_model(model)
         for labelled in self._sets:
             try:
-                if prefix.installed(student, "visual"):
-                    labelled.frozen_features(student.eval(), args)
-                else:
+                if not labelled.use_features(unwrap_model(model), args):
                     labelled.images.shards.read_all()
             except ValueError as error:
                 raise ValueError(
@@ -117,53 +111,22 @@ class _LabelledSet:
         dataset = build_wds_dataset("zeroshot", transform, "test", folder)
         self.folder, self.label = folder, label
         self.prompts, self.images = class_prompts(dataset), LabelledImages(dataset, transform)
-        self._frozen: Any = None
+        self._features: tuple[Tensor, Any] | None = None
 
     def fingerprint(self) -> str:
         """A digest of prompts and shards, wherever the folder lies."""
         shards = [(os.path.basename(url), os.path.getsize(url)) for url in self.images.shards.urls]
         return fingerprint({"prompts": self.prompts, "shards": shards})
 
-    def encoded(self, model: nn.Module, args: argparse.Namespace) -> tuple[Tensor, Any]:
-        """Features and labels of the images, which go through a frozen prefix once in a run."""
-        if not prefix.installed(model, "visual"):
-            return self._encode(model, args)
-        features, labels = self.frozen_features(model, args)
-        device = torch.device(args.device)
-        with get_autocast(args.precision, device_type=device.type)():
-            parts = [
-                F.normalize(model.encode_image(part.float().to(device)), dim=-1).cpu()
-                for part in features.split(args.batch_size)
-            ]
-        return torch.cat(parts), labels
-
-    def frozen_features(self, model: nn.Module, args: argparse.Namespace) -> tuple[Tensor, Any]:
-        """What the frozen prefix gives for the images, and their labels; of ``--feature-cache``."""
-        if self._frozen is None and args.feature_cache is None:
-            encode = functools.partial(prefix.run, model, "visual")
-            self._frozen = self._encode(model, args, encode=encode)
-        elif self._frozen is None:
-            self._frozen = self._cached(model, args)
-        return self._frozen
-
-    def _encode(self, model: nn.Module, args: argparse.Namespace, **how: Any) -> Any:
-        device = torch.device(args.device)
-        return encode_images(
-            model,
-            self.images,
-            device=device,
-            autocast=get_autocast(args.precision, device_type=device.type),
-            dtype=get_input_dtype(args.precision),
-            batch_size=args.batch_size,
-            workers=args.workers,
-            **how,
-        )
-
-    def _cached(self, model: nn.Module, args: argparse.Namespace) -> tuple[Tensor, Any]:
+    def use_features(self, model: nn.Module, args: argparse.Namespace) -> bool:
+        """Whether ``--feature-cache`` has what the images give, which is made if it is not there."""
+        name = prefix.installed(model, "visual")
+        if args.feature_cache is None or name is None:
+            return False
         shards, device = self.images.shards, torch.device(args.device)
         column = image_column(
             model,
-            prefix.installed(model, "visual"),
+            name,
             Path(args.feature_cache),
             self.images.transform,
             device=device,
@@ -173,7 +136,32 @@ class _LabelledSet:
         labels = [shards.labels(sample) for sample in shards({"url": url} for url in shards.urls)]
         fill([column], shards.urls, device=device, workers=args.workers)
         rows = np.concatenate([column.files.read(url)[:, 0] for url in shards.urls])
-        return torch.from_numpy(rows), labels
+        if np.isnan(rows).any():  # an image was left out
+            shards.read_all()  # which names it
+        self._features = torch.from_numpy(rows), labels
+        return True
+
+    def encoded(self, model: nn.Module, args: argparse.Namespace) -> tuple[Tensor, Any]:
+        """Features and labels of the images."""
+        device = torch.device(args.device)
+        autocast = get_autocast(args.precision, device_type=device.type)
+        if self._features is None:
+            return encode_images(
+                model,
+                self.images,
+                device=device,
+                autocast=autocast,
+                dtype=get_input_dtype(args.precision),
+                batch_size=args.batch_size,
+                workers=args.workers,
+            )
+        features, labels = self._features
+        with autocast():
+            parts = [
+                F.normalize(model.encode_image(part.float().to(device)), dim=-1).cpu()
+                for part in features.split(args.batch_size)
+            ]
+        return torch.cat(parts), labels
 
 
 def due(epoch: int, args: argparse.Namespace) -> bool:
