@@ -1,5 +1,6 @@
 """``otter-openclip fit``: the folder, its list and weights, and training that goes on from it."""
 
+import io
 import json
 import os
 import random
@@ -325,6 +326,22 @@ def test_what_cannot_be_fitted(case, model, data, tmp_path, fitted):
     with pytest.raises((ValueError, OSError), match=said):
         fit_folder(tmp_path / "out", **{**arguments, "workers": 0, **change})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_labelled_picture_is_named(model, data, labelled, tmp_path, fitted):
+    """It would be NaN in the figures by which ridges are chosen."""
+    shard = shutil.copytree(labelled, tmp_path / "bad") / "test" / "0.tar"
+    files = samples(shard)
+    picture = io.BytesIO()
+    Image.effect_noise((64, 64), 90).convert("RGB").save(picture, "JPEG", quality=95)
+    content = bytearray(picture.getvalue())
+    content[len(content) // 2 : -2] = b"\xff\xc0" * ((len(content) - len(content) // 2 - 2) // 2)
+    last = sorted(files)[-1]
+    files[last] = {"jpg": bytes(content), "npy": files[last]["npy"]}
+    write_tar(shard, {f"{key}.{s}": c for key, f in files.items() for s, c in f.items()})
+    arguments = {"model": str(model), "train_data": shards_of(data), "feature_cache": fitted[1]}
+    with pytest.raises(ValueError, match=rf"0\.tar(, sample {len(files) - 1}:|: sample {last})"):
+        fit_folder(tmp_path / "out", **arguments, val=str(tmp_path / "bad"), workers=0)
 
 
 def test_a_tower_that_cannot_take_the_mean_off(model, data, tmp_path, fitted, monkeypatch):

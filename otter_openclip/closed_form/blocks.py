@@ -123,7 +123,7 @@ class ShardPairs(_Pairs):
             yield from self.of_shard(shard)
 
     def of_shard(self, shard: str) -> Iterator[Block]:
-        """The usable pairs of a shard; of several views of a picture the first."""
+        """The usable pairs of a shard."""
         rows = [files.read(shard) for files in self.files]
         for begin in range(0, len(rows[0]), READ):
             sides = [side[begin : begin + READ] for side in rows]
@@ -184,7 +184,7 @@ class Rows:
     """Rows of features in several memory-mapped arrays, read as they are asked for."""
 
     def __init__(self, arrays: Sequence[np.ndarray], device: torch.device) -> None:
-        """Arrays (n, views, width), of which unusable rows are left out when they are read."""
+        """Arrays (n, 1, width), of which unusable rows are left out when they are read."""
         self.arrays, self.device = [each for each in arrays if len(each)], device
         self.starts = np.cumsum([0, *map(len, self.arrays)])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from clip_benchmark.datasets.builder import build_wds_dataset
@@ -41,8 +40,7 @@ class LabelledFeatures:
         ]
         shards.check_count(len(self.labels))
         fill([images], shards.urls, **how)
-        rows = np.concatenate([images.files.read(url)[:, 0] for url in shards.urls])
-        self.images = torch.from_numpy(rows).float()
+        self.images = torch.from_numpy(images.files.whole(shards.urls)).float()
         texts = [text for group in prompts for text in group]
         self.counts = [len(group) for group in prompts]
         device = next(model.parameters()).device

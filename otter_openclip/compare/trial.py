@@ -162,14 +162,14 @@ class _Eyes(Plugin):
         """Model."""
         if self.place.frozen and self.seed is not None:
             draw_heads(model, self.seed)
-        *made, self.transform = self.hooks.setup_model(args, model, *transforms)
+        *made, self.transform = self.__getattr__("setup_model")(args, model, *transforms)
         return *made, self.transform
 
     def setup_data(self, args: Any, *data: Any) -> Any:
         """Data."""
         if self.leaves_nothing:
             args.logs = "none"  # open_clip writes no checkpoints there
-        return self.hooks.setup_data(args, *data)
+        return self.__getattr__("setup_data")(args, *data)
 
     def evaluate(self, args: Any, model: nn.Module, epoch: int, tokenizer: Any) -> dict[str, float]:
         """Evaluation."""

@@ -167,7 +167,6 @@ def encode_images(
     images: LabelledImages,
     *,
     device: str | torch.device,
-    encode: Callable[[Tensor], Tensor] | None = None,
     autocast: Autocast = nullcontext,
     dtype: torch.dtype | None = None,
     batch_size: int = 64,
@@ -177,14 +176,12 @@ def encode_images(
     """(N, D) features as the model gives them, normalised, and each image's true classes.
 
     The model is an open_clip one in eval mode on ``device``; it runs inside the context that
-    ``autocast`` makes, on input of ``dtype``, if not float32. With ``encode`` the features are what that
-    gives for images instead. If the processes of torch.distributed's default group work ``together``,
-    each encodes its share and all but rank 0 return None. ImageError names shard and sample of what
-    cannot be used.
+    ``autocast`` makes, on input of ``dtype``, if not float32. If the processes of torch.distributed's
+    default group work ``together``, each encodes its share and all but rank 0 return None. ImageError
+    names shard and sample of what cannot be used.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     images.batch_size, images.rank, images.world_size = batch_size, rank, world_size
-    encode = encode or (lambda pixels: F.normalize(model.encode_image(pixels), dim=-1))
     # A generator of its own: the loader must not draw from the random numbers of a training run.
     loader = DataLoader(images, batch_size=None, num_workers=workers, generator=torch.Generator())
     parts, labels, places, failure = [], [], [], None
@@ -192,7 +189,8 @@ def encode_images(
         with tqdm(desc="Images", unit="image", disable=rank > 0) as bar:
             for pixels, batch_labels, batch_places in loader:
                 with autocast():
-                    parts.append(encode(pixels.to(device=device, dtype=dtype)).cpu())
+                    features = model.encode_image(pixels.to(device=device, dtype=dtype))
+                    parts.append(F.normalize(features, dim=-1).cpu())
                 labels += batch_labels
                 places += batch_places
                 bar.update(len(batch_labels))

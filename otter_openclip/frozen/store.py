@@ -9,7 +9,7 @@ has features of its own. Any number of processes may read, and write, at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,16 @@ class FeatureFiles:
             raise ValueError(
                 f"{path} is damaged ({error}); remove it to have it made again"
             ) from error
+
+    def whole(self, shards: Iterable[str]) -> np.ndarray:
+        """(samples, width) of all samples; ValueError names one that has no features."""
+        parts = []
+        for shard in shards:
+            rows = self.read(shard)
+            if missing := np.flatnonzero(~usable(rows)).tolist():
+                raise ValueError(f"{shard}, sample {missing[0]}: the picture cannot be decoded")
+            parts.append(rows[:, 0])
+        return np.concatenate(parts)
 
     def rows(self, shard: str) -> Iterator[np.ndarray | None]:
         """The (width,) row of each sample in turn; None if it has none."""

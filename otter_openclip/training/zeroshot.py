@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from clip_benchmark.datasets.builder import build_wds_dataset
@@ -135,10 +134,7 @@ class _LabelledSet:
         )
         labels = [shards.labels(sample) for sample in shards({"url": url} for url in shards.urls)]
         fill([column], shards.urls, device=device, workers=args.workers)
-        rows = np.concatenate([column.files.read(url)[:, 0] for url in shards.urls])
-        if np.isnan(rows).any():  # an image was left out
-            shards.read_all()  # which names it
-        self._features = torch.from_numpy(rows), labels
+        self._features = torch.from_numpy(column.files.whole(shards.urls)), labels
         return True
 
     def encoded(self, model: nn.Module, args: argparse.Namespace) -> tuple[Tensor, Any]:
