@@ -437,9 +437,10 @@ def test_of_a_saved_dataset_what_its_indexes_name_is_read(tmp_path, capsys):
     assert "dataset_dict.json is not what datasets' save_to_disk writes" in capsys.readouterr().err
 
 
-def test_configurations_are_not_mixed(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["train-00000-of-00001", "train/0000"])  # here and on the hub
+def test_configurations_are_not_mixed(tmp_path, capsys, name):
     for language in ("en", "fr"):
-        path = tmp_path / "set" / language / "train-00000-of-00001.parquet"
+        path = tmp_path / "set" / language / f"{name}.parquet"
         parquet(path, {"image": [jpeg(1)], "text": [language]})
     words = ["hf", "--output", tmp_path / "out", "--dataset"]
     assert run(*words, tmp_path / "set") == 2
