@@ -20,6 +20,12 @@ from otter_openclip.training import launcher, plugin, resume
 from otter_openclip.training.student_with_teacher import EmaTeacher
 
 
+def test_a_model_whose_output_no_loss_here_takes_is_refused(pairs, tmp_path):
+    with pytest.raises(SystemExit, match="tiny-rn has a logit_bias, which --loss ls cannot use"):
+        train(pairs, tmp_path, "--loss", "ls", "--siglip")
+    assert train(pairs, tmp_path, "--loss", "clip", "--siglip", "--epochs", "1")
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -27,17 +27,20 @@ class FixedTeacher(Teacher):
         """Make the model of ``--distill-model``.
 
         Raises:
-            ValueError: if its image size, mean, std, context length or kind of tokenizer are not the
-                student's.
+            ValueError: if open_clip cannot make it, or its image size, mean, std, context length or kind
+                of tokenizer are not the student's.
         """
-        model, _, _ = open_clip.create_model_and_transforms(
-            args.teacher_model,
-            args.teacher_pretrained,
-            device=args.device,
-            precision=args.precision,
-            output_dict=True,
-            cache_dir=args.cache_dir,
-        )
+        try:
+            model, _, _ = open_clip.create_model_and_transforms(
+                args.teacher_model,
+                args.teacher_pretrained,
+                device=args.device,
+                precision=args.precision,
+                output_dict=True,
+                cache_dir=args.cache_dir,
+            )
+        except RuntimeError as error:
+            raise ValueError(f"--distill-model {args.teacher_model}: {error}") from error
         for what, theirs, ours, fix in _compared(args, model, student):
             if theirs != ours:
                 raise ValueError(
