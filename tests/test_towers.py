@@ -230,6 +230,7 @@ def test_image_weights_as_others_save_them(parts, tmp_path, caplog):
         "mae": {"model": state | mae},
         "torchvision": {"model": state, "model_ema": behind("module.", other)},
         "lightning": {"state_dict": behind("model.net."), "hyper_parameters": {"lr": 0.1}},
+        "moco": behind("encoder_k.", other) | behind("encoder_q."),
         "of its own": {"weights": behind("module."), "epoch": 3},
     }
     for name, contents in files.items():
@@ -239,6 +240,7 @@ def test_image_weights_as_others_save_them(parts, tmp_path, caplog):
             assert torch.equal(value, state[key]), (name, key)
     assert "dino holds student, teacher, dino_loss: teacher is taken" in caplog.text
     assert "torchvision holds model, model_ema: model is taken" in caplog.text
+    assert "there as encoder_q.* and encoder_k.*: encoder_q.* is taken" in caplog.text
 
     refused = {
         "holds a, b; save the weights you mean": {"a": state, "b": other},

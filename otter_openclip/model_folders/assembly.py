@@ -146,7 +146,10 @@ def _load_by_name(module: nn.Module, state: Mapping[str, Tensor], unused: tuple[
     prefixes = {key.removesuffix(first) for key in state if f".{key}".endswith(f".{first}")}
     # A decoder may have the names too: it comes last, so that the encoder is taken.
     ordered = sorted(prefixes, reverse=True) or [""]
-    prefix = max(ordered, key=lambda prefix: sum(prefix + name in state for name in names))
+    having = {prefix: sum(prefix + name in state for name in names) for prefix in ordered}
+    prefix = max(ordered, key=having.get)
+    if equal := [other for other in ordered if other != prefix and having[other] == having[prefix]]:
+        logging.warning(f"The weights are there as {prefix}* and {equal[0]}*: {prefix}* is taken")
     inside = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
     left = [k for k in inside if k.endswith(unused) or k.startswith(_PRETRAINING)]
     load_weights(module, {k: v for k, v in inside.items() if k in names or k not in left})
