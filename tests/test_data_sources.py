@@ -6,11 +6,13 @@ import json
 import os
 import re
 import struct
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from data_helpers import dropped, encoded, jpeg, pack, run, samples, write_files, write_tar
+from forks import ROOT
 from PIL import Image
 from test_data_train import img2dataset, pairs_of
 
@@ -544,3 +546,15 @@ def test_without_images_nothing_is_searched(tmp_path, monkeypatch):
     assert dropped(tmp_path / "out") == [("1.jpg", "missing"), ("2.jpg", "missing")]
     write_tar(tmp_path / "here" / "further.tar", {})  # a complete build stays what it is
     assert csv(tmp_path, path) == 0
+
+
+def test_names_in_utf8_are_found_in_any_locale(tmp_path):
+    """Of a table's UTF-8 text and on a disk, where the locale has ASCII alone; and found again."""
+    write_files(tmp_path, {"ü.jpg": jpeg(1)})
+    (tmp_path / "é.tsv").write_text("filepath\ttitle\nü.jpg\t猫\n", encoding="utf-8")
+    line = [sys.executable, "-m", "otter_openclip.cli", "data", "csv", "--workers", "1"]
+    line += ["--captions", tmp_path / "é.tsv", "--output", tmp_path / "ö"]
+    ascii_only = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    for _ in range(2):
+        subprocess.run(line, env=os.environ | ascii_only, check=True, cwd=ROOT)
+    assert pairs_of(tmp_path / "ö") == [("猫", jpeg(1))]

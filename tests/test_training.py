@@ -227,6 +227,15 @@ def test_towers_that_cannot_be_locked_so(pairs, tmp_path, hf_model, words, loss)
     assert re.search(LOCKS[words], stop.value.code) and len(stop.value.code.splitlines()) == 1
 
 
+def test_a_name_that_is_not_of_the_locales_encoding(pairs, tmp_path):
+    """As any name but of ASCII is under LC_ALL=C."""
+    name = "\udcfc"  # Python's for the byte 0xfc
+    assert list(
+        train(pairs, tmp_path, "--loss", "otter", "--epochs", "1", "--name", name).iterdir()
+    )
+    assert b"\nname: \xfc\n" in (tmp_path / name / "params.txt").read_bytes()
+
+
 @pytest.mark.parametrize("loss", ["kd", "otter"])
 def test_the_second_scale_starts_where_it_is_told(pairs, tmp_path, loss, caplog):
     still = ["--loss", loss, "--epochs", "1", "--lr", "0", "--warmup", "0"]

@@ -43,7 +43,8 @@ def main(args: argparse.Namespace) -> int:
 
     def fill(plan: Plan) -> None:
         for line, (image, caption) in tqdm(rows, "Reading captions", unit="caption"):
-            beside = [os.path.join(os.path.dirname(args.captions), image)] if plain else []
-            plan.add(image, images.find(image, *beside), caption, where=f"line {line}")
+            path = os.fsdecode(image.encode())  # of a disk's UTF-8 names, whatever the locale
+            beside = [os.path.join(os.path.dirname(args.captions), path)] if plain else []
+            plan.add(image, images.find(path, *beside), caption, where=f"line {line}")
 
     return pairs.build(args, [args.captions], images, fill, "row")
