@@ -197,6 +197,17 @@ def test_modules_that_open_clip_cannot_express(parts, tmp_path, kinds, pooling, 
             make(parts, tmp_path / "broken", text=text)
 
 
+def test_a_towers_own_prompt_cannot_be_expressed(parts, tmp_path):
+    text = modules(shutil.copytree(parts / "text", tmp_path / "text"), *KINDS, **CLS)
+    settings = {"prompts": {"query": "a photo: "}, "default_prompt_name": "query"}
+    path = text / "config_sentence_transformers.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(ValueError, match="a prompt before each text, pooling by cls; open_clip"):
+        make(parts, tmp_path / "out", text=text)
+    path.write_text(json.dumps(settings | {"default_prompt_name": None}), encoding="utf-8")
+    assert make(parts, tmp_path / "out", text=text)
+
+
 def test_features_that_are_not_the_towers_are_refused(parts, tmp_path):
     """open_clip takes the first token, which is padding where a tokenizer pads on the left."""
     text = shutil.copytree(parts / "text", tmp_path / "text")
