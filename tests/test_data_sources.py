@@ -548,6 +548,18 @@ def test_without_images_nothing_is_searched(tmp_path, monkeypatch):
     assert csv(tmp_path, path) == 0
 
 
+def test_rows_that_a_quotation_mark_joins_are_told_from_captions_of_several_lines(tmp_path, capsys):
+    write_files(tmp_path, {"1.jpg": jpeg(1), "2.jpg": jpeg(2)})
+    file = tmp_path / "t.csv"
+    good = 'filepath,title\n1.jpg,"a cat, or\na dog, asleep"\n'
+    file.write_text(good, encoding="utf-8")
+    assert csv(tmp_path, file) == 0
+    assert pairs_of(tmp_path / "out") == [("a cat, or\na dog, asleep", jpeg(1))]
+    file.write_text(f'{good}1.jpg,"a cat\n2.jpg,a dog"\n', encoding="utf-8")
+    assert run("csv", "--captions", file, "--output", tmp_path / "joined") == 2
+    assert f"{file}:4: a quotation mark joins several rows" in capsys.readouterr().err
+
+
 def test_names_in_utf8_are_found_in_any_locale(tmp_path):
     """Of a table's UTF-8 text and on a disk, where the locale has ASCII alone; and found again."""
     write_files(tmp_path, {"ü.jpg": jpeg(1)})

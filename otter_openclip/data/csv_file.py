@@ -43,6 +43,10 @@ def main(args: argparse.Namespace) -> int:
 
     def fill(plan: Plan) -> None:
         for line, (image, caption) in tqdm(rows, "Reading captions", unit="caption"):
+            suffix = os.path.splitext(image)[1]
+            if "\n" in caption and separator in caption and suffix and suffix in caption:
+                fault = "a quotation mark joins several rows into one; double it"
+                raise tables.at(args.captions, line, fault)
             path = os.fsdecode(image.encode())  # of a disk's UTF-8 names, whatever the locale
             beside = [os.path.join(os.path.dirname(args.captions), path)] if plain else []
             plan.add(image, images.find(path, *beside), caption, where=f"line {line}")

@@ -61,7 +61,8 @@ def _faults(table: CsvDataset, args: Namespace) -> Iterator[tuple[int, str]]:
             yield row, "no caption, or one that pandas takes for none (NA, null)"
         elif isinstance(caption, str) and "\n" in caption and args.csv_separator in caption:
             # A caption of several lines may have commas, but not the name of a picture.
-            if args.csv_separator == "\t" or os.path.splitext(str(path))[1] in caption:
+            suffix = os.path.splitext(str(path))[1]
+            if args.csv_separator == "\t" or (suffix and suffix in caption):
                 yield row, "a quotation mark joins several rows into one; double it"
     # The readers' own filters of warnings are not made for threads: this one puts them right again.
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
