@@ -259,8 +259,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. User errors are printed and give 2."""
     argv = sys.argv[1:] if argv is None else argv
-    if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may not have all that is printed
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in order with stderr; it may not have all signs
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return run_command("otter-openclip", "OTTER as a plugin of open_clip.", COMMANDS, argv)
     except KeyboardInterrupt:

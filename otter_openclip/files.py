@@ -28,7 +28,9 @@ def written_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO
         path: in a folder that exists.
         mode: "wb", or "w" for UTF-8 text whose line ends stay as they are written.
     """
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    # File names that are not of the locale's encoding come out as they went in.
+    utf8 = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    text = {} if "b" in mode else utf8
     if os.path.exists(path) and not os.path.isfile(path):
         with _full_disk_named(path), open(path, mode, **text) as file:
             yield file
@@ -95,7 +97,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a small JSON file."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def sync(path: Path) -> None:

@@ -190,6 +190,30 @@ def test_a_row_that_cannot_be_used_is_named_before_the_first_step(tmp_path, monk
     assert f"--val-data {data}: row 25" in said
 
 
+def test_a_picture_that_is_damaged_inside_is_named(tmp_path):
+    """A step finds it: of pictures with a good end no more than the header is read before."""
+    data = table(tmp_path / "data", 24)
+    file = tmp_path / "data" / "7.jpg"
+    Image.effect_noise((64, 64), 50).save(file, "PNG")
+    content = bytearray(file.read_bytes())
+    content[2000:2100] = bytes(100)
+    file.write_bytes(content)
+    for workers in "01":
+        said = run(tmp_path, data, "--workers", workers)
+        assert said.startswith(f"error: {file}: unreadable image: ")
+        assert said.endswith("--resume latest goes on from the last checkpoint")
+
+
+def test_rows_that_a_quotation_mark_joins_are_told_from_captions_of_several_lines(tmp_path):
+    file = tmp_path / "t.csv"
+    rows = ["filepath,title", '0.jpg,"a cat, or', 'a dog, asleep"', '1.jpg,"a cat', '2.jpg,a dog"']
+    file.write_text("\n".join(rows), encoding="utf-8")
+    found = CsvDataset(str(file), None, "filepath", "title", sep=",")
+    args = Namespace(rank=0, world_size=1, csv_separator=",")
+    joined = (row for row, fault in table_check._faults(found, args) if "joins several" in fault)
+    assert next(joined) == 2
+
+
 def test_ranks_share_out_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(table_check, "_AT_ONCE", 3)
     seen = []

@@ -6,11 +6,13 @@ import json
 import os
 import re
 import struct
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from data_helpers import dropped, encoded, jpeg, pack, run, samples, write_files, write_tar
+from forks import ROOT
 from PIL import Image
 from test_data_train import img2dataset, pairs_of
 
@@ -424,9 +426,10 @@ def test_of_a_saved_dataset_what_its_indexes_name_is_read(tmp_path, capsys):
     assert "dataset_dict.json is not what datasets' save_to_disk writes" in capsys.readouterr().err
 
 
-def test_configurations_are_not_mixed(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["train-00000-of-00001", "train/0000"])  # here and on the hub
+def test_configurations_are_not_mixed(tmp_path, capsys, name):
     for language in ("en", "fr"):
-        path = tmp_path / "set" / language / "train-00000-of-00001.parquet"
+        path = tmp_path / "set" / language / f"{name}.parquet"
         parquet(path, {"image": [jpeg(1)], "text": [language]})
     words = ["hf", "--output", tmp_path / "out", "--dataset"]
     assert run(*words, tmp_path / "set") == 2
@@ -532,3 +535,27 @@ def test_without_images_nothing_is_searched(tmp_path, monkeypatch):
     assert dropped(tmp_path / "out") == [("1.jpg", "missing"), ("2.jpg", "missing")]
     write_tar(tmp_path / "here" / "further.tar", {})  # a complete build stays what it is
     assert csv(tmp_path, path) == 0
+
+
+def test_rows_that_a_quotation_mark_joins_are_told_from_captions_of_several_lines(tmp_path, capsys):
+    write_files(tmp_path, {"1.jpg": jpeg(1), "2.jpg": jpeg(2)})
+    file = tmp_path / "t.csv"
+    good = 'filepath,title\n1.jpg,"a cat, or\na dog, asleep"\n'
+    file.write_text(good, encoding="utf-8")
+    assert csv(tmp_path, file) == 0
+    assert pairs_of(tmp_path / "out") == [("a cat, or\na dog, asleep", jpeg(1))]
+    file.write_text(f'{good}1.jpg,"a cat\n2.jpg,a dog"\n', encoding="utf-8")
+    assert run("csv", "--captions", file, "--output", tmp_path / "joined") == 2
+    assert f"{file}:4: a quotation mark joins several rows" in capsys.readouterr().err
+
+
+def test_names_in_utf8_are_found_in_any_locale(tmp_path):
+    """Of a table's UTF-8 text and on a disk, where the locale has ASCII alone; and found again."""
+    write_files(tmp_path, {"ü.jpg": jpeg(1)})
+    (tmp_path / "é.tsv").write_text("filepath\ttitle\nü.jpg\t猫\n", encoding="utf-8")
+    line = [sys.executable, "-m", "otter_openclip.cli", "data", "csv", "--workers", "1"]
+    line += ["--captions", tmp_path / "é.tsv", "--output", tmp_path / "ö"]
+    ascii_only = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    for _ in range(2):
+        subprocess.run(line, env=os.environ | ascii_only, check=True, cwd=ROOT)
+    assert pairs_of(tmp_path / "ö") == [("猫", jpeg(1))]

@@ -149,7 +149,7 @@ def single_label(folder, templates=("a photo of {c}.",)):
     return write_set(folder, [files], COLOURS, "classification", templates)
 
 
-def test_single_label_is_stocks(ours, stocks, tmp_path, monkeypatch):
+def test_single_label_is_stocks(ours, stocks, tmp_path, monkeypatch, caplog):
     single = single_label(tmp_path / "single")
     with monkeypatch.context() as patch:
         # Under NumPy 2.4 stock stops at float() of a one-element array.
@@ -157,6 +157,7 @@ def test_single_label_is_stocks(ours, stocks, tmp_path, monkeypatch):
         its = stocks(data=single)
     said = {"templates": "a photo of {c}.", "reference_crop": False}
     assert ours("--reference_crop", data=single) == its | said and "acc1" in its["metrics"]
+    assert "--reference_crop is for several labels a picture" in caplog.text
     (tmp_path / "t.txt").write_text("the {} one\n", encoding="utf-8")
     other = ours("--templates", tmp_path / "t.txt", "--dump_templates", data=single)
     assert other["templates"] == ["the {c} one"]

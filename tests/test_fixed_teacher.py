@@ -12,6 +12,12 @@ HALVES = ["0.5", "0.4", "0.3"]
 LARGER, LONGER = {"vision_cfg": {"image_size": 64}}, {"text_cfg": {"context_length": 20}}
 
 
+def test_a_teacher_that_is_not_there(pairs, tmp_path):
+    words = ["--loss", "kd", "--distill-model", "tiny-rn", "--distill-pretrained", "none.pt"]
+    with pytest.raises(SystemExit, match="--distill-model tiny-rn: Pretrained value"):
+        train(pairs, tmp_path, *words)
+
+
 @pytest.mark.parametrize(
     ("teacher", "flags", "message"),
     [

@@ -227,6 +227,13 @@ def test_errors(patched, ours, nothing, tmp_path):
     assert "'x' in open_clip_train.losses; there are: none" in stderr
 
 
+def test_what_the_plugin_refuses_leaves_no_folder(patched, ours, pairs, tmp_path):
+    lines = [flags(pairs, tmp_path / "logs", "--loss", "otter", "--resume", "none.pt")]
+    _, stderr = stock_main(lines, path=(ours, patched), cwd=tmp_path)
+    assert "none.pt cannot be read as a checkpoint" in stderr
+    assert not list((tmp_path / "logs").iterdir())
+
+
 PLUGIN = """
     import torch
     from open_clip_train.plugins import LossPlugin

@@ -196,6 +196,17 @@ def test_modules_that_open_clip_cannot_express(tmp_path, kinds, pooling, message
             follow_modules(str(text), None)
 
 
+def test_a_towers_own_prompt_cannot_be_expressed(parts, tmp_path):
+    text = modules(shutil.copytree(parts / "text", tmp_path / "text"), *KINDS, **CLS)
+    settings = {"prompts": {"query": "a photo: "}, "default_prompt_name": "query"}
+    path = text / "config_sentence_transformers.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(ValueError, match="a prompt before each text, pooling by cls; open_clip"):
+        make(parts, tmp_path / "out", text=text)
+    path.write_text(json.dumps(settings | {"default_prompt_name": None}), encoding="utf-8")
+    assert make(parts, tmp_path / "out", text=text)
+
+
 def test_features_that_are_not_the_towers_are_refused(parts, tmp_path):
     """open_clip takes the first token, which is padding where a tokenizer pads on the left."""
     text = shutil.copytree(parts / "text", tmp_path / "text")
@@ -207,7 +218,7 @@ def test_features_that_are_not_the_towers_are_refused(parts, tmp_path):
         make(parts, tmp_path / "out", text=text, text_pooler="cls")
 
 
-def test_image_weights_as_others_save_them(tmp_path):
+def test_image_weights_as_others_save_them(tmp_path, caplog):
     state = image_tower("test_vit").state_dict()
     other = {key: value + 1 for key, value in state.items()}
     args = argparse.Namespace(arch="test_vit", lr=0.1)
@@ -229,14 +240,19 @@ def test_image_weights_as_others_save_them(tmp_path):
         "mae": {"model": state | mae},
         "torchvision": {"model": state, "model_ema": behind("module.", other)},
         "lightning": {"state_dict": behind("model.net."), "hyper_parameters": {"lr": 0.1}},
+        "moco": behind("encoder_k.", other) | behind("encoder_q."),
+        "of its own": {"weights": behind("module."), "epoch": 3},
     }
     for name, contents in files.items():
         torch.save(contents | trained, tmp_path / name)
         for key, value in read_trunk("test_vit", tmp_path / name).state_dict().items():
             assert torch.equal(value, state[key]), (name, key)
+    assert "dino holds student, teacher, dino_loss: teacher is taken" in caplog.text
+    assert "torchvision holds model, model_ema: model is taken" in caplog.text
+    assert "there as encoder_q.* and encoder_k.*: encoder_q.* is taken" in caplog.text
 
     refused = {
-        "holds no state_dict": {"a": state, "b": other},
+        "holds a, b; save the weights you mean": {"a": state, "b": other},
         "holds a torch.nn.*Linear, which is code": {"model": torch.nn.Linear(1, 1)},
         'Unexpected key.*"reg_token"': state | {"reg_token": torch.ones(1)},
     }

@@ -5,6 +5,7 @@ import logging
 import re
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import forks
@@ -16,8 +17,15 @@ from torch import nn
 from training_helpers import COMMON, assert_same, flags, load, train
 
 from otter_openclip import OtterLoss
+from otter_openclip.replacing import replaced
 from otter_openclip.training import launcher, plugin, resume
 from otter_openclip.training.student_with_teacher import EmaTeacher
+
+
+def test_a_model_whose_output_no_loss_here_takes_is_refused(pairs, tmp_path):
+    with pytest.raises(SystemExit, match="tiny-rn has a logit_bias, which --loss ls cannot use"):
+        train(pairs, tmp_path, "--loss", "ls", "--siglip")
+    assert train(pairs, tmp_path, "--loss", "clip", "--siglip", "--epochs", "1")
 
 
 @pytest.mark.parametrize(
@@ -185,6 +193,15 @@ def test_towers_that_cannot_be_locked_so(pairs, tmp_path, hf_model, words):
     with pytest.raises(SystemExit) as stop:
         train(pairs, tmp_path, *words.replace("HF", hf_model).split())
     assert re.search(LOCKS[words], stop.value.code) and len(stop.value.code.splitlines()) == 1
+
+
+def test_a_name_that_is_not_of_the_locales_encoding(tmp_path, monkeypatch):
+    """As any name but of ASCII is under LC_ALL=C."""
+    monkeypatch.chdir(tmp_path)
+    run = launcher.Run(plugin.Plugin())
+    with replaced(*run.replacements()), open_clip_main.open("params.txt", "w") as file:
+        file.write("name: \udcfc\n")  # Python's for the byte 0xfc
+    assert Path("params.txt").read_bytes() == b"name: \xfc\n"
 
 
 def test_the_second_scale_starts_where_it_is_told(pairs, tmp_path, caplog):

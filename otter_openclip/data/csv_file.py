@@ -44,7 +44,12 @@ def main(args: argparse.Namespace) -> int:
 
     def fill(plan: Plan) -> None:
         for line, (image, caption) in tqdm(rows, "Reading captions", unit="caption"):
-            paths = [os.path.join(folder, image) for folder in beside] if plain else [image]
+            suffix = os.path.splitext(image)[1]
+            if "\n" in caption and separator in caption and suffix and suffix in caption:
+                fault = "a quotation mark joins several rows into one; double it"
+                raise tables.at(args.captions, line, fault)
+            path = os.fsdecode(image.encode())  # of a disk's UTF-8 names, whatever the locale
+            paths = [os.path.join(folder, path) for folder in beside] if plain else [path]
             plan.add(image, images.find(*paths), caption, where=f"line {line}")
 
     return pairs.build(args, [args.captions], images, fill, "row")

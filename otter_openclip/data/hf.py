@@ -89,9 +89,9 @@ def find_files(paths: Sequence[str], wanted: Sequence[str] | None = None) -> lis
         # The hub's cache has a link for each revision of a dataset.
         inside = inside or [(split_of(os.path.basename(path)), path)]
         for split, table in {os.path.realpath(table[1]): table for table in inside}.values():
-            part = os.path.basename(table) if _PART.match(os.path.basename(table)) else table
+            part = os.path.basename(table)  # folders of configurations and of copies have the same
             if (first := parts.setdefault(split, {}).setdefault(part, table)) != table:
-                fix = "of two datasets, or two versions of one; name one's folder"
+                fix = "of two datasets, or two versions of one; name one's folder, or each"
                 raise ValueError(f"--dataset {path}: {first} and {table} are the same part {fix}")
         splits = [_SPLITS.get(name, name) for name in wanted or parts]
         listed = ", ".join(sorted(parts))

@@ -84,7 +84,12 @@ def how_measured(args: argparse.Namespace, dataset: Any) -> dict[str, Any]:
         prompts += (
             f": {len(templates)} templates" if isinstance(templates, list) else " for each class"
         )
-    return {"templates": prompts, "reference_crop": args.reference_crop and is_multilabel(dataset)}
+    cropped = args.reference_crop and is_multilabel(dataset)
+    if cropped != args.reference_crop:
+        logging.warning(
+            "--reference_crop is for several labels a picture; here nothing is cropped so"
+        )
+    return {"templates": prompts, "reference_crop": cropped}
 
 
 def join_ranks() -> tuple[int, int]:

@@ -6,6 +6,7 @@ Weights of a timm tower and of a Hugging Face tower are loaded, or refused by na
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -126,7 +127,10 @@ def _load_by_name(module: nn.Module, state: Mapping[str, Tensor], unused: tuple[
     prefixes = {key.removesuffix(first) for key in state if f".{key}".endswith(f".{first}")}
     # A decoder may have the names too: it comes last, so that the encoder is taken.
     ordered = sorted(prefixes, reverse=True) or [""]
-    prefix = max(ordered, key=lambda prefix: sum(prefix + name in state for name in names))
+    having = {prefix: sum(prefix + name in state for name in names) for prefix in ordered}
+    prefix = max(ordered, key=having.get)
+    if equal := [other for other in ordered if other != prefix and having[other] == having[prefix]]:
+        logging.warning(f"The weights are there as {prefix}* and {equal[0]}*: {prefix}* is taken")
     inside = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
     left = [k for k in inside if k.endswith(unused) or k.startswith(_PRETRAINING)]
     load_weights(module, {k: v for k, v in inside.items() if k in names or k not in left})
@@ -174,9 +178,17 @@ def load_text_tower(
 
 def _read_state(path: Path, what: str) -> dict[str, Tensor]:
     contents = read_file(path)
-    for key in _NESTED:
+    nested = [key for key, value in contents.items() if isinstance(value, Mapping)]
+    nested = [key for key in nested if any(isinstance(x, Tensor) for x in contents[key].values())]
+    taken = []
+    for key in (*_NESTED, *(nested if len(nested) == 1 else ())):
         if isinstance(contents.get(key), Mapping):
             contents = contents[key]
+            taken.append(key)
+    if nested[1:] and not taken:
+        raise ValueError(f"{path} holds {', '.join(nested)}; save the weights you mean alone")
+    if nested[1:]:
+        logging.warning(f"{path} holds {', '.join(nested)}: {taken[0]} is taken")
     return check_state(contents, path, what)
 
 

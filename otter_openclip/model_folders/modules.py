@@ -25,6 +25,8 @@ def follow_modules(text: str, pooler: str | None) -> tuple[str, str]:
         if (modules := _read(text, "modules.json")) is None:
             return text, pooler or "mean"
         kinds = [module["type"].rpartition(".")[2] for module in modules]
+        settings = _read(text, "config_sentence_transformers.json") or {}
+        kinds += ["a prompt before each text"] if settings.get("default_prompt_name") else []
         start, *places = (module["path"] for module in modules)
         poolings = _read(text, f"{places[0]}/config.json") if "Pooling" in kinds[1:2] else {}
         # Newer folders name it, older ones have a switch for each.

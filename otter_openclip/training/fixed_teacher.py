@@ -29,15 +29,22 @@ class FixedTeacher(Teacher):
     shares_prefixes = False
 
     def __init__(self, args: Namespace, student: nn.Module) -> None:
-        """Make the model of ``--distill-model``; ValueError unless it reads what the student reads."""
-        model, _, _ = open_clip.create_model_and_transforms(
-            args.teacher_model,
-            args.teacher_pretrained,
-            device=args.device,
-            precision=args.precision,
-            output_dict=True,
-            cache_dir=args.cache_dir,
-        )
+        """Make the model of ``--distill-model``.
+
+        Raises:
+            ValueError: if open_clip cannot make it, or it does not read what the student reads.
+        """
+        try:
+            model, _, _ = open_clip.create_model_and_transforms(
+                args.teacher_model,
+                args.teacher_pretrained,
+                device=args.device,
+                precision=args.precision,
+                output_dict=True,
+                cache_dir=args.cache_dir,
+            )
+        except RuntimeError as error:
+            raise ValueError(f"--distill-model {args.teacher_model}: {error}") from error
         theirs = _inputs(
             model, open_clip.get_tokenizer(args.teacher_model, cache_dir=args.cache_dir)
         )

@@ -136,13 +136,14 @@ class Run:
         def save(checkpoint: Any, path: str) -> None:
             plugin.save_checkpoint(checkpoint, path)
 
+        utf8 = {"encoding": "utf-8", "errors": "surrogateescape"}  # also for names given in ASCII
         parallel = _Overlay(nn.parallel, DistributedDataParallel=_DistributedDataParallel)
         overlay = _Overlay(torch, save=save, nn=_Overlay(nn, parallel=parallel))
         return [
             (params, "argparse", _Overlay(argparse, ArgumentParser=self.make_parser)),
             (open_clip_main, "create_model_and_transforms", self.create_model_and_transforms),
             (open_clip_main, "pt_load", load),
-            (open_clip_main, "open", functools.partial(open, encoding="utf-8")),
+            (open_clip_main, "open", functools.partial(open, **utf8)),
             (open_clip_main, "get_data", self.get_data),
             (open_clip_main, "create_loss", lambda args: plugin.create_loss(args)),
             (open_clip_main, "train_one_epoch", self.train_one_epoch),

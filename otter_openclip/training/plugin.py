@@ -96,6 +96,8 @@ class ClipPlugin:
 
     def refuse(self, fault: Any, error: Exception | None = None) -> NoReturn:
         """End the command with one line, however many torch or transformers needs."""
+        if self.training is None:
+            self.drop_folder()
         text = textwrap.shorten(str(fault), _LONGEST, placeholder=" ...")
         raise SystemExit(f"{self._prog}: error: {text}") from error
 
@@ -183,7 +185,7 @@ class ClipPlugin:
         """By ``launcher`` alone: an epoch ends with an error."""
 
     def drop_folder(self) -> None:
-        """By ``launcher`` alone: without a step the run's folder is as it was, or not there."""
+        """Without a step the run's folder is as it was, or not there."""
         if getattr(self.args, "log_path", None) is None or not is_master(self.args):
             return
         folder = Path(self.args.logs, self.args.name)
@@ -266,6 +268,11 @@ class TrainingPlugin(ClipPlugin):
 
     def setup_model(self, args: Namespace, model: nn.Module, *transforms: Any) -> tuple[Any, ...]:
         """Model: the run's folder is claimed; the fixed teacher beside it; ``--init-logit-scale``."""
+        for part in ("logit_bias", "text_decoder"):
+            if getattr(model, part, None) is not None:  # of SigLIP and CoCa
+                self.refuse(
+                    f"--model {args.model} has a {part}, which --loss {args.loss} cannot use"
+                )
         self.resume.begin(args)
         if args.teacher_model is not None:
             self.teacher = FixedTeacher(args, model)

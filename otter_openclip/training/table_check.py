@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from open_clip_train.data import CsvDataset, DataInfo
 from PIL import Image
 
 from otter_openclip.shards import read
+from otter_openclip.training.watch import NoBatchError
 
 _AT_ONCE = 4096  # rows
 # A file's end that tells that all of it is there; without it the picture is decoded.
@@ -35,14 +38,31 @@ def check_tables(args: Namespace, data: dict[str, DataInfo]) -> None:
                 f"--{flag}-data {getattr(args, f'{flag}_data')}: row {row} below the header: {fault}; "
                 "mend it, or build shards with otter-openclip data csv, which leaves such rows out"
             )
+        table.transforms = _Named(table.transforms)
+
+
+class _Named:
+    """open_clip's transform, which names a picture that is damaged inside: only decoding tells."""
+
+    def __init__(self, transform: Callable[[Image.Image], Any]) -> None:
+        self._transform = transform
+
+    def __call__(self, image: Image.Image) -> Any:
+        try:
+            return self._transform(image)
+        except OSError as error:
+            then = "mend it or drop its row, then --resume latest goes on from the last checkpoint"
+            raise NoBatchError(f"{image.filename}: unreadable image: {error}; {then}") from error
 
 
 def _faults(table: CsvDataset, args: Namespace) -> Iterator[tuple[int, str]]:
-    for row, caption in enumerate(table.captions, 1):
+    for row, (path, caption) in enumerate(zip(table.images, table.captions, strict=True), 1):
         if caption != caption:
             yield row, "no caption, or one that pandas takes for none (NA, null)"
-        elif args.csv_separator == "\t" and isinstance(caption, str) and "\n" in caption:
-            if "\t" in caption:
+        elif isinstance(caption, str) and "\n" in caption and args.csv_separator in caption:
+            # A caption of several lines may have commas, but not the name of a picture.
+            suffix = os.path.splitext(str(path))[1]
+            if args.csv_separator == "\t" or (suffix and suffix in caption):
                 yield row, "a quotation mark joins several rows into one; double it"
     # The readers' own filters of warnings are not made for threads: this one puts them right again.
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
