@@ -15,7 +15,7 @@ import torch
 from open_clip_train.train import AverageMeter
 from training_helpers import assert_same, load, train
 
-from otter_openclip.frozen import encode, store
+from otter_openclip.frozen import encode
 from otter_openclip.frozen.loader import image_column
 from otter_openclip.frozen.store import FeatureFiles, in_half, usable
 
@@ -47,8 +47,7 @@ def model(hf_model, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def losses(monkeypatch):
-    """Every step's losses of the runs so far, in all their digits; features are kept in float32."""
-    monkeypatch.setattr(store, "CLOSE", 0.0)
+    """Every step's losses of the runs so far, in all their digits."""
     seen = []
     stock = AverageMeter.update
 
@@ -332,16 +331,16 @@ def test_a_loader_process_without_a_batch_is_told_in_one_line(cached):
         cached("few", "--workers", "2", "--batch-size", "40")
 
 
-def test_float16_where_it_is_near_enough(monkeypatch):
-    monkeypatch.undo()
+def test_float16_where_it_is_near_enough():
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(300, 1, 768)).astype(np.float32)
     rows[7] = np.nan  # of a sample that cannot be used
-    half = in_half(rows)
-    assert half.dtype == np.float16
+    half, said = in_half(rows)
+    assert half.dtype == np.float16 and said.startswith("float16: off by")
     assert usable(half).tolist() == usable(rows).tolist() == [i != 7 for i in range(300)]
-    for wide in (rows * 1e6, rows * 1e-7):  # beyond its range, below it
-        assert in_half(wide) is wide
+    for wide in (rows * 1e6, rows * 1e-7, rows[:, :, :8]):  # beyond its range, below it, too few
+        same, said = in_half(wide)
+        assert same is wide and said.startswith("float32: in float16")
 
 
 def test_a_full_disk_is_one_line(cached, monkeypatch):

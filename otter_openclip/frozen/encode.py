@@ -262,18 +262,21 @@ def _encode(
     settings = {"num_workers": min(workers, len(shards)), "generator": torch.Generator()}
     loader = DataLoader(batches, batch_size=None, **settings)
     parts: dict[str, list[np.ndarray]] = {shard: [] for shard in shards}
-    began = time.monotonic()
+    began, said = time.monotonic(), "whole numbers"
     with tqdm(desc=f"Encoding ({column.kind})", unit="sample", disable=not show) as bar:
         for shard, batch in loader:
             if batch is None:
                 rows = np.concatenate(parts.pop(shard) or [np.zeros((0, 1, 1))])
-                column.files.write(shard, rows if column.encode is None else in_half(rows))
+                if column.encode is not None:
+                    rows, said = in_half(rows)
+                column.files.write(shard, rows)
             else:
                 parts[shard].append(column.rows(*batch))
                 bar.update(len(batch[0]))
             if time.monotonic() - began > ROUND:
                 yield
                 began = time.monotonic()
+    logging.info(f"Features ({column.kind}) are kept in {said}")
 
 
 def _together(work: Iterator[None], device: torch.device, world_size: int) -> None:
