@@ -235,14 +235,14 @@ class Study:
 
     def importances(self) -> dict[str, dict[str, float]]:
         """By method the share of the variance over trials that each setting explains, if it is known."""
-        found = {}
+        importances = {}
         for method in self.tuned:
             try:
                 shares = optuna.importance.get_param_importances(self.studies[method])
             except (RuntimeError, ValueError):  # too few trials, or all alike
                 continue
-            found[method] = {name: round(share, 3) for name, share in shares.items()}
-        return found
+            importances[method] = {name: round(share, 3) for name, share in shares.items()}
+        return importances
 
 
 def _join(storage: Any, name: str) -> optuna.Study:

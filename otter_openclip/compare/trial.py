@@ -82,7 +82,7 @@ def flags(method: str, setting: Setting, place: Place) -> dict[str, Any]:
     epochs = 1 if method == FIT else EVALUATIONS
     batch = setting.get("batch-size", 64)
     steps = max(1, round(setting["steps"] / epochs))
-    given = {
+    recipe = {
         **{"loss": "infonce" if method == FIT else loss, "model": place.model},
         **{"train-data": place.train_data, "batch-size": batch},
         **{"epochs": epochs, "train-num-samples": steps * batch, "warmup": epochs * steps // 10},
@@ -93,13 +93,13 @@ def flags(method: str, setting: Setting, place: Place) -> dict[str, Any]:
         **{"zeroshot-frequency": 1, "save-frequency": 0},
     }
     if start or method == FIT:
-        given["init"] = FIT
+        recipe["init"] = FIT
     if loss in ("kd", "otter") and "init-logit-scale" in setting:
-        given["init-distill-logit-scale"] = setting["init-logit-scale"]
+        recipe["init-distill-logit-scale"] = setting["init-logit-scale"]
     if not place.frozen:
-        return given | {"workers": min(os.cpu_count() or 1, len(place.shards))}
+        return recipe | {"workers": min(os.cpu_count() or 1, len(place.shards))}
     locks = dict.fromkeys(("lock-image", "lock-text", "lock-text-freeze-layer-norm"), True)
-    return given | locks | {"feature-cache": str(place.work / "features"), "workers": 0}
+    return recipe | locks | {"feature-cache": str(place.work / "features"), "workers": 0}
 
 
 def run(
@@ -129,15 +129,15 @@ def run(
     Raises:
         RuntimeError: with the end of what the command said, if it failed.
     """
-    given = flags(method, setting, place)
-    steps = given["train-num-samples"] // given["batch-size"]
+    recipe = flags(method, setting, place)
+    steps = recipe["train-num-samples"] // recipe["batch-size"]
     eyes = _Eyes(place, seed if FIT not in method else None, steps, report, logs is None)
     eyes.name_pictures = name_pictures
-    given |= {"log-every-n-steps": 1_000_000, "name": "run", "seed": seed}
+    recipe |= {"log-every-n-steps": 1_000_000, "name": "run", "seed": seed}
     with tempfile.TemporaryDirectory() as nowhere, quietly():
-        given["logs"] = logs or nowhere
+        recipe["logs"] = logs or nowhere
         words = []
-        for name, value in given.items():
+        for name, value in recipe.items():
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *(str(each) for each in values if each is not True)]
         if train(words, plugin=eyes) != 0:
