@@ -49,12 +49,10 @@ def table(results: Results, chosen_by: str, reported: str) -> list[dict[str, Any
         paired = [value[seed] - against[seed] for seed in value.keys() & against.keys()]
         courses = zip(*(result["course"] for result in own.values()), strict=True)
         row = {
-            **{
-                "method": method,
-                "label": LABELS[method],
-                "base": LABELS[base],
-                "seeds": len(value),
-            },
+            "method": method,
+            "label": LABELS[method],
+            "base": LABELS[base],
+            "seeds": len(value),
             "choosing": statistics.fmean(percent(chosen_by, "mAP").values()),
             **{m: mean_deviation([*percent(reported, m).values()]) for m in METRICS},
             "course": [(at[0][0], 100 * statistics.fmean(v for _, v in at)) for at in courses],

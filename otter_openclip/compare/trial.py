@@ -83,14 +83,21 @@ def flags(method: str, setting: Setting, place: Place) -> dict[str, Any]:
     batch = setting.get("batch-size", 64)
     steps = max(1, round(setting["steps"] / epochs))
     recipe = {
-        **{"loss": "infonce" if method == FIT else loss, "model": place.model},
-        **{"train-data": place.train_data, "batch-size": batch},
-        **{"epochs": epochs, "train-num-samples": steps * batch, "warmup": epochs * steps // 10},
+        "loss": "infonce" if method == FIT else loss,
+        "model": place.model,
+        "train-data": place.train_data,
+        "batch-size": batch,
+        "epochs": epochs,
+        "train-num-samples": steps * batch,
+        "warmup": epochs * steps // 10,
         # open_clip's defaults depend on what the model's path looks like.
-        **{"beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
         **{name: value for name, value in setting.items() if name != "steps"},
         "zeroshot-data": [str(folder) for folder in place.tests.values()],
-        **{"zeroshot-frequency": 1, "save-frequency": 0},
+        "zeroshot-frequency": 1,
+        "save-frequency": 0,
     }
     if start or method == FIT:
         recipe["init"] = FIT
