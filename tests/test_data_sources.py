@@ -32,15 +32,9 @@ def csv(folder, captions, *images):
 
 
 FILES = {"a/0.png": 0, "b/0.png": 1, "a/only.JPG": 2, "top.jpg": 3, "x/a/7.jpg": 4, "x/b/7.jpg": 5}
-FOUND = {
-    "a/0.png": 0,  # whole, though another has its name
-    "./b/0.png": 1,
-    "only.JPG": 2,  # a name of one file
-    "moved/to/top.jpg": 3,
-}
+# Two of whole paths, though others have their names, and two names of one file each.
+FOUND = {"a/0.png": 0, "./b/0.png": 1, "only.JPG": 2, "moved/to/top.jpg": 3}
 LOST = ["0.png", "c/0.png", "a/7.jpg"]  # the end of a path is not enough
-
-
 KINDS = ["folder", "tar", "TAR", "tar.gz", "TAR.GZ", "zip", "Zip", "folder of tars", "tar of tars"]
 
 
@@ -51,8 +45,8 @@ def test_a_path_means_that_file_in_folders_tars_and_zips_alike(tmp_path, kind):
     rows += [(path, "any") for path in LOST] + [("only.jpg", "case"), ("only", "no suffix")]
     assert csv(tmp_path, rows, source) == 0
     assert pairs_of(tmp_path / "out") == [(f"picture {n}", jpeg(n)) for n in FOUND.values()]
-    lost = {(path, "ambiguous") for path in LOST}
-    assert set(dropped(tmp_path / "out")) == lost | {("only.jpg", "missing"), ("only", "missing")}
+    lost = {(path, "ambiguous") for path in LOST} | {("only.jpg", "missing"), ("only", "missing")}
+    assert set(dropped(tmp_path / "out")) == lost
     report = (tmp_path / "out" / "dropped.tsv").read_text(encoding="utf-8")
     assert "a/0.png" in report and "b/0.png" in report  # the candidates
     assert not (tmp_path / "out" / ".otter-build" / "unpacked").exists()
@@ -90,19 +84,8 @@ def test_of_two_names_for_one_file_the_sure_one_stays(tmp_path):
     rows += [("x/2.jpg", "one"), ("y/2.jpg", "other"), ("x/2.jpg", "third")]
     assert csv(tmp_path, rows, source) == 0
     assert pairs_of(tmp_path / "out") == [("its path", jpeg(1))]
-    other = ("b/1.jpg", "file name of another row")
-    assert dropped(tmp_path / "out") == [
-        other,
-        *((f"{d}/2.jpg", "ambiguous") for d in "xxy"),
-    ]
-
-
-def test_several_captions_of_one_path_stay_and_a_repeated_pair_goes(tmp_path):
-    source = write_files(tmp_path / "s", {"1.jpg": jpeg(1)})
-    rows = [("1.jpg", "one"), ("1.jpg", "two"), ("1.jpg", "one")]
-    assert csv(tmp_path, rows, source) == 0
-    assert pairs_of(tmp_path / "out") == [("one", jpeg(1)), ("two", jpeg(1))]
-    assert dropped(tmp_path / "out") == [("1.jpg", "duplicate")]
+    lost = [("b/1.jpg", "file name of another row")]
+    assert dropped(tmp_path / "out") == lost + [(f"{d}/2.jpg", "ambiguous") for d in "xxy"]
 
 
 def test_two_urls_of_one_file_keep_one(tmp_path):
@@ -130,9 +113,6 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(os, "scandir", denied)
     assert csv(tmp_path, [("1.jpg", "1")], source) == 2
     assert f"Permission denied: '{source}/a'" in capsys.readouterr().err
-
-
-# archives -----------------------------------------------------------------------------------------
 
 
 def test_a_damaged_member_of_a_zip_is_dropped(tmp_path):
@@ -174,17 +154,10 @@ def test_separator_quotes_and_line_ends_are_found_out(tmp_path, separator, form)
         (b"a\tb\n", "t.tsv:1: has no column 'filepath' but 'a', 'b'"),
         (b"filepath\ttitle\ttitle\n", "t.tsv:1: has two 'title'"),
         (b"filepath\ttitle\n0.jpg\ta\n0.jpg\n", "t.tsv:3: 1 fields, the header has 2"),
-        (b"filepath\ttitle\n0.jpg\ta\tb\n", "t.tsv:2: 3 fields"),
         (b'filepath\ttitle\n0.jpg\ta\n0.jpg\t"open\n0.jpg\tb\n', "t.tsv:3: unexpected end"),
-        (b'filepath\ttitle\n0.jpg\t"a" b\n', "t.tsv:2: '\t' expected after"),
         (b"filepath\ttitle\n0.jpg\ta\n0.jpg\t\xe9\n", "t.tsv:3: not UTF-8 text (byte 7"),
         (b"filepath\ttitle\r0.jpg\ta\r", "t.tsv:1: a carriage return inside a line"),
         (b'filepath\ttitle\n0.jpg\t"a\n0.jpg\tb"\n', "t.tsv:2: a quoted field goes over rows"),
-        (b'title\tfilepath\n"a\t0.jpg\nb"\t0.jpg\n', "t.tsv:2: a quoted field goes over rows"),
-        (
-            "filepath\ttitle\n".encode("utf-16"),
-            "t.tsv:1: not UTF-8 text (byte 1 is 0xff); convert",
-        ),
     ],
 )
 def test_a_table_that_is_none_is_an_error_with_its_line(tmp_path, capsys, text, message):
@@ -241,11 +214,10 @@ def fits(array):
         (deep(RAMP.astype(np.int32), "TIFF"), "I pixels of no stated range"),
         (white_is_zero((RAMP * 130).astype(np.uint16)), 255 - RAMP * 130 / 257),
         (twelve_bits(RAMP * 8), RAMP * 8 * 255 / 4095),
-        (b"Pf 24 20 -1.0\n" + (RAMP / 480).astype("<f4").tobytes(), "F pixels of no|not an image"),
         (fits(RAMP), "I(;16)? pixels of no stated range"),
     ],
 )
-def test_deep_pixels_keep_their_meaning_or_go(tmp_path, capsys, content, expected):
+def test_deep_pixels_keep_their_meaning_or_go(tmp_path, content, expected):
     write_files(tmp_path, {"0.x": content, "1.jpg": jpeg(1)})
     assert csv(tmp_path, [("0.x", "deep"), ("1.jpg", "flat")]) == 0
     stored = samples(tmp_path / "out" / "00000.tar")
@@ -271,18 +243,12 @@ def test_orientation_stays_what_open_clip_passes_over(tmp_path):
     assert Image.open(io.BytesIO(small)).size == (12, 10)  # 24 x 20, not turned
 
 
-# number of shards ---------------------------------------------------------------------------------
-
-
-def test_number_of_shards(tmp_path, capsys):
+def test_number_of_shards(tmp_path):
     write_files(tmp_path, {f"{n}.jpg": jpeg(n) for n in range(19)})
     path = table(tmp_path / "t.tsv", [(f"{n}.jpg", str(n)) for n in range(19)])
-    words = ["csv", "--captions", path, "--output", tmp_path / "out", "--shards"]
-    assert run(*words, "8") == 0
+    assert run("csv", "--captions", path, "--output", tmp_path / "out", "--shards", "8") == 0
     sizes = json.loads((tmp_path / "out" / "sizes.json").read_text(encoding="utf-8"))
     assert len(sizes) == 8 and set(sizes.values()) == {2, 3} and sum(sizes.values()) == 19
-    assert run(*words, "9") == 2
-    assert "--shards was 8" in capsys.readouterr().err
 
 
 # img2dataset, Hugging Face ------------------------------------------------------------------------
@@ -305,19 +271,17 @@ def test_img2dataset_in_several_runs_and_forms(tmp_path):
     (tmp_path / "tars" / "_tmp").mkdir()  # left by a run that was stopped
     path = table(tmp_path / "t.tsv", [(url, str(n)) for n, url in enumerate(urls)])
     words = ["csv", "--captions", path, "--no-shuffle", "--img2dataset", tmp_path / "tars"]
-    for name, folders in (("whole", ["files"]), ("parts", ["files/00000", "files/00001"])):
-        images = [tmp_path / each for each in folders]
-        assert run(*words, *images, "--output", tmp_path / name) == 0
-        assert pairs_of(tmp_path / name) == [(str(n), jpeg(n)) for n in range(6)]
+    images = [tmp_path / "files" / "00000", tmp_path / "files" / "00001"]
+    assert run(*words, *images, "--output", tmp_path / "out") == 0
+    assert pairs_of(tmp_path / "out") == [(str(n), jpeg(n)) for n in range(6)]
 
 
 def test_img2datasets_other_forms_are_named(tmp_path, capsys):
     """Beside tars, parquet files are statistics; alone they would hold the images."""
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "00000.parquet").write_bytes(b"PAR1")
+    images = write_files(tmp_path / "images", {"00000.parquet": b"PAR1"})
     path = table(tmp_path / "t.tsv", [("http://x/0", "a")])
-    words = ["csv", "--captions", path, "--img2dataset", tmp_path / "images"]
-    assert run(*words, "--output", tmp_path / "out") == 2
+    words = ["--captions", path, "--img2dataset", images, "--output", tmp_path / "out"]
+    assert run("csv", *words) == 2
     assert "parquet and tfrecord files cannot be read" in capsys.readouterr().err
 
 
@@ -438,41 +402,22 @@ def test_configurations_are_not_mixed(tmp_path, capsys, name):
     assert len(pairs_of(tmp_path / "out")) == 2
 
 
-def test_columns_are_chosen_once_for_all_files(tmp_path, capsys, monkeypatch):
-    two = {"image": PICTURES[:1], "thumb": PICTURES[1:2], "text": ["a"]}
-    parquet(tmp_path / "set" / "1.parquet", two)
-    words = ["hf", "--dataset", tmp_path / "set", "--output", tmp_path / "out", "--image-key"]
-    assert run(*words, "thumb") == 0
-    assert "Images are in the column 'thumb', captions in 'text'." in capsys.readouterr().out
-    assert pairs_of(tmp_path / "out") == [("a", jpeg(1))]
-    out = io.TextIOWrapper(io.BytesIO(), "ascii")  # as under LC_ALL=C
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", out)
-        words[2] = parquet(tmp_path / "ü.parquet", {"image": [jpeg(1)], "ü": ["a"]})
-        words[4] = tmp_path / "ascii"
-        assert run(*words, "image", "--text-key", "ü") == 0
-    assert b"captions in '\\xfc'." in out.detach().getvalue()
-    words[2] = tmp_path / "set"
-    lists = {"image": [[jpeg(2)], []], "text": ["b", "of no image"]}
-    parquet(tmp_path / "set" / "2.parquet", lists)
-    words[4] = tmp_path / "both"
-    assert run(*words, "image", "--no-shuffle") == 0
-    assert pairs_of(tmp_path / "both") == [("a", jpeg(0)), ("b", jpeg(2))]
-    write_files(tmp_path / "set", {"3.jpg": jpeg(3)})
-    parquet(tmp_path / "set" / "3.parquet", {"image": ["3.jpg"], "text": ["a path"]})
-    words[4] = tmp_path / "paths"
-    assert run(*words, "image", "--no-shuffle") == 0
-    assert pairs_of(tmp_path / "paths")[-1] == ("a path", jpeg(3))
-    parquet(tmp_path / "set" / "3.parquet", {"thumb": [jpeg(3)], "said": ["c"]})
-    words[4] = tmp_path / "third"
-    assert run(*words, "image") == 2
-    assert (
-        "3.parquet: not one column 'image' but thumb, said; --image-key" in capsys.readouterr().err
-    )
+def test_columns_are_chosen_once_for_all_files(tmp_path, capsys):
+    folder = write_files(tmp_path / "set", {"3.jpg": jpeg(3)})
+    parquet(folder / "1.parquet", {"thumb": PICTURES[:1], "image": PICTURES[1:2], "text": ["a"]})
+    parquet(folder / "2.parquet", {"image": [[jpeg(2)], []], "text": ["b", "of no image"]})
+    parquet(folder / "3.parquet", {"image": ["3.jpg"], "text": ["a path"]})
+    words = ["hf", "--dataset", folder, "--image-key", "image", "--no-shuffle", "--output"]
+    assert run(*words, tmp_path / "out") == 0
+    assert "Images are in the column 'image', captions in 'text'." in capsys.readouterr().out
+    assert pairs_of(tmp_path / "out") == [("a", jpeg(1)), ("b", jpeg(2)), ("a path", jpeg(3))]
+    parquet(folder / "3.parquet", {"thumb": [jpeg(3)], "said": ["c"]})
+    assert run(*words, tmp_path / "third") == 2
+    said = "3.parquet: not one column 'image' but thumb, said; --image-key"
+    assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_an_arrow_stream_that_stops(tmp_path, capsys, inside):
+def test_an_arrow_stream_that_stops(tmp_path, capsys):
     arrow = pytest.importorskip("pyarrow")
     path = tmp_path / "a.arrow"
     write_arrow(path, {"image": PICTURES, "text": ["a", "b", "c"]})
@@ -481,7 +426,7 @@ def test_an_arrow_stream_that_stops(tmp_path, capsys, inside):
     messages = arrow.ipc.MessageReader.open_stream(file)
     for _ in range(3):  # the schema and two rows
         messages.read_next_message()
-    path.write_bytes(whole[: file.tell() - 99 * inside])
+    path.write_bytes(whole[: file.tell()])
     assert run("hf", "--dataset", path, "--output", tmp_path / "out") == 2
     assert "a.arrow: damaged or cut short" in capsys.readouterr().err
 
@@ -492,8 +437,6 @@ def test_an_arrow_stream_that_stops(tmp_path, capsys, inside):
         ({"image": PICTURES, "en": ["a"] * 3}, "not one column 'text' but en; --text-key"),
         ({"image": PICTURES, "label": [0, 1, 2]}, "'text' but none of texts among image, label;"),
         ({"image": PICTURES, "text": [0, 1, 2]}, "row 0: no text in 'text', but 0"),
-        ({"image": PICTURES, "text": [[{"raw": "a"}]] * 3}, "row 0: no text in 'text', but {"),
-        ({"text": ["a"]}, "0 columns of images among text"),
         ({"image": PICTURES, "mask": [b"a"] * 3, "text": ["a"] * 3}, "2 columns of images among"),
         ({"image": [PICTURES[:2]], "text": ["a"]}, "row 0: 2 images in 'image', where one is due"),
         ({"image": [{"bytes": None, "path": "x"}], "text": ["a"]}, "(1 missing); check the input,"),
@@ -510,20 +453,10 @@ def test_hugging_face_files_that_are_refused(tmp_path, capsys, columns, message)
     assert message in capsys.readouterr().err
 
 
-def test_hugging_face_columns_of_one_name(tmp_path, capsys):
-    arrow = pytest.importorskip("pyarrow")
-    writer = pytest.importorskip("pyarrow.parquet")
-    columns = list(map(arrow.array, [PICTURES[:1], ["a"], ["b"]]))
-    whole = arrow.Table.from_arrays(columns, ["image", "text", "text"])
-    writer.write_table(whole, tmp_path / "a.parquet")
-    assert run("hf", "--dataset", tmp_path / "a.parquet", "--output", tmp_path / "out") == 2
-    assert "not one column 'text' but text, text; --text-key" in capsys.readouterr().err
-
-
 def test_without_images_nothing_is_searched(tmp_path, monkeypatch):
     """What else lies in the current folder or beside the table is none of the build's business."""
-    write_files(tmp_path / "here", {"deep/1.jpg": jpeg(1), "broken.tar": b"no tar"})
-    write_files(tmp_path / "here", {"3.jpg": jpeg(3)})
+    here = {"deep/1.jpg": jpeg(1), "broken.tar": b"no tar", "3.jpg": jpeg(3)}
+    write_files(tmp_path / "here", here)
     write_tar(tmp_path / "here" / "other.tar", {"0.jpg": jpeg(2), "2.jpg": jpeg(3)})
     write_files(tmp_path / "there", {"0.jpg": jpeg(0), "3.jpg": jpeg(0), "broken.zip": b"no zip"})
     rows = [("0.jpg", "beside"), ("1.jpg", "deeper"), ("2.jpg", "in an archive")]
@@ -533,8 +466,6 @@ def test_without_images_nothing_is_searched(tmp_path, monkeypatch):
     assert csv(tmp_path, path) == 0
     assert pairs_of(tmp_path / "out") == [("beside", jpeg(0)), ("as open_clip has it", jpeg(3))]
     assert dropped(tmp_path / "out") == [("1.jpg", "missing"), ("2.jpg", "missing")]
-    write_tar(tmp_path / "here" / "further.tar", {})  # a complete build stays what it is
-    assert csv(tmp_path, path) == 0
 
 
 def test_rows_that_a_quotation_mark_joins_are_told_from_captions_of_several_lines(tmp_path, capsys):
