@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -12,17 +11,15 @@ from clip_benchmark.datasets.builder import build_dataset
 from data_helpers import dropped, encoded, jpeg, run, samples, write_files, write_tar
 from PIL import Image
 
-from otter_openclip.data import imagenet10k, open_images
+from otter_openclip.data import imagenet10k
 
 NAMES = ["Sprenger's tulip", "Ball", "Cucumber, gourd, and melon family", "Kakigōri", "Ball"]
-MIDS = ["/m/0100nhbf", "/m/018xm", "/m/01_xx", "/g/11bc6sh46d", "/m/02"]
-CLASS_ROWS = [
-    "/m/0100nhbf,Sprenger's tulip",
-    "/m/018xm,Ball",
-    '/m/01_xx,"Cucumber, gourd, and melon family"',
-    "/g/11bc6sh46d,Kakigōri",
-    "/m/02,Ball",
-]
+CLASS_ROWS = """/m/0100nhbf,Sprenger's tulip
+/m/018xm,Ball
+/m/01_xx,"Cucumber, gourd, and melon family"
+/g/11bc6sh46d,Kakigōri
+/m/02,Ball
+"""
 LABELS = """ImageID,Source,LabelName,Confidence
 000026e7ee790996,verification,/m/018xm,1
 000026e7ee790996,verification,/m/0100nhbf,0
@@ -38,8 +35,8 @@ POSITIVES = {"000026e7ee790996": [1, 3], "0000c64e1253d68f": [2], "ffff21932da3e
 @pytest.fixture
 def goi(tmp_path):
     """Official files of three images with positives and one without, images in a folder."""
-    header = "LabelName,DisplayName"
-    (tmp_path / "classes.csv").write_text("\n".join([header, *CLASS_ROWS, ""]), encoding="utf-8")
+    text = f"LabelName,DisplayName\n{CLASS_ROWS}"
+    (tmp_path / "classes.csv").write_text(text, encoding="utf-8")
     (tmp_path / "labels.csv").write_text(LABELS, encoding="utf-8")
     write_files(tmp_path / "images", {f"{i}.jpg": jpeg(n) for n, i in enumerate(POSITIVES)})
     return tmp_path
@@ -75,7 +72,6 @@ def test_open_images_official_files(goi):
     assert data.classes == NAMES and data.templates == ["a photo of {c}."]
     (images, targets) = zip(*data, strict=True)
     assert [image.shape for image in images] == [(20, 24, 3)] * 3
-    assert all(target.dtype == np.uint8 and target.shape == (5,) for target in targets)
     assert [np.flatnonzero(target).tolist() for target in targets] == list(POSITIVES.values())
     loader = torch.utils.data.DataLoader(data.batched(2), batch_size=None, num_workers=1)
     assert [tuple(target.shape) for _, target in loader] == [(2, 5), (1, 5)]
@@ -87,10 +83,8 @@ def test_other_forms_of_class_and_label_files(goi, capsys, classes, labels):
     if classes == "names only":
         (goi / "classes.csv").write_text("\n".join(NAMES) + "\n\n", encoding="utf-8")
     else:
-        content = b"\xef\xbb\xbf" + "\r\n".join([*CLASS_ROWS, ""]).encode()
+        content = b"\xef\xbb\xbf" + CLASS_ROWS.replace("\n", "\r\n").encode()
         (goi / "classes.csv").write_bytes(content)
-        mids, names = open_images.read_classes(goi / "classes.csv")
-        assert names == NAMES and list(mids) == MIDS
     if labels == "the reference's":
         rows = ["\t".join([f"{i}.jpg", *map(str, numbers)]) for i, numbers in POSITIVES.items()]
         (goi / "labels.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -118,16 +112,15 @@ def test_missing_and_undecodable_images(goi, capsys):
     assert build_goi(goi) == 2
     assert "1 undecodable images" in capsys.readouterr().err
     (goi / "images" / "ffff21932da3ed01.jpg").unlink()
-    shutil.rmtree(goi / "out")
-    assert build_goi(goi, "--max-missing", "1") == 2
+    assert build_goi(goi, "--max-missing", "1", out="both") == 2
     err = capsys.readouterr().err
     assert "1 missing, 1 undecodable images" in err and "--max-missing 2" in err
     both = [("0000c64e1253d68f", "undecodable"), ("ffff21932da3ed01", "missing")]
-    assert dropped(goi / "out") == both
-    assert not (goi / "out" / "test" / "nshards.txt").exists()
-    assert build_goi(goi, "--max-missing", "2") == 0
-    assert dropped(goi / "out") == both
-    assert vectors(goi / "out") == {"000026e7ee790996": [1, 3]}
+    assert dropped(goi / "both") == both
+    assert not (goi / "both" / "test" / "nshards.txt").exists()
+    assert build_goi(goi, "--max-missing", "2", out="both") == 0
+    assert dropped(goi / "both") == both
+    assert vectors(goi / "both") == {"000026e7ee790996": [1, 3]}
 
 
 def test_nothing_left_is_an_error(goi, capsys):
@@ -227,9 +220,9 @@ def write_labels(folder, confidence):
     (folder / "val.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def build_tencent(folder, *extra, images="images", out="out"):
+def build_tencent(folder):
     line = ["imagenet10k", "--classes", folder / "dictionary.txt", "--labels", folder / "val.txt"]
-    return run(*line, "--images", folder / images, "--output", folder / out, *extra)
+    return run(*line, "--images", folder / "images", "--output", folder / "out")
 
 
 EXPECTED = {key.split("/")[1].split(".")[0]: sorted(labels) for key, labels in IDS.items()}
@@ -253,26 +246,15 @@ def test_imagenet10k(tencent, confidence):
     [
         ("labels.csv", "/m/02,1", "/m/zzz,1", "csv:8: label /m/zzz is outside the class list"),
         ("labels.csv", "/m/02,1", "/m/02,0.8", "labels.csv:8: confidence '0.8'"),
-        ("labels.csv", "verification,/m/02", "/m/02", "csv:6: 3 fields, the header has 4"),
         ("labels.csv", "Confidence", "Score", "labels.csv:1: has no column 'Confidence'"),
-        ("labels.csv", "ImageID", "imageid", "labels.csv:1: has no column 'ImageID'"),
         ("classes.csv", "46d,Kakigōri", "46d,", "classes.csv:5: empty class name"),
         ("classes.csv", "/m/02,Ball", "/m/018xm,Ball", "classes.csv:6: class /m/018xm again"),
-        (
-            "classes.csv",
-            f'"{NAMES[2]}"',
-            "Cucumber, gourd",
-            "csv:4: expected a class id and a name",
-        ),
-        ("classes.csv", "Kakigōri", "Kakig\udcf6ri", "not UTF-8"),
+        ("classes.csv", "tulip", "tulip, x", "classes.csv:2: expected a class id and a name"),
         ("classes.csv", "LabelName,", "LabelName, ", "classes.csv:1: expected a class id"),
-        ("classes.csv", "\n/m/01_xx", "\r/m/01_xx", "a carriage return inside a line"),
         ("val.txt", "\t5\t", "\t6\t", "val.txt:3: label 6 is outside the class list of 6 (0 to 5)"),
         ("val.txt", "\t5\t", "\t-1\t", "val.txt:3: label -1 is outside"),
         ("val.txt", "\t5\t", "\tdesk\t", "val.txt:3: 'desk' is neither a class index nor"),
-        ("dictionary.txt", "\n5", "\r5", "dictionary.txt:6: a carriage return inside a line"),
         ("dictionary.txt", "2\tdesk\n5", "2\tdesk\n7", "dictionary.txt:7: class 7 where 5 is due"),
-        ("dictionary.txt", "-1\tmatter", "-1\t ", "dictionary.txt:3: empty class name"),
         ("dictionary.txt", "n00020827\t-1\t", "", "dictionary.txt:3: '1\\tmatter' is not index"),
     ],
 )
@@ -280,7 +262,7 @@ def test_errors_name_file_and_line(goi, tencent, capsys, file, old, new, message
     path = goi / file  # the folder of both
     text = path.read_text(encoding="utf-8")
     assert old in text
-    path.write_bytes(text.replace(old, new).encode(errors="surrogateescape"))
+    path.write_text(text.replace(old, new), encoding="utf-8")
     build = build_goi if file.endswith("csv") else build_tencent
     assert build(goi) == 2 and message in capsys.readouterr().err
     assert not (goi / "out").exists()

@@ -4,7 +4,6 @@ import bz2
 import csv
 import gzip
 import hashlib
-import io
 import json
 import tarfile
 
@@ -40,8 +39,8 @@ def img2dataset(folder, rows, kind):
         place = 0 if kind == "webdataset, one key" else n % 3
         shard, key = f"{n // 3:05d}", f"{n // 3:05d}{place:04d}"
         metadata = {"caption": "theirs", "key": key, "status": "success", **metadata, "sha256": "0"}
-        parts = {"jpg": image, "json": json.dumps(metadata, indent=4).encode(), "txt": b"theirs"}
-        files = {f"{key}.{suffix}": content for suffix, content in parts.items()}
+        text = json.dumps(metadata, indent=4).encode()
+        files = {f"{key}.jpg": image, f"{key}.json": text, f"{key}.txt": b"theirs"}
         if kind == "files":
             write_files(folder / shard, files)
         else:
@@ -54,15 +53,8 @@ def img2dataset(folder, rows, kind):
 # CC3M -------------------------------------------------------------------------------------------
 
 URLS = [f"http://example.com/{name}" for name in ("a.jpg", "b?x=1,2", "ç.jpg", "d", "e", "f", "g")]
-CAPTIONS = [
-    "a very typical bus station",
-    'sierra looked stunning in this " top "',
-    "young café , owner",
-    "not downloaded",
-    "a web page",
-    " ",
-    "cut short",
-]
+CAPTIONS = ["a very typical bus station", 'sierra looked stunning in this " top "']
+CAPTIONS += ["young café , owner", "not downloaded", "a web page", " ", "cut short"]
 
 
 @pytest.fixture
@@ -87,8 +79,8 @@ def conceptual(tmp_path):
     return root
 
 
-def build_cc(root, *extra, source=None, out="out"):
-    line = ["cc3m", "--captions", root / "Train_GCC-training.tsv", "--output", root.parent / out]
+def build_cc(root, *extra, source=None):
+    line = ["cc3m", "--captions", root / "Train_GCC-training.tsv", "--output", root.parent / "out"]
     if source is None:
         source = ["--report", root / "downloaded_training_report.tsv", "--images", root]
     return run(*line, *source, *extra)
@@ -101,37 +93,25 @@ def test_cc3m_from_the_references_layout(conceptual):
     assert build_cc(conceptual, "--shard-size", "2") == 0
     out = conceptual.parent / "out"
     assert pairs_of(out) == [(caption, jpeg(n)) for caption, n in KEPT]
-    assert dropped(out) == [
-        (URLS[0], "duplicate"),
-        (URLS[4], "undecodable"),
-        (URLS[5], "empty caption"),
-        (URLS[6], "undecodable"),
-    ]
+    reasons = {0: "duplicate", 4: "undecodable", 5: "empty caption", 6: "undecodable"}
+    assert dropped(out) == [(URLS[n], reason) for n, reason in reasons.items()]
     assert skipped(out) == {"not downloaded": 1}
 
 
-def test_processed_labels_are_the_references(conceptual, monkeypatch):
+def test_processed_labels_are_the_references(conceptual):
     assert build_cc(conceptual) == 0
     path = conceptual.parent / "out" / "processed_labels.csv"
-    ours = pandas.read_csv(path)
     # The reference's steps (data/cc_preprocess.py), without the pairs that we drop as repeated or empty.
-    captions = pandas.read_csv(
-        conceptual / "Train_GCC-training.tsv", sep="\t", names=["caption", "url"]
-    )
+    table, names = conceptual / "Train_GCC-training.tsv", ["caption", "url"]
+    captions = pandas.read_csv(table, sep="\t", names=names)
     names = ["filename", "split", "type", "size", "status", "url"]
     report = pandas.read_csv(conceptual / "downloaded_training_report.tsv", sep="\t", names=names)
     # With "inner", as there, the order is that of the captions from pandas 2.2 on only.
     merged = captions.merge(report[["filename", "url"]], on="url", how="left")
     merged = merged[["filename", "caption"]].dropna().drop_duplicates("caption")
     merged = merged[~merged.filename.str.match("training/[456]_")].reset_index(drop=True)
-    assert list(ours.columns) == ["Unnamed: 0", "filename", "caption"]
-    assert list(ours["Unnamed: 0"]) == [0, 1, 2, 3]
-    assert list(ours["caption"]) == list(merged["caption"])
-    assert list(ours["filename"]) == [str(conceptual / name) for name in merged["filename"]]
-    merged["filename"] = ours["filename"]
-    buffer = io.StringIO()
-    merged.to_csv(buffer)
-    assert path.read_text(encoding="utf-8") == buffer.getvalue()
+    merged["filename"] = [str(conceptual / name) for name in merged["filename"]]
+    assert path.read_text(encoding="utf-8") == merged.to_csv() and len(merged) == 4
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "webdataset, one key", "files"])
@@ -152,9 +132,7 @@ def test_cc3m_from_img2dataset(conceptual, kind):
     ("cut", "files", "message"),
     [
         (3000, None, "00001.tar: damaged or cut short"),
-        (2100, None, "00001.tar: damaged or cut short"),  # inside the first JSON
         (0, {"0.jpg": jpeg(0)}, "00001.tar: no url in 0.json; is this the output of img2dataset"),
-        (0, {"0.jpg": jpeg(0), "0.json": b'{"a": 1}'}, "00001.tar: no url in 0.json"),
         (0, {"0.jpg": jpeg(0), "0.json": b"{"}, "00001.tar: no url in 0.json"),
     ],
 )
@@ -171,13 +149,8 @@ def test_an_interrupted_img2dataset_is_an_error(conceptual, capsys, cut, files, 
 
 def test_header_quotes_and_compression_of_cc3m(tmp_path):
     path = tmp_path / "cc.tsv.gz"
-    lines = [
-        "caption\turl",
-        '"say ""cheese"""\thttp://a',
-        'a "b"\thttp://b',
-        '"x" and "y"\thttp://c',
-    ]
-    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    text = 'caption\turl\n"say ""cheese"""\thttp://a\na "b"\thttp://b\n"x" and "y"\thttp://c'
+    path.write_bytes(gzip.compress(text.encode()))
     read = [('say "cheese"', "http://a"), ('a "b"', "http://b"), ('"x" and "y"', "http://c")]
     assert list(cc3m.read_captions(path)) == read
 
@@ -201,11 +174,6 @@ def table(tmp_path):
     return tmp_path
 
 
-def csv_command(folder, out, *extra):
-    line = ("csv", "--captions", folder / "table.tsv", "--output", folder / out)
-    return (*line, "--shard-size", "8", *extra)
-
-
 def order(output):
     found = []
     for shard in sorted(output.glob("*.tar")):
@@ -215,13 +183,10 @@ def order(output):
 
 
 def test_the_seed_decides_the_order_and_nothing_else_does(table):
-    for name, *extra in (
-        ("zero",),
-        ("again", "--workers", "3"),
-        ("one", "--seed", "1"),
-        ("plain", "--no-shuffle"),
-    ):
-        assert run(*csv_command(table, name, *extra)) == 0
+    ways = {"again": "--workers 3", "zero": "", "one": "--seed 1", "plain": "--no-shuffle"}
+    for name, words in ways.items():
+        line = ["csv", "--captions", table / "table.tsv", "--output", table / name]
+        assert run(*line, "--shard-size", "8", *words.split()) == 0
     assert tree(table / "zero") == tree(table / "again")
     assert sorted(order(table / "zero")) == sorted(order(table / "one")) == order(table / "plain")
     assert len({tuple(order(table / name)) for name in ("zero", "one", "plain")}) == 3
@@ -241,9 +206,6 @@ def test_csv_columns_separator_and_relative_paths(tmp_path, monkeypatch):
     assert run(*line, tmp_path / "out") == 0
     expected = [("one, two", jpeg(1)), ("NA", jpeg(2)), ("été", jpeg(2))]
     assert pairs_of(tmp_path / "out") == expected
-    archive = write_tar(tmp_path / "all.tar", {"a/1.jpg": jpeg(1), "2.jpg": jpeg(2)})
-    assert run(*line, tmp_path / "out2", "--images", archive) == 0
-    assert pairs_of(tmp_path / "out2") == expected
 
 
 # YFCC15M ----------------------------------------------------------------------------------------
@@ -278,8 +240,8 @@ def metadata_row(photo, columns):
 
 @pytest.fixture
 def flickr(tmp_path):
-    subset = "".join(f"{n}\t{photo}\t{photo_hash(photo)}\n" for n, photo in enumerate(PHOTOS))
-    subset += f"99\t424242\t{photo_hash(424242)}\n"
+    photos = enumerate([*PHOTOS, 424242])
+    subset = "".join(f"{n}\t{photo}\t{photo_hash(photo)}\n" for n, photo in photos)
     (tmp_path / "subset.tsv").write_text(subset, encoding="utf-8")
     write_metadata(tmp_path, 25)
     return tmp_path
@@ -289,11 +251,6 @@ def write_metadata(folder, columns):
     photos = [1, *PHOTOS, 3, 7777]  # others among them, one photo twice
     rows = ["\t".join(metadata_row(photo, columns)) for photo in photos]
     (folder / "metadata.bz2").write_bytes(bz2.compress(("\n".join(rows) + "\n").encode()))
-
-
-def build_yfcc(folder, *source, out="out"):
-    line = ["yfcc15m", "--subset", folder / "subset.tsv", "--metadata", folder / "metadata.bz2"]
-    return run(*line, "--output", folder / out, *source)
 
 
 def nested(photo):
@@ -311,12 +268,12 @@ def test_yfcc15m(flickr, columns, kind):
         url = "http://farm4.staticflickr.com/1/{}_secret.jpg"
         rows = [({"url": url.format(photo)}, jpeg(photo)) for photo in photos]
         img2dataset(source, rows, "webdataset")
-        assert build_yfcc(flickr, "--img2dataset", source) == 0
     else:
         name = {"nested": nested, "by id": "{}.jpg".format, "by url": "{}_secret.jpg".format}[kind]
         write_files(source, {name(photo): jpeg(photo) for photo in photos})
-        assert build_yfcc(flickr, "--images", source) == 0
-    out = flickr / "out"
+    out, flag = flickr / "out", "--img2dataset" if kind == "img2dataset" else "--images"
+    line = ["yfcc15m", "--subset", flickr / "subset.tsv", "--metadata", flickr / "metadata.bz2"]
+    assert run(*line, "--output", out, flag, source) == 0
     stored = samples(*out.glob("*.tar"))
     assert {int(key): files["txt"].decode() for key, files in stored.items()} == CLEAN
     assert all(files["jpg"] == jpeg(int(key)) for key, files in stored.items())
@@ -372,12 +329,8 @@ WIT_PAIRS = [("The first, here", 0), ('Second "quoted"\nin two lines', 1), ("Eng
 @pytest.fixture
 def wikipedia(tmp_path):
     for n, rows in enumerate((ROWS[:3], ROWS[3:])):
-        with gzip.open(
-            tmp_path / f"wit_v1.train.all-0000{n}-of-00002.tsv.gz",
-            "wt",
-            encoding="utf-8",
-            newline="",
-        ) as file:
+        path = tmp_path / f"wit_v1.train.all-0000{n}-of-00002.tsv.gz"
+        with gzip.open(path, "wt", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter="\t", lineterminator="\n")
             writer.writerows([COLUMNS, *rows])
     return tmp_path
@@ -429,7 +382,6 @@ def test_wit_languages_and_caption_fields(wikipedia):
 
 CC = "cc3m --captions cc.tsv --report report.tsv"
 YFCC = "yfcc15m --subset subset.tsv --metadata metadata.bz2"
-NO_ID = "metadata.bz2:1: {!r} is no photo id"
 NO_PHOTO = "subset.tsv:{}: expected line number, photo id and hash"
 
 
@@ -442,10 +394,8 @@ NO_PHOTO = "subset.tsv:{}: expected line number, photo id and hash"
         (YFCC, "subset.tsv", "1\t2\t3\nx\ty\tz\n", NO_PHOTO.format(2)),
         (YFCC, "subset.tsv", f"0\t{9**21}\tx\n1\t{9**21}\tx\n", NO_PHOTO.format(1)),
         (YFCC, "metadata.bz2", "1\t2\t3\n", "bz2:1: 3 columns; YFCC100M's metadata have 23 or 25"),
-        *(
-            (YFCC, "metadata.bz2", number + "\t" * 22, NO_ID.format(number))
-            for number in ("x", "9" * 20, "²", "017")
-        ),
+        (YFCC, "metadata.bz2", "9" * 20 + "\t" * 22, f"bz2:1: '{'9' * 20}' is no photo id"),
+        (YFCC, "metadata.bz2", "²" + "\t" * 22, "metadata.bz2:1: '²' is no photo id"),
         ("wit --tables w.tsv", "w.tsv", "language\turl\n", "w.tsv:1: has no column 'image_url'"),
     ],
 )
