@@ -166,7 +166,11 @@ def test_what_cannot_be_written_is_refused_before_reading(shards, capsys, monkey
     (shards / "folder.png").mkdir()
     monkeypatch.setattr(shard_samples, "samples", None)  # nothing is read
     monkeypatch.chdir(shards)
-    for flag, fault in (("--sheet", "00000.tar"), ("--sheet", "is a folder"), ("--json", "is a folder")):
+    for flag, fault in (
+        ("--sheet", "00000.tar"),
+        ("--sheet", "is a folder"),
+        ("--json", "is a folder"),
+    ):
         path = shards / ("folder.png" if "folder" in fault else "00000.tar/sheet.png")
         assert run("inspect", shards, flag, path) == 2
         assert fault in capsys.readouterr().err

@@ -116,14 +116,15 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch, capsys)
 
 
 def test_a_damaged_member_of_a_zip_is_dropped(tmp_path):
-    pictures = [encoded(n, "BMP") for n in range(2)]
+    pictures = [encoded(n, "BMP") for n in range(3)]
     source = pack("zip", tmp_path, {f"{n}.bmp": content for n, content in enumerate(pictures)})
     content = bytearray(source.read_bytes())
     content[content.index(pictures[0]) + 300] ^= 1  # a pixel
+    content[content.index(b"1.bmp") + 20] ^= 255  # in a compressed one
     source.write_bytes(content)
-    assert csv(tmp_path, [("0.bmp", "damaged"), ("1.bmp", "whole")], source) == 0
-    assert [text for text, _ in pairs_of(tmp_path / "out")] == ["whole"]
-    assert dropped(tmp_path / "out") == [("0.bmp", "undecodable")]
+    assert csv(tmp_path, [(f"{n}.bmp", str(n)) for n in range(3)], source) == 0
+    assert [text for text, _ in pairs_of(tmp_path / "out")] == ["2"]
+    assert dropped(tmp_path / "out") == [(f"{n}.bmp", "undecodable") for n in range(2)]
 
 
 # tables -------------------------------------------------------------------------------------------
