@@ -19,9 +19,7 @@ from otter_openclip.analysis import duplicates, matching, pair_report, verdict
 from otter_openclip.analysis.embedding import Embedded, embed, load_model
 from otter_openclip.analysis.reading import Reader
 
-HOSTILE = (
-    "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'> $\\frac{ \"&amp; \u202e"
-)
+HOSTILE = "<script>x=1</script><img src=x onerror='x=1'> $\\frac{ \"&amp; \u202e"
 
 
 def unit(x):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from clip_benchmark.datasets.builder import build_dataset
-from data_helpers import dropped, encoded, jpeg, run, samples, write_files, write_tar
+from data_helpers import dropped, encoded, jpeg, pack, run, samples, write_files, write_tar
 from PIL import Image
 
 from otter_openclip.data import imagenet10k
@@ -130,6 +130,16 @@ def test_nothing_left_is_an_error(goi, capsys):
     assert "no sample could be kept (3 missing" in capsys.readouterr().err
     assert build_goi(goi, images="nowhere") == 2
     assert "no such folder or archive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_a_stem_is_the_whole_name_but_its_suffix(goi, kind):
+    whole, other, none = POSITIVES
+    files = {f"x/{whole}.PNG": jpeg(0), f"{other}.small.jpg": jpeg(1), f"{other}.txt": b""}
+    files |= {f"{whole}.{n:03d}.jpg": jpeg(1) for n in range(9)} | {f"{whole}.txt": b""}
+    assert build_goi(goi, "--max-missing", "2", images=pack(kind, goi, files)) == 0
+    assert vectors(goi / "out").keys() == {whole}
+    assert dropped(goi / "out") == [(other, "missing"), (none, "missing")]
 
 
 KINDS = [("JPEG", "CMYK"), ("JPEG", "L"), ("GIF", "P"), ("BMP", "RGB"), ("TIFF", "RGB")]

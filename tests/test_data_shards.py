@@ -70,9 +70,6 @@ def _build_until(moment: int, where: str, line: tuple) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = replace
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
     os._exit(run(*line))
 
 
@@ -101,24 +98,17 @@ def _stopped(data) -> None:
     child.join()
 
 
-def test_resume_writes_only_the_missing_shards(data, whole):
+def test_resume_writes_only_missing_and_damaged_shards(data, whole):
     _stopped(data)
     shards = data / "out" / "test"
     assert {path.name for path in shards.iterdir()} == {"0.tar", "1.tar", "2.tar"}
-    # Of the last nothing is known.
-    before = {n: (shards / f"{n}.tar").stat().st_ino for n in range(2)}
+    (shards / "1.tar").write_bytes((shards / "1.tar").read_bytes()[:512])
+    before = (shards / "0.tar").stat().st_ino
     assert run(*command(data, "out", "--workers", "2")) == 0
-    assert {n: (shards / f"{n}.tar").stat().st_ino for n in range(2)} == before
+    assert (shards / "0.tar").stat().st_ino == before
     assert tree(data / "out") == whole
     # No gap where a shard would have had no sample.
     assert {path.name for path in shards.glob("*.tar")} == {f"{n}.tar" for n in range(4)}
-
-
-def test_a_shard_damaged_after_a_kill_is_written_again(data, whole):
-    _stopped(data)
-    shard = data / "out" / "test" / "1.tar"
-    shard.write_bytes(shard.read_bytes()[:512])
-    assert run(*command(data, "out")) == 0 and tree(data / "out") == whole
 
 
 @pytest.mark.parametrize("complete", [False, True])
@@ -159,14 +149,6 @@ def test_a_plan_that_cannot_be_read_is_an_error_that_names_it(data, whole, capsy
     assert run(*command(data, "out")) == 2
     assert f"{plan}: file is not a database" in capsys.readouterr().err
     plan.unlink()
-    assert run(*command(data, "out")) == 0 and tree(data / "out") == whole
-
-
-def test_a_build_killed_before_its_plan_was_made_may_be_begun_differently(data, whole):
-    state = data / "out" / ".otter-build"
-    state.mkdir(parents=True)
-    (state / "unfinished.db").write_bytes(b"half a plan")
-    (state / "unfinished.db-journal").write_bytes(b"of another build")
     assert run(*command(data, "out")) == 0 and tree(data / "out") == whole
 
 

@@ -52,22 +52,6 @@ def test_a_path_means_that_file_in_folders_tars_and_zips_alike(tmp_path, kind):
     assert not (tmp_path / "out" / ".otter-build" / "unpacked").exists()
 
 
-@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
-def test_a_stem_is_the_whole_name_but_its_suffix(tmp_path, kind):
-    files = {"x/b.PNG": jpeg(0), "a.small.jpg": jpeg(1), "a.txt": b"", "x/a.small.jpg": jpeg(2)}
-    files |= {f"b.{n:03d}.jpg": jpeg(1) for n in range(9)} | {"b.txt": b""}
-    source = pack(kind, tmp_path, files)
-    (tmp_path / "c.csv").write_text("LabelName,DisplayName\n/m/1,Ball\n", encoding="utf-8")
-    (tmp_path / "l.csv").write_text(
-        "ImageID,LabelName,Confidence\na,/m/1,1\nb,/m/1,1\n", encoding="utf-8"
-    )
-    words = ["open-images", "--classes", tmp_path / "c.csv", "--labels", tmp_path / "l.csv"]
-    words += ["--images", source, "--max-missing", "1", "--output", tmp_path / "out"]
-    assert run(*words) == 0
-    assert samples(tmp_path / "out" / "test" / "0.tar").keys() == {"b"}
-    assert dropped(tmp_path / "out") == [("a", "missing")]
-
-
 def test_two_sources_with_one_path_are_ambiguous(tmp_path):
     one = write_files(tmp_path / "one", {"0.jpg": jpeg(0), "1.jpg": jpeg(1)})
     two = write_files(tmp_path / "two", {"0.jpg": jpeg(2)})
@@ -313,7 +297,8 @@ def test_hugging_face(tmp_path):
     revision = tmp_path / "set" / "b" / "train.parquet"  # as in the hub's cache
     revision.parent.mkdir()
     revision.symlink_to(tmp_path / "set" / "a" / "train.parquet")
-    plain = {"image": [jpeg(3)], "said": ["three"]}
+    write_files(tmp_path / "set", {"3.jpg": jpeg(3)})
+    plain = {"image": [{"bytes": None, "path": "3.jpg"}], "said": ["three"]}
     parquet(tmp_path / "set" / "z.parquet", plain)
     words = ["hf", "--dataset", tmp_path / "set", "--output", tmp_path / "out", "--no-shuffle"]
     assert run(*words, "--text-key", "said") == 0
@@ -323,26 +308,17 @@ def test_hugging_face(tmp_path):
     assert lost == {("row 1", "empty caption"), ("row 2", "missing"), ("row 3", "empty caption")}
 
 
-@pytest.mark.parametrize("paths", [False, True])
-def test_hugging_face_arrow(tmp_path, paths):
-    """Of save_to_disk and of caches, whose images may be files by their paths."""
-    beside, rows = tmp_path / "set" / "train", {"image": PICTURES, "text": ["a", "b", "c"]}
-    if paths:
-        write_files(beside, {f"{n}.jpg": jpeg(n) for n in range(2)})
-        write_files(tmp_path, {"2.jpg": jpeg(2)})
-        arrow = pytest.importorskip("pyarrow")
-        kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
-        names = ["0.jpg", "1.jpg", str(tmp_path / "2.jpg")]
-        rows["image"] = arrow.array([{"bytes": None, "path": name} for name in names], kind)
-    write_arrow(beside / "data-00000-of-00001.arrow", rows)
+def test_hugging_face_arrow(tmp_path):
+    """Of save_to_disk and of caches."""
+    beside = tmp_path / "set" / "train"
+    write_arrow(beside / "data-00000-of-00001.arrow", {"image": PICTURES, "text": ["a", "b", "c"]})
     filtered = beside / "cache-0a1b.arrow"  # of Dataset.filter
     write_arrow(filtered, {"image": PICTURES[1:], "text": ["b", "c"]}, file=True)
-    words = ["hf", "--no-shuffle", "--output", tmp_path / "out", "--dataset"]
-    assert run(*words, tmp_path / "set") == 0
-    assert pairs_of(tmp_path / "out") == [(c, jpeg(n)) for n, c in enumerate("abc")]
-    words[3] = tmp_path / "named"
-    assert run(*words, filtered) == 0
-    assert pairs_of(tmp_path / "named") == [("b", jpeg(1)), ("c", jpeg(2))]
+    expected = [(caption, jpeg(n)) for n, caption in enumerate("abc")]
+    for dataset, pairs in ((tmp_path / "set", expected), (filtered, expected[1:])):
+        out = tmp_path / dataset.stem
+        assert run("hf", "--no-shuffle", "--dataset", dataset, "--output", out / "out") == 0
+        assert pairs_of(out / "out") == pairs
 
 
 SPLITS = {  # the table of each split, beside what is none of it
@@ -460,24 +436,24 @@ def test_without_images_nothing_is_searched(tmp_path, monkeypatch):
     write_files(tmp_path / "here", here)
     write_tar(tmp_path / "here" / "other.tar", {"0.jpg": jpeg(2), "2.jpg": jpeg(3)})
     write_files(tmp_path / "there", {"0.jpg": jpeg(0), "3.jpg": jpeg(0), "broken.zip": b"no zip"})
-    rows = [("0.jpg", "beside"), ("1.jpg", "deeper"), ("2.jpg", "in an archive")]
-    rows += [("3.jpg", "as open_clip has it")]
-    path = table(tmp_path / "there" / "t.tsv", rows)
+    rows = ["image;words", "0.jpg;beside", "1.jpg;deeper", "2.jpg;in an archive"]
+    rows += ["3.jpg;as open_clip has it", f"{tmp_path}/there/0.jpg;NA"]
+    path = tmp_path / "there" / "t.csv"
+    path.write_text("\n".join(rows), encoding="utf-8")
     monkeypatch.chdir(tmp_path / "here")
-    assert csv(tmp_path, path) == 0
-    assert pairs_of(tmp_path / "out") == [("beside", jpeg(0)), ("as open_clip has it", jpeg(3))]
+    words = ["--csv-separator", ";", "--csv-img-key", "image", "--csv-caption-key", "words"]
+    words += ["--captions", path, "--output", tmp_path / "out", "--no-shuffle"]
+    assert run("csv", *words) == 0
+    expected = [("beside", jpeg(0)), ("as open_clip has it", jpeg(3)), ("NA", jpeg(0))]
+    assert pairs_of(tmp_path / "out") == expected
     assert dropped(tmp_path / "out") == [("1.jpg", "missing"), ("2.jpg", "missing")]
 
 
 def test_rows_that_a_quotation_mark_joins_are_told_from_captions_of_several_lines(tmp_path, capsys):
-    write_files(tmp_path, {"1.jpg": jpeg(1), "2.jpg": jpeg(2)})
     file = tmp_path / "t.csv"
-    good = 'filepath,title\n1.jpg,"a cat, or\na dog, asleep"\n'
-    file.write_text(good, encoding="utf-8")
-    assert csv(tmp_path, file) == 0
-    assert pairs_of(tmp_path / "out") == [("a cat, or\na dog, asleep", jpeg(1))]
-    file.write_text(f'{good}1.jpg,"a cat\n2.jpg,a dog"\n', encoding="utf-8")
-    assert run("csv", "--captions", file, "--output", tmp_path / "joined") == 2
+    text = 'filepath,title\n1.jpg,"a cat, or\na dog, asleep"\n1.jpg,"a cat\n2.jpg,a dog"\n'
+    file.write_text(text, encoding="utf-8")
+    assert csv(tmp_path, file) == 2
     assert f"{file}:4: a quotation mark joins several rows" in capsys.readouterr().err
 
 

@@ -205,37 +205,15 @@ def test_false_is_not_true(ours, monkeypatch, capsys):
         assert evaluator._get_parser_args()[1].normalize is (text == "True")
 
 
-def prompts_of_classes(path, names):
-    prompts = {"made": {name: [f"the {name}", name] for name in names}}
-    path.write_text(json.dumps(prompts), encoding="utf-8")
-    return path
-
-
-def test_results_say_prompts_and_crop(ours, data, tmp_path):
-    (tmp_path / "mine.txt").write_text("a {}\nthe {}\n", encoding="utf-8")
-    prompts_of_classes(tmp_path / "c.json", NAMES)
-    several = write_data(tmp_path / "several", shards(), templates=["a {c}", "the {c}"])
-    ours("--save_clf", tmp_path / "clf.pt")
-    for flags, templates, crop in (
-        (["--templates", "imagenet", "--reference_crop"], "imagenet: 80 templates", True),
-        (["--templates", tmp_path / "mine.txt"], "mine.txt: 2 templates", False),
-        (["--custom_template_file", tmp_path / "c.json"], "c.json for each class", False),
-        (["--load_clfs", tmp_path / "clf.pt"], "class features of clf.pt", False),
-        ([], "the data set's own: 2 templates", False),
-    ):
-        found = ours(*flags, data=data if flags else several)
-        assert (found["templates"], found["reference_crop"]) == (templates, crop)
-
-
 def test_templates(ours, data, stocks, tmp_path):
     default = ours("--dump_templates")
     assert ours("--templates", "simple", "--dump_templates") == default
     (tmp_path / "t.txt").write_text("a {c} café\n\nthe {} one, {{so}}\n", encoding="utf-8")
     mine = ours("--templates", tmp_path / "t.txt", "--dump_templates")
     assert mine["templates"] == ["a {c} café", "the {c} one, {{so}}"]
-    named = [template.format(c="X") for template in mine["templates"]]
-    assert named == ["a X café", "the X one, {so}"]
+    assert ours("--templates", tmp_path / "t.txt")["templates"] == "t.txt: 2 templates"
     same = write_data(tmp_path / "same", shards(), templates=mine["templates"])
+    assert ours(data=same)["templates"] == "the data set's own: 2 templates"
     its = stocks(data=same)["metrics"]["mean_average_precision"]
     assert mine["metrics"]["mean_average_precision"] == pytest.approx(its, abs=1e-6)
     assert its != default["metrics"]["mean_average_precision"]
@@ -279,13 +257,16 @@ def test_templates_of_the_data_set(ours, tmp_path):
 
 
 def test_prompts_of_each_class(ours, stocks, capsys, tmp_path):
-    file = prompts_of_classes(tmp_path / "prompts.json", NAMES)
-    mine = ours("--custom_template_file", file)["metrics"]["mean_average_precision"]
+    file = tmp_path / "prompts.json"
+    prompts = {name: [f"the {name}", name] for name in NAMES}
+    file.write_text(json.dumps({"made": prompts}), encoding="utf-8")
+    mine = ours("--custom_template_file", file)
+    assert mine["templates"] == "prompts.json for each class"
     its = stocks("--custom_template_file", file)["metrics"]["mean_average_precision"]
-    assert mine == pytest.approx(its, abs=1e-6)
+    assert mine["metrics"]["mean_average_precision"] == pytest.approx(its, abs=1e-6)
     ours("--custom_template_file", file, "--templates", "simple", code=2)
     assert "exclude each other" in capsys.readouterr().err
-    prompts_of_classes(file, NAMES[1:4])
+    file.write_text(json.dumps({"made": {name: [name] for name in NAMES[1:4]}}), encoding="utf-8")
     ours("--custom_template_file", file, code=2)
     assert f"'red circle'; correct {file}" in capsys.readouterr().err
 
@@ -300,7 +281,8 @@ def test_reference_crop(ours, model, data, monkeypatch):
     encode = run.encode_images
     monkeypatch.setattr(run, "encode_images", keep)
     ours()
-    ours("--reference_crop")
+    found = ours("--reference_crop", "--templates", "imagenet")
+    assert (found["templates"], found["reference_crop"]) == ("imagenet: 80 templates", True)
     plain, cropped = (features for features, _ in seen)
     network, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model}")
     first = Image.open(io.BytesIO(shards()[0]["0000.png"]))
@@ -312,16 +294,11 @@ def test_reference_crop(ours, model, data, monkeypatch):
 
 
 def test_a_named_data_set(ours, tmp_path, capsys):
-    name = "goi"
-    write_data(tmp_path / "eval" / name, shards())
-    result = ours(data=tmp_path / "eval", name=name)
-    assert result["dataset"] == name
-    expected = ours()["metrics"]
-    assert result["metrics"] == expected
-    root = tmp_path / "eval" / "{dataset}"
-    auto = ours("--task", "auto", data=root, name=name)
-    assert auto["metrics"] == expected and auto["task"] == "zeroshot_classification"
-    ours(data=tmp_path / "elsewhere", name=name, code=2)
+    write_data(tmp_path / "eval" / "goi", shards())
+    expected = ours() | {"dataset": "goi"}
+    assert ours(data=tmp_path / "eval", name="goi") == expected
+    assert ours("--task", "auto", data=tmp_path / "eval" / "{dataset}", name="goi") == expected
+    ours(data=tmp_path / "elsewhere", name="goi", code=2)
     assert f"--dataset_root {tmp_path}/elsewhere cannot be used" in capsys.readouterr().err
 
 
@@ -332,8 +309,9 @@ def test_saved_and_loaded_classifier(ours, stocks, tmp_path):
     stocks("--save_clf", str(tmp_path / "stock.pt"))
     assert torch.allclose(weights, torch.load(tmp_path / "stock.pt"), rtol=0, atol=1e-6)
     for files in (["clf.pt", "clf.pt"], ["stock.pt"]):
-        loaded = ours("--load_clfs", *(tmp_path / file for file in files))["metrics"]
-        assert loaded == pytest.approx(mine, abs=1e-6)
+        loaded = ours("--load_clfs", *(tmp_path / file for file in files))
+        assert loaded["templates"] == f"class features of {', '.join(files)}"
+        assert loaded["metrics"] == pytest.approx(mine, abs=1e-6)
 
 
 # Bad input ---------------------------------------------------------------------------------------
