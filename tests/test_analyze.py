@@ -18,6 +18,7 @@ from otter_openclip import cli
 from otter_openclip.analysis import duplicates, matching, pair_report, verdict
 from otter_openclip.analysis.embedding import Embedded, embed, load_model
 from otter_openclip.analysis.reading import Reader
+from otter_openclip.losses import OtterLoss
 
 HOSTILE = "<script>x=1</script><img src=x onerror='x=1'> $\\frac{ \"&amp; \u202e"
 
@@ -50,9 +51,9 @@ def entropy(p):
 def test_matching_statistics_are_the_formulas():
     images, texts = made_up(50)
     statistics = matching.batch_statistics(images, texts, 12)
-    v, t = (x.double().numpy()[:48].reshape(4, 12, 16) for x in (images, texts))
+    pairs = [x[:48].reshape(4, 12, 16) for x in (images, texts)]
     off = ~np.eye(12, dtype=bool)
-    p = [softmax(100 * a @ b.T) for a, b in zip(v, t, strict=True)]
+    p = [softmax(100 * (v @ t.T).double().numpy()) for v, t in zip(*pairs, strict=True)]
     others = [np.where(off, x, 0) for x in p]
     expected = {
         "batches": 4,
@@ -68,16 +69,8 @@ def test_matching_statistics_are_the_formulas():
     assert kd["entropy"] == pytest.approx(np.mean([entropy(x) for x in p]), rel=1e-3)
     assert kd["off_pair"] == pytest.approx(1 - expected["diagonal"], rel=1e-3)
     assert statistics["targets"]["infonce"] == {"entropy": 0.0, "top_share": 1.0, "off_pair": 0.0}
-
-    def plan(a, b):
-        kernel = np.where(off, np.exp((a @ a.T + b @ b.T + a @ b.T) / 0.15), 0)
-        for _ in range(5):
-            kernel /= kernel.sum(axis=1, keepdims=True)
-            kernel /= kernel.sum(axis=0, keepdims=True)
-        return kernel / kernel.sum(axis=1, keepdims=True)
-
-    otter = statistics["targets"]["otter"]
-    plans = [plan(a, b) for a, b in zip(v, t, strict=True)]
+    otter, loss = statistics["targets"]["otter"], OtterLoss()
+    plans = [loss.targets(*batch)[0].numpy() for batch in zip(*pairs, strict=True)]
     assert otter["entropy"] == pytest.approx(np.mean([entropy(x) for x in plans]), rel=1e-3)
     assert otter["top_share"] == pytest.approx(np.mean([x.max(1).mean() for x in plans]), rel=1e-3)
     assert otter["off_pair"] == 1
@@ -121,27 +114,25 @@ def test_duplicates(monkeypatch):
     assert copies.pairs[0][0] == pytest.approx(float(features[6] @ features[2]))
 
 
-def judged(share, total=3000, pairs=3000, nearest=0.1):
-    wrong = {"share": share, "standard_error": 0.01, "own_is_nearest": nearest}
-    return verdict.verdict({"wrong": wrong, "data": {"pairs": pairs, "pairs_in_all": total}})
-
-
 @pytest.mark.parametrize(
     ("figures", "answers", "sureness"),
     [
-        ((0.02, 1500), ("Hardly", "Probably"), "fairly sure"),
-        ((0.22, 3500), ("Some of them", "Hardly"), "fairly sure"),
-        ((0.45, 3000), ("Yes, many", "Probably"), "fairly sure"),
-        ((0.02, 6000), ("Hardly", "Probably not"), "fairly sure"),
-        ((0.02, 3_000_000), ("Hardly", "Not known"), "fairly sure"),
-        ((0.02, None), ("Hardly", "It depends"), "fairly sure"),
-        ((0.02, 700, 700), ("Hardly", "Not known"), "not very sure"),
+        ((0.02, 1500, 3000, 0.1), ("Hardly", "Probably"), "fairly sure"),
+        ((0.22, 3500, 3000, 0.1), ("Some of them", "Hardly"), "fairly sure"),
+        ((0.45, 3000, 3000, 0.1), ("Yes, many", "Probably"), "fairly sure"),
+        ((0.02, 6000, 3000, 0.1), ("Hardly", "Probably not"), "fairly sure"),
+        ((0.02, 3_000_000, 3000, 0.1), ("Hardly", "Not known"), "fairly sure"),
+        ((0.02, None, 3000, 0.1), ("Hardly", "It depends"), "fairly sure"),
+        ((0.02, 700, 700, 0.1), ("Hardly", "Not known"), "not very sure"),
         ((0.0, 3000, 3000, 0.98), ("Hardly, if new to the model", "Hardly"), "not very sure"),
         ((0.0, 900, 900, 0.98), ("Hardly", "Probably"), "not very sure"),
     ],
 )
 def test_the_verdict_follows_from_the_figures(figures, answers, sureness):
-    answer = judged(*figures)
+    share, total, pairs, nearest = figures
+    wrong = {"share": share, "standard_error": 0.01, "own_is_nearest": nearest}
+    data = {"pairs": pairs, "pairs_in_all": total}
+    answer = verdict.verdict({"wrong": wrong, "data": data})
     assert (answer.noise[0], answer.otter[0], answer.sureness) == (*answers, sureness)
 
 
@@ -240,7 +231,6 @@ def test_the_command_with_fewer_pairs_than_a_batch(weights, tmp_path, capsys):
         (["--model", "local-dir:{tmp}/no"], "Directory .* not found"),
         (["--model", "local-dir:x", "--pretrained", "{weights}"], "brings its own weights"),
         (["--model", "tiny-rn", "--pretrained", "{weights}"], "Missing key[^$]*visual.bn1"),
-        (["--model", "{tmp}"], "config file missing: {tmp}"),
         (["--train-data", "t.csv"], "t.csv is a table; build shards of it with .* data csv"),
         (["--train-data", "no.tar"], r"gave 0 usable .*: 1 with: no.tar: No such file"),
         (["--train-data", "{tmp}/one.tar"], "gave 1 usable pairs, .*over: 1 with: no image"),
@@ -272,11 +262,8 @@ def test_the_page_shows_all_of_it_and_runs_none(tmp_path):
     pictures = [jpeg(i % 290, (160, 107)) for i in range(300)]
     keys, places = [b"%d" % (i % 290) for i in range(300)], [f"{HOSTILE}: {i}" for i in range(300)]
     data = {"train_data": HOSTILE, "pairs": 300, "pairs_in_all": 3000}
-    stats = {
-        "data": data | {"passed_over": [{"reason": HOSTILE, "samples": 3}]},
-        "model": {"name": HOSTILE, "pretrained": None},
-        "notes": [HOSTILE],
-    }
+    data["passed_over"] = [{"reason": HOSTILE, "samples": 3}]
+    stats = {"data": data, "model": {"name": HOSTILE, "pretrained": None}, "notes": [HOSTILE]}
     pairs = Embedded(images, texts, captions, pictures, keys, places)
     pair_report.report(tmp_path, pairs, stats, [16, 32, 64])
     tags = []

@@ -72,18 +72,19 @@ def test_drawing_shards_for_ever_ends_too(tmp_path, monkeypatch):
     assert list(train(tmp_path, tmp_path / "logs", *words).glob("*.pt"))
 
 
-def counts(folder, text, name="sizes.json"):
-    folder.mkdir()
-    (folder / name).write_text(text, encoding="utf-8")
-
-
-@pytest.mark.parametrize("loss", ["clip", "otter"])
-def test_each_shard_counts_as_the_file_beside_it_says(tmp_path, monkeypatch, loss):
-    """open_clip takes the first one's numbers for all, where shards are called alike."""
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """The files that say how many samples shards have, below the current folder."""
     monkeypatch.chdir(tmp_path)
-    counts(tmp_path / "a", '{"0.tar": 16, "1.tar": 16}')
-    counts(tmp_path / "b", '{"0.tar": 64, "1.tar": 64, "2.tar": 7}')
-    counts(tmp_path / "all", "5", "__len__")
+    a, b = b'{"0.tar": 16, "1.tar": 16}', b'{"0.tar": 64, "1.tar": 64, "2.tar": 7}'
+    files = {"a/sizes.json": a, "b/sizes.json": b, "all/__len__": b"5", "broken/sizes.json": b"{"}
+    write_files(tmp_path, files)
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize("loss", ["clip", "otter"])
+def test_each_shard_counts_as_the_file_beside_it_says(loss):
+    """open_clip takes the first one's numbers for all, where shards are called alike."""
     a, b = "a/{0..1}.tar", "b/{0..2}.tar"
     for data, count in {f"{a}::{b}": 167, f"{b}::{a}": 167, f"{a}::all/0.tar": 37}.items():
         assert parse_args("--loss", loss, "--train-data", data).train_num_samples == count
@@ -98,11 +99,9 @@ UNCOUNTED = {
 }
 
 
+@pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("data", UNCOUNTED)
-def test_a_shard_that_is_not_counted_is_one_line(tmp_path, monkeypatch, data, capsys):
-    monkeypatch.chdir(tmp_path)
-    counts(tmp_path / "a", '{"0.tar": 16, "1.tar": 16}')
-    counts(tmp_path / "broken", "{")
+def test_a_shard_that_is_not_counted_is_one_line(data, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_args("--train-data", data)
     said = capsys.readouterr().err

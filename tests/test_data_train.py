@@ -5,14 +5,13 @@ import csv
 import gzip
 import hashlib
 import json
-import tarfile
 
 import pandas
 import pytest
-from data_helpers import dropped, jpeg, run, samples, tree, write_files, write_tar
+from data_helpers import dropped, jpeg, refused, run, samples, tree, write_files, write_tar
 from open_clip_train.data import get_dataset_size
 
-from otter_openclip.data import cc3m, wit
+from otter_openclip.data import cc3m
 
 
 def pairs_of(output):
@@ -60,23 +59,16 @@ CAPTIONS += ["young café , owner", "not downloaded", "a web page", " ", "cut sh
 @pytest.fixture
 def conceptual(tmp_path):
     """The reference's layout: cc/Train_GCC-training.tsv, the report and cc/training/."""
-    root = tmp_path / "cc"
     rows = [*zip(CAPTIONS, URLS, strict=True), (CAPTIONS[0], URLS[0]), ("other words", URLS[0])]
-    contents = [jpeg(0), jpeg(1), jpeg(2), None, b"<html></html>", jpeg(5), jpeg(6)[:-150], jpeg(0)]
-    report, files = [], {}
-    for n, ((_, url), content) in enumerate(zip(rows, contents, strict=False)):
-        name = f"training/{n}_{n * 7919}"
-        good = content is not None
-        row = [name if good else "", "training", "image/jpeg" if good else ""]
-        report.append([*row, "812.0" if good else "", "200" if good else "404", url])
-        if good:
-            files[name] = content
-    write_files(root, files)
-    text = "".join(f"{caption}\t{url}\n" for caption, url in rows)
-    (root / "Train_GCC-training.tsv").write_text(text, encoding="utf-8")
-    text = "".join("\t".join(row) + "\n" for row in report)
-    (root / "downloaded_training_report.tsv").write_text(text, encoding="utf-8")
-    return root
+    contents = [jpeg(0), jpeg(1), jpeg(2), b"", b"<html></html>", jpeg(5), jpeg(6)[:-150], jpeg(0)]
+    files, report = {}, ""
+    for n, (content, (_, url)) in enumerate(zip(contents, rows, strict=False)):
+        name = f"training/{n}_{n * 7919}" if content else ""
+        report += f"{name}\ttraining\timage/jpeg\t812.0\t{200 if content else 404}\t{url}\n"
+        files |= {name: content} if content else {}
+    captions = "".join(f"{caption}\t{url}\n" for caption, url in rows)
+    tables = {"Train_GCC-training.tsv": captions, "downloaded_training_report.tsv": report}
+    return write_files(tmp_path / "cc", files | {n: text.encode() for n, text in tables.items()})
 
 
 def build_cc(root, *extra, source=None):
@@ -143,8 +135,7 @@ def test_an_interrupted_img2dataset_is_an_error(conceptual, capsys, cut, files, 
     (folder / "00001.tar").write_bytes(whole[:cut])
     if files:
         write_tar(folder / "00001.tar", files)
-    assert build_cc(conceptual, source=["--img2dataset", folder]) == 2
-    assert message in capsys.readouterr().err
+    refused(capsys, build_cc(conceptual, source=["--img2dataset", folder]), message)
 
 
 def test_header_quotes_and_compression_of_cc3m(tmp_path):
@@ -163,36 +154,22 @@ def test_report_and_images_go_together(conceptual, capsys):
 # order, workers, kills --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def table(tmp_path):
-    rows = [("filepath", "title")]
-    for n in range(60):
-        (tmp_path / f"{n}.jpg").write_bytes(jpeg(n) if n % 7 else b"broken")
-        rows.append((f"{n}.jpg", f"picture {n}"))
-    with open(tmp_path / "table.tsv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, delimiter="\t").writerows(rows)
-    return tmp_path
-
-
-def order(output):
-    found = []
-    for shard in sorted(output.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            found += [name[:-4] for name in tar.getnames() if name.endswith(".txt")]
-    return found
-
-
-def test_the_seed_decides_the_order_and_nothing_else_does(table):
+def test_the_seed_decides_the_order_and_nothing_else_does(tmp_path):
+    rows = ["filepath\ttitle", *(f"{n}.jpg\tpicture {n}" for n in range(60))]
+    files = {f"{n}.jpg": jpeg(n) if n % 7 else b"broken" for n in range(60)}
+    write_files(tmp_path, files | {"table.tsv": "\n".join(rows).encode()})
     ways = {"again": "--workers 3", "zero": "", "one": "--seed 1", "plain": "--no-shuffle"}
+    orders = {}
     for name, words in ways.items():
-        line = ["csv", "--captions", table / "table.tsv", "--output", table / name]
+        line = ["csv", "--captions", tmp_path / "table.tsv", "--output", tmp_path / name]
         assert run(*line, "--shard-size", "8", *words.split()) == 0
-    assert tree(table / "zero") == tree(table / "again")
-    assert sorted(order(table / "zero")) == sorted(order(table / "one")) == order(table / "plain")
-    assert len({tuple(order(table / name)) for name in ("zero", "one", "plain")}) == 3
-    expected = [(f"picture {n}", jpeg(n)) for n in range(60) if n % 7]
-    for name in ("zero", "one", "plain"):
-        assert pairs_of(table / name) == expected
+        stored = samples(*sorted((tmp_path / name).glob("*.tar")))
+        orders[name] = [files["txt"] for files in stored.values()]
+        expected = [(f"picture {n}", jpeg(n)) for n in range(60) if n % 7]
+        assert pairs_of(tmp_path / name) == expected
+    assert tree(tmp_path / "zero") == tree(tmp_path / "again")
+    assert len(set(map(tuple, orders.values()))) == 3
+    assert orders["plain"] == [caption.encode() for caption, _ in expected]
 
 
 # YFCC15M ----------------------------------------------------------------------------------------
@@ -217,11 +194,8 @@ def photo_hash(photo):
 
 def metadata_row(photo, columns):
     title, description = PHOTOS.get(photo, ("other", "photo"))
-    row = [str(photo), "1@N00", "nick", "2012-02-16 09:56:37.0", "1331840483", "Canon", title]
-    row += [description, "tag,tag", "", "-81.8", "24.5", "12", "http://page"]
-    row += [f"http://farm4.staticflickr.com/1/{photo}_secret.jpg", "lic", "http://lic", "1", "4"]
-    row += ["secret", "orig", "jpg", "1" if photo == 9999 else "0"]
-    assert len(row) == 23
+    url, marker = f"http://farm4.staticflickr.com/1/{photo}_secret.jpg", str(int(photo == 9999))
+    row = [str(photo), *"undUc", title, description, *"tmlyap", url, *"lisfsoe", marker]
     return row if columns == 23 else ["17", row[0], photo_hash(photo), *row[1:]]
 
 
@@ -348,9 +322,6 @@ def test_wit_languages_and_caption_fields(wikipedia):
     line = ["--images", images, "--languages", "de", "--caption-fields", "title", "reference"]
     assert build_wit(wikipedia, *line, out="german") == 0
     assert pairs_of(wikipedia / "german") == [("Title", jpeg(0))]
-    row = dict(zip(COLUMNS, wiki("en", "u", "ref", "alt", "att", "false"), strict=True))
-    assert wit.caption_of(row, ["attribution", "alt"]) == "alt"
-    assert wit.caption_of(row, ["section"]) == ""
 
 
 # errors -----------------------------------------------------------------------------------------
@@ -365,12 +336,10 @@ NO_PHOTO = "subset.tsv:{}: expected line number, photo id and hash"
     [
         (CC, "cc.tsv", "only one column\n", "cc.tsv:1: 1 columns, expected caption, URL"),
         (CC, "cc.tsv", "a\rb\thttp://x\n", "cc.tsv:1: a carriage return inside"),
-        (CC, "report.tsv", "a\tb\n", "report.tsv:1: 2 columns, expected file, folder"),
         (YFCC, "subset.tsv", "1\t2\t3\nx\ty\tz\n", NO_PHOTO.format(2)),
         (YFCC, "subset.tsv", f"0\t{9**21}\tx\n1\t{9**21}\tx\n", NO_PHOTO.format(1)),
         (YFCC, "metadata.bz2", "1\t2\t3\n", "bz2:1: 3 columns; YFCC100M's metadata have 23 or 25"),
         (YFCC, "metadata.bz2", "9" * 20 + "\t" * 22, f"bz2:1: '{'9' * 20}' is no photo id"),
-        (YFCC, "metadata.bz2", "²" + "\t" * 22, "metadata.bz2:1: '²' is no photo id"),
         ("wit --tables w.tsv", "w.tsv", "language\turl\n", "w.tsv:1: has no column 'image_url'"),
     ],
 )
@@ -378,5 +347,4 @@ def test_errors_name_file_and_line(flickr, monkeypatch, capsys, command, file, t
     content = bz2.compress(text.encode()) if file.endswith("bz2") else text.encode()
     write_files(flickr, {"cc.tsv": b"", "report.tsv": b"", file: content})
     monkeypatch.chdir(flickr)
-    assert run(*command.split(), "--images", ".", "--output", "out") == 2
-    assert message in capsys.readouterr().err
+    refused(capsys, run(*command.split(), "--images", ".", "--output", "out"), message)

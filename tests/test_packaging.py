@@ -154,7 +154,7 @@ def imported() -> set[str]:
 
 def normal(requirement: str) -> str:
     """The name in a requirement, as package indexes spell it."""
-    return re.split("[[<>=!;~ ]", requirement)[0].lower().replace("_", "-").replace(".", "-")
+    return re.split(r"[\[<>=!;~ ]", requirement)[0].lower().replace("_", "-").replace(".", "-")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 cannot say what is of whom")

@@ -11,7 +11,7 @@ import shutil
 import forks
 import pytest
 from patched import ROOT, copy_packages, declare, our_entry_points, patch
-from test_eval import captioned, exported, shards, single_label, write_data
+from test_eval import captioned, exported, line, shards, single_label, write_data
 
 from otter_openclip import cli
 
@@ -83,12 +83,6 @@ def pairs(tmp_path_factory):
     return captioned(tmp_path_factory.mktemp("pairs"))
 
 
-def line(model, data, *flags, dataset="wds/made", output="out.json"):
-    words = ["eval", "--model", f"local-dir:{model}", "--pretrained", "", "--dataset", dataset]
-    words += ["--dataset_root", data, "--output", output, "--no_amp", "--num_workers", "0"]
-    return [*words, "--batch_size", "7", *flags]
-
-
 def result(folder, name="out.json"):
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
@@ -122,13 +116,9 @@ def test_nothing_changes_without_plugins(run_all, model, data, pairs, tmp_path):
     ]
     found = {}
     for place in ("stock", "patched"):
+        ran = zip(run_all(*commands, on=(place, "none")), commands, strict=True)
         # Not the progress bars and the line numbers of tracebacks.
-        said = [
-            (out, err if code == 2 else err.splitlines()[-1:] * code)
-            for (out, err), (_, code) in zip(
-                run_all(*commands, on=(place, "none")), commands, strict=True
-            )
-        ]
+        said = [(o, e if code == 2 else e.splitlines()[-1:] * code) for (o, e), (_, code) in ran]
         paths = [*tmp_path.glob("*.json"), tmp_path / "build.csv"]
         found[place] = said, {path.name: contents(path) for path in paths}
         assert len(paths) == 5
@@ -161,7 +151,7 @@ def test_the_launchers_numbers(run_all, model, data, tmp_path):
     assert "Running 'zeroshot_multilabel'" in said and patched["task"] == "zeroshot_multilabel"
     output = tmp_path / "launcher.json"
     words = line(model, data, "--dump_templates", *flags, "zeroshot_classification", output=output)
-    assert cli.main(list(map(str, words))) == 0
+    assert cli.main(words) == 0
     changed = {"task": "zeroshot_classification", "reference_crop": True}
     assert result(tmp_path, "launcher.json") == patched | changed
     assert len(patched["templates"]) == 80 and 0 < patched["metrics"]["flat_hit@1"] < 1
@@ -174,7 +164,7 @@ def test_flags_are_there_with_the_task(run_all):
     chosen = (["--task=zeroshot_multilabel"], ["--dataset", "cifar10", "goi"])
     helps = [(["eval", *words, "--help"], 0) for words in ([], *chosen)]
     wrong = [
-        (["eval", "--dataset", name, "--ks", k], 2) for name, k in (("cifar10", 1), ("goi", 0))
+        (["eval", "--dataset", *words], 2) for words in (("cifar10", "--ks", 1), ("goi", "--ks", 0))
     ]
     (said, _), *chosen, (_, unknown), (_, low) = run_all(*helps, *wrong)
     assert "auto,zeroshot_multilabel}" in said and "--ks" not in said
@@ -260,20 +250,13 @@ plain = lambda **_: Pictures()
 """
 
 
-@pytest.fixture
-def other(tmp_path):
-    """A package with datasets and tasks, some of which cannot be used."""
+def test_any_package_can_take_part(run_all, model, data, tmp_path):
     (tmp_path / "other.py").write_text(OTHER, encoding="utf-8")
     (tmp_path / "broken.py").write_text("import there_is_no_such_module\n", encoding="utf-8")
-    datasets = {"pictures": "other:pictures", "plain": "other:plain"}
-    datasets["twice"] = "other:pictures"
+    datasets = dict.fromkeys(("pictures", "twice"), "other:pictures") | {"plain": "other:plain"}
     evaluators = {"count": "other:count", "bad": "broken:x", "plain_task": "other:plain_evaluate"}
     declare(tmp_path, "some-package", dict(zip(GROUPS, (datasets, evaluators), strict=True)))
     declare(tmp_path, "rival", {GROUPS[0]: {"twice": "other:pictures"}})
-    return tmp_path
-
-
-def test_any_package_can_take_part(run_all, model, data, other):
     commands = (
         (["eval", "--help"], 0),  # imports none of them
         (line(model, "here", "--factor", "3", dataset="pictures"), 0),
@@ -281,15 +264,15 @@ def test_any_package_can_take_part(run_all, model, data, other):
         (line(model, data, "--task", "bad", output="bad.json"), 1),
         (line(model, data, dataset="twice", output="twice.json"), 1),
     )
-    (helped, _), (said, _), _, (_, bad), (_, twice) = run_all(
-        *commands, on=("patched", "none", other)
-    )
+    said = run_all(*commands, on=("patched", "none", tmp_path))
+    (helped, _), (said, _), _, (_, bad), (_, twice) = said
     assert "auto,bad,count,plain_task}" in helped
-    assert result(other)["metrics"] == {"count": 4 * 10} and result(other)["task"] == "count"
+    counted = result(tmp_path)
+    assert counted["metrics"] == {"count": 4 * 10} and counted["task"] == "count"
     assert "prepared 3" in said
     assert "built here test count True ['annotation_file', 'custom_classname_file'," in said
     expected = ["args", "dataloader", "dataset", "model", "tokenizer", "transform"]
-    assert result(other, "plain.json")["metrics"] == {"seen": expected}
+    assert result(tmp_path, "plain.json")["metrics"] == {"seen": expected}
     last = bad.splitlines()[-1]
     assert "'bad' of 'clip_benchmark.evaluators' cannot be loaded from the package" in last
     assert "'some-package' (broken:x)" in last and "there_is_no_such_module" in last
