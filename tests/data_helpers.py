@@ -78,6 +78,12 @@ def run(*words: str | Path) -> int:
     return cli.main(line if "--workers" in line else [*line, "--workers", "1"])
 
 
+def refused(capsys, status: int, message: str) -> None:
+    """A command that ended with ``status`` has refused its input with ``message``."""
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
 def samples(*shards: Path) -> dict[str, dict[str, bytes]]:
     """key -> suffix -> content of all shards, with plain tarfile; no key may occur twice."""
     found: dict[str, dict[str, bytes]] = {}

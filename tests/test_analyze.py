@@ -18,10 +18,9 @@ from otter_openclip import cli
 from otter_openclip.analysis import duplicates, matching, pair_report, verdict
 from otter_openclip.analysis.embedding import Embedded, embed, load_model
 from otter_openclip.analysis.reading import Reader
+from otter_openclip.losses import OtterLoss
 
-HOSTILE = (
-    '<script>window.hacked=1</script><img src=x onerror="window.hacked=1"> $\\frac{ "\'&amp; \u202e'
-)
+HOSTILE = "<script>x=1</script><img src=x onerror='x=1'> $\\frac{ \"&amp; \u202e"
 
 
 def unit(x):
@@ -52,18 +51,16 @@ def entropy(p):
 def test_matching_statistics_are_the_formulas():
     images, texts = made_up(50)
     statistics = matching.batch_statistics(images, texts, 12)
-    v, t = (x.double().numpy()[:48].reshape(4, 12, 16) for x in (images, texts))
+    pairs = [x[:48].reshape(4, 12, 16) for x in (images, texts)]
     off = ~np.eye(12, dtype=bool)
-    p = [softmax(100 * a @ b.T) for a, b in zip(v, t, strict=True)]
+    p = [softmax(100 * (v @ t.T).double().numpy()) for v, t in zip(*pairs, strict=True)]
     others = [np.where(off, x, 0) for x in p]
     expected = {
         "batches": 4,
         "diagonal": np.mean([x[~off].mean() for x in p]),
         "off_diagonal": np.mean([x[off].mean() for x in p]),
         "largest_off_diagonal": np.mean([x.max(axis=1).mean() for x in others]),
-        "own_is_largest": np.mean(
-            [(x[~off] > y.max(1)).mean() for x, y in zip(p, others, strict=True)]
-        ),
+        "own_is_largest": np.mean([(x[~off] > np.where(off, x, 0).max(1)).mean() for x in p]),
         "over_0.2": np.mean([(x > 0.2).sum() for x in others]),
         "rows_with_one_over_0.2": np.mean([(x > 0.2).any(axis=1).mean() for x in others]),
     }
@@ -72,16 +69,8 @@ def test_matching_statistics_are_the_formulas():
     assert kd["entropy"] == pytest.approx(np.mean([entropy(x) for x in p]), rel=1e-3)
     assert kd["off_pair"] == pytest.approx(1 - expected["diagonal"], rel=1e-3)
     assert statistics["targets"]["infonce"] == {"entropy": 0.0, "top_share": 1.0, "off_pair": 0.0}
-
-    def plan(a, b):
-        kernel = np.where(off, np.exp((a @ a.T + b @ b.T + a @ b.T) / 0.15), 0)
-        for _ in range(5):
-            kernel /= kernel.sum(axis=1, keepdims=True)
-            kernel /= kernel.sum(axis=0, keepdims=True)
-        return kernel / kernel.sum(axis=1, keepdims=True)
-
-    otter = statistics["targets"]["otter"]
-    plans = [plan(a, b) for a, b in zip(v, t, strict=True)]
+    otter, loss = statistics["targets"]["otter"], OtterLoss()
+    plans = [loss.targets(*batch)[0].numpy() for batch in zip(*pairs, strict=True)]
     assert otter["entropy"] == pytest.approx(np.mean([entropy(x) for x in plans]), rel=1e-3)
     assert otter["top_share"] == pytest.approx(np.mean([x.max(1).mean() for x in plans]), rel=1e-3)
     assert otter["off_pair"] == 1
@@ -111,14 +100,11 @@ def test_all_captions_at_chance_and_few_pairs():
     assert "too few" in pair_report._wrong(embedded(images[:30], texts[:30]))[0]["fault"]
 
 
-def test_own_pictures_that_are_first(monkeypatch):
+def test_duplicates(monkeypatch):
     monkeypatch.setattr(duplicates, "_ROWS", 7)
     images, texts = made_up(30, shuffled=0.3)
     first = [int((images @ caption).argmax()) == i for i, caption in enumerate(texts)]
     assert duplicates.own_is_nearest(images, texts) == np.mean(first)
-
-
-def test_duplicates(monkeypatch):
     monkeypatch.setattr(duplicates, "_ROWS", 3)
     features = unit(torch.eye(8)[:, :7] + 0.01)
     features[5], features[6] = features[1], unit(features[2] + 0.1 * features[3])
@@ -128,27 +114,25 @@ def test_duplicates(monkeypatch):
     assert copies.pairs[0][0] == pytest.approx(float(features[6] @ features[2]))
 
 
-def judged(share, total=3000, pairs=3000, nearest=0.1):
-    wrong = {"share": share, "standard_error": 0.01, "own_is_nearest": nearest}
-    return verdict.verdict({"wrong": wrong, "data": {"pairs": pairs, "pairs_in_all": total}})
-
-
 @pytest.mark.parametrize(
     ("figures", "answers", "sureness"),
     [
-        ((0.02, 1500), ("Hardly", "Probably"), "fairly sure"),
-        ((0.22, 3500), ("Some of them", "Hardly"), "fairly sure"),
-        ((0.45, 3000), ("Yes, many", "Probably"), "fairly sure"),
-        ((0.02, 6000), ("Hardly", "Probably not"), "fairly sure"),
-        ((0.02, 3_000_000), ("Hardly", "Not known"), "fairly sure"),
-        ((0.02, None), ("Hardly", "It depends"), "fairly sure"),
-        ((0.02, 700, 700), ("Hardly", "Not known"), "not very sure"),
+        ((0.02, 1500, 3000, 0.1), ("Hardly", "Probably"), "fairly sure"),
+        ((0.22, 3500, 3000, 0.1), ("Some of them", "Hardly"), "fairly sure"),
+        ((0.45, 3000, 3000, 0.1), ("Yes, many", "Probably"), "fairly sure"),
+        ((0.02, 6000, 3000, 0.1), ("Hardly", "Probably not"), "fairly sure"),
+        ((0.02, 3_000_000, 3000, 0.1), ("Hardly", "Not known"), "fairly sure"),
+        ((0.02, None, 3000, 0.1), ("Hardly", "It depends"), "fairly sure"),
+        ((0.02, 700, 700, 0.1), ("Hardly", "Not known"), "not very sure"),
         ((0.0, 3000, 3000, 0.98), ("Hardly, if new to the model", "Hardly"), "not very sure"),
         ((0.0, 900, 900, 0.98), ("Hardly", "Probably"), "not very sure"),
     ],
 )
 def test_the_verdict_follows_from_the_figures(figures, answers, sureness):
-    answer = judged(*figures)
+    share, total, pairs, nearest = figures
+    wrong = {"share": share, "standard_error": 0.01, "own_is_nearest": nearest}
+    data = {"pairs": pairs, "pairs_in_all": total}
+    answer = verdict.verdict({"wrong": wrong, "data": data})
     assert (answer.noise[0], answer.otter[0], answer.sureness) == (*answers, sureness)
 
 
@@ -172,18 +156,16 @@ def test_pairs_come_from_all_shards_and_long_ones_make_up_for_short_ones(tmp_pat
     shards_of = [Path(pair.shard).stem for pair in reader]
     assert {x: shards_of.count(x) for x in "012"} == {"1": 3, "2": 15, "0": 15}
     assert reader.pairs_in_all is None  # not all was read
-    (tmp_path / "sizes.json").write_text('{"0.tar": 40, "1.tar": 3, "2.tar": 20}', encoding="utf-8")
     again = Reader(shards, 1000)
     assert len(list(again)) == 63 == again.pairs_in_all
-    half = Reader(shards, 33)
-    assert len(list(half)) == 33 and half.pairs_in_all == 63
+    (tmp_path / "sizes.json").write_text('{"0.tar": 40, "1.tar": 3, "2.tar": 20}', encoding="utf-8")
+    both = f"{shards}::{tmp_path}/more/0.tar"
     shard(tmp_path / "more" / "0.tar", 5)
-    two = Reader(f"{shards}::{tmp_path}/more/0.tar", 33)
+    two = Reader(both, 33)
     assert len(list(two)) == 33 and two.pairs_in_all is None  # not known of the second
     (tmp_path / "more" / "sizes.json").write_text('{"0.tar": 5}', encoding="utf-8")
-    for both in (f"{shards}::{tmp_path}/more/0.tar", f"{tmp_path}/more/0.tar::{shards}"):
-        two = Reader(both, 33)
-        assert len(list(two)) == 33 and two.pairs_in_all == 68
+    two = Reader(both, 33)
+    assert len(list(two)) == 33 and two.pairs_in_all == 68
 
 
 def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path):
@@ -194,10 +176,8 @@ def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path):
     pairs = [pair for pair in reader if pair.shard == str(path)]
     assert all(pair.image.mode == "RGB" for pair in pairs)
     # Training takes an empty caption, and none of the others; a place is among all samples.
-    assert [(pair.index, pair.key[-1], pair.caption) for pair in pairs][-2:] == [
-        (2, "2", "caption 2"),
-        (6, "e", ""),
-    ]
+    last = [(pair.index, pair.key[-1], pair.caption) for pair in pairs][-2:]
+    assert last == [(2, "2", "caption 2"), (6, "e", "")]
     reasons = dict(reader.passed_over)
     assert reasons.pop("unreadable image: not an image that Pillow can read") == 1
     assert reasons.pop("no txt with its caption") == 1
@@ -235,10 +215,7 @@ def test_the_command_with_fewer_pairs_than_a_batch(weights, tmp_path, capsys):
     assert analyze("--train-data", tmp_path / "0.tar", *model, "--output", output) == 0
     out = capsys.readouterr().out
     assert "31 pairs could be used, 4,096 were asked for." in out
-    assert (
-        "Too few pairs for batches of 512, 1,024, 2,048; one batch of all 31 takes their place"
-        in out
-    )
+    assert "Too few pairs for batches of 512, 1,024, 2,048; one batch of all 31" in out
     assert "Samples were passed over, most often (1): unreadable image: empty file." in out
     stats = json.loads((output / "stats.json").read_text(encoding="utf-8"))
     assert list(stats["batches"]) == ["31"] and stats["data"]["pairs_in_all"] == 31
@@ -254,7 +231,6 @@ def test_the_command_with_fewer_pairs_than_a_batch(weights, tmp_path, capsys):
         (["--model", "local-dir:{tmp}/no"], "Directory .* not found"),
         (["--model", "local-dir:x", "--pretrained", "{weights}"], "brings its own weights"),
         (["--model", "tiny-rn", "--pretrained", "{weights}"], "Missing key[^$]*visual.bn1"),
-        (["--model", "{tmp}"], "config file missing: {tmp}"),
         (["--train-data", "t.csv"], "t.csv is a table; build shards of it with .* data csv"),
         (["--train-data", "no.tar"], r"gave 0 usable .*: 1 with: no.tar: No such file"),
         (["--train-data", "{tmp}/one.tar"], "gave 1 usable pairs, .*over: 1 with: no image"),
@@ -264,14 +240,9 @@ def test_the_command_with_fewer_pairs_than_a_batch(weights, tmp_path, capsys):
 def test_errors_name_input_and_fix(weights, pairs, tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.setattr(pair_report, "report", None)
     write_tar(tmp_path / "one.tar", {"a.jpg": jpeg(1), "a.txt": b"a", "b.txt": b"b"})
-    words = [word.format(weights=weights, tmp=tmp_path) for word in words]
-    if "--model" not in words:
-        words += ["--model", "tiny-vit", "--pretrained", weights]
-    if "--train-data" not in words:
-        words += ["--train-data", pairs / "{00000..00001}.tar"]
-    if "--output" not in words:
-        words += ["--output", tmp_path / "out"]
-    assert analyze(*words) == 2
+    model = [] if "--model" in words else ["--model", "tiny-vit", "--pretrained", weights]
+    line = ["--train-data", pairs / "{00000..00001}.tar", "--output", tmp_path / "out", *model]
+    assert analyze(*line, *(word.format(weights=weights, tmp=tmp_path) for word in words)) == 2
     assert re.search(message.format(tmp=tmp_path), capsys.readouterr().err)
 
 
@@ -291,11 +262,8 @@ def test_the_page_shows_all_of_it_and_runs_none(tmp_path):
     pictures = [jpeg(i % 290, (160, 107)) for i in range(300)]
     keys, places = [b"%d" % (i % 290) for i in range(300)], [f"{HOSTILE}: {i}" for i in range(300)]
     data = {"train_data": HOSTILE, "pairs": 300, "pairs_in_all": 3000}
-    stats = {
-        "data": data | {"passed_over": [{"reason": HOSTILE, "samples": 3}]},
-        "model": {"name": HOSTILE, "pretrained": None},
-        "notes": [HOSTILE],
-    }
+    data["passed_over"] = [{"reason": HOSTILE, "samples": 3}]
+    stats = {"data": data, "model": {"name": HOSTILE, "pretrained": None}, "notes": [HOSTILE]}
     pairs = Embedded(images, texts, captions, pictures, keys, places)
     pair_report.report(tmp_path, pairs, stats, [16, 32, 64])
     tags = []
@@ -305,7 +273,6 @@ def test_the_page_shows_all_of_it_and_runs_none(tmp_path):
     shown = [attributes for tag, attributes in tags if tag == "img"]
     assert len(shown) > 50 and all(x["src"].startswith("data:image/jpeg") for x in shown)
     assert not [tag for tag, attributes in tags if tag == "script" or "onerror" in attributes]
-    assert [tag for tag, _ in tags].count("table") >= 5
 
 
 def test_features_of_a_training_run_are_not_computed_again(pairs, hf_model, tmp_path, capsys):

@@ -6,16 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from data_helpers import encoded, jpeg, run, write_tar
+from conftest import npy, write_set
+from data_helpers import encoded, jpeg, refused, run, write_tar
 from PIL import Image
 
 from otter_openclip.shards import read as shard_samples
-
-
-def npy(*values):
-    buffer = io.BytesIO()
-    np.save(buffer, np.array(values, np.uint8))
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -47,41 +42,32 @@ def test_figures_by_hand(shards, capsys):
     assert figures["image_width"]["max"] == 24 and figures["image_height"]["min"] == 20
     out = capsys.readouterr().out
     assert "7 samples in 2 shards" in out and "No faults" in out
-    with Image.open(shards / "sheet.png") as sheet:
-        assert sheet.width > 1000 and len(sheet.convert("RGB").getcolors(1 << 20)) > 100
-
-
-def test_the_same_whatever_the_number_of_workers(shards):
-    sheet = shards / "sheet.png"
-    one, first = inspect(shards), sheet.read_bytes()
-    assert inspect(shards, "--workers", "2") == one and sheet.read_bytes() == first
+    sheet = (shards / "sheet.png").read_bytes()
+    with Image.open(io.BytesIO(sheet)) as drawn:
+        assert drawn.width > 1000 and len(drawn.convert("RGB").getcolors(1 << 20)) > 100
+    assert inspect(shards, "--workers", "2") == (code, figures)
+    assert (shards / "sheet.png").read_bytes() == sheet
 
 
 def test_every_fault_is_named(shards, capsys):
     Image.fromarray(np.array([[0, 60000], [255, 100]], np.int32)).save(deep := io.BytesIO(), "TIFF")
     bad = {
-        **{"cut.jpg": jpeg(1)[:-150], "cut.txt": b"x"},
+        **{"cut.jpg": jpeg(1)[:-150], "cut.txt": b"x", "alone.jpg": jpeg(3)},
         **{"blank.jpg": jpeg(2), "blank.txt": b" "},
-        **{"gif.gif": b"GIF", "gif.txt": b"x"},
-        **{"alone.jpg": jpeg(3)},
-        **{"latin.jpg": jpeg(4), "latin.txt": b"\xe9"},
         **{"deep.png": deep.getvalue(), "deep.txt": b"x"},
-        **{"long.jpg": jpeg(5), "long.cls": b"9" * 5000},
-        **{"minus.jpg": jpeg(5), "minus.cls": b"-1"},
+        **{"long.jpg": jpeg(5), "long.cls": b"9" * 5000, "minus.jpg": jpeg(5), "minus.cls": b"-1"},
     }
     whole = write_tar(shards / "00001.tar", bad)
     code, figures = inspect(shards)
-    assert code == 1 and figures["samples"] == 14
+    assert code == 1 and figures["samples"] == 12
     faults = {(f["shard"][-9:], f["sample"]): f["fault"] for f in figures["faults"]}
     assert faults["00001.tar", "cut"].startswith("unreadable image: image file is truncated")
     assert faults["00001.tar", "blank"] == "empty caption"
-    assert faults["00001.tar", "gif"].startswith("no image (jpg, png, webp, jpeg)")
     assert faults["00001.tar", "alone"].startswith("neither caption")
-    assert faults["00001.tar", "latin"] == "caption is not UTF-8"
     assert "(mode I), which loaders cut off" in faults["00001.tar", "deep"]
     assert faults["00001.tar", "long"] == f"its cls, {b'9' * 20}, is no class's number"
     assert faults["00001.tar", "minus"] == "its cls, b'-1', is no class's number"
-    assert len(figures["faults"]) == 8 + 1
+    assert len(figures["faults"]) == 6 + 1
     out = capsys.readouterr().out
     assert "cut: unreadable image" in out and "where sizes.json has 1" in out
     whole.write_bytes(whole.read_bytes()[:4000])
@@ -90,16 +76,12 @@ def test_every_fault_is_named(shards, capsys):
 
 
 def test_zero_shot_sets(tmp_path):
-    (tmp_path / "classnames.txt").write_text("ball\nbat, big\nKakigōri\n", encoding="utf-8")
-    files = {"a.jpg": jpeg(1), "a.npy": npy(1, 0, 1), "b.jpg": jpeg(2), "b.npy": npy(0, 1, 0)}
-    write_tar(tmp_path / "test" / "0.tar", files)
-    (tmp_path / "test" / "nshards.txt").write_text("1", encoding="utf-8")
-    (tmp_path / "dataset_type.txt").write_text("multilabel", encoding="utf-8")
-    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}", encoding="utf-8")
+    files = {"a.jpg": jpeg(1), "a.npy": npy([1, 0, 1]), "b.jpg": jpeg(2), "b.npy": npy([0, 1, 0])}
+    write_set(tmp_path, [files], ["ball", "bat, big", "Kakigōri"])
     code, figures = inspect(tmp_path)
     assert code == 0 and figures["labels_per_image"]["mean"] == 1.5
     (tmp_path / "test" / "nshards.txt").write_text("2", encoding="utf-8")
-    files |= {"b.npy": npy(0, 0, 0), "c.jpg": jpeg(1), "c.npy": npy(0, 0, 0, 1), "d.jpg": jpeg(1)}
+    files |= {"b.npy": npy([0] * 3), "c.jpg": jpeg(1), "c.npy": npy([1] * 4), "d.jpg": jpeg(1)}
     write_tar(tmp_path / "test" / "0.tar", files | {"d.npy": b"no"})
     code, figures = inspect(tmp_path)
     faults = {f["sample"]: f["fault"] for f in figures["faults"]}
@@ -111,8 +93,7 @@ def test_zero_shot_sets(tmp_path):
 
 
 def test_nothing_there_and_an_empty_shard(tmp_path, capsys):
-    assert run("inspect", tmp_path) == 2
-    assert "no .tar in it" in capsys.readouterr().err
+    refused(capsys, run("inspect", tmp_path), "no .tar in it")
     write_tar(tmp_path / "0.tar", {})
     code, figures = inspect(tmp_path)
     assert code == 0 and figures["samples"] == 0 and not (tmp_path / "sheet.png").exists()
@@ -151,9 +132,7 @@ def test_folders_of_tars_and_odd_names(shards):
     ("text", "file", "fault"),
     [
         ("{broken", "sizes.json", "is not JSON of shard names and numbers"),
-        ('["00000.tar"]', "sizes.json", "is not JSON of shard names and numbers"),
         ('{"00000.tar": 6}', "00001.tar", "1 samples, where sizes.json has None"),
-        ('{"00000.tar": 6, "00001.tar": "1"}', "00001.tar", "where sizes.json has '1'"),
         ('{"00000.tar": 6, "00001.tar": 1, "2.tar": 0}', "2.tar", "counted in sizes.json but gone"),
     ],
 )
@@ -163,30 +142,6 @@ def test_sizes(shards, capsys, text, file, fault):
     (found,) = figures["faults"]
     assert code == 1 and found["shard"] == str(shards / file) and fault in found["fault"]
     assert f"fault: {shards / file}" in capsys.readouterr().out
-
-
-def turned(orientation):
-    exif, buffer = Image.Exif(), io.BytesIO()
-    exif[0x0112] = orientation
-    image = Image.new("RGB", (60, 20), "red")
-    image.paste("blue", (0, 0, 30, 20))
-    image.save(buffer, "JPEG", exif=exif)
-    return buffer.getvalue()
-
-
-def test_pictures_are_shown_as_loaders_decode_them(tmp_path):
-    files = {}
-    for n, orientation in enumerate((1, 1, 6)):
-        files |= {f"{n}.jpg": turned(orientation), f"{n}.txt": b"x"}
-    write_tar(tmp_path / "0.tar", files)
-    code, figures = inspect(tmp_path)
-    assert code == 0
-    assert figures["image_width"]["min"] == 60 and figures["image_height"]["max"] == 20
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        pixels = np.asarray(sheet.convert("RGB")).astype(int)
-    blue = (abs(pixels - (0, 0, 255)) < 20).all(axis=2)
-    assert len(np.flatnonzero(blue.any(axis=1))) == 20
-    assert blue.any(axis=0).sum() == pytest.approx(3 * 30, abs=6)
 
 
 @pytest.mark.parametrize("suffix", ["JPEG", ""])
@@ -201,22 +156,18 @@ def test_the_sheet_goes_where_it_is_asked_to(shards, suffix, monkeypatch):
     assert run("inspect", shards) == 0 and (shards / "contact_sheet.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("flag", "name", "message"),
-    [
-        ("--sheet", "00000.tar/sheet.png", "00000.tar"),
-        ("--sheet", "folder.png", "is a folder"),
-        ("--json", "folder.png", "is a folder"),
-    ],
-)
-def test_what_cannot_be_written_is_refused_before_reading(
-    shards, capsys, monkeypatch, flag, name, message
-):
+def test_what_cannot_be_written_is_refused_before_reading(shards, capsys, monkeypatch):
     (shards / "folder.png").mkdir()
     monkeypatch.setattr(shard_samples, "samples", None)  # nothing is read
     monkeypatch.chdir(shards)
-    assert run("inspect", shards, flag, shards / name) == 2
-    assert message in capsys.readouterr().err
+    for flag, fault in (
+        ("--sheet", "00000.tar"),
+        ("--sheet", "is a folder"),
+        ("--json", "is a folder"),
+    ):
+        path = shards / ("folder.png" if "folder" in fault else "00000.tar/sheet.png")
+        assert run("inspect", shards, flag, path) == 2
+        assert fault in capsys.readouterr().err
 
 
 def test_pictures_are_the_first_of_each_shard(shards):

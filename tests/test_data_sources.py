@@ -10,8 +10,9 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet
 import pytest
-from data_helpers import dropped, encoded, jpeg, pack, run, samples, write_files, write_tar
+from data_helpers import dropped, encoded, jpeg, pack, refused, run, samples, write_files, write_tar
 from forks import ROOT
 from PIL import Image
 from test_data_train import img2dataset, pairs_of
@@ -32,15 +33,9 @@ def csv(folder, captions, *images):
 
 
 FILES = {"a/0.png": 0, "b/0.png": 1, "a/only.JPG": 2, "top.jpg": 3, "x/a/7.jpg": 4, "x/b/7.jpg": 5}
-FOUND = {
-    "a/0.png": 0,  # whole, though another has its name
-    "./b/0.png": 1,
-    "only.JPG": 2,  # a name of one file
-    "moved/to/top.jpg": 3,
-}
+# Two of whole paths, though others have their names, and two names of one file each.
+FOUND = {"a/0.png": 0, "./b/0.png": 1, "only.JPG": 2, "moved/to/top.jpg": 3}
 LOST = ["0.png", "c/0.png", "a/7.jpg"]  # the end of a path is not enough
-
-
 KINDS = ["folder", "tar", "TAR", "tar.gz", "TAR.GZ", "zip", "Zip", "folder of tars", "tar of tars"]
 
 
@@ -51,27 +46,11 @@ def test_a_path_means_that_file_in_folders_tars_and_zips_alike(tmp_path, kind):
     rows += [(path, "any") for path in LOST] + [("only.jpg", "case"), ("only", "no suffix")]
     assert csv(tmp_path, rows, source) == 0
     assert pairs_of(tmp_path / "out") == [(f"picture {n}", jpeg(n)) for n in FOUND.values()]
-    lost = {(path, "ambiguous") for path in LOST}
-    assert set(dropped(tmp_path / "out")) == lost | {("only.jpg", "missing"), ("only", "missing")}
+    lost = {(path, "ambiguous") for path in LOST} | {("only.jpg", "missing"), ("only", "missing")}
+    assert set(dropped(tmp_path / "out")) == lost
     report = (tmp_path / "out" / "dropped.tsv").read_text(encoding="utf-8")
     assert "a/0.png" in report and "b/0.png" in report  # the candidates
     assert not (tmp_path / "out" / ".otter-build" / "unpacked").exists()
-
-
-@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
-def test_a_stem_is_the_whole_name_but_its_suffix(tmp_path, kind):
-    files = {"x/b.PNG": jpeg(0), "a.small.jpg": jpeg(1), "a.txt": b"", "x/a.small.jpg": jpeg(2)}
-    files |= {f"b.{n:03d}.jpg": jpeg(1) for n in range(9)} | {"b.txt": b""}
-    source = pack(kind, tmp_path, files)
-    (tmp_path / "c.csv").write_text("LabelName,DisplayName\n/m/1,Ball\n", encoding="utf-8")
-    (tmp_path / "l.csv").write_text(
-        "ImageID,LabelName,Confidence\na,/m/1,1\nb,/m/1,1\n", encoding="utf-8"
-    )
-    words = ["open-images", "--classes", tmp_path / "c.csv", "--labels", tmp_path / "l.csv"]
-    words += ["--images", source, "--max-missing", "1", "--output", tmp_path / "out"]
-    assert run(*words) == 0
-    assert samples(tmp_path / "out" / "test" / "0.tar").keys() == {"b"}
-    assert dropped(tmp_path / "out") == [("a", "missing")]
 
 
 def test_two_sources_with_one_path_are_ambiguous(tmp_path):
@@ -90,19 +69,8 @@ def test_of_two_names_for_one_file_the_sure_one_stays(tmp_path):
     rows += [("x/2.jpg", "one"), ("y/2.jpg", "other"), ("x/2.jpg", "third")]
     assert csv(tmp_path, rows, source) == 0
     assert pairs_of(tmp_path / "out") == [("its path", jpeg(1))]
-    other = ("b/1.jpg", "file name of another row")
-    assert dropped(tmp_path / "out") == [
-        other,
-        *((f"{d}/2.jpg", "ambiguous") for d in "xxy"),
-    ]
-
-
-def test_several_captions_of_one_path_stay_and_a_repeated_pair_goes(tmp_path):
-    source = write_files(tmp_path / "s", {"1.jpg": jpeg(1)})
-    rows = [("1.jpg", "one"), ("1.jpg", "two"), ("1.jpg", "one")]
-    assert csv(tmp_path, rows, source) == 0
-    assert pairs_of(tmp_path / "out") == [("one", jpeg(1)), ("two", jpeg(1))]
-    assert dropped(tmp_path / "out") == [("1.jpg", "duplicate")]
+    lost = [("b/1.jpg", "file name of another row")]
+    assert dropped(tmp_path / "out") == lost + [(f"{d}/2.jpg", "ambiguous") for d in "xxy"]
 
 
 def test_two_urls_of_one_file_keep_one(tmp_path):
@@ -128,22 +96,19 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch, capsys)
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", denied)
-    assert csv(tmp_path, [("1.jpg", "1")], source) == 2
-    assert f"Permission denied: '{source}/a'" in capsys.readouterr().err
-
-
-# archives -----------------------------------------------------------------------------------------
+    refused(capsys, csv(tmp_path, [("1.jpg", "1")], source), f"Permission denied: '{source}/a'")
 
 
 def test_a_damaged_member_of_a_zip_is_dropped(tmp_path):
-    pictures = [encoded(n, "BMP") for n in range(2)]
+    pictures = [encoded(n, "BMP") for n in range(3)]
     source = pack("zip", tmp_path, {f"{n}.bmp": content for n, content in enumerate(pictures)})
     content = bytearray(source.read_bytes())
     content[content.index(pictures[0]) + 300] ^= 1  # a pixel
+    content[content.index(b"1.bmp") + 20] ^= 255  # in a compressed one
     source.write_bytes(content)
-    assert csv(tmp_path, [("0.bmp", "damaged"), ("1.bmp", "whole")], source) == 0
-    assert [text for text, _ in pairs_of(tmp_path / "out")] == ["whole"]
-    assert dropped(tmp_path / "out") == [("0.bmp", "undecodable")]
+    assert csv(tmp_path, [(f"{n}.bmp", str(n)) for n in range(3)], source) == 0
+    assert [text for text, _ in pairs_of(tmp_path / "out")] == ["2"]
+    assert dropped(tmp_path / "out") == [(f"{n}.bmp", "undecodable") for n in range(2)]
 
 
 # tables -------------------------------------------------------------------------------------------
@@ -171,27 +136,18 @@ def test_separator_quotes_and_line_ends_are_found_out(tmp_path, separator, form)
     ("text", "message"),
     [
         (b"", "t.tsv:1: has no column 'filepath' but no header"),
-        (b"a\tb\n", "t.tsv:1: has no column 'filepath' but 'a', 'b'"),
         (b"filepath\ttitle\ttitle\n", "t.tsv:1: has two 'title'"),
         (b"filepath\ttitle\n0.jpg\ta\n0.jpg\n", "t.tsv:3: 1 fields, the header has 2"),
-        (b"filepath\ttitle\n0.jpg\ta\tb\n", "t.tsv:2: 3 fields"),
         (b'filepath\ttitle\n0.jpg\ta\n0.jpg\t"open\n0.jpg\tb\n', "t.tsv:3: unexpected end"),
-        (b'filepath\ttitle\n0.jpg\t"a" b\n', "t.tsv:2: '\t' expected after"),
         (b"filepath\ttitle\n0.jpg\ta\n0.jpg\t\xe9\n", "t.tsv:3: not UTF-8 text (byte 7"),
         (b"filepath\ttitle\r0.jpg\ta\r", "t.tsv:1: a carriage return inside a line"),
         (b'filepath\ttitle\n0.jpg\t"a\n0.jpg\tb"\n', "t.tsv:2: a quoted field goes over rows"),
-        (b'title\tfilepath\n"a\t0.jpg\nb"\t0.jpg\n', "t.tsv:2: a quoted field goes over rows"),
-        (
-            "filepath\ttitle\n".encode("utf-16"),
-            "t.tsv:1: not UTF-8 text (byte 1 is 0xff); convert",
-        ),
     ],
 )
 def test_a_table_that_is_none_is_an_error_with_its_line(tmp_path, capsys, text, message):
     (tmp_path / "t.tsv").write_bytes(text)
     write_files(tmp_path, {"0.jpg": jpeg(0)})
-    assert csv(tmp_path, tmp_path / "t.tsv") == 2
-    assert message in capsys.readouterr().err
+    refused(capsys, csv(tmp_path, tmp_path / "t.tsv"), message)
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
@@ -241,11 +197,10 @@ def fits(array):
         (deep(RAMP.astype(np.int32), "TIFF"), "I pixels of no stated range"),
         (white_is_zero((RAMP * 130).astype(np.uint16)), 255 - RAMP * 130 / 257),
         (twelve_bits(RAMP * 8), RAMP * 8 * 255 / 4095),
-        (b"Pf 24 20 -1.0\n" + (RAMP / 480).astype("<f4").tobytes(), "F pixels of no|not an image"),
         (fits(RAMP), "I(;16)? pixels of no stated range"),
     ],
 )
-def test_deep_pixels_keep_their_meaning_or_go(tmp_path, capsys, content, expected):
+def test_deep_pixels_keep_their_meaning_or_go(tmp_path, content, expected):
     write_files(tmp_path, {"0.x": content, "1.jpg": jpeg(1)})
     assert csv(tmp_path, [("0.x", "deep"), ("1.jpg", "flat")]) == 0
     stored = samples(tmp_path / "out" / "00000.tar")
@@ -271,29 +226,20 @@ def test_orientation_stays_what_open_clip_passes_over(tmp_path):
     assert Image.open(io.BytesIO(small)).size == (12, 10)  # 24 x 20, not turned
 
 
-# number of shards ---------------------------------------------------------------------------------
-
-
-def test_number_of_shards(tmp_path, capsys):
+def test_number_of_shards(tmp_path):
     write_files(tmp_path, {f"{n}.jpg": jpeg(n) for n in range(19)})
     path = table(tmp_path / "t.tsv", [(f"{n}.jpg", str(n)) for n in range(19)])
-    words = ["csv", "--captions", path, "--output", tmp_path / "out", "--shards"]
-    assert run(*words, "8") == 0
+    assert run("csv", "--captions", path, "--output", tmp_path / "out", "--shards", "8") == 0
     sizes = json.loads((tmp_path / "out" / "sizes.json").read_text(encoding="utf-8"))
     assert len(sizes) == 8 and set(sizes.values()) == {2, 3} and sum(sizes.values()) == 19
-    assert run(*words, "9") == 2
-    assert "--shards was 8" in capsys.readouterr().err
 
 
 # img2dataset, Hugging Face ------------------------------------------------------------------------
 
 
 def parquet(path, columns):
-    arrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet as writer
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer.write_table(arrow.table(columns), path, row_group_size=2)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
     return path
 
 
@@ -305,27 +251,29 @@ def test_img2dataset_in_several_runs_and_forms(tmp_path):
     (tmp_path / "tars" / "_tmp").mkdir()  # left by a run that was stopped
     path = table(tmp_path / "t.tsv", [(url, str(n)) for n, url in enumerate(urls)])
     words = ["csv", "--captions", path, "--no-shuffle", "--img2dataset", tmp_path / "tars"]
-    for name, folders in (("whole", ["files"]), ("parts", ["files/00000", "files/00001"])):
-        images = [tmp_path / each for each in folders]
-        assert run(*words, *images, "--output", tmp_path / name) == 0
-        assert pairs_of(tmp_path / name) == [(str(n), jpeg(n)) for n in range(6)]
+    images = [tmp_path / "files" / "00000", tmp_path / "files" / "00001"]
+    assert run(*words, *images, "--output", tmp_path / "out") == 0
+    assert pairs_of(tmp_path / "out") == [(str(n), jpeg(n)) for n in range(6)]
 
 
 def test_img2datasets_other_forms_are_named(tmp_path, capsys):
     """Beside tars, parquet files are statistics; alone they would hold the images."""
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "00000.parquet").write_bytes(b"PAR1")
+    images = write_files(tmp_path / "images", {"00000.parquet": b"PAR1"})
     path = table(tmp_path / "t.tsv", [("http://x/0", "a")])
-    words = ["csv", "--captions", path, "--img2dataset", tmp_path / "images"]
-    assert run(*words, "--output", tmp_path / "out") == 2
-    assert "parquet and tfrecord files cannot be read" in capsys.readouterr().err
+    words = ["--captions", path, "--img2dataset", images, "--output", tmp_path / "out"]
+    refused(capsys, run("csv", *words), "parquet and tfrecord files cannot be read")
+
+
+def hf(folder, *words, dataset="set", out="out"):
+    line = ["hf", "--dataset", folder / dataset, "--output", folder / out]
+    return run(*line, "--no-shuffle", *words)
 
 
 def test_tables_of_images_without_pyarrow(tmp_path, monkeypatch, capsys):
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    (tmp_path / "set.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert run("hf", "--dataset", tmp_path / "a.parquet", "--output", tmp_path / "out") == 2
-    assert "pip install 'otter-openclip[parquet]'" in capsys.readouterr().err
+    status = hf(tmp_path, dataset="set.parquet")
+    refused(capsys, status, "pip install 'otter-openclip[parquet]'")
 
 
 PICTURES = [{"bytes": jpeg(n), "path": f"{n}.jpg"} for n in range(3)]
@@ -333,10 +281,9 @@ PICTURES = [{"bytes": jpeg(n), "path": f"{n}.jpg"} for n in range(3)]
 
 def write_arrow(path, rows, file=False):
     """What datasets writes, a stream, or arrow's other form, a file."""
-    arrow = pytest.importorskip("pyarrow")
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = arrow.table(rows)
-    with (arrow.ipc.new_file if file else arrow.ipc.new_stream)(path, whole.schema) as writer:
+    whole = pyarrow.table(rows)
+    with (pyarrow.ipc.new_file if file else pyarrow.ipc.new_stream)(path, whole.schema) as writer:
         writer.write_table(whole, max_chunksize=1)
 
 
@@ -348,36 +295,26 @@ def test_hugging_face(tmp_path):
     revision = tmp_path / "set" / "b" / "train.parquet"  # as in the hub's cache
     revision.parent.mkdir()
     revision.symlink_to(tmp_path / "set" / "a" / "train.parquet")
-    plain = {"image": [jpeg(3)], "said": ["three"]}
+    write_files(tmp_path / "set", {"3.jpg": jpeg(3)})
+    plain = {"image": [{"bytes": None, "path": "3.jpg"}], "said": ["three"]}
     parquet(tmp_path / "set" / "z.parquet", plain)
-    words = ["hf", "--dataset", tmp_path / "set", "--output", tmp_path / "out", "--no-shuffle"]
-    assert run(*words, "--text-key", "said") == 0
+    assert hf(tmp_path, "--text-key", "said") == 0
     pairs = [("one", 0), ("un", 0), ("two", 1), ("three", 3)]
     assert pairs_of(tmp_path / "out") == [(caption, jpeg(n)) for caption, n in pairs]
     lost = {(name[-5:], reason) for name, reason in dropped(tmp_path / "out")}
     assert lost == {("row 1", "empty caption"), ("row 2", "missing"), ("row 3", "empty caption")}
 
 
-@pytest.mark.parametrize("paths", [False, True])
-def test_hugging_face_arrow(tmp_path, paths):
-    """Of save_to_disk and of caches, whose images may be files by their paths."""
-    beside, rows = tmp_path / "set" / "train", {"image": PICTURES, "text": ["a", "b", "c"]}
-    if paths:
-        write_files(beside, {f"{n}.jpg": jpeg(n) for n in range(2)})
-        write_files(tmp_path, {"2.jpg": jpeg(2)})
-        arrow = pytest.importorskip("pyarrow")
-        kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
-        names = ["0.jpg", "1.jpg", str(tmp_path / "2.jpg")]
-        rows["image"] = arrow.array([{"bytes": None, "path": name} for name in names], kind)
-    write_arrow(beside / "data-00000-of-00001.arrow", rows)
+def test_hugging_face_arrow(tmp_path):
+    """Of save_to_disk and of caches."""
+    beside = tmp_path / "set" / "train"
+    write_arrow(beside / "data-00000-of-00001.arrow", {"image": PICTURES, "text": ["a", "b", "c"]})
     filtered = beside / "cache-0a1b.arrow"  # of Dataset.filter
     write_arrow(filtered, {"image": PICTURES[1:], "text": ["b", "c"]}, file=True)
-    words = ["hf", "--no-shuffle", "--output", tmp_path / "out", "--dataset"]
-    assert run(*words, tmp_path / "set") == 0
-    assert pairs_of(tmp_path / "out") == [(c, jpeg(n)) for n, c in enumerate("abc")]
-    words[3] = tmp_path / "named"
-    assert run(*words, filtered) == 0
-    assert pairs_of(tmp_path / "named") == [("b", jpeg(1)), ("c", jpeg(2))]
+    expected = [(caption, jpeg(n)) for n, caption in enumerate("abc")]
+    assert hf(tmp_path) == 0 and pairs_of(tmp_path / "out") == expected
+    assert hf(tmp_path, dataset=filtered, out="named") == 0
+    assert pairs_of(tmp_path / "named") == expected[1:]
 
 
 SPLITS = {  # the table of each split, beside what is none of it
@@ -395,17 +332,15 @@ def test_of_several_splits_one_is_named(tmp_path, kind, capsys):
     for n, (split, name) in enumerate(SPLITS[kind].items()):
         path = tmp_path / "set" / f"{name}.{suffix}"
         (write_arrow if suffix == "arrow" else parquet)(path, {"image": [jpeg(n)], "text": [split]})
-    words = ["hf", "--dataset", tmp_path / "set", "--output", tmp_path / "out"]
     named = [split for split in SPLITS[kind] if split != "x"]
-    assert run(*words) == 2
-    said = f"set has several splits ({', '.join(sorted(named))}); name yours: --split"
-    assert said in capsys.readouterr().err
-    assert run(*words, "--split", "tran") == 2
-    assert f"--split tran: the splits of {tmp_path / 'set'} are" in capsys.readouterr().err
-    for chosen in (*([name] for name in named), named[:2]):
-        words[-1] = tmp_path / "-".join(chosen)
-        assert run(*words, "--split", *chosen, "--no-shuffle") == 0
-        assert sorted(caption for caption, _ in pairs_of(words[-1])) == sorted(chosen)
+    listed = f"set has several splits ({', '.join(sorted(named))}); name yours: --split"
+    refused(capsys, hf(tmp_path), listed)
+    wrong = f"--split tran: the splits of {tmp_path / 'set'} are"
+    refused(capsys, hf(tmp_path, "--split", "tran"), wrong)
+    for out, chosen in enumerate((*([name] for name in named), named[:2])):
+        assert hf(tmp_path, "--split", *chosen, out=str(out)) == 0
+        found = [caption for caption, _ in pairs_of(tmp_path / str(out))]
+        assert sorted(found) == sorted(chosen)
 
 
 def test_of_a_saved_dataset_what_its_indexes_name_is_read(tmp_path, capsys):
@@ -417,13 +352,11 @@ def test_of_a_saved_dataset_what_its_indexes_name_is_read(tmp_path, capsys):
     (tmp_path / "set" / "dev" / "state.json").write_text(json.dumps(state), encoding="utf-8")
     index = tmp_path / "set" / "dataset_dict.json"
     index.write_text(json.dumps({"splits": ["dev"]}), encoding="utf-8")
-    for number, split in enumerate(([], ["--split", "validation"], ["--split", "dev"])):
-        words = ["hf", "--dataset", tmp_path / "set", "--output", tmp_path / str(number), *split]
-        assert run(*words) == 0
-        assert pairs_of(tmp_path / str(number)) == [("dev data-00000-of-00001", jpeg(1))]
+    for out, split in enumerate(([], ["--split", "validation"], ["--split", "dev"])):
+        assert hf(tmp_path, *split, out=str(out)) == 0
+        assert pairs_of(tmp_path / str(out)) == [("dev data-00000-of-00001", jpeg(1))]
     index.write_text("{", encoding="utf-8")
-    assert run("hf", "--dataset", tmp_path / "set", "--output", tmp_path / "out") == 2
-    assert "dataset_dict.json is not what datasets' save_to_disk writes" in capsys.readouterr().err
+    refused(capsys, hf(tmp_path), "dataset_dict.json is not what datasets' save_to_disk writes")
 
 
 @pytest.mark.parametrize("name", ["train-00000-of-00001", "train/0000"])  # here and on the hub
@@ -431,59 +364,38 @@ def test_configurations_are_not_mixed(tmp_path, capsys, name):
     for language in ("en", "fr"):
         path = tmp_path / "set" / language / f"{name}.parquet"
         parquet(path, {"image": [jpeg(1)], "text": [language]})
-    words = ["hf", "--output", tmp_path / "out", "--dataset"]
-    assert run(*words, tmp_path / "set") == 2
-    assert "are the same part of two datasets" in capsys.readouterr().err
-    assert run(*words, tmp_path / "set" / "en", tmp_path / "set" / "fr") == 0
+    refused(capsys, hf(tmp_path), "are the same part of two datasets")
+    named = [tmp_path / "set" / "en", tmp_path / "set" / "fr"]
+    assert run("hf", "--dataset", *named, "--output", tmp_path / "out") == 0
     assert len(pairs_of(tmp_path / "out")) == 2
 
 
-def test_columns_are_chosen_once_for_all_files(tmp_path, capsys, monkeypatch):
-    two = {"image": PICTURES[:1], "thumb": PICTURES[1:2], "text": ["a"]}
-    parquet(tmp_path / "set" / "1.parquet", two)
-    words = ["hf", "--dataset", tmp_path / "set", "--output", tmp_path / "out", "--image-key"]
-    assert run(*words, "thumb") == 0
-    assert "Images are in the column 'thumb', captions in 'text'." in capsys.readouterr().out
-    assert pairs_of(tmp_path / "out") == [("a", jpeg(1))]
-    out = io.TextIOWrapper(io.BytesIO(), "ascii")  # as under LC_ALL=C
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", out)
-        words[2] = parquet(tmp_path / "ü.parquet", {"image": [jpeg(1)], "ü": ["a"]})
-        words[4] = tmp_path / "ascii"
-        assert run(*words, "image", "--text-key", "ü") == 0
-    assert b"captions in '\\xfc'." in out.detach().getvalue()
-    words[2] = tmp_path / "set"
-    lists = {"image": [[jpeg(2)], []], "text": ["b", "of no image"]}
-    parquet(tmp_path / "set" / "2.parquet", lists)
-    words[4] = tmp_path / "both"
-    assert run(*words, "image", "--no-shuffle") == 0
-    assert pairs_of(tmp_path / "both") == [("a", jpeg(0)), ("b", jpeg(2))]
-    write_files(tmp_path / "set", {"3.jpg": jpeg(3)})
-    parquet(tmp_path / "set" / "3.parquet", {"image": ["3.jpg"], "text": ["a path"]})
-    words[4] = tmp_path / "paths"
-    assert run(*words, "image", "--no-shuffle") == 0
-    assert pairs_of(tmp_path / "paths")[-1] == ("a path", jpeg(3))
-    parquet(tmp_path / "set" / "3.parquet", {"thumb": [jpeg(3)], "said": ["c"]})
-    words[4] = tmp_path / "third"
-    assert run(*words, "image") == 2
-    assert (
-        "3.parquet: not one column 'image' but thumb, said; --image-key" in capsys.readouterr().err
-    )
+def test_columns_are_chosen_once_for_all_files(tmp_path, capsys):
+    folder = write_files(tmp_path / "set", {"3.jpg": jpeg(3)})
+    parquet(folder / "1.parquet", {"thumb": PICTURES[:1], "image": PICTURES[1:2], "text": ["a"]})
+    parquet(folder / "2.parquet", {"image": [[jpeg(2)], []], "text": ["b", "of no image"]})
+    parquet(folder / "3.parquet", {"image": ["3.jpg"], "text": ["a path"]})
+    assert hf(tmp_path, "--image-key", "image") == 0
+    assert "Images are in the column 'image', captions in 'text'." in capsys.readouterr().out
+    assert pairs_of(tmp_path / "out") == [("a", jpeg(1)), ("b", jpeg(2)), ("a path", jpeg(3))]
+    parquet(folder / "3.parquet", {"thumb": [jpeg(3)], "said": ["c"]})
+    said = "3.parquet: not one column 'image' but thumb, said; --image-key"
+    refused(capsys, hf(tmp_path, "--image-key", "image", out="third"), said)
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_an_arrow_stream_that_stops(tmp_path, capsys, inside):
-    arrow = pytest.importorskip("pyarrow")
+def test_an_arrow_stream_that_stops(tmp_path, capsys):
     path = tmp_path / "a.arrow"
     write_arrow(path, {"image": PICTURES, "text": ["a", "b", "c"]})
     whole = path.read_bytes()
-    file = arrow.BufferReader(whole)
-    messages = arrow.ipc.MessageReader.open_stream(file)
+    file = pyarrow.BufferReader(whole)
+    messages = pyarrow.ipc.MessageReader.open_stream(file)
     for _ in range(3):  # the schema and two rows
         messages.read_next_message()
-    path.write_bytes(whole[: file.tell() - 99 * inside])
-    assert run("hf", "--dataset", path, "--output", tmp_path / "out") == 2
-    assert "a.arrow: damaged or cut short" in capsys.readouterr().err
+    path.write_bytes(whole[: file.tell()])
+    refused(capsys, hf(tmp_path, dataset=path), "a.arrow: damaged or cut short")
+
+
+TWICE = pyarrow.table([PICTURES[:1], ["a"], ["b"]], ["image", "text", "text"])
 
 
 @pytest.mark.parametrize(
@@ -492,61 +404,46 @@ def test_an_arrow_stream_that_stops(tmp_path, capsys, inside):
         ({"image": PICTURES, "en": ["a"] * 3}, "not one column 'text' but en; --text-key"),
         ({"image": PICTURES, "label": [0, 1, 2]}, "'text' but none of texts among image, label;"),
         ({"image": PICTURES, "text": [0, 1, 2]}, "row 0: no text in 'text', but 0"),
-        ({"image": PICTURES, "text": [[{"raw": "a"}]] * 3}, "row 0: no text in 'text', but {"),
-        ({"text": ["a"]}, "0 columns of images among text"),
         ({"image": PICTURES, "mask": [b"a"] * 3, "text": ["a"] * 3}, "2 columns of images among"),
         ({"image": [PICTURES[:2]], "text": ["a"]}, "row 0: 2 images in 'image', where one is due"),
         ({"image": [{"bytes": None, "path": "x"}], "text": ["a"]}, "(1 missing); check the input,"),
+        (TWICE, "not one column 'text' but text, text; --text-key"),
         (b"PAR1PAR1", "a.parquet: damaged or cut short"),
         (None, "no .parquet or .arrow there"),
     ],
 )
 def test_hugging_face_files_that_are_refused(tmp_path, capsys, columns, message):
-    if isinstance(columns, dict):
-        parquet(tmp_path / "a.parquet", columns)
-    elif columns:
+    if isinstance(columns, bytes):
         (tmp_path / "a.parquet").write_bytes(columns)
-    assert run("hf", "--dataset", tmp_path, "--output", tmp_path / "out") == 2
-    assert message in capsys.readouterr().err
-
-
-def test_hugging_face_columns_of_one_name(tmp_path, capsys):
-    arrow = pytest.importorskip("pyarrow")
-    writer = pytest.importorskip("pyarrow.parquet")
-    columns = list(map(arrow.array, [PICTURES[:1], ["a"], ["b"]]))
-    whole = arrow.Table.from_arrays(columns, ["image", "text", "text"])
-    writer.write_table(whole, tmp_path / "a.parquet")
-    assert run("hf", "--dataset", tmp_path / "a.parquet", "--output", tmp_path / "out") == 2
-    assert "not one column 'text' but text, text; --text-key" in capsys.readouterr().err
+    elif columns:
+        parquet(tmp_path / "a.parquet", columns)
+    refused(capsys, hf(tmp_path, dataset=""), message)
 
 
 def test_without_images_nothing_is_searched(tmp_path, monkeypatch):
     """What else lies in the current folder or beside the table is none of the build's business."""
-    write_files(tmp_path / "here", {"deep/1.jpg": jpeg(1), "broken.tar": b"no tar"})
-    write_files(tmp_path / "here", {"3.jpg": jpeg(3)})
+    here = {"deep/1.jpg": jpeg(1), "broken.tar": b"no tar", "3.jpg": jpeg(3)}
+    write_files(tmp_path / "here", here)
     write_tar(tmp_path / "here" / "other.tar", {"0.jpg": jpeg(2), "2.jpg": jpeg(3)})
     write_files(tmp_path / "there", {"0.jpg": jpeg(0), "3.jpg": jpeg(0), "broken.zip": b"no zip"})
-    rows = [("0.jpg", "beside"), ("1.jpg", "deeper"), ("2.jpg", "in an archive")]
-    rows += [("3.jpg", "as open_clip has it")]
-    path = table(tmp_path / "there" / "t.tsv", rows)
+    rows = ["image;words", "0.jpg;beside", "1.jpg;deeper", "2.jpg;in an archive"]
+    rows += ["3.jpg;as open_clip has it", f"{tmp_path}/there/0.jpg;NA"]
+    path = tmp_path / "there" / "t.csv"
+    path.write_text("\n".join(rows), encoding="utf-8")
     monkeypatch.chdir(tmp_path / "here")
-    assert csv(tmp_path, path) == 0
-    assert pairs_of(tmp_path / "out") == [("beside", jpeg(0)), ("as open_clip has it", jpeg(3))]
+    words = ["--csv-separator", ";", "--csv-img-key", "image", "--csv-caption-key", "words"]
+    words += ["--captions", path, "--output", tmp_path / "out", "--no-shuffle"]
+    assert run("csv", *words) == 0
+    expected = [("beside", jpeg(0)), ("as open_clip has it", jpeg(3)), ("NA", jpeg(0))]
+    assert pairs_of(tmp_path / "out") == expected
     assert dropped(tmp_path / "out") == [("1.jpg", "missing"), ("2.jpg", "missing")]
-    write_tar(tmp_path / "here" / "further.tar", {})  # a complete build stays what it is
-    assert csv(tmp_path, path) == 0
 
 
 def test_rows_that_a_quotation_mark_joins_are_told_from_captions_of_several_lines(tmp_path, capsys):
-    write_files(tmp_path, {"1.jpg": jpeg(1), "2.jpg": jpeg(2)})
     file = tmp_path / "t.csv"
-    good = 'filepath,title\n1.jpg,"a cat, or\na dog, asleep"\n'
-    file.write_text(good, encoding="utf-8")
-    assert csv(tmp_path, file) == 0
-    assert pairs_of(tmp_path / "out") == [("a cat, or\na dog, asleep", jpeg(1))]
-    file.write_text(f'{good}1.jpg,"a cat\n2.jpg,a dog"\n', encoding="utf-8")
-    assert run("csv", "--captions", file, "--output", tmp_path / "joined") == 2
-    assert f"{file}:4: a quotation mark joins several rows" in capsys.readouterr().err
+    text = 'filepath,title\n1.jpg,"a cat, or\na dog, asleep"\n1.jpg,"a cat\n2.jpg,a dog"\n'
+    file.write_text(text, encoding="utf-8")
+    refused(capsys, csv(tmp_path, file), f"{file}:4: a quotation mark joins several rows")
 
 
 def test_names_in_utf8_are_found_in_any_locale(tmp_path):

@@ -4,16 +4,14 @@ import bz2
 import csv
 import gzip
 import hashlib
-import io
 import json
-import tarfile
 
 import pandas
 import pytest
-from data_helpers import dropped, jpeg, run, samples, tree, write_files, write_tar
+from data_helpers import dropped, jpeg, refused, run, samples, tree, write_files, write_tar
 from open_clip_train.data import get_dataset_size
 
-from otter_openclip.data import cc3m, wit, yfcc15m
+from otter_openclip.data import cc3m
 
 
 def pairs_of(output):
@@ -40,8 +38,8 @@ def img2dataset(folder, rows, kind):
         place = 0 if kind == "webdataset, one key" else n % 3
         shard, key = f"{n // 3:05d}", f"{n // 3:05d}{place:04d}"
         metadata = {"caption": "theirs", "key": key, "status": "success", **metadata, "sha256": "0"}
-        parts = {"jpg": image, "json": json.dumps(metadata, indent=4).encode(), "txt": b"theirs"}
-        files = {f"{key}.{suffix}": content for suffix, content in parts.items()}
+        text = json.dumps(metadata, indent=4).encode()
+        files = {f"{key}.jpg": image, f"{key}.json": text, f"{key}.txt": b"theirs"}
         if kind == "files":
             write_files(folder / shard, files)
         else:
@@ -54,41 +52,27 @@ def img2dataset(folder, rows, kind):
 # CC3M -------------------------------------------------------------------------------------------
 
 URLS = [f"http://example.com/{name}" for name in ("a.jpg", "b?x=1,2", "ç.jpg", "d", "e", "f", "g")]
-CAPTIONS = [
-    "a very typical bus station",
-    'sierra looked stunning in this " top "',
-    "young café , owner",
-    "not downloaded",
-    "a web page",
-    " ",
-    "cut short",
-]
+CAPTIONS = ["a very typical bus station", 'sierra looked stunning in this " top "']
+CAPTIONS += ["young café , owner", "not downloaded", "a web page", " ", "cut short"]
 
 
 @pytest.fixture
 def conceptual(tmp_path):
     """The reference's layout: cc/Train_GCC-training.tsv, the report and cc/training/."""
-    root = tmp_path / "cc"
     rows = [*zip(CAPTIONS, URLS, strict=True), (CAPTIONS[0], URLS[0]), ("other words", URLS[0])]
-    contents = [jpeg(0), jpeg(1), jpeg(2), None, b"<html></html>", jpeg(5), jpeg(6)[:-150], jpeg(0)]
-    report, files = [], {}
-    for n, ((_, url), content) in enumerate(zip(rows, contents, strict=False)):
-        name = f"training/{n}_{n * 7919}"
-        good = content is not None
-        row = [name if good else "", "training", "image/jpeg" if good else ""]
-        report.append([*row, "812.0" if good else "", "200" if good else "404", url])
-        if good:
-            files[name] = content
-    write_files(root, files)
-    text = "".join(f"{caption}\t{url}\n" for caption, url in rows)
-    (root / "Train_GCC-training.tsv").write_text(text, encoding="utf-8")
-    text = "".join("\t".join(row) + "\n" for row in report)
-    (root / "downloaded_training_report.tsv").write_text(text, encoding="utf-8")
-    return root
+    contents = [jpeg(0), jpeg(1), jpeg(2), b"", b"<html></html>", jpeg(5), jpeg(6)[:-150], jpeg(0)]
+    files, report = {}, ""
+    for n, (content, (_, url)) in enumerate(zip(contents, rows, strict=False)):
+        name = f"training/{n}_{n * 7919}" if content else ""
+        report += f"{name}\ttraining\timage/jpeg\t812.0\t{200 if content else 404}\t{url}\n"
+        files |= {name: content} if content else {}
+    captions = "".join(f"{caption}\t{url}\n" for caption, url in rows)
+    tables = {"Train_GCC-training.tsv": captions, "downloaded_training_report.tsv": report}
+    return write_files(tmp_path / "cc", files | {n: text.encode() for n, text in tables.items()})
 
 
-def build_cc(root, *extra, source=None, out="out"):
-    line = ["cc3m", "--captions", root / "Train_GCC-training.tsv", "--output", root.parent / out]
+def build_cc(root, *extra, source=None):
+    line = ["cc3m", "--captions", root / "Train_GCC-training.tsv", "--output", root.parent / "out"]
     if source is None:
         source = ["--report", root / "downloaded_training_report.tsv", "--images", root]
     return run(*line, *source, *extra)
@@ -101,37 +85,25 @@ def test_cc3m_from_the_references_layout(conceptual):
     assert build_cc(conceptual, "--shard-size", "2") == 0
     out = conceptual.parent / "out"
     assert pairs_of(out) == [(caption, jpeg(n)) for caption, n in KEPT]
-    assert dropped(out) == [
-        (URLS[0], "duplicate"),
-        (URLS[4], "undecodable"),
-        (URLS[5], "empty caption"),
-        (URLS[6], "undecodable"),
-    ]
+    reasons = {0: "duplicate", 4: "undecodable", 5: "empty caption", 6: "undecodable"}
+    assert dropped(out) == [(URLS[n], reason) for n, reason in reasons.items()]
     assert skipped(out) == {"not downloaded": 1}
 
 
-def test_processed_labels_are_the_references(conceptual, monkeypatch):
+def test_processed_labels_are_the_references(conceptual):
     assert build_cc(conceptual) == 0
     path = conceptual.parent / "out" / "processed_labels.csv"
-    ours = pandas.read_csv(path)
     # The reference's steps (data/cc_preprocess.py), without the pairs that we drop as repeated or empty.
-    captions = pandas.read_csv(
-        conceptual / "Train_GCC-training.tsv", sep="\t", names=["caption", "url"]
-    )
+    table, names = conceptual / "Train_GCC-training.tsv", ["caption", "url"]
+    captions = pandas.read_csv(table, sep="\t", names=names)
     names = ["filename", "split", "type", "size", "status", "url"]
     report = pandas.read_csv(conceptual / "downloaded_training_report.tsv", sep="\t", names=names)
     # With "inner", as there, the order is that of the captions from pandas 2.2 on only.
     merged = captions.merge(report[["filename", "url"]], on="url", how="left")
     merged = merged[["filename", "caption"]].dropna().drop_duplicates("caption")
     merged = merged[~merged.filename.str.match("training/[456]_")].reset_index(drop=True)
-    assert list(ours.columns) == ["Unnamed: 0", "filename", "caption"]
-    assert list(ours["Unnamed: 0"]) == [0, 1, 2, 3]
-    assert list(ours["caption"]) == list(merged["caption"])
-    assert list(ours["filename"]) == [str(conceptual / name) for name in merged["filename"]]
-    merged["filename"] = ours["filename"]
-    buffer = io.StringIO()
-    merged.to_csv(buffer)
-    assert path.read_text(encoding="utf-8") == buffer.getvalue()
+    merged["filename"] = [str(conceptual / name) for name in merged["filename"]]
+    assert path.read_text(encoding="utf-8") == merged.to_csv() and len(merged) == 4
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "webdataset, one key", "files"])
@@ -152,9 +124,7 @@ def test_cc3m_from_img2dataset(conceptual, kind):
     ("cut", "files", "message"),
     [
         (3000, None, "00001.tar: damaged or cut short"),
-        (2100, None, "00001.tar: damaged or cut short"),  # inside the first JSON
         (0, {"0.jpg": jpeg(0)}, "00001.tar: no url in 0.json; is this the output of img2dataset"),
-        (0, {"0.jpg": jpeg(0), "0.json": b'{"a": 1}'}, "00001.tar: no url in 0.json"),
         (0, {"0.jpg": jpeg(0), "0.json": b"{"}, "00001.tar: no url in 0.json"),
     ],
 )
@@ -165,19 +135,13 @@ def test_an_interrupted_img2dataset_is_an_error(conceptual, capsys, cut, files, 
     (folder / "00001.tar").write_bytes(whole[:cut])
     if files:
         write_tar(folder / "00001.tar", files)
-    assert build_cc(conceptual, source=["--img2dataset", folder]) == 2
-    assert message in capsys.readouterr().err
+    refused(capsys, build_cc(conceptual, source=["--img2dataset", folder]), message)
 
 
 def test_header_quotes_and_compression_of_cc3m(tmp_path):
     path = tmp_path / "cc.tsv.gz"
-    lines = [
-        "caption\turl",
-        '"say ""cheese"""\thttp://a',
-        'a "b"\thttp://b',
-        '"x" and "y"\thttp://c',
-    ]
-    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    text = 'caption\turl\n"say ""cheese"""\thttp://a\na "b"\thttp://b\n"x" and "y"\thttp://c'
+    path.write_bytes(gzip.compress(text.encode()))
     read = [('say "cheese"', "http://a"), ('a "b"', "http://b"), ('"x" and "y"', "http://c")]
     assert list(cc3m.read_captions(path)) == read
 
@@ -190,60 +154,22 @@ def test_report_and_images_go_together(conceptual, capsys):
 # order, workers, kills --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def table(tmp_path):
-    rows = [("filepath", "title")]
-    for n in range(60):
-        (tmp_path / f"{n}.jpg").write_bytes(jpeg(n) if n % 7 else b"broken")
-        rows.append((f"{n}.jpg", f"picture {n}"))
-    with open(tmp_path / "table.tsv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, delimiter="\t").writerows(rows)
-    return tmp_path
-
-
-def csv_command(folder, out, *extra):
-    line = ("csv", "--captions", folder / "table.tsv", "--output", folder / out)
-    return (*line, "--shard-size", "8", *extra)
-
-
-def order(output):
-    found = []
-    for shard in sorted(output.glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            found += [name[:-4] for name in tar.getnames() if name.endswith(".txt")]
-    return found
-
-
-def test_the_seed_decides_the_order_and_nothing_else_does(table):
-    for name, *extra in (
-        ("zero",),
-        ("again", "--workers", "3"),
-        ("one", "--seed", "1"),
-        ("plain", "--no-shuffle"),
-    ):
-        assert run(*csv_command(table, name, *extra)) == 0
-    assert tree(table / "zero") == tree(table / "again")
-    assert sorted(order(table / "zero")) == sorted(order(table / "one")) == order(table / "plain")
-    assert len({tuple(order(table / name)) for name in ("zero", "one", "plain")}) == 3
-    expected = [(f"picture {n}", jpeg(n)) for n in range(60) if n % 7]
-    for name in ("zero", "one", "plain"):
-        assert pairs_of(table / name) == expected
-
-
-def test_csv_columns_separator_and_relative_paths(tmp_path, monkeypatch):
-    write_files(tmp_path / "here", {"x/1.jpg": jpeg(1)})
-    write_files(tmp_path / "there", {"2.jpg": jpeg(2)})
-    text = f'id,image,words\n7,x/1.jpg,"one, two"\n8,2.jpg,NA\n9,{tmp_path}/there/2.jpg,été\n'
-    (tmp_path / "there" / "t.csv").write_text(text, encoding="utf-8")
-    monkeypatch.chdir(tmp_path / "here")
-    line = ["csv", "--captions", tmp_path / "there" / "t.csv", "--csv-separator", ","]
-    line += ["--csv-img-key", "image", "--csv-caption-key", "words", "--output"]
-    assert run(*line, tmp_path / "out") == 0
-    expected = [("one, two", jpeg(1)), ("NA", jpeg(2)), ("été", jpeg(2))]
-    assert pairs_of(tmp_path / "out") == expected
-    archive = write_tar(tmp_path / "all.tar", {"a/1.jpg": jpeg(1), "2.jpg": jpeg(2)})
-    assert run(*line, tmp_path / "out2", "--images", archive) == 0
-    assert pairs_of(tmp_path / "out2") == expected
+def test_the_seed_decides_the_order_and_nothing_else_does(tmp_path):
+    rows = ["filepath\ttitle", *(f"{n}.jpg\tpicture {n}" for n in range(60))]
+    files = {f"{n}.jpg": jpeg(n) if n % 7 else b"broken" for n in range(60)}
+    write_files(tmp_path, files | {"table.tsv": "\n".join(rows).encode()})
+    ways = {"again": "--workers 3", "zero": "", "one": "--seed 1", "plain": "--no-shuffle"}
+    orders = {}
+    for name, words in ways.items():
+        line = ["csv", "--captions", tmp_path / "table.tsv", "--output", tmp_path / name]
+        assert run(*line, "--shard-size", "8", *words.split()) == 0
+        stored = samples(*sorted((tmp_path / name).glob("*.tar")))
+        orders[name] = [files["txt"] for files in stored.values()]
+        expected = [(f"picture {n}", jpeg(n)) for n in range(60) if n % 7]
+        assert pairs_of(tmp_path / name) == expected
+    assert tree(tmp_path / "zero") == tree(tmp_path / "again")
+    assert len(set(map(tuple, orders.values()))) == 3
+    assert orders["plain"] == [caption.encode() for caption, _ in expected]
 
 
 # YFCC15M ----------------------------------------------------------------------------------------
@@ -251,14 +177,14 @@ def test_csv_columns_separator_and_relative_paths(tmp_path, monkeypatch):
 PHOTOS = {
     2950110417: ("Canal+%26+boats", "A+%3Ca+href%3D%22x%22%3Ecanal%3C%2Fa%3E+in+Delft"),
     6185218911: ("IMG_0520", ""),
-    7777: ("%C3%A9t%C3%A9", "Two%0Alines %2B more"),
+    7777: ("%C3%A9t%C3%A9", "Two%0Alines %2B 5 %3C 6 and 7 > %26amp%3B %3Ca%0Ab%3E"),
     8888: ("", "%3Cb%3E"),
     9999: ("video", "moving"),
 }
-CLEAN = {
+CLEAN = {  # as data/yfcc.py of the reference has it: unquote, then + to blank, then tags
     2950110417: "Canal & boats. A canal in Delft",
     6185218911: "IMG_0520. ",
-    7777: "été. Two\nlines   more",
+    7777: "été. Two\nlines   5  &amp; <a\nb>",
 }
 
 
@@ -268,18 +194,15 @@ def photo_hash(photo):
 
 def metadata_row(photo, columns):
     title, description = PHOTOS.get(photo, ("other", "photo"))
-    row = [str(photo), "1@N00", "nick", "2012-02-16 09:56:37.0", "1331840483", "Canon", title]
-    row += [description, "tag,tag", "", "-81.8", "24.5", "12", "http://page"]
-    row += [f"http://farm4.staticflickr.com/1/{photo}_secret.jpg", "lic", "http://lic", "1", "4"]
-    row += ["secret", "orig", "jpg", "1" if photo == 9999 else "0"]
-    assert len(row) == 23
+    url, marker = f"http://farm4.staticflickr.com/1/{photo}_secret.jpg", str(int(photo == 9999))
+    row = [str(photo), *"undUc", title, description, *"tmlyap", url, *"lisfsoe", marker]
     return row if columns == 23 else ["17", row[0], photo_hash(photo), *row[1:]]
 
 
 @pytest.fixture
 def flickr(tmp_path):
-    subset = "".join(f"{n}\t{photo}\t{photo_hash(photo)}\n" for n, photo in enumerate(PHOTOS))
-    subset += f"99\t424242\t{photo_hash(424242)}\n"
+    photos = enumerate([*PHOTOS, 424242])
+    subset = "".join(f"{n}\t{photo}\t{photo_hash(photo)}\n" for n, photo in photos)
     (tmp_path / "subset.tsv").write_text(subset, encoding="utf-8")
     write_metadata(tmp_path, 25)
     return tmp_path
@@ -289,11 +212,6 @@ def write_metadata(folder, columns):
     photos = [1, *PHOTOS, 3, 7777]  # others among them, one photo twice
     rows = ["\t".join(metadata_row(photo, columns)) for photo in photos]
     (folder / "metadata.bz2").write_bytes(bz2.compress(("\n".join(rows) + "\n").encode()))
-
-
-def build_yfcc(folder, *source, out="out"):
-    line = ["yfcc15m", "--subset", folder / "subset.tsv", "--metadata", folder / "metadata.bz2"]
-    return run(*line, "--output", folder / out, *source)
 
 
 def nested(photo):
@@ -311,29 +229,17 @@ def test_yfcc15m(flickr, columns, kind):
         url = "http://farm4.staticflickr.com/1/{}_secret.jpg"
         rows = [({"url": url.format(photo)}, jpeg(photo)) for photo in photos]
         img2dataset(source, rows, "webdataset")
-        assert build_yfcc(flickr, "--img2dataset", source) == 0
     else:
         name = {"nested": nested, "by id": "{}.jpg".format, "by url": "{}_secret.jpg".format}[kind]
         write_files(source, {name(photo): jpeg(photo) for photo in photos})
-        assert build_yfcc(flickr, "--images", source) == 0
-    out = flickr / "out"
+    out, flag = flickr / "out", "--img2dataset" if kind == "img2dataset" else "--images"
+    line = ["yfcc15m", "--subset", flickr / "subset.tsv", "--metadata", flickr / "metadata.bz2"]
+    assert run(*line, "--output", out, flag, source) == 0
     stored = samples(*out.glob("*.tar"))
     assert {int(key): files["txt"].decode() for key, files in stored.items()} == CLEAN
     assert all(files["jpg"] == jpeg(int(key)) for key, files in stored.items())
     assert dropped(out) == [("7777", "duplicate"), ("8888", "empty caption")]
     assert skipped(out) == {"video": 1, "without metadata": 1}
-
-
-def test_captions_are_the_references(flickr):
-    # data/yfcc.py: unquote, then + to blank, then tags.
-    for raw, expected in {
-        "a+b": "a b",
-        "1%2B1": "1 1",
-        "%3Ci%3Ex%3C%2Fi%3E+%26amp%3B": "x &amp;",
-        "<a\nb>": "<a\nb>",
-        "5 %3C 6 and 7 > 2": "5  2",
-    }.items():
-        assert yfcc15m.clean(raw) == expected
 
 
 # WIT --------------------------------------------------------------------------------------------
@@ -372,12 +278,8 @@ WIT_PAIRS = [("The first, here", 0), ('Second "quoted"\nin two lines', 1), ("Eng
 @pytest.fixture
 def wikipedia(tmp_path):
     for n, rows in enumerate((ROWS[:3], ROWS[3:])):
-        with gzip.open(
-            tmp_path / f"wit_v1.train.all-0000{n}-of-00002.tsv.gz",
-            "wt",
-            encoding="utf-8",
-            newline="",
-        ) as file:
+        path = tmp_path / f"wit_v1.train.all-0000{n}-of-00002.tsv.gz"
+        with gzip.open(path, "wt", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter="\t", lineterminator="\n")
             writer.writerows([COLUMNS, *rows])
     return tmp_path
@@ -420,16 +322,12 @@ def test_wit_languages_and_caption_fields(wikipedia):
     line = ["--images", images, "--languages", "de", "--caption-fields", "title", "reference"]
     assert build_wit(wikipedia, *line, out="german") == 0
     assert pairs_of(wikipedia / "german") == [("Title", jpeg(0))]
-    row = dict(zip(COLUMNS, wiki("en", "u", "ref", "alt", "att", "false"), strict=True))
-    assert wit.caption_of(row, ["attribution", "alt"]) == "alt"
-    assert wit.caption_of(row, ["section"]) == ""
 
 
 # errors -----------------------------------------------------------------------------------------
 
 CC = "cc3m --captions cc.tsv --report report.tsv"
 YFCC = "yfcc15m --subset subset.tsv --metadata metadata.bz2"
-NO_ID = "metadata.bz2:1: {!r} is no photo id"
 NO_PHOTO = "subset.tsv:{}: expected line number, photo id and hash"
 
 
@@ -438,14 +336,10 @@ NO_PHOTO = "subset.tsv:{}: expected line number, photo id and hash"
     [
         (CC, "cc.tsv", "only one column\n", "cc.tsv:1: 1 columns, expected caption, URL"),
         (CC, "cc.tsv", "a\rb\thttp://x\n", "cc.tsv:1: a carriage return inside"),
-        (CC, "report.tsv", "a\tb\n", "report.tsv:1: 2 columns, expected file, folder"),
         (YFCC, "subset.tsv", "1\t2\t3\nx\ty\tz\n", NO_PHOTO.format(2)),
         (YFCC, "subset.tsv", f"0\t{9**21}\tx\n1\t{9**21}\tx\n", NO_PHOTO.format(1)),
         (YFCC, "metadata.bz2", "1\t2\t3\n", "bz2:1: 3 columns; YFCC100M's metadata have 23 or 25"),
-        *(
-            (YFCC, "metadata.bz2", number + "\t" * 22, NO_ID.format(number))
-            for number in ("x", "9" * 20, "²", "017")
-        ),
+        (YFCC, "metadata.bz2", "9" * 20 + "\t" * 22, f"bz2:1: '{'9' * 20}' is no photo id"),
         ("wit --tables w.tsv", "w.tsv", "language\turl\n", "w.tsv:1: has no column 'image_url'"),
     ],
 )
@@ -453,5 +347,4 @@ def test_errors_name_file_and_line(flickr, monkeypatch, capsys, command, file, t
     content = bz2.compress(text.encode()) if file.endswith("bz2") else text.encode()
     write_files(flickr, {"cc.tsv": b"", "report.tsv": b"", file: content})
     monkeypatch.chdir(flickr)
-    assert run(*command.split(), "--images", ".", "--output", "out") == 2
-    assert message in capsys.readouterr().err
+    refused(capsys, run(*command.split(), "--images", ".", "--output", "out"), message)

@@ -1,14 +1,12 @@
 """What evaluation cannot use of a folder is named, with file, sample and fault."""
 
 import gzip
-import io
 
 import numpy as np
 import pytest
 from clip_benchmark.datasets.builder import build_wds_dataset
 from conftest import npy, write_set
 from data_helpers import encoded, jpeg, run, write_tar
-from PIL import Image
 
 from otter_openclip import cli
 from otter_openclip.evaluation.labelled_images import CheckedShards, ImageError
@@ -18,14 +16,6 @@ from otter_openclip.training.launcher import main as train
 NAMES = ["ball", "bat, big", "Kakigōri"]
 CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 TYPE, COUNT = "dataset_type.txt", "test/nshards.txt"
-
-
-def picture(mode, dtype, values, format_name="PNG"):
-    buffer = io.BytesIO()
-    image = Image.fromarray(np.array(values, dtype).reshape(2, -1))
-    assert image.mode == mode
-    image.save(buffer, format_name)
-    return buffer.getvalue()
 
 
 def samples(**bad):
@@ -48,7 +38,6 @@ def write(folder, **bad):
 
 
 WHOLE = {"jpg": jpeg(5, (90, 80)), "png": encoded(5, "PNG"), "webp": encoded(5, "WEBP")}
-RAMP = [0, 100, 200, 255, 256, 1000, 40000, 65535]
 TEXTS = [
     # (file, its content or None for no such file, fault)
     (CLASSES, None, "is missing; write one class a line"),
@@ -61,7 +50,6 @@ TEXTS = [
     (TEMPLATES, b" \n\n", "is empty; give one template a line"),
     (TYPE, b"multi-label", "'multi-label' is no type of data set; write multilabel, retrieval or"),
     (COUNT, b"two", "'two' is no number of shards; write how many there are"),
-    (COUNT, b"-2", "'-2' is no number"),
     (COUNT, b"4", "2 of 4 shards are missing, first {folder}/test/2.tar"),
 ]
 SAMPLES = [
@@ -69,25 +57,16 @@ SAMPLES = [
     ({"npy": None}, "no npy with its label vector"),
     ({"npy": npy([1, 0])}, "label vector of shape (2,), but there are 3 class names"),
     ({"npy": npy([0, 0.7, 1], dtype=float)}, "values other than 0 and 1, e.g. 0.7"),
-    ({"npy": npy([1, 0, 1])[:-1]}, "the npy cannot be read (unreadable labels"),
     ({"npy": npy(["x", {}, 1], dtype=object)}, "the npy cannot be read (unreadable labels"),
     ({"npy": npy([b"1", b"0", b"1"], dtype="V1")}, "label vector of |V1, where numbers are due"),
     ({"jpg": None}, "no image (jpg, png, webp, jpeg) among its files"),
     ({"jpg": b"no image"}, "unreadable image: not an image that Pillow can read"),
     ({"jpg": WHOLE["jpg"][:-200]}, "unreadable image: image file is truncated"),
     ({"jpg": None, "webp": WHOLE["webp"][:-9]}, "unreadable image: "),
-    (
-        {"jpg": None, "png": picture("I;16", np.uint16, RAMP)},
-        "), which loaders cut off at 0 and 255",
-    ),
-    (
-        {"jpg": None, "png": picture("F", np.float32, np.linspace(0, 1, 8), "TIFF")},
-        "image (mode F), which loaders cut off at 0 and 255",
-    ),
+    ({"jpg": None, "png": encoded(5, "TIFF", "F")}, "image (mode F), which loaders cut off at 0"),
 ]
 SHARDS = [
     # (from the shard's bytes to others, fault)
-    (lambda tar: tar[:2000], "cannot be read to its end: damaged or cut short"),
     (lambda tar: tar.replace(b"bad.npy", b"bed.npy"), "no header and no end at byte"),
     (lambda tar: b"", "cannot be read to its end: damaged or cut short (empty file)"),
     (lambda tar: gzip.compress(tar)[:999], "cannot be read to its end: damaged or cut short"),
@@ -106,16 +85,16 @@ def test_text_files(folder, file, content, text):
     assert text.replace("{folder}", str(folder)) in str(stop.value)
 
 
-def read(folder):
+def read(folder, **needed):
     """Check the folder, then every sample, as before a training run."""
-    check_webdataset(str(folder))
+    check_webdataset(str(folder), **needed)
     CheckedShards(build_wds_dataset("made", None, "test", str(folder))).read_all()
 
 
-def refused(folder, shard, sample, text):
+def refused(folder, shard, sample, text, **needed):
     """The fault is found, and says where it is."""
     with pytest.raises(ImageError) as stop:
-        read(folder)
+        read(folder, **needed)
     where = f"{folder}/test/{shard}.tar" + (f": sample {sample}" if sample else "")
     assert str(stop.value).startswith(where) and text in str(stop.value)
 
@@ -156,31 +135,29 @@ def test_no_samples(folder):
 )
 def test_single_labels(folder, files, text):
     (folder / TYPE).write_text("classification", encoding="utf-8")
-    write_tar(
-        folder / "test" / "0.tar", {"0.jpg": jpeg(0), "0.cls": b"2", "1.jpg": jpeg(1), **files}
-    )
+    first = {"0.jpg": jpeg(0), "0.cls": b"2", "1.jpg": jpeg(1)}
+    write_tar(folder / "test" / "0.tar", first | files)
     refused(folder, 0, "1", text)
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
-    [(None, "no txt"), (b" \n", "empty caption"), (b"\xe9", "caption is not UTF-8")],
+    ("files", "fault"),
+    [
+        ({}, "no txt"),
+        ({"1.txt": b" \n"}, "empty caption"),
+        ({"1.txt": b"\xe9"}, "caption is not UTF-8"),
+    ],
 )
-def test_retrieval_sets_need_no_names(folder, text, fault):
+def test_retrieval_sets_need_no_names(folder, files, fault):
     (folder / TYPE).write_text("Retrieval\n", encoding="utf-8")
     (folder / CLASSES).unlink()
     (folder / TEMPLATES).unlink()
     assert Folder(folder).faults == []
     with pytest.raises(ValueError, match=r"is for retrieval by its dataset_type\.txt; labels"):
         check_webdataset(str(folder))
-    assert check_webdataset(str(folder), names=False).suffix == "txt"
-    captions = {} if text is None else {"1.txt": text}
-    write_tar(
-        folder / "test" / "0.tar", {"0.jpg": jpeg(0), "0.txt": b"a", "1.jpg": jpeg(1)} | captions
-    )
-    dataset = build_wds_dataset("made", None, "test", str(folder))
-    with pytest.raises(ImageError, match=f"0.tar: sample 1.*{fault}"):
-        CheckedShards(dataset).read_all()
+    first = {"0.jpg": jpeg(0), "0.txt": b"a", "1.jpg": jpeg(1)}
+    write_tar(folder / "test" / "0.tar", first | files)
+    refused(folder, 0, "1", fault, names=False)
 
 
 @pytest.mark.parametrize(

@@ -20,20 +20,13 @@ def test_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"a\n" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from otter_openclip.files import write_text
-for number in range(200):
-    write_text(Path(sys.argv[1]), sys.argv[2] * 50_000)
-"""
-
-
 def test_two_processes_write_one_file(tmp_path):
     """No write fails, a reader sees the whole text of one of them, and nothing is left over."""
     path = tmp_path / "file"
     path.write_text("a" * 50_000, encoding="utf-8")
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, path, text]) for text in "ab"]
+    code = "import pathlib, sys; from otter_openclip.files import write_text as write\n"
+    code += "for _ in range(200): write(pathlib.Path(sys.argv[1]), sys.argv[2] * 50_000)"
+    writers = [subprocess.Popen([sys.executable, "-c", code, path, text]) for text in "ab"]
     while any(writer.poll() is None for writer in writers):
         text = path.read_text(encoding="utf-8")
         assert len(text) == 50_000 and len(set(text)) == 1

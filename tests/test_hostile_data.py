@@ -17,9 +17,9 @@ def member(tar, name, content=b"", **changes):
     tar.addfile(info, io.BytesIO(content))
 
 
-def blank(size, mode="1"):
+def blank(size):
     buffer = io.BytesIO()
-    Image.new(mode, size).save(buffer, "PNG")
+    Image.new("1", size).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -30,11 +30,10 @@ def good(tar, count=24):
 
 
 def hostile(path):
-    """24 good samples, 5 that can be used all the same and 8 that cannot."""
+    """24 good samples, 4 that can be used all the same and 8 that cannot."""
     with tarfile.open(path, "w") as tar:
         good(tar)
         for key, image, caption in (
-            ("long", jpeg(1), b"a" * 100_000),
             ("words", jpeg(1), b"word " * 20_000),
             ("marks", jpeg(1), "\u202e\u0000 café".encode()),
             ("latin", jpeg(1), "café".encode("latin-1")),
@@ -62,8 +61,8 @@ def test_training_passes_over_what_cannot_be_used(tmp_path):
     inside = tmp_path / "one" / "two"
     inside.mkdir(parents=True)
     shard = hostile(inside / "00000.tar")
-    words = ["--train-data", str(shard), "--train-num-samples", "29", "--epochs", "1"]
-    words += ["--workers", "0", "--batch-size", "29"]
+    words = ["--train-data", str(shard), "--train-num-samples", "28", "--epochs", "1"]
+    words += ["--workers", "0", "--batch-size", "28"]
     before = tree(tmp_path)
     folder = train(tmp_path, tmp_path / "logs", *words, "--loss", "otter")
     assert load(folder / "epoch_1.pt")["epoch"] == 1
@@ -96,14 +95,11 @@ def test_a_builder_takes_nothing_from_outside_its_sources(tmp_path):
         member(tar, "../../up.jpg", jpeg(2))
         member(tar, "/etc/abs.jpg", jpeg(3))
     rows = ["good.jpg", "link.jpg", "hard.jpg", "../../up.jpg", "/etc/abs.jpg"]
-    table = place / "t.csv"
-    table.write_text(
-        "filepath,title\n" + "".join(f"{row},{n}\n" for n, row in enumerate(rows)), encoding="utf-8"
-    )
-    before = tree(tmp_path)
-    out = place / "out"
-    words = ["--images", place / "images.tar", "--output", out]
-    assert run("csv", "--captions", table, *words) == 0
+    text = "filepath,title\n" + "".join(f"{row},{n}\n" for n, row in enumerate(rows))
+    (place / "t.csv").write_text(text, encoding="utf-8")
+    before, out = tree(tmp_path), place / "out"
+    words = ["--captions", place / "t.csv", "--images", place / "images.tar", "--output", out]
+    assert run("csv", *words) == 0
     found = {s["txt"]: s["jpg"] for s in samples(*out.glob("*.tar")).values()}
     assert found == {b"0": jpeg(1), b"3": jpeg(2), b"4": jpeg(3)}
     after = {k: v for k, v in tree(tmp_path).items() if not k.startswith("one/two/out")}

@@ -6,6 +6,7 @@ import ast
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,9 +84,7 @@ def test_both_distributions_have_what_is_used(distributions):
     assert f"\nVersion: {otter_openclip.__version__}\n" in stated
     assert "otter_openclip/py.typed" in names
     for folder, pattern in (("configs", "*.yaml"), ("patches", "*"), ("otter_openclip", "**/*.*")):
-        for path in (ROOT / folder).glob(pattern):
-            if path.suffix == ".pyc":
-                continue
+        for path in {*(ROOT / folder).glob(pattern)} - {*(ROOT / folder).rglob("*.pyc")}:
             name = str(path.relative_to(ROOT))
             assert name in source
             assert (name if folder == "otter_openclip" else f"otter_openclip/{name}") in names
@@ -122,10 +121,8 @@ clip_benchmark.cli.main()
 def test_train_export_and_eval_from_the_wheel_in_an_empty_folder(installed, tmp_path):
     run(installed / "python", "-c", CHAIN, cwd=tmp_path)
     metrics = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["metrics"]
-    with open(
-        tmp_path / "results.csv", newline="", encoding="utf-8"
-    ) as file:  # clip_benchmark's table of results
-        (row,) = csv.DictReader(file)
+    table = (tmp_path / "results.csv").read_text(encoding="utf-8")  # clip_benchmark's
+    (row,) = csv.DictReader(table.splitlines())
     assert (row["dataset"], row["model"]) == ("wds/mine", "local-dir:out")
     assert all(float(row[name]) == value for name, value in metrics.items())
 
@@ -157,20 +154,14 @@ def imported() -> set[str]:
 
 def normal(requirement: str) -> str:
     """The name in a requirement, as package indexes spell it."""
-    for stop in "[<>=!;~ ":
-        requirement = requirement.partition(stop)[0]
-    return requirement.lower().replace("_", "-").replace(".", "-")
+    return re.split(r"[\[<>=!;~ ]", requirement)[0].lower().replace("_", "-").replace(".", "-")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 cannot say what is of whom")
 def test_what_is_imported_is_declared_and_the_other_way_round():
     declared = {normal(line) for line in PROJECT["dependencies"]}
-    extras = {
-        normal(line)
-        for name, lines in PROJECT["optional-dependencies"].items()
-        if name != "dev"
-        for line in lines
-    }
+    optional = [lines for name, lines in PROJECT["optional-dependencies"].items() if name != "dev"]
+    extras = {normal(line) for lines in optional for line in lines}
     assert imported() - declared - extras == set()
     assert declared & extras == set()
     assert declared - imported() == {"requests"}  # clip-benchmark's
@@ -189,13 +180,9 @@ def test_the_citation_is_the_papers():
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_example_notebooks_run(path, capsys):
     """Cell by cell in this process: a kernel of its own would import torch once more."""
-    cells = [
-        cell
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
-        if cell["cell_type"] == "code"
-    ]
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     names: dict[str, object] = {"__name__": "__main__"}
-    for number, cell in enumerate(cells):
+    for number, cell in enumerate(cell for cell in cells if cell["cell_type"] == "code"):
         assert cell["outputs"] == [] and cell["execution_count"] is None
         exec(compile("".join(cell["source"]), f"{path.name}, code cell {number}", "exec"), names)
     assert capsys.readouterr().out
