@@ -35,6 +35,15 @@ WRONG_LINES = {
     "--loss ls --distill-model a --distill-pretrained b": "has no teacher",
     "--loss kd --distill-model a": "must be given together",
     "--loss kd --distill-model a --distill-pretrained b --ema-decay 0": "replaces; drop one",
+    # What needs frozen towers, or all data beforehand.
+    "--loss otter --feature-cache f": "none is: add --lock-image, --lock-text or both",
+    "--loss otter --feature-dropout 0.5": "none is: add --lock-image, --lock-text or both",
+    "--feature-cache f --lock-image --aug-cfg scale=(0.5,1.0)": "without augmentation; drop one",
+    "--feature-cache f --lock-image --dataset-type synthetic": "otter-openclip data csv makes them",
+    "--feature-cache f --lock-image --train-data t.csv": "otter-openclip data csv makes them",
+    "--loss kd --feature-cache f --lock-image --distill-model RN50 --distill-pretrained x": (
+        "does not go with --distill-model"
+    ),
     # What open_clip says after the features are encoded.
     "--lr-scheduler linear": "linear is none of cosine, const and const-cooldown",
     "--loss otter --lr-scheduler const-cooldown": "needs --epochs-cooldown N",
