@@ -35,6 +35,9 @@ WRONG_LINES = {
     "--loss ls --distill-model a --distill-pretrained b": "has no teacher",
     "--loss kd --distill-model a": "must be given together",
     "--loss kd --distill-model a --distill-pretrained b --ema-decay 0": "replaces; drop one",
+    "--loss otter --init fit": "--init fit needs what towers give for all pairs",
+    "--loss otter --pair-weights f --train-data t.csv": "takes --train-data in webdataset shards",
+    "--loss clip --pair-weights f": "--pair-weights has no meaning with --loss clip",
     # What needs frozen towers, or all data beforehand.
     "--loss otter --feature-cache f": "none is: add --lock-image, --lock-text or both",
     "--loss otter --feature-dropout 0.5": "none is: add --lock-image, --lock-text or both",
