@@ -162,23 +162,15 @@ def test_torchrun_with_everything_on_resumes_exactly(pairs, labelled, tmp_path, 
     packages = copy_packages("open_clip", tmp_path / "packages")
     shutil.copytree(model_configs, packages / "open_clip" / "model_configs", dirs_exist_ok=True)
     path = [packages, ROOT]
-    extra = ["--loss", "otter", "--batch-size", "6", "--accum-freq", "2", "--grad-clip-norm", "1"]
-    extra += ["--local-loss", "--gather-with-grad", "--model", "tiny-vit", "--workers", "1"]
-    extra += [
-        "--train-num-samples",
-        "48",
-        "--zeroshot-data",
-        str(labelled),
-        "--zeroshot-frequency",
-        "1",
-    ]
+    extra = "--loss otter --batch-size 6 --accum-freq 2 --grad-clip-norm 1 --local-loss".split()
+    extra += "--gather-with-grad --model tiny-vit --workers 1 --train-num-samples 48".split()
+    extra += f"--zeroshot-data {labelled} --zeroshot-frequency 1".split()
     line = flags(pairs, tmp_path / "whole", *extra)
     out = forks.ranks(2, "-m", "otter_openclip.train", *line, path=path)
     assert "Target_entropy" in out
     whole = tmp_path / "whole" / "run" / "checkpoints"
-    assert (
-        len((whole / "results.jsonl").read_text(encoding="utf-8").splitlines()) == 2
-    )  # rank 0 alone
+    # Rank 0 alone writes them.
+    assert len((whole / "results.jsonl").read_text(encoding="utf-8").splitlines()) == 2
     assert load(whole / "best.pt")["epoch"] in (1, 2)
     line = flags(pairs, tmp_path / "again", *extra, "--resume", str(whole / "epoch_1.pt"))
     env = {"PYTHONPATH": os.pathsep.join(map(str, path))}

@@ -13,8 +13,7 @@ from training_helpers import assert_same, load, train
 from otter_openclip import cli
 from otter_openclip.training import launcher
 
-COMMON = ["--save-frequency", "1", "--lr", "0.02", "--precision", "fp32"]
-COMMON += ["--train-num-samples", "24"]
+COMMON = "--save-frequency 1 --lr 0.02 --precision fp32 --train-num-samples 24".split()
 
 
 def teachers_score(path, labelled, tmp_path):
@@ -32,8 +31,7 @@ def test_clip_keeps_evaluates_resumes_and_exports_an_ema(pairs, labelled, tmp_pa
         return stock(model, data, loss, *rest, **kwargs)
 
     monkeypatch.setattr(launcher, "_stock_train_one_epoch", record)
-    zeroshot = ["--zeroshot-data", str(labelled), "--zeroshot-frequency", "1"]
-    zeroshot += ["--zeroshot-weights", "teacher"]
+    zeroshot = f"--zeroshot-data {labelled} --zeroshot-frequency 1 --zeroshot-weights teacher".split()
     folder = train(pairs, tmp_path / "ema", *extra, *zeroshot)
     assert seen == {open_clip.CLIP, open_clip.ClipLoss}  # open_clip's own
     last = load(folder / "epoch_2.pt")

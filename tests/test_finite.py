@@ -61,8 +61,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_where_it_would_be_logged(
 
 def test_what_no_loss_shows_does_not_reach_a_checkpoint_or_results(pairs, tmp_path, monkeypatch):
     """A gradient of the last step alone; and statistics of batch-norm."""
-    words = ["--loss", "otter", "--epochs", "1", "--val-data", str(pairs / "00000.tar")]
-    words += ["--val-num-samples", "36"]
+    words = f"--loss otter --epochs 1 --val-data {pairs}/00000.tar --val-num-samples 36".split()
     stock, steps = torch.optim.AdamW.step, []
 
     def step(self, *args, **kwargs):

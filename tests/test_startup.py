@@ -7,6 +7,7 @@ import sys
 
 import forks
 import pytest
+from data_helpers import jpeg, write_files
 from patched import ROOT
 
 from otter_openclip import cli
@@ -29,7 +30,6 @@ LOADED = f"""
 import atexit, sys
 atexit.register(lambda: print("loaded", *sorted({set(HEAVY)!r} & set(sys.modules))))
 """
-COMMAND = LOADED + "from otter_openclip import cli; sys.exit(cli.main())"
 # Each line's exit code, and what has been imported by then.
 COMMANDS = f"""
 import contextlib, io, sys
@@ -45,9 +45,13 @@ for line in sys.argv[1:]:
 """
 
 
-def test_commands_that_need_no_torch_do_not_import_it():
-    helps = [f"{n} --help" for n in cli.COMMANDS if n not in ("train", "eval", "data")]
-    helps += ["--help", *(f"data {name} --help" for name in cli.DATA_COMMANDS)]
+def test_commands_that_need_no_torch_do_not_import_it(tmp_path):
+    table = b"filepath\ttitle\na.jpg\tone\nb.jpg\ttwo\n"
+    write_files(tmp_path, {"a.jpg": jpeg(0), "b.jpg": jpeg(1), "t.csv": table})
+    fine = [f"{n} --help" for n in cli.COMMANDS if n not in ("train", "eval", "data")]
+    fine += [f"data csv --captions {tmp_path}/t.csv --output {tmp_path}/out --workers 2"]
+    fine += [f"data inspect {tmp_path}/out --sheet {tmp_path}/sheet.png --workers 1"]
+    fine += ["--help", *(f"data {name} --help" for name in cli.DATA_COMMANDS)]
     wrong = [
         "dta",
         "data",
@@ -58,22 +62,8 @@ def test_commands_that_need_no_torch_do_not_import_it():
         "convert last.pth.tar out --owerwrite",
         "towers out --image resnet18 --txt folder",
     ]
-    done = python(COMMANDS, *helps, *wrong)
-    assert done.stdout.splitlines() == ["0"] * len(helps) + ["2"] * len(wrong), done.stderr
-
-
-def test_building_and_looking_at_shards_import_no_torch(tmp_path):
-    from data_helpers import jpeg
-
-    for name in ("a.jpg", "b.jpg"):
-        (tmp_path / name).write_bytes(jpeg(0, (8, 8)))
-    (tmp_path / "t.csv").write_text("filepath\ttitle\na.jpg\tone\nb.jpg\ttwo\n", encoding="utf-8")
-    words = f"data csv --captions {tmp_path}/t.csv --output {tmp_path}/out --workers 2".split()
-    done = python(COMMAND, *words)
-    assert done.returncode == 0 and done.stdout.endswith("loaded\n"), done.stderr
-    words = f"data inspect {tmp_path}/out --sheet {tmp_path}/sheet.png --workers 1".split()
-    done = python(COMMAND, *words)
-    assert done.returncode == 0 and done.stdout.endswith("loaded\n"), done.stderr
+    done = python(COMMANDS, *fine, *wrong)
+    assert done.stdout.splitlines() == ["0"] * len(fine) + ["2"] * len(wrong), done.stderr
 
 
 def test_the_package_imports_what_is_used():
