@@ -127,13 +127,6 @@ def test_a_logger_that_is_not_installed(pairs, tmp_path, monkeypatch, spec):
             train(pairs, tmp_path, "--report-to", value)
 
 
-def test_an_abbreviated_flag_is_that_flag(tmp_path):
-    """As argparse has it: taken as the whole flag, never accepted and ignored."""
-    (tmp_path / "recipe.yaml").write_text("loss: otter\nsinkhorn-lambda: 0.3\n", encoding="utf-8")
-    args = parse(f"--conf={tmp_path / 'recipe.yaml'}", "--sinkhorn-i", "9")
-    assert (args.loss, args.sinkhorn_lambda, args.sinkhorn_iter) == ("otter", 0.3, 9)
-
-
 def test_coefficients_are_the_losss_own_by_default():
     for loss, coef in (("kd", 0.0), ("otter", 1.0)):
         args = parse("--loss", loss)

@@ -65,54 +65,45 @@ def check_end(whole, folder):
     assert_same(load(whole / "epoch_3.pt"), load(folder / "epoch_3.pt"))
 
 
-def test_sigterm_between_two_steps(pairs, tmp_path, whole, caplog):
-    before = signal.getsignal(signal.SIGTERM)
-    with at_step(STEPS + 1, terminate) as steps, pytest.raises(SystemExit) as stop:
-        train(pairs, tmp_path, *LINE)
-    assert stop.value.code == 143
-    assert len(steps) == STEPS + 1  # that one was finished, and no other begun
-    folder = tmp_path / "run" / "checkpoints"
-    assert [path.name for path in folder.iterdir()] == ["epoch_1.pt"]
-    assert "what epoch 1 had done is lost" in caplog.text
-    assert f"--resume latest goes on from {folder / 'epoch_1.pt'}" in caplog.text
-    assert signal.getsignal(signal.SIGTERM) is before
-    train(pairs, tmp_path, *LINE, *LATEST)
-    check_end(whole, folder)
-
-
-@pytest.mark.parametrize("frequency", ["0", "1"])
-def test_sigterm_in_the_last_step_of_an_epoch(pairs, tmp_path, whole, caplog, frequency):
-    """The epoch is whole, and in a checkpoint even if the run would not have made one."""
-    line = [*LINE, "--save-frequency", frequency]
-    with at_step(STEPS, terminate), pytest.raises(SystemExit) as stop:
+@pytest.mark.parametrize(
+    ("step", "frequency", "said"),
+    [
+        (STEPS + 1, "1", "what epoch 1 had done is lost"),
+        (STEPS, "0", "1 epochs are whole"),
+        (STEPS, "1", "1 epochs are whole"),
+    ],
+)
+def test_sigterm(pairs, tmp_path, whole, caplog, step, frequency, said):
+    """A whole epoch is in a checkpoint even if the run would not have made one."""
+    before, line = signal.getsignal(signal.SIGTERM), [*LINE, "--save-frequency", frequency]
+    with at_step(step, terminate) as steps, pytest.raises(SystemExit) as stop:
         train(pairs, tmp_path, *line)
     assert stop.value.code == 143
+    assert len(steps) == step  # that one was finished, and no other begun
     folder = tmp_path / "run" / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["epoch_1.pt"]
-    said = f"1 epochs are whole; the same command with --resume latest goes on from {folder}"
-    assert said in caplog.text
+    assert said in caplog.text and f"goes on from {folder}" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is before
     train(pairs, tmp_path, *line, *LATEST)
     check_end(whole, folder)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(pairs, tmp_path, whole, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(pairs, tmp_path, whole):
     """torch itself loads one with flipped bytes."""
     folder = copied(whole, tmp_path, 1, 2)
     bad = folder / "epoch_2.pt"
     content = bytearray(bad.read_bytes())
     content[len(content) // 2] ^= 1
-    bad.write_bytes(content if damage == "flip" else content[:-5000])
-    if damage == "flip":
-        torch.load(bad, weights_only=True)
-    with pytest.raises(SystemExit) as stop:
-        train(pairs, tmp_path, *LINE, *LATEST)
-    assert f"{bad} cannot be read as a checkpoint" in stop.value.code
-    assert f"beside it {folder / 'epoch_1.pt'} (epoch 1) is whole" in stop.value.code
-    if damage == "flip":
-        bad.rename(tmp_path / "damaged")
-        train(pairs, tmp_path, *LINE, *LATEST)
-        check_end(whole, folder)
+    for damaged in (content[:-5000], content):
+        bad.write_bytes(damaged)
+        with pytest.raises(SystemExit) as stop:
+            train(pairs, tmp_path, *LINE, *LATEST)
+        assert f"{bad} cannot be read as a checkpoint" in stop.value.code
+        assert f"beside it {folder / 'epoch_1.pt'} (epoch 1) is whole" in stop.value.code
+    torch.load(bad, weights_only=True)
+    bad.rename(tmp_path / "damaged")
+    train(pairs, tmp_path, *LINE, *LATEST)
+    check_end(whole, folder)
 
 
 @pytest.mark.parametrize("flags", [[], ["--save-most-recent"]])

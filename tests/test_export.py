@@ -26,15 +26,6 @@ def run(pairs, tmp_path_factory):
     return logs / "run"
 
 
-def source_model(state):
-    config = {**MODELS["tiny-vit"]}
-    config["vision_cfg"] = config["vision_cfg"] | {"image_size": 24}
-    config["text_cfg"] = config["text_cfg"] | {"context_length": 7}
-    model = open_clip.CLIP(**config)
-    model.load_state_dict(state)
-    return model.eval()
-
-
 @pytest.mark.parametrize("weights", ["student", "teacher"])
 def test_features_preprocessing_and_tokens_are_the_runs(run, tmp_path, weights):
     checkpoint = load(run / "checkpoints" / "epoch_1.pt")
@@ -44,12 +35,14 @@ def test_features_preprocessing_and_tokens_are_the_runs(run, tmp_path, weights):
     tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
     images, texts = torch.randn(3, 3, 24, 24), tokenizer(["a red circle", "b", "c"])
     assert texts.shape == (3, 7)
+    source = open_clip.create_model("tiny-vit", force_image_size=24, force_context_length=7)
+    source.load_state_dict(state)
     with torch.no_grad():
-        found, expected = model.eval()(images, texts), source_model(state)(images, texts)
+        found, expected = model.eval()(images, texts), source.eval()(images, texts)
     assert all(map(torch.equal, found, expected))
-    assert list(model.visual.preprocess_cfg["mean"]) == [0.1, 0.2, 0.3]
-    assert model.visual.preprocess_cfg["interpolation"] == "bilinear"
-    assert model.visual.preprocess_cfg["resize_mode"] == "squash"
+    config = model.visual.preprocess_cfg
+    assert list(config["mean"]) == [0.1, 0.2, 0.3]
+    assert (config["interpolation"], config["resize_mode"]) == ("bilinear", "squash")
     assert preprocess.transforms[0].size == (24, 24)
     student = checkpoint["state_dict"]["text_projection"]
     assert torch.equal(model.text_projection, student) == (weights == "student")

@@ -75,12 +75,13 @@ def record(out):
 
 def features(cache):
     """Image and text features of all pairs."""
-    sides = []
-    for kind in ("image", "text"):
-        (folder,) = cache.glob(f"{kind}-*")
-        files = sorted(folder.glob("*.npy"))
-        sides.append(np.concatenate([np.load(file)[:, 0] for file in files]).astype(np.float32))
-    return sides
+    return [joined(next(cache.glob(f"{kind}-*"))) for kind in ("image", "text")]
+
+
+def joined(folder):
+    """One array of a folder's files."""
+    rows = [np.load(file)[:, 0] for file in sorted(folder.glob("*.npy"))]
+    return np.concatenate(rows).astype(np.float32)
 
 
 def test_stock_open_clip_gives_what_was_fitted(fitted, data):
@@ -121,11 +122,13 @@ def test_wrong_pairs_are_listed_with_captions_that_fit_better(fitted, data):
     assert sum((row < 0.5).sum() for row in rows) == len(keys)
 
 
-def test_two_ranks_write_what_one_does(fitted, model, data, tmp_path):
-    """Also without features: each makes those of its shards."""
-    words = ["fit", tmp_path / "out", "--model", f"local-dir:{model}", "--workers", "0"]
-    ranks(2, "-m", "otter_openclip.cli", *words, "--train-data", shards_of(data))
-    one, two = record(fitted[0]), record(tmp_path / "out")
+@pytest.mark.parametrize("shards", ["{00000..00002}.tar", "00001.tar"])
+def test_two_ranks_write_what_one_does(model, data, tmp_path, shards):
+    """Also without features: each makes those of its shards; and where the second has none."""
+    words = f"--model local-dir:{model} --train-data {data}/{shards} --transport-pairs".split()
+    assert cli.main(["fit", str(tmp_path / "one"), *words, "--workers", "0"]) == 0
+    ranks(2, "-m", "otter_openclip.cli", "fit", tmp_path / "two", *words, "--workers", "0")
+    one, two = record(tmp_path / "one"), record(tmp_path / "two")
     assert two["wrong_share"] == pytest.approx(one["wrong_share"])
     assert [p["key"] for p in two["wrong"]] == [p["key"] for p in one["wrong"]]
     assert two["correlations"] == pytest.approx(one["correlations"], abs=1e-5)
@@ -199,8 +202,7 @@ def test_weights_multiply_the_contrastive_term(fitted, data, tmp_path, cached, a
 def test_weights_are_those_of_the_pairs(fitted, data, tmp_path, monkeypatch):
     """Live and kept, each pair's text comes with its own weight; no caption comes twice."""
     out, cache = fitted
-    rows = [np.load(file).ravel() for file in sorted((out / "pair_weights").glob("*.npy"))]
-    every = np.concatenate(rows)
+    every = joined(out / "pair_weights").ravel()
     assert every.std() > 0.2
     captions = [f["txt"].decode() for f in samples(*sorted(data.glob("*.tar"))).values()]
     tokens = open_clip.get_tokenizer(f"local-dir:{out}")(captions).float()
@@ -219,13 +221,10 @@ def test_weights_are_those_of_the_pairs(fitted, data, tmp_path, monkeypatch):
         seen.clear()
         train(data, tmp_path, *words, *more, "--name", name)
         texts, weights = (torch.cat(column).float() for column in zip(*seen, strict=True))
-        if name == "live":
-            known = tokens
-        else:
+        if name == "kept":
             newest = max(cache.glob("text-*"), key=lambda folder: folder.stat().st_mtime_ns)
-            files = sorted(newest.glob("*.npy"))
-            known = torch.from_numpy(np.concatenate([np.load(f)[:, 0] for f in files])).float()
-        distances = torch.cdist(texts, known)
+            tokens = torch.from_numpy(joined(newest))
+        distances = torch.cdist(texts, tokens)
         nearest = distances.argmin(dim=1)
         assert len(nearest.unique()) > 250 and distances.amin(dim=1).max() < 1e-3
         np.testing.assert_allclose(weights.numpy(), every[nearest.numpy()], atol=2e-6)
@@ -255,24 +254,21 @@ def test_val_unpaired_and_a_text_mean_that_stays(model, data, labelled, tmp_path
     captions = tmp_path / "captions.txt"
     lines = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
     captions.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
-    out = fit_folder(
-        tmp_path / "out",
-        model=str(model),
-        train_data=shards_of(data),
-        feature_cache=fitted[1],
-        val=str(labelled),
-        unpaired_images=str(data / "00001.tar"),
-        unpaired_captions=str(captions),
-        keep_text_mean=True,
-        embed_dim=4,
-        workers=0,
-    )
+    more = {"unpaired_images": str(data / "00001.tar"), "unpaired_captions": str(captions)}
+    more |= {"val": str(labelled), "keep_text_mean": True, "embed_dim": 4}
+    out = fit(tmp_path, model, data, fitted, **more)
     said = record(out)
     assert said["embed_dim"] == 4 and 0 < said["val"]["mean_average_precision"] <= 1
     loaded = open_clip.create_model(f"local-dir:{out}")
     before = open_clip.create_model(f"local-dir:{model}")
     norms = [m.text.transformer.encoder.layer[-1].output.LayerNorm.bias for m in (loaded, before)]
     assert torch.equal(*norms)
+
+
+def fit(folder, towers, data, fitted, **changes):
+    """The folder that the function writes, from what ``fitted`` kept."""
+    arguments = {"model": str(towers), "train_data": shards_of(data), "feature_cache": fitted[1]}
+    return fit_folder(folder / "out", **{**arguments, "workers": 0, **changes})
 
 
 REFUSED = {
@@ -295,9 +291,8 @@ def test_what_cannot_be_fitted(case, model, data, tmp_path, fitted):
     (tmp_path / "empty").write_text("\n", encoding="utf-8")
     places = {"data": data, "none": tmp_path / "empty"}
     change = {k: v.format(**places) if isinstance(v, str) else v for k, v in change.items()}
-    arguments = {"model": str(model), "train_data": shards_of(data), "feature_cache": fitted[1]}
     with pytest.raises((ValueError, OSError), match=said):
-        fit_folder(tmp_path / "out", **{**arguments, "workers": 0, **change})
+        fit(tmp_path, model, data, fitted, **change)
     assert not (tmp_path / "out").exists()
 
 
@@ -308,16 +303,14 @@ def test_a_damaged_labelled_picture_is_named(model, data, labelled, tmp_path, fi
     last = max(files)
     files[last]["png"] = files[last]["png"][:-60]
     write_tar(shard, {f"{key}.{s}": c for key, f in files.items() for s, c in f.items()})
-    arguments = {"model": str(model), "train_data": shards_of(data), "feature_cache": fitted[1]}
     with pytest.raises(ValueError, match=rf"0\.tar(, sample {len(files) - 1}:|: sample {last})"):
-        fit_folder(tmp_path / "out", **arguments, val=str(tmp_path / "bad"), workers=0)
+        fit(tmp_path, model, data, fitted, val=str(tmp_path / "bad"))
 
 
 def test_a_tower_that_cannot_take_the_mean_off(model, data, tmp_path, fitted, monkeypatch):
     monkeypatch.setattr(fitting_run, "takes_off_a_mean", lambda *_: False)
-    arguments = {"model": str(model), "train_data": shards_of(data), "feature_cache": fitted[1]}
     with pytest.raises(ValueError, match="pass --keep-text-mean"):
-        fit_folder(tmp_path / "out", **arguments)
+        fit(tmp_path, model, data, fitted)
 
 
 def test_which_towers_take_a_mean_off(model):

@@ -12,7 +12,6 @@ from timm.layers import BatchNormAct2d
 from training_helpers import load, train
 
 from otter_openclip.frozen.prefix import find_prefixes, install
-from otter_openclip.model_folders.export import export_checkpoint
 from otter_openclip.training.student_with_teacher import MovingAverage, StudentWithTeacher, Teacher
 
 FREEZE = ["--lock-image", "--lock-image-freeze-bn-stats"]
@@ -42,23 +41,12 @@ def test_a_frozen_tower_is_the_pretrained_one(pairs, tmp_path, model, loss, accu
     torch.save(start.state_dict(), tmp_path / "start.pt")
     extra = ["--loss", loss, "--model", model, "--pretrained", str(tmp_path / "start.pt")]
     path = train(pairs, tmp_path, *extra, *FREEZE, *accum, "--epochs", "1")
-    state = load(path / "epoch_1.pt")["state_dict"]
-    before = start.state_dict()
+    state, before = load(path / "epoch_1.pt")["state_dict"], start.state_dict()
     assert state.keys() == before.keys()
+    assert any("num_batches_tracked" in key for key in state)
     prefix = "visual.trunk." if model == "tiny-effnet" else "visual."
-    trunk = [key for key in state if key.startswith(prefix)]
-    assert any("num_batches_tracked" in key for key in trunk)
-    assert all(torch.equal(state[key], before[key]) for key in trunk)
     changed = [key for key in state if not torch.equal(state[key], before[key])]
-    assert changed
-
-    out = export_checkpoint(tmp_path / "run", tmp_path / "out")
-    exported = open_clip.create_model(f"local-dir:{out}").eval()
-    images = torch.randn(2, 3, 32, 32)
-    towers = (start.eval().visual, exported.visual)
-    with torch.no_grad():
-        one, other = (getattr(tower, "trunk", tower)(images) for tower in towers)
-    assert torch.equal(one, other)
+    assert changed and not any(key.startswith(prefix) for key in changed)
 
 
 @pytest.mark.parametrize(("loss", "words"), [("otter", FREEZE), ("infonce", ["--lock-image"])])

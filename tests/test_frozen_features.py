@@ -10,6 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import text_folder
 from data_helpers import samples, write_tar
 from open_clip_train.train import AverageMeter
 from training_helpers import load, train
@@ -33,12 +34,8 @@ def model(hf_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("still")
     config = open_clip.get_model_config(hf_model)
     config["vision_cfg"]["timm_drop"] = 0.0
-    tower = folder / "tower"
-    shutil.copytree(config["text_cfg"]["hf_model_name"], tower)
-    bert = json.loads((tower / "config.json").read_text(encoding="utf-8"))
-    bert |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (tower / "config.json").write_text(json.dumps(bert), encoding="utf-8")
-    config["text_cfg"] |= {"hf_model_name": str(tower), "hf_tokenizer_name": str(tower)}
+    tower = str(text_folder(folder / "tower", dropout=0.0))
+    config["text_cfg"] |= {"hf_model_name": tower, "hf_tokenizer_name": tower}
     (folder / "tiny-still.json").write_text(json.dumps(config), encoding="utf-8")
     open_clip.add_model_config(folder)
     return "tiny-still"
@@ -171,19 +168,27 @@ def test_features_are_mapped_and_not_in_memory(tmp_path):
     assert isinstance(files.read(str(shard)), np.memmap)
 
 
-def test_a_killed_run_goes_on_with_the_next_shard(cached, tmp_path, monkeypatch, losses):
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("fault", "end", "said"),
+    [(KeyboardInterrupt(), KeyboardInterrupt, ""), (OSError(28, FULL), SystemExit, FULL)],
+)
+def test_a_run_that_ended_goes_on(cached, tmp_path, monkeypatch, losses, fault, end, said):
+    """By a kill or a full disk, with the next shard."""
     cached("whole")
     shutil.rmtree(tmp_path / "cache")
     stock, calls = FeatureFiles.write, []
 
-    def die(self, shard, rows):
+    def fail(self, shard, rows):
         calls.append(shard)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            raise fault
         stock(self, shard, rows)
 
-    monkeypatch.setattr(FeatureFiles, "write", die)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(FeatureFiles, "write", fail)
+    with pytest.raises(end, match=said):
         cached("killed", "--workers", "0")
     monkeypatch.setattr(FeatureFiles, "write", stock)
     assert cached("again")[1] == {"image": 1, "text": 2}
@@ -310,15 +315,6 @@ def test_float16_where_it_is_near_enough():
     for wide in (rows * 1e6, rows * 1e-7, rows[:, :, :8]):  # beyond its range, below it, too few
         same, said = in_half(wide)
         assert same is wide and said.startswith("float32: in float16")
-
-
-def test_a_full_disk_is_one_line(cached, monkeypatch):
-    def write(self, shard, rows):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(FeatureFiles, "write", write)
-    with pytest.raises(SystemExit, match="No space left on device"):
-        cached("full", "--workers", "0")
 
 
 def test_shards_that_cannot_be_told_apart_are_refused(cached, pairs, tmp_path):

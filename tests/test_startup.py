@@ -91,6 +91,15 @@ def test_sinkhorn_is_the_function_whatever_is_imported_first(first):
     assert "transport" not in first or done.stdout.startswith("module ")
 
 
+KNOWN = """
+import sys, open_clip, inspect, otter_openclip.model_configs
+assert 'otter-tiny-trial' in open_clip.list_models()
+assert open_clip.factory._MODEL_CONFIG_PATHS.count(otter_openclip.model_configs.FOLDER) == 1
+assert not [finder for finder in sys.meta_path if 'otter' in type(finder).__module__]
+print(inspect.getsource(open_clip)[:4])
+"""
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -104,15 +113,7 @@ def test_sinkhorn_is_the_function_whatever_is_imported_first(first):
     ],
 )
 def test_open_clip_knows_our_models(code):
-    done = forks.run(
-        "-c",
-        f"{code}\nimport sys, open_clip, inspect, otter_openclip.model_configs\n"
-        "assert 'otter-tiny-trial' in open_clip.list_models()\n"
-        "paths = open_clip.factory._MODEL_CONFIG_PATHS\n"
-        "assert paths.count(otter_openclip.model_configs.FOLDER) == 1, paths\n"
-        "assert not [f for f in sys.meta_path if 'otter' in type(f).__module__]\n"
-        "print(inspect.getsource(open_clip)[:4])",
-    )
+    done = forks.run("-c", code + KNOWN)
     assert done.returncode == 0 and done.stdout == "from\n", done.stderr
 
 

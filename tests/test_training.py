@@ -39,6 +39,8 @@ FROZEN = "--model HF --lock-image --lock-text --lock-text-freeze-layer-norm"
         "--loss infonce",
         "--loss otter --accum-freq 2 --batch-size 6 --opt timm/momentum --momentum 0.9 --wd 0",
         "--loss otter --precision pure_bf16",
+        "--loss otter --model tiny-vit --distill-model tiny-rn --distill-pretrained T ",
+        "--loss kd --accum-freq 2 --distill-model tiny-rn --distill-pretrained T ",
         f"--loss otter {FROZEN} --accum-freq 2 --batch-size 6",
         f"--loss otter {FROZEN} --precision amp_bf16 --teacher-mode eval",
         f"--loss otter {FROZEN} --feature-cache F --precision amp_bf16",
@@ -46,10 +48,10 @@ FROZEN = "--model HF --lock-image --lock-text --lock-text-freeze-layer-norm"
         f"--loss otter {FROZEN} --feature-cache F --feature-dropout 0.5 --accum-freq 2",
     ],
 )
-def test_resume_is_exact(pairs, tmp_path, words, hf_model):
+def test_resume_is_exact(pairs, tmp_path, words, hf_model, begun):
     csv = "--csv" in words
     words = words.replace("--csv", "").replace(" HF ", f" {hf_model} ")
-    words = words.replace(" F ", f" {tmp_path}/features ").split()
+    words = words.replace(" F ", f" {tmp_path}/features ").replace(" T ", f" {begun} ").split()
     whole = train(pairs, tmp_path / "whole", *words, csv=csv)
     torch.rand(7)  # what ran before must not matter
     words += ["--resume", str(whole / "epoch_1.pt")]
@@ -117,7 +119,7 @@ def begun(pairs, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("prefix", "bare"), [("module.", True), ("_orig_mod.module.", False)])
-def test_resuming_weights_that_were_saved_in_a_wrapper(pairs, tmp_path, begun, prefix, bare):
+def test_resuming_weights_saved_in_a_wrapper(pairs, tmp_path, caplog, begun, prefix, bare):
     checkpoint = load(begun)
     state = {prefix + key: value for key, value in checkpoint["state_dict"].items()}
     torch.save(state if bare else checkpoint | {"state_dict": state}, tmp_path / "start.pt")
@@ -125,6 +127,8 @@ def test_resuming_weights_that_were_saved_in_a_wrapper(pairs, tmp_path, begun, p
     found = load(train(pairs, tmp_path, *words) / "epoch_2.pt")["state_dict"]
     expected = checkpoint["state_dict"]["text_projection"]
     torch.testing.assert_close(found["text_projection"], expected)
+    train(pairs, tmp_path, *words[:-1], str(begun), "--epochs", "1", "--name", "done")
+    assert "has seen 1 of --epochs 1: nothing is left to train" in caplog.text
 
 
 @pytest.mark.parametrize("saved", ["", "module."])
@@ -134,12 +138,6 @@ def test_weights_of_any_number_of_processes_are_resumed_by_several(saved):
     state = {saved + key: value for key, value in model.state_dict().items()}
     found = resume._fitted(args, {"epoch": 1, "state_dict": state})
     assert found["state_dict"].keys() == {"module.weight", "module.bias"}
-
-
-def test_a_run_that_is_done_says_so(pairs, tmp_path, begun, caplog):
-    words = ["--loss", "otter", "--lock-image", "--epochs", "1", "--resume", str(begun)]
-    train(pairs, tmp_path, *words)
-    assert "has seen 1 of --epochs 1: nothing is left to train" in caplog.text
 
 
 def test_warmup_is_a_tenth_of_the_run_unless_told(pairs, tmp_path, caplog, monkeypatch):
@@ -235,17 +233,15 @@ def test_the_update_is_the_losss_gradient(pairs, tmp_path, monkeypatch):
         return stock(model, data, *rest, **kwargs)
 
     monkeypatch.setattr(launcher, "_stock_train_one_epoch", record)
-    lr = 0.1
-    sgd = ["--opt", "timm/momentum", "--momentum", "0", "--wd", "0", "--lr", str(lr)]
-    sizes = ["--epochs", "1", "--train-num-samples", "12", "--warmup", "0", "--workers", "0"]
-    words = ["--loss", "otter", "--model", "tiny-vit", "--alpha", "0.3", *sgd, *sizes]
+    words = "--loss otter --model tiny-vit --alpha 0.3 --opt timm/momentum --momentum 0".split()
+    words += "--wd 0 --lr 0.1 --epochs 1 --train-num-samples 12 --warmup 0".split()
     checkpoint = load(train(pairs, tmp_path, *words) / "epoch_1.pt")
 
     student, (images, texts) = record.student.train(), batches[0]
     with torch.no_grad():
         targets = {f"dist_{k}": v for k, v in student(images, texts).items() if "features" in k}
     loss = OtterLoss(alpha=0.3)
-    optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=lr)
+    optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.1)
     before = copy.deepcopy(student.state_dict())
     sum(loss(**student(images, texts), **targets, output_dict=True).values()).backward()
     optimizer.step()
@@ -263,9 +259,8 @@ def test_the_update_is_the_losss_gradient(pairs, tmp_path, monkeypatch):
 @pytest.mark.parametrize("loss", ["ls", "otter"])
 def test_accumulation_is_the_whole_batch(pairs, tmp_path, loss):
     """Two micro-batches of 6 move the weights as one batch of 12 does, both scales included."""
-    sgd = ["--opt", "timm/momentum", "--momentum", "0.9", "--wd", "0", "--lr", "0.1"]
-    words = ["--loss", loss, *sgd, "--model", "tiny-vit", "--epochs", "1", "--workers", "0"]
-    words += ["--train-num-samples", "36"]
+    words = f"--loss {loss} --model tiny-vit --epochs 1 --train-num-samples 36 --lr 0.1".split()
+    words += "--opt timm/momentum --momentum 0.9 --wd 0".split()
     one = train(pairs, tmp_path / "one", *words)
     two = train(pairs, tmp_path / "two", *words, "--batch-size", "6", "--accum-freq", "2")
     one, two = load(one / "epoch_1.pt"), load(two / "epoch_1.pt")
@@ -311,24 +306,6 @@ def test_torchcompile(pairs, tmp_path, monkeypatch, backend):
     for key, value in plain["state_dict"].items():
         torch.testing.assert_close(compiled["state_dict"][key], value, rtol=1e-3, atol=1e-5)
     assert compiled["state_dict_ema"].keys() == plain["state_dict"].keys()
-
-
-@pytest.fixture(scope="module")
-def teacher(pairs, tmp_path_factory):
-    """A trained model's file."""
-    folder = tmp_path_factory.mktemp("teacher")
-    return train(pairs, folder, "--loss", "infonce", "--epochs", "1") / "epoch_1.pt"
-
-
-@pytest.mark.parametrize(("loss", "accum"), [("otter", []), ("kd", ["--accum-freq", "2"])])
-def test_fixed_teacher(pairs, tmp_path, teacher, loss, accum):
-    words = ["--loss", loss, "--model", "tiny-vit", *accum]
-    words += ["--distill-model", "tiny-rn", "--distill-pretrained", str(teacher)]
-    path = train(pairs, tmp_path, *words)
-    entry = load(path / "epoch_2.pt")["otter"]
-    assert "teacher" not in entry and entry["distill_logit_scale"] != 3.9
-    again = train(pairs, tmp_path / "again", *words, "--resume", str(path / "epoch_1.pt"))
-    assert_same(load(path / "epoch_2.pt"), load(again / "epoch_2.pt"))
 
 
 def test_what_is_logged(pairs, tmp_path):
