@@ -221,21 +221,16 @@ class Files(FeatureFiles):
         return self.folder / f"{shard}.npy"
 
 
-def shard_pairs(folder):
+def test_files_of_shards_are_arrays(tmp_path):
     images, texts, _ = made(500, noise=0.2)
     sides = []
     for name, side in (("image", images), ("text", texts)):
-        files = Files(folder / name)
+        files = Files(tmp_path / name)
         for number, part in enumerate(np.array_split(side[:, None], 3)):
             files.write(f"{number}", part)
         sides.append(files)
-    return ShardPairs(*sides, "012", device=torch.device("cpu"))
-
-
-def test_files_of_shards_are_arrays(tmp_path):
-    images, texts, _ = made(500, noise=0.2)
-    fit = course.Fit(shard_pairs(tmp_path), course.Options())
-    heads, statistics = fit.run()
+    pairs = ShardPairs(*sides, "012", device=torch.device("cpu"))
+    heads, statistics = course.Fit(pairs, course.Options()).run()
     model, _, of_arrays = fit_heads(images, texts)
     assert statistics.setting == of_arrays.setting
     found, expected = heads.images(torch.tensor(images)), torch.tensor(model.transform(images))
