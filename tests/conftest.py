@@ -21,6 +21,7 @@ from data_helpers import write_tar
 from PIL import Image, ImageDraw
 
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+WIDTHS = {"width": 16, "head_width": 8}
 MODELS = {
     "tiny-rn": {
         "embed_dim": 16,
@@ -29,13 +30,7 @@ MODELS = {
     },
     "tiny-vit": {
         "embed_dim": 16,
-        "vision_cfg": {
-            "image_size": 32,
-            "layers": 2,
-            "width": 16,
-            "head_width": 8,
-            "patch_size": 8,
-        },
+        "vision_cfg": {"image_size": 32, "layers": 2, "patch_size": 8} | WIDTHS,
         "text_cfg": TEXT | {"layers": 2},
     },
     "tiny-timm": {
@@ -111,9 +106,8 @@ def write_set(
         write_tar(folder / "test" / f"{number}.tar", files)
     (folder / "test" / "nshards.txt").write_text(f"{len(shards)}\n", encoding="utf-8")
     (folder / "classnames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
-    (folder / "zeroshot_classification_templates.txt").write_text(
-        "\n".join(templates), encoding="utf-8"
-    )
+    file = folder / "zeroshot_classification_templates.txt"
+    file.write_text("\n".join(templates), encoding="utf-8")
     (folder / "dataset_type.txt").write_text(kind, encoding="utf-8")
     return folder
 
@@ -125,19 +119,16 @@ def text_folder(
     words: Sequence[str] = CLASSES,
     positions: int = 12,
     pooler: bool = False,
+    dropout: float = 0.1,
 ) -> Path:
     """A BERT with random weights and its tokenizer of whole ``words``, as transformers saves them."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=positions,
-    )
+    sizes = {"vocab_size": len(vocabulary), "hidden_size": width, "intermediate_size": 16}
+    sizes |= {"num_hidden_layers": layers, "num_attention_heads": 2}
+    sizes |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config = BertConfig(**sizes, max_position_embeddings=positions)
     BertModel(config, add_pooling_layer=pooler).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
@@ -156,9 +147,8 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> str:
         "hf_pooler_type": "mean_pooler",
         "context_length": 8,
     }
-    (folder / "tiny-hf.json").write_text(
-        json.dumps(MODELS["tiny-timm"] | {"text_cfg": text}), encoding="utf-8"
-    )
+    config = json.dumps(MODELS["tiny-timm"] | {"text_cfg": text})
+    (folder / "tiny-hf.json").write_text(config, encoding="utf-8")
     open_clip.add_model_config(folder / "tiny-hf.json")
     return "tiny-hf"
 

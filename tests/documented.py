@@ -30,11 +30,8 @@ OURS_IN_STOCK = {"goi", "imagenet10k", "zeroshot_multilabel"}  # of a patched cl
 
 def blocks(page: Path, *languages: str) -> list[str]:
     """Contents of the page's fences of these languages."""
-    return [
-        body
-        for language, body in FENCE.findall(page.read_text(encoding="utf-8"))
-        if language in languages
-    ]
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [body for language, body in found if language in languages]
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -68,9 +65,8 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
         module = ["python", "-m", args.training_script, *args.training_script_args]
         return parse(module, monkeypatch)
     if program == "make":
-        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M), (
-            words
-        )
+        targets = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert re.search(rf"^{words[0]}:", targets, re.M), words
     elif program == "pip":
         _check_install(words)
     elif program == "python":
@@ -122,9 +118,7 @@ def _ours(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
     name = words[0]
     with monkeypatch.context() as patch:
         if name == "train":
-            patch.setattr(
-                flags, "check_webdataset", lambda folder, flag: None
-            )  # of --zeroshot-data
+            patch.setattr(flags, "check_webdataset", lambda *_, **__: None)  # of --zeroshot-data
             training_helpers.parse_args(*words[1:])
         elif name == "eval":
             _exit_0(evaluator._get_parser_args, ["otter-openclip", *words], patch)

@@ -150,13 +150,9 @@ def become(request: dict[str, Any], *files: Any) -> None:
     for descriptor, source in enumerate((nothing, *(file.fileno() for file in files))):
         os.dup2(source, descriptor)
     # Not the parent's: those of pipes are block-buffered and hold its text.
-    sys.stdin, sys.stdout = (
-        open(0, encoding="utf-8", closefd=False),
-        open(1, "w", encoding="utf-8", closefd=False),
-    )
-    sys.stderr = open(
-        2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
-    )
+    kept = {"encoding": "utf-8", "closefd": False}
+    sys.stdin, sys.stdout = open(0, **kept), open(1, "w", **kept)
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", **kept)
     os.environ.update({"PYTHONPATH": os.pathsep.join(request["path"]), **request["env"]})
     os.chdir(request["cwd"])
     sys.path[:1] = ["", *request["path"]]  # instead of this file's folder

@@ -51,14 +51,8 @@ def features(count, width=8, seed=0, spread=1.0):
     """Four float64 (count, width) feature sets of unit norm, around a common direction."""
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(width, generator=generator, dtype=torch.float64)
-    return [
-        F.normalize(
-            common * (1 - spread)
-            + spread * torch.randn(count, width, generator=generator, dtype=torch.float64),
-            dim=1,
-        )
-        for _ in range(4)
-    ]
+    own = [torch.randn(count, width, generator=generator, dtype=torch.float64) for _ in range(4)]
+    return [F.normalize(common * (1 - spread) + spread * each, dim=1) for each in own]
 
 
 def run(loss, inputs, log_scales=(2.5, 3.5), weights=(1.0, 2.0)):

@@ -35,6 +35,18 @@ WRONG_LINES = {
     "--loss ls --distill-model a --distill-pretrained b": "has no teacher",
     "--loss kd --distill-model a": "must be given together",
     "--loss kd --distill-model a --distill-pretrained b --ema-decay 0": "replaces; drop one",
+    "--loss otter --init fit": "--init fit needs what towers give for all pairs",
+    "--loss otter --pair-weights f --train-data t.csv": "takes --train-data in webdataset shards",
+    "--loss clip --pair-weights f": "--pair-weights has no meaning with --loss clip",
+    # What needs frozen towers, or all data beforehand.
+    "--loss otter --feature-cache f": "none is: add --lock-image, --lock-text or both",
+    "--loss otter --feature-dropout 0.5": "none is: add --lock-image, --lock-text or both",
+    "--feature-cache f --lock-image --aug-cfg scale=(0.5,1.0)": "without augmentation; drop one",
+    "--feature-cache f --lock-image --dataset-type synthetic": "otter-openclip data csv makes them",
+    "--feature-cache f --lock-image --train-data t.csv": "otter-openclip data csv makes them",
+    "--loss kd --feature-cache f --lock-image --distill-model RN50 --distill-pretrained x": (
+        "does not go with --distill-model"
+    ),
     # What open_clip says after the features are encoded.
     "--lr-scheduler linear": "linear is none of cosine, const and const-cooldown",
     "--loss otter --lr-scheduler const-cooldown": "needs --epochs-cooldown N",
@@ -113,13 +125,6 @@ def test_a_logger_that_is_not_installed(pairs, tmp_path, monkeypatch, spec):
         said = f"error: --report-to {value}: wandb is not installed; pip install wandb, or drop it"
         with pytest.raises(SystemExit, match=said):
             train(pairs, tmp_path, "--report-to", value)
-
-
-def test_an_abbreviated_flag_is_that_flag(tmp_path):
-    """As argparse has it: taken as the whole flag, never accepted and ignored."""
-    (tmp_path / "recipe.yaml").write_text("loss: otter\nsinkhorn-lambda: 0.3\n", encoding="utf-8")
-    args = parse(f"--conf={tmp_path / 'recipe.yaml'}", "--sinkhorn-i", "9")
-    assert (args.loss, args.sinkhorn_lambda, args.sinkhorn_iter) == ("otter", 0.3, 9)
 
 
 def test_coefficients_are_the_losss_own_by_default():

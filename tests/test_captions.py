@@ -13,23 +13,16 @@ from otter_openclip import cli
 from otter_openclip.captions import cut_alike
 from otter_openclip.shards import read
 
-LONG = (
-    "red green blue black orange purple circle square "  # as long as the tests' context, and longer
-)
+# As long as the tests' context, and longer.
+LONG = "red green blue black orange purple circle square "
 CUT = "are equal to another once they are cut off at the context's 8 tokens"
 
 
 @pytest.mark.parametrize("model", ["tiny-rn", "HF"])
 def test_those_that_differ_behind_the_cut_are_counted(hf_model, model):
     tokenizer = open_clip.get_tokenizer(model.replace("HF", hf_model))
-    texts = [
-        f"{LONG}line",
-        f"{LONG}circle",
-        f"{LONG}line",
-        "line",
-        "Line",
-        LONG.replace("red", "blue"),
-    ]
+    texts = [f"{LONG}line", f"{LONG}circle", f"{LONG}line", "line", "Line"]
+    texts.append(LONG.replace("red", "blue"))
     remark = cut_alike("captions", texts, tokenizer)
     assert remark.startswith(f"2 of 5 different captions {CUT}") and "'red green blue" in remark
     for apart in ([], texts[1:2] * 2, texts[3:], ["", "a"]):
@@ -53,20 +46,20 @@ def pairs_alike(folder, count=24):
 
 
 @pytest.mark.parametrize(
-    "words", ["0.tar", "t.csv --loss clip --precision fp32", "0.tar --feature-cache f"]
+    "words",
+    [
+        "0.tar",
+        "t.csv --loss clip --precision fp32",
+        "0.tar --feature-cache f --lock-image --model tiny-timm",
+    ],
 )
 def test_train_says_it_before_the_first_step(tmp_path, caplog, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     file, *words = words.split()
-    words = [
-        *words,
-        *(["--lock-image", "--model", "tiny-timm"] if "--feature-cache" in words else []),
-    ]
     data = ["--train-data", str(pairs_alike(tmp_path / "data") / file), "--workers", "0"]
     train(tmp_path, tmp_path / "logs", "--loss", "otter", *data, "--epochs", "1", *words)
-    assert caplog.text.index(f"22 of 24 different captions {CUT}") < caplog.text.index(
-        "Train Epoch"
-    )
+    said = f"22 of 24 different captions {CUT}"
+    assert caplog.text.index(said) < caplog.text.index("Train Epoch")
     assert caplog.text.count(CUT) == 1
 
 
@@ -81,9 +74,8 @@ def test_each_folders_first_captions_are_looked_at(tmp_path, monkeypatch):
 
 def test_class_names(pairs, labelled, tmp_path, caplog, capsys):
     folder = shutil.copytree(labelled, tmp_path / "set")
-    (folder / "classnames.txt").write_text(
-        "\n".join(LONG + name for name in CLASSES), encoding="utf-8"
-    )
+    names = "\n".join(LONG + name for name in CLASSES)
+    (folder / "classnames.txt").write_text(names, encoding="utf-8")
     words = ["--loss", "otter", "--zeroshot-data", str(labelled), str(folder), "--epochs", "1"]
     checkpoints = train(pairs, tmp_path, *words)
     said = f"9 of 9 different classes of {folder} {CUT}"

@@ -53,15 +53,22 @@ def results(out):
     return json.loads((out / "results.json").read_text(encoding="utf-8"))
 
 
+def trials(name, storage):
+    """Of one of a comparison's studies."""
+    if "://" not in (storage := str(storage)):
+        backend = optuna.storages.journal.JournalFileBackend(storage)
+        storage = optuna.storages.JournalStorage(backend)
+    return optuna.load_study(storage=storage, study_name=f"otter-openclip compare: {name}").trials
+
+
 def test_what_a_comparison_leaves(words, model, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert compare(out, words) == 0
     assert results(out)["verdict"] in capsys.readouterr().out
     rows = {row["method"]: row for row in results(out)["rows"]}
     assert rows.keys() == {"infonce", "otter", "fit", "fit+otter"}
-    assert [row["choosing"] for row in rows.values()] == sorted(
-        (row["choosing"] for row in rows.values()), reverse=True
-    )
+    choosing = [row["choosing"] for row in rows.values()]
+    assert choosing == sorted(choosing, reverse=True)
     assert all(row["seeds"] == 2 for row in rows.values()) and results(out)["pairs"] == 72
     for row in rows.values():
         assert len(row["course"]) == (1 if row["method"] == "fit" else trial.EVALUATIONS)
@@ -76,19 +83,14 @@ def test_what_a_comparison_leaves(words, model, tmp_path, monkeypatch, capsys):
     line += f" --num_workers 0 --dataset_root {folder} --output {tmp_path / 'eval.json'}"
     assert cli.main(line.split()) == 0
     metrics = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))["metrics"]
-    storage = optuna.storages.JournalStorage(
-        optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))
-    )
-    repeats = optuna.load_study(storage=storage, study_name="otter-openclip compare: seeds").trials
-    best = next(iter(rows))
+    repeat = rf"{re.escape(next(iter(rows)))}, trial \d+, seed 0"
     (first,) = (
-        t.user_attrs["outcome"]
-        for t in repeats
-        if re.fullmatch(rf"{re.escape(best)}, trial \d+, seed 0", t.user_attrs["repeat"])
+        trial.user_attrs["outcome"]
+        for trial in trials("seeds", out / "study.journal")
+        if re.fullmatch(repeat, trial.user_attrs["repeat"])
     )
-    assert first["metrics"][REPORTING]["mAP"] == pytest.approx(
-        metrics["mean_average_precision"], abs=1e-5
-    )
+    found = first["metrics"][REPORTING]["mAP"]
+    assert found == pytest.approx(metrics["mean_average_precision"], abs=1e-5)
     # All is there: nothing is trained but the model that is written.
     done = []
     monkeypatch.setattr(study, "run", lambda *args, **more: done.append(args))
@@ -125,18 +127,13 @@ def test_two_processes_share_a_study(words, tmp_path, storage):
         for name in ("one", "two")
     ]
     done = forks.together(commands, [{}, {}])
-    assert [each.returncode for each in done] == [0, 0], (
-        done[0].stderr[-2000:] + done[1].stderr[-2000:]
-    )
+    assert [each.returncode for each in done] == [0, 0], [each.stderr[-2000:] for each in done]
     one, two = (results(tmp_path / name) for name in ("one", "two"))
     assert one["rows"] == two["rows"]
-    if "://" not in storage:
-        backend = optuna.storages.journal.JournalFileBackend(storage)
-        storage = optuna.storages.JournalStorage(backend)
     for name in ("infonce", "otter", "fit+otter"):
-        joined = optuna.load_study(storage=storage, study_name=f"otter-openclip compare: {name}")
-        assert 3 <= len(joined.trials) <= 4  # both may begin a last one at the same moment
-        assert len({t.params["lr"] for t in joined.trials}) >= 3
+        joined = trials(name, storage)
+        assert 3 <= len(joined) <= 4  # both may begin a last one at the same moment
+        assert len({trial.params["lr"] for trial in joined}) >= 3
 
 
 def test_a_killed_one_goes_on(words, tmp_path, monkeypatch):
@@ -150,15 +147,13 @@ def test_a_killed_one_goes_on(words, tmp_path, monkeypatch):
         return stock(*args, **more)
 
     monkeypatch.setattr(study, "run", killed)
-    words = [*words[:-2], "otter", "--methods", "fit"]
-    words += ["--storage", f"sqlite:///{tmp_path}/study.db"]
+    storage = f"sqlite:///{tmp_path}/study.db"
+    words = [*words[:-2], "otter", "--methods", "fit", "--storage", storage]
     for _ in range(2):
         assert compare(out, words) == 130
     assert compare(out, words) == 0
     assert count == 2 + 2 + 3  # what was killed is done again, and nothing else
-    storage = f"sqlite:///{tmp_path}/study.db"
-    otter = optuna.load_study(storage=storage, study_name="otter-openclip compare: otter").trials
-    _, lost, again = otter
+    _, lost, again = trials("otter", storage)
     assert lost.params == again.params and lost.state.name == "RUNNING"
     assert {row["seeds"] for row in results(out)["rows"]} == {2}
 
@@ -181,23 +176,17 @@ def opened(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "run", quick)
     place = Place("model", "0.tar", {CHOOSING: tmp_path, REPORTING: tmp_path}, tmp_path)
 
-    def make(methods=("infonce", "ls", "kd", "otter"), trials=8, task=None):
+    def make(methods, trials=8):
         budget = {"trials": trials, "seeds": 3, "pairs": 999, "steps": (20, 600)}
-        made = study.Study(
-            str(tmp_path / "journal"), task or {"pairs": "a"}, place, methods, **budget
-        )
+        made = study.Study(str(tmp_path / "journal"), {"pairs": "a"}, place, methods, **budget)
         return made, values
 
     return make
 
 
-def said(*_):
-    pass
-
-
 def test_every_loss_gets_as_many_trials_of_one_space(opened):
     made, _ = opened(["infonce", "ls", "kd", "otter", "fit", "fit+otter"])
-    while made.tune_next(said):
+    while made.tune_next(print):
         counts = {len(made.studies[m].trials) for m in made.tuned}
         assert max(counts) - min(counts) <= 1
     first = {m: [t.params for t in made.studies[m].trials[:8]] for m in made.tuned}
@@ -217,7 +206,7 @@ def test_every_loss_gets_as_many_trials_of_one_space(opened):
 def test_the_best_setting_is_chosen_once_and_repeated(opened):
     made, values = opened(["infonce", "otter", "fit"])
     values |= {m: lambda setting: setting["lr"] for m in ("infonce", "otter")}
-    while made.tune_next(said):
+    while made.tune_next(print):
         pass
     made.choose()
     rates = [t.params["lr"] for t in made.studies["otter"].trials]
@@ -228,7 +217,7 @@ def test_the_best_setting_is_chosen_once_and_repeated(opened):
     # Others may have added a better trial since: what was chosen stays.
     values["otter"] = 1.0
     longer, _ = opened(["infonce", "otter", "fit"], trials=9)
-    while longer.tune_next(said):
+    while longer.tune_next(print):
         pass
     again, _ = opened(["infonce", "otter", "fit"])
     again.choose()
@@ -239,7 +228,7 @@ def test_the_best_setting_is_chosen_once_and_repeated(opened):
 def test_hopeless_trials_stop_and_failing_methods_are_given_up(opened):
     made, values = opened(["infonce", "kd", "ls"], trials=12)
     values |= {"infonce": lambda setting: 0.03 - setting["lr"], "kd": RuntimeError("diverged")}
-    while made.tune_next(said):
+    while made.tune_next(print):
         pass
     states = Counter(t.state.name for t in made.studies["infonce"].trials)
     assert states["PRUNED"] and states["COMPLETE"] + states["PRUNED"] == 12
@@ -270,13 +259,11 @@ def test_paired_differences_by_hand():
 @pytest.mark.parametrize("single", [False, True])
 def test_halves_share_no_image(labelled, tmp_path, single):
     if single:
-        shutil.copytree(labelled, tmp_path / "single")
         files = samples(labelled / "test" / "0.tar")
         named = {f"{k}.{s}": c for k, f in files.items() for s, c in f.items() if s == "png"}
         named |= {f"{key}.cls": b"%d" % (n % 2) for n, key in enumerate(files)}
-        labelled = write_set(
-            tmp_path / "one", [dict(sorted(named.items()))], CLASSES, "classification"
-        )
+        shard = dict(sorted(named.items()))
+        labelled = write_set(tmp_path / "one", [shard], CLASSES, "classification")
     halves, count = write_halves(str(labelled), tmp_path / "halves")
     parts = [list(samples(folder / "test" / "0.tar").values()) for folder in halves.values()]
     whole = [files["png"] for files in samples(labelled / "test" / "0.tar").values()]
@@ -286,9 +273,8 @@ def test_halves_share_no_image(labelled, tmp_path, single):
 
 
 def test_heads_are_drawn_by_the_seed_and_the_closed_form_is_left(model, pairs, labelled, tmp_path):
-    place = Place(
-        f"local-dir:{model}", str(pairs / "{00000..00001}.tar"), {"a": labelled}, tmp_path
-    )
+    shards = str(pairs / "{00000..00001}.tar")
+    place = Place(f"local-dir:{model}", shards, {"a": labelled}, tmp_path)
     setting = {"lr": 0.0, "steps": 5, "batch-size": 12, "init-logit-scale": 1.5}
     states = []
     for seed in (0, 0, 1):

@@ -34,9 +34,8 @@ class Reference(nn.Module):
     def __init__(self, tower, dim=WIDTH, bias=False, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.image_encoder, self.text_encoder, self.contrastive_loss = (
-            nn.Module() for _ in range(3)
-        )
+        self.image_encoder, self.text_encoder = nn.Module(), nn.Module()
+        self.contrastive_loss = nn.Module()
         self.image_encoder.model = timm.create_model("test_resnet", num_classes=dim)
         self.text_encoder.model = AutoModel.from_config(AutoConfig.from_pretrained(tower))
         self.text_encoder.fc = nn.Linear(WIDTH, dim) if dim != WIDTH else nn.Identity()
@@ -195,9 +194,8 @@ def test_errors_name_input_and_fix(tower, tmp_path, capsys, monkeypatch, change,
     dim, drop, add = change.pop("dim", WIDTH), change.pop("drop", "-"), change.pop("add", {})
     state = Reference(tower, dim=dim, bias=True).state_dict()
     if flags["text_model"] is None:  # no network in tests
-        monkeypatch.setattr(
-            AutoConfig, "from_pretrained", mock.Mock(side_effect=OSError("offline"))
-        )
+        offline = mock.Mock(side_effect=OSError("offline"))
+        monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
     left = {k: v for k, v in state.items() if not re.fullmatch(drop, k)}
     file = tmp_path / "last.pth.tar"
     torch.save({"state_dict": left | add, "args": ARGS | change}, file)

@@ -9,7 +9,7 @@ import torch
 from conftest import MODELS
 from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import load_file, save_file
-from training_helpers import load, train
+from training_helpers import hide_plugin, load, train
 
 from otter_openclip import cli
 from otter_openclip.model_folders import export, folder
@@ -26,15 +26,6 @@ def run(pairs, tmp_path_factory):
     return logs / "run"
 
 
-def source_model(state):
-    config = {**MODELS["tiny-vit"]}
-    config["vision_cfg"] = config["vision_cfg"] | {"image_size": 24}
-    config["text_cfg"] = config["text_cfg"] | {"context_length": 7}
-    model = open_clip.CLIP(**config)
-    model.load_state_dict(state)
-    return model.eval()
-
-
 @pytest.mark.parametrize("weights", ["student", "teacher"])
 def test_features_preprocessing_and_tokens_are_the_runs(run, tmp_path, weights):
     checkpoint = load(run / "checkpoints" / "epoch_1.pt")
@@ -44,14 +35,14 @@ def test_features_preprocessing_and_tokens_are_the_runs(run, tmp_path, weights):
     tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
     images, texts = torch.randn(3, 3, 24, 24), tokenizer(["a red circle", "b", "c"])
     assert texts.shape == (3, 7)
+    source = open_clip.create_model("tiny-vit", force_image_size=24, force_context_length=7)
+    source.load_state_dict(state)
     with torch.no_grad():
-        for mine, its in zip(
-            source_model(state)(images, texts), model.eval()(images, texts), strict=True
-        ):
-            assert torch.equal(mine, its)
-    assert list(model.visual.preprocess_cfg["mean"]) == [0.1, 0.2, 0.3]
-    assert model.visual.preprocess_cfg["interpolation"] == "bilinear"
-    assert model.visual.preprocess_cfg["resize_mode"] == "squash"
+        found, expected = model.eval()(images, texts), source.eval()(images, texts)
+    assert all(map(torch.equal, found, expected))
+    config = model.visual.preprocess_cfg
+    assert list(config["mean"]) == [0.1, 0.2, 0.3]
+    assert (config["interpolation"], config["resize_mode"]) == ("bilinear", "squash")
     assert preprocess.transforms[0].size == (24, 24)
     student = checkpoint["state_dict"]["text_projection"]
     assert torch.equal(model.text_projection, student) == (weights == "student")
@@ -59,13 +50,11 @@ def test_features_preprocessing_and_tokens_are_the_runs(run, tmp_path, weights):
 
 def test_stock_clip_benchmark_uses_the_folder_without_the_plugin(run, labelled, tmp_path):
     out = export_checkpoint(run, tmp_path / "out")
-    blocked = tmp_path / "blocked" / "otter_openclip"
-    blocked.mkdir(parents=True)
-    (blocked / "__init__.py").write_text("raise ImportError('blocked')\n", encoding="utf-8")
+    blocked = hide_plugin(tmp_path / "blocked")
     words = f"--model local-dir:{out} --pretrained= --dataset wds/made --dataset_root {labelled}"
     words += f" --output {tmp_path}/result.json --task zeroshot_classification --no_amp"
     command = ("-m", "clip_benchmark.cli", "eval", *words.split(), "--num_workers", "0")
-    done = forks.run(*command, path=[blocked.parent])
+    done = forks.run(*command, path=[blocked])
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["metrics"]
     assert 0 < metrics["mean_average_precision"] <= 1
@@ -78,9 +67,8 @@ def test_wrappers_prefixes_and_safetensors(run, tmp_path, name):
         state = {f"{path.stem}.{key}": value for key, value in state.items()}
     (torch.save if path.suffix == ".pt" else save_file)(state, path)
     flags = {"model": "tiny-vit", "force_image_size": [24], "force_context_length": 7}
-    model = open_clip.create_model(
-        f"local-dir:{export_checkpoint(path, tmp_path / 'out', **flags)}"
-    )
+    out = export_checkpoint(path, tmp_path / "out", **flags)
+    model = open_clip.create_model(f"local-dir:{out}")
     projection = next(value for key, value in state.items() if key.endswith("text_projection"))
     assert torch.equal(model.text_projection, projection)
 
@@ -91,12 +79,12 @@ def test_wrappers_prefixes_and_safetensors(run, tmp_path, name):
         (["{run}/nothing.pt", "out"], "no checkpoint"),
         (["{run}", "{run}"], "exists; choose another folder or pass --overwrite"),
         (["{run}", "out", "--model", "tiny-vt"], "did you mean tiny-vit"),
+        (["text.safetensors", "out", "--model", "tiny-vit"], "cannot be read as a checkpoint"),
         (["{run}", "out", "--model", "tiny-rn"], "does not fit the model tiny-rn"),
         (["{run}", "out", "--force-image-size", "64"], "size mismatch for visual.posit"),
         (["{bare}", "out"], "pass --model"),
         (["{bare}", "out", "--model", "tiny-vit", "--weights", "teacher"], "has no EMA teacher"),
         (["text.pt", "out", "--model", "tiny-vit"], "cannot be read as a checkpoint"),
-        (["text.safetensors", "out", "--model", "tiny-vit"], "cannot be read as a checkpoint"),
         (["list.pt", "out", "--model", "tiny-vit"], "holds a list"),
         (["number.pt", "out", "--model", "tiny-vit"], "holds no state_dict"),
     ],
@@ -120,15 +108,14 @@ def made_run(tmp_path):
     return write_run(tmp_path / "logs" / "made")
 
 
-def write_run(folder, epoch=1, change=0.0, **params):
+def write_run(folder, change=0.0, **params):
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     params = {"model": "tiny-vit", "image_mean": None, **params}
-    (folder / "params.txt").write_text(
-        "".join(f"{k}: {v}\n" for k, v in params.items()), encoding="utf-8"
-    )
+    lines = [f"{name}: {value}\n" for name, value in params.items()]
+    (folder / "params.txt").write_text("".join(lines), encoding="utf-8")
     state = open_clip.create_model("tiny-vit", precision="fp32").state_dict()
     state["text_projection"] = state["text_projection"] + change
-    save_run(folder, state, epoch)
+    save_run(folder, state, 1)
     return folder
 
 
@@ -262,6 +249,12 @@ def test_links_to_a_run_are_the_run(run, tmp_path):
         assert open_clip.create_model(f"local-dir:{out}").visual.image_size == (24, 24)
 
 
+def register(path, vision):
+    """Let open_clip know tiny-timm with another image tower, under the file's name."""
+    path.write_text(json.dumps(MODELS["tiny-timm"] | {"vision_cfg": vision}), encoding="utf-8")
+    open_clip.add_model_config(path)
+
+
 def test_batch_norm_that_open_clip_froze(pairs, tmp_path, capsys):
     """It saves no counters; where it drops an activation, nothing could give what was trained."""
     words = ["--lock-image", "--lock-image-freeze-bn-stats", "--epochs", "1"]
@@ -272,10 +265,7 @@ def test_batch_norm_that_open_clip_froze(pairs, tmp_path, capsys):
     model = open_clip.create_model(f"local-dir:{out}")
     assert torch.equal(model.visual.bn1.running_mean, state["visual.bn1.running_mean"])
     vision = {**MODELS["tiny-timm"]["vision_cfg"], "timm_model_name": "test_efficientnet"}
-    (tmp_path / "tiny-act.json").write_text(
-        json.dumps(MODELS["tiny-timm"] | {"vision_cfg": vision}), encoding="utf-8"
-    )
-    open_clip.add_model_config(tmp_path / "tiny-act.json")
+    register(tmp_path / "tiny-act.json", vision)
     state = open_clip.create_model("tiny-act").state_dict()
     del state["visual.trunk.bn1.num_batches_tracked"]
     torch.save(state, tmp_path / "act.pt")
@@ -286,9 +276,7 @@ def test_batch_norm_that_open_clip_froze(pairs, tmp_path, capsys):
 
 def test_a_timm_tower_at_a_forced_size_is_refused(tmp_path):
     vision = {**MODELS["tiny-timm"]["vision_cfg"], "timm_model_name": "test_vit", "image_size": 160}
-    config = MODELS["tiny-timm"] | {"vision_cfg": vision}
-    (tmp_path / "tiny-timm-vit.json").write_text(json.dumps(config), encoding="utf-8")
-    open_clip.add_model_config(tmp_path / "tiny-timm-vit.json")
+    register(tmp_path / "tiny-timm-vit.json", vision)
     state = open_clip.create_model("tiny-timm-vit", force_image_size=64).state_dict()
     torch.save(state, tmp_path / "bare.pt")
     flags = {"model": "tiny-timm-vit", "force_image_size": 64}

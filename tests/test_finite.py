@@ -12,21 +12,9 @@ from otter_openclip.teacher import EmaTeacher
 VIT = ["--model", "tiny-vit", "--workers", "0", "--warmup", "0"]
 
 
-def poison(monkeypatch, spoil):
-    """Let ``spoil(output, text)`` change what a model in training gives."""
-    stock = open_clip.CLIP.forward
-
-    def forward(self, *args, **kwargs):
-        output = dict(stock(self, *args, **kwargs))
-        spoil(output, kwargs["text"] if "text" in kwargs else args[1])
-        return output
-
-    monkeypatch.setattr(open_clip.CLIP, "forward", forward)
-
-
-def stopped(pairs, logs, *extra, csv=False):
+def stopped(pairs, logs, *extra):
     with pytest.raises(SystemExit) as stop:
-        train(pairs, logs, *VIT, *extra, csv=csv)
+        train(pairs, logs, *VIT, *extra)
     return str(stop.value.code)
 
 
@@ -42,16 +30,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_where_it_would_be_logged(
     pairs, tmp_path, monkeypatch, extra, step, term
 ):
     """Or after the epoch; it is so from the epoch's step 2 on."""
-    calls = []
+    calls, stock = [], open_clip.CLIP.forward
 
-    def spoil(output, _):
+    def forward(*args, **kwargs):
+        output = dict(stock(*args, **kwargs))
         if torch.is_grad_enabled():
             calls.append(output)
             rows = torch.arange(12)[:, None] == 3
             if len(calls) == 6 + 3:
                 output["image_features"] = output["image_features"].masked_fill(rows, torch.nan)
+        return output
 
-    poison(monkeypatch, spoil)
+    monkeypatch.setattr(open_clip.CLIP, "forward", forward)
     said = stopped(pairs, tmp_path, *extra)
     assert f"error: the loss of step {step} of epoch 1 (both counted from 0): {term}" in said
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -61,8 +51,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_where_it_would_be_logged(
 
 def test_what_no_loss_shows_does_not_reach_a_checkpoint_or_results(pairs, tmp_path, monkeypatch):
     """A gradient of the last step alone; and statistics of batch-norm."""
-    words = ["--loss", "otter", "--epochs", "1", "--val-data", str(pairs / "00000.tar")]
-    words += ["--val-num-samples", "36"]
+    words = f"--loss otter --epochs 1 --val-data {pairs}/00000.tar --val-num-samples 36".split()
     stock, steps = torch.optim.AdamW.step, []
 
     def step(self, *args, **kwargs):

@@ -64,11 +64,8 @@ def parser_of(command):
 
 
 def flags_of(parser):
-    return {
-        cli.name_of(a): a
-        for a in parser._actions
-        if a.option_strings and a.dest not in ("help", "version")
-    }
+    flags = {cli.name_of(action): action for action in parser._actions if action.option_strings}
+    return {name: flag for name, flag in flags.items() if flag.dest not in ("help", "version")}
 
 
 def refused(run, words, capsys):
@@ -156,7 +153,6 @@ def test_of_a_repeated_flag_the_last_counts_and_that_is_said(capsys):
     for flag in ("--batch-size", "--loss"):
         assert said.count(f"argument {flag}: given more than once; the last counts") == 1
     assert "--lock-image" not in said
-    parser = parser_of("data csv")
-    line = ["--captions", "a", "--output", "b", "--resize", "3", "--resize", "4"]
-    assert parser.parse_args(line).resize == 4
+    line = "--captions a --output b --resize 3 --resize 4".split()
+    assert parser_of("data csv").parse_args(line).resize == 4
     assert "--resize: given more than once; the last counts" in capsys.readouterr().err

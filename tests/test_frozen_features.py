@@ -3,17 +3,17 @@
 import json
 import os
 import shutil
-import tarfile
 import types
 from collections import Counter
-from io import BytesIO
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import text_folder
+from data_helpers import samples, write_tar
 from open_clip_train.train import AverageMeter
-from training_helpers import assert_same, load, train
+from training_helpers import load, train
 
 from otter_openclip.frozen import encode
 from otter_openclip.frozen.loader import image_column
@@ -34,12 +34,8 @@ def model(hf_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("still")
     config = open_clip.get_model_config(hf_model)
     config["vision_cfg"]["timm_drop"] = 0.0
-    tower = folder / "tower"
-    shutil.copytree(config["text_cfg"]["hf_model_name"], tower)
-    bert = json.loads((tower / "config.json").read_text(encoding="utf-8"))
-    bert |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (tower / "config.json").write_text(json.dumps(bert), encoding="utf-8")
-    config["text_cfg"] |= {"hf_model_name": str(tower), "hf_tokenizer_name": str(tower)}
+    tower = str(text_folder(folder / "tower", dropout=0.0))
+    config["text_cfg"] |= {"hf_model_name": tower, "hf_tokenizer_name": tower}
     (folder / "tiny-still.json").write_text(json.dumps(config), encoding="utf-8")
     open_clip.add_model_config(folder)
     return "tiny-still"
@@ -98,28 +94,6 @@ def test_same_as_live(pairs, tmp_path, model, losses, loss, lock):
     assert one["state_dict"].keys() == other["state_dict"].keys()
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        pytest.param(["--precision", "amp_bf16"], id="amp"),
-        pytest.param(["--feature-dropout", "0.5", "--ema-decay", "0"], id="dropout"),
-        pytest.param(
-            ["--feature-dropout", "0.5", "--accum-freq", "2", "--batch-size", "6"],
-            id="dropout-accum",
-        ),
-    ],
-)
-def test_resume_is_exact(cached, extra):
-    extra = [*extra, "--epochs", "2"]
-    whole, made = cached("whole", *extra, loss="otter")
-    assert made == ALL
-    start = str(whole / "run" / "checkpoints" / "epoch_1.pt")
-    again, made = cached("again", *extra, "--resume", start, loss="otter")
-    assert made == NONE
-    end = "run/checkpoints/epoch_2.pt"
-    assert_same(load(whole / end), load(again / end))
-
-
 def test_loss_clip_and_what_stock_open_clip_loads(cached, model, tmp_path):
     """A whole model: the frozen towers as they were, the rest trained, nothing of ours in it."""
     torch.manual_seed(1)
@@ -163,14 +137,11 @@ def shards(pairs, out, *, change=lambda shard, key, suffix, content: content):
     out.mkdir()
     shutil.copy(pairs / "sizes.json", out)
     for path in sorted(pairs.glob("*.tar")):
-        with tarfile.open(path) as source, tarfile.open(out / path.name, "w") as target:
-            for member in source.getmembers():
-                key, _, suffix = member.name.partition(".")
-                content = source.extractfile(member).read()
-                content = change(path.name, key, suffix, content)
-                if content is not None:
-                    member.size = len(content)
-                    target.addfile(member, BytesIO(content))
+        files = {}
+        for key, parts in samples(path).items():
+            for suffix, content in parts.items():
+                files[f"{key}.{suffix}"] = change(path.name, key, suffix, content)
+        write_tar(out / path.name, {n: c for n, c in files.items() if c is not None})
     return out
 
 
@@ -183,9 +154,7 @@ def test_a_complete_cache_is_all_that_a_start_needs(cached, pairs, tmp_path, mon
         shard.write_bytes(b"?" * status.st_size)
         os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
     read, stock = [], FeatureFiles.read
-    monkeypatch.setattr(
-        FeatureFiles, "read", lambda s, shard: read.append(shard) or stock(s, shard)
-    )
+    monkeypatch.setattr(FeatureFiles, "read", lambda s, name: read.append(name) or stock(s, name))
     monkeypatch.setattr(encode, "DataLoader", None)
     assert cached("part", "--train-num-samples", "12", "--workers", "0", data=data)[1] == NONE
     assert {os.path.dirname(shard) for shard in read} == {str(data)}
@@ -199,19 +168,27 @@ def test_features_are_mapped_and_not_in_memory(tmp_path):
     assert isinstance(files.read(str(shard)), np.memmap)
 
 
-def test_a_killed_run_goes_on_with_the_next_shard(cached, tmp_path, monkeypatch, losses):
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("fault", "end", "said"),
+    [(KeyboardInterrupt(), KeyboardInterrupt, ""), (OSError(28, FULL), SystemExit, FULL)],
+)
+def test_a_run_that_ended_goes_on(cached, tmp_path, monkeypatch, losses, fault, end, said):
+    """By a kill or a full disk, with the next shard."""
     cached("whole")
     shutil.rmtree(tmp_path / "cache")
     stock, calls = FeatureFiles.write, []
 
-    def die(self, shard, rows):
+    def fail(self, shard, rows):
         calls.append(shard)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            raise fault
         stock(self, shard, rows)
 
-    monkeypatch.setattr(FeatureFiles, "write", die)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(FeatureFiles, "write", fail)
+    with pytest.raises(end, match=said):
         cached("killed", "--workers", "0")
     monkeypatch.setattr(FeatureFiles, "write", stock)
     assert cached("again")[1] == {"image": 1, "text": 2}
@@ -255,21 +232,21 @@ def test_other_weights_transforms_tokens_and_precisions_have_their_own(cached, m
     assert cached("again", *words)[1] == NONE
 
 
-def column(model, folder, **settings):
-    visual = model.visual
-    device = torch.device("cpu")
-    return image_column(model, "visual", folder, visual.preprocess_cfg, device=device, **settings)
-
-
 def test_how_a_setting_was_written_down_is_no_other_setting(tmp_path):
     """A mean is a tuple in open_clip's defaults and a list in a folder's JSON."""
     model = open_clip.create_model("tiny-vit")
     config = model.visual.preprocess_cfg
-    keys = [column(model, tmp_path).files.folder]
+
+    def folder():
+        return image_column(
+            model, "visual", tmp_path, config, device=torch.device("cpu")
+        ).files.folder
+
+    keys = [folder()]
     config |= {"mean": list(config["mean"]), "std": list(config["std"]), "size": [32, 32]}
-    keys.append(column(model, tmp_path).files.folder)
+    keys.append(folder())
     config["mean"][0] += 0.01
-    assert keys[0] == keys[1] != column(model, tmp_path).files.folder
+    assert keys[0] == keys[1] != folder()
 
 
 @pytest.mark.parametrize(
@@ -316,11 +293,8 @@ def test_samples_that_open_clip_drops(pairs, tmp_path, model, losses, lock):
 
 def test_drawing_shards_in_which_no_image_can_be_read(cached, pairs, tmp_path):
     """Else it would draw for ever."""
-    data = shards(
-        pairs,
-        tmp_path / "spoilt",
-        change=lambda _, __, kind, old: old if kind == "txt" else b"junk",
-    )
+    junk = {"change": lambda _, __, kind, old: old if kind == "txt" else b"junk"}
+    data = shards(pairs, tmp_path / "spoilt", **junk)
     words = ["--dataset-resampled", "--train-num-samples", "48", "--workers", "0"]
     with pytest.raises(SystemExit, match=r"gives no batch of 12 .*data inspect"):
         cached("run", *words, data=data)
@@ -343,15 +317,6 @@ def test_float16_where_it_is_near_enough():
         assert same is wide and said.startswith("float32: in float16")
 
 
-def test_a_full_disk_is_one_line(cached, monkeypatch):
-    def write(self, shard, rows):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(FeatureFiles, "write", write)
-    with pytest.raises(SystemExit, match="No space left on device"):
-        cached("full", "--workers", "0")
-
-
 def test_shards_that_cannot_be_told_apart_are_refused(cached, pairs, tmp_path):
     """Of one name, size and time: one would be given the other's features."""
     for name in ("a", "b"):
@@ -361,48 +326,6 @@ def test_shards_that_cannot_be_told_apart_are_refused(cached, pairs, tmp_path):
     words = ["--train-data", f"{tmp_path}/{{a,b}}/00000.tar", "--train-num-samples", "72"]
     with pytest.raises(SystemExit, match=r"b/00000.tar and .*a/00000.tar have one name, size and"):
         cached("run", *words)
-
-
-HEAD = ["--model", "tiny-still", "--feature-cache", "cache"]
-DISTILL = ["--distill-model", "RN50", "--distill-pretrained", "x"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "none is: add --lock-image, --lock-text or both"),
-        (["--lock-image", "--aug-cfg", "scale=(0.5,1.0)"], "without augmentation; drop one"),
-        (["--lock-image", "--dataset-type", "synthetic"], "otter-openclip data csv makes them"),
-        (["--lock-image", "--train-data", "t.csv"], "otter-openclip data csv makes them"),
-        (["--lock-image", *DISTILL], "does not go with --distill-model"),
-        (["--feature-dropout", "0.5"], "none is: add --lock-image, --lock-text or both"),
-    ],
-)
-def test_refused_before_anything_is_made(pairs, tmp_path, model, words, message, capsys):
-    with pytest.raises(SystemExit):
-        train(pairs, tmp_path / "logs", *HEAD, "--loss", "otter", *words)
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "logs").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "words", "message"),
-    [
-        ("tiny-rn", LOCK_TEXT, "add --force-custom-text"),
-        ("tiny-still", ["--lock-text"], "embeddings.LayerNorm.weight is trained"),
-        (
-            "tiny-still",
-            ["--lock-image", "--lock-image-unlocked-groups", "2"],
-            "is trained; lock all",
-        ),
-    ],
-)
-def test_towers_without_a_prefix(pairs, tmp_path, model, name, words, message):
-    """Known once the model is there: before the data are read."""
-    extra = ["--model", name, "--feature-cache", str(tmp_path / "cache"), *words]
-    with pytest.raises(SystemExit, match=message):
-        train(pairs, tmp_path / "logs", *extra)
-    assert not (tmp_path / "cache").exists()
 
 
 def test_a_tower_that_gives_nan_is_no_unreadable_image(pairs, tmp_path, monkeypatch):
@@ -431,12 +354,9 @@ def test_a_damaged_file_is_named(tmp_path, damage):
 
 
 def test_a_shard_without_samples_or_with_nothing_usable(cached, pairs, tmp_path):
-    data = shards(pairs, tmp_path / "data", change=lambda _, __, kind, old: old)
-    for number, suffix in ((2, None), (3, "json")):
-        with tarfile.open(data / f"{number:05d}.tar", "w") as tar:
-            member = tarfile.TarInfo(f"a.{suffix}")
-            if suffix:
-                tar.addfile(member, BytesIO())
+    data = shards(pairs, tmp_path / "data")
+    write_tar(data / "00002.tar", {})
+    write_tar(data / "00003.tar", {"a.json": b""})
     words = ["--train-data", f"{data}/{{00000..00003}}.tar", "--train-num-samples", "72"]
     assert cached("run", *words, "--workers", "0")[1] == {"image": 4, "text": 4}
     for file in tmp_path.glob("cache/*/0000[23]-*.npy"):
@@ -458,17 +378,11 @@ def test_evaluation_in_training_finds_the_same_features(cached, pairs, labelled,
     assert cached("again", *words)[1] == NONE
 
 
-def write_tar(path, count):
-    with tarfile.open(path, "w") as tar:
-        for number in range(count):
-            tar.addfile(tarfile.TarInfo(f"{number}.txt"))
-
-
 def test_a_rank_that_looks_later_does_its_share_all_the_same(monkeypatch, tmp_path):
     """What the first rank has written by then changes nothing of who does what."""
     shards = [str(tmp_path / f"{number}.tar") for number in range(4)]
     for shard in shards:
-        write_tar(shard, 2)
+        write_tar(tmp_path / shard, {"0.txt": b"", "1.txt": b""})
     done = []
     monkeypatch.setattr(encode, "_together", lambda work, *_: list(work))
     monkeypatch.setattr(encode, "_encode", lambda mine, *_, **__: iter(done.append(mine) or ()))

@@ -2,20 +2,19 @@
 
 import math
 
-import pytest
 import torch
 import torch.nn.functional as F
 from fuzz import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otter_openclip import DistillationLoss, LabelSmoothingLoss, OtterLoss, sinkhorn
+from otter_openclip import DistillationLoss, LabelSmoothingLoss, OtterLoss
 from otter_openclip.losses import IMPLEMENTATIONS, MAX_COEF, MIN_LAMBDA
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("random", "identical", "zero", "one zero row", "duplicates", "opposite", "near")
 NORMS = st.just(1.0) | st.floats(0.1, 4)
-COEFS = st.sampled_from([0.0, 1.0]) | st.floats(0, 10)
+COEFS = st.sampled_from([0.0, 1.0, MAX_COEF]) | st.floats(0, 10)
 
 
 def magnitude(low, high):
@@ -82,41 +81,20 @@ def precision(loss, inputs, scale):
     return 64 * torch.finfo(dtype).eps * (1 + teacher + 100 * max(squares[:2]))
 
 
-@examples(20)
-@given(
-    make=distillations(),
-    inputs=batches(),
-    scale=st.floats(1, 100),
-    seed=st.integers(0, 2**32),
-)
-def test_finite_a_divergence_and_the_order_of_pairs(make, inputs, scale, seed):
-    loss = make(impl="plain")
-    loss = loss.to(torch.promote_types(inputs[0].dtype, torch.float32))
-    found = evaluated(loss, inputs, torch.tensor(scale))
-    assert all(value.isfinite().all() for value in found.values()), found
-    assert all(value.isfinite() for value in loss.target_statistics.values())
-    tolerance = precision(loss, inputs, scale)
-    assert found["distill_loss"] >= -tolerance
-    order = torch.randperm(len(inputs[0]), generator=torch.Generator().manual_seed(seed))
-    permuted = loss.targets(*(x[order] for x in inputs[2:]))
-    for targets, other in zip(loss.targets(*inputs[2:]), permuted, strict=True):
-        assert (targets >= 0).all()
-        assert (targets.double().sum(dim=1) - 1).abs().max() < 1e-5
-        assert (targets[order][:, order] - other).abs().max() <= tolerance
-
-
-@examples(20)
+@examples(40)
 @given(
     make=distillations(),
     inputs=batches(),
     scale=st.floats(1, 100),
     impl=st.sampled_from([name for name in IMPLEMENTATIONS if name != "plain"]),
+    seed=st.integers(0, 2**32),
 )
-def test_every_implementation_is_plain(make, inputs, scale, impl):
+def test_every_implementation_is_plain_finite_and_of_no_order(make, inputs, scale, impl, seed):
     exact = torch.promote_types(inputs[0].dtype, torch.float32)
     plain, other = make(impl="plain").to(exact), make(impl=impl).to(exact)
     scale = torch.tensor(scale, dtype=exact)
     expected, found = (evaluated(loss, inputs, scale) for loss in (plain, other))
+    assert all(value.isfinite().all() for value in expected.values()), expected
     # A gradient is the scale times what a target's entry is off, which is some logarithm's error.
     tolerance = precision(plain, inputs, scale)
     for name, value in expected.items():
@@ -129,6 +107,13 @@ def test_every_implementation_is_plain(make, inputs, scale, impl):
     torch.testing.assert_close(
         other.target_statistics, plain.target_statistics, rtol=1e-3, atol=1e-4 + 10 * tolerance
     )
+    assert expected["distill_loss"] >= -tolerance
+    order = torch.randperm(len(inputs[0]), generator=torch.Generator().manual_seed(seed))
+    permuted = plain.targets(*(x[order] for x in inputs[2:]))
+    for targets, other in zip(plain.targets(*inputs[2:]), permuted, strict=True):
+        assert (targets >= 0).all()
+        assert (targets.double().sum(dim=1) - 1).abs().max() < 1e-5
+        assert (targets[order][:, order] - other).abs().max() <= tolerance
 
 
 @examples(20)
@@ -149,44 +134,3 @@ def test_a_bad_number_is_never_silent(inputs, make, impl, where, bad):
     loss = loss.to(torch.promote_types(x.dtype, torch.float32))
     terms = loss(*inputs[:2], torch.tensor(10.0), *inputs[2:], output_dict=True)
     assert not sum(terms.values()).isfinite()
-
-
-@examples(20)
-@given(
-    rows=st.integers(1, 9),
-    columns=st.integers(1, 9),
-    seed=st.integers(0, 2**32),
-    dtype=st.sampled_from(DTYPES),
-    spread=st.just(0.0) | magnitude(1e-3, 1e3),
-    epsilon=magnitude(1e-6, 1e6),
-    iterations=st.integers(0, 8),
-)
-def test_plans(rows, columns, seed, dtype, spread, epsilon, iterations):
-    generator = torch.Generator().manual_seed(seed)
-    cost = (spread * torch.randn(rows, columns, generator=generator)).to(dtype)
-    plan = sinkhorn(cost, epsilon, iterations)
-    assert plan.dtype == torch.promote_types(dtype, torch.float32)
-    assert plan.isfinite().all() and (plan >= 0).all()
-    # In float32 the logarithms of a plan are as exact as the largest of them allows.
-    largest = 1 + float(cost.double().abs().max()) / epsilon
-    tolerance = 1e-5 + 64 * torch.finfo(plan.dtype).eps * largest
-    if tolerance < 0.1:
-        assert plan.sum() == pytest.approx(1, abs=tolerance)
-        if iterations:
-            assert plan.sum(dim=0) == pytest.approx(1 / columns, abs=tolerance)
-
-
-@examples(10)
-@given(coef=st.sampled_from([0.0, MAX_COEF]), inputs=batches(norms=st.just(1.0)))
-def test_bounds_of_the_settings(coef, inputs):
-    """Every setting at both ends, together."""
-    for loss in (
-        OtterLoss(epsilon=MIN_LAMBDA, vv_coef=coef, tt_coef=coef),
-        OtterLoss(epsilon=1e300, vv_coef=coef, tt_coef=coef),
-        DistillationLoss(teacher_scale=coef, vv_coef=coef, tt_coef=coef),
-    ):
-        for impl in IMPLEMENTATIONS:
-            loss.impl = impl
-            exact = loss.to(torch.promote_types(inputs[0].dtype, torch.float32))
-            found = evaluated(exact, inputs, torch.tensor(100.0))
-            assert all(value.isfinite().all() for value in found.values()), impl

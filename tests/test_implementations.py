@@ -61,7 +61,7 @@ def test_streaming_never_holds_a_matrix(monkeypatch):
     """The largest tensor made in forward or backward is a tile, or as large as the features."""
 
     class Largest(TorchDispatchMode):
-        entries, total = 0, 0
+        entries = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
@@ -71,9 +71,9 @@ def test_streaming_never_holds_a_matrix(monkeypatch):
                     self.entries = max(self.entries, entries)
             return out
 
-    count, width = 200, 8
+    count = 200
     small_tiles(monkeypatch, rows=10, columns=count)
-    images, texts, *teacher = (x.float() for x in features(count, width))
+    images, texts, *teacher = (x.float() for x in features(count))
     images.requires_grad_()
     for impl, expected in (("streaming", 20 * count), ("plain", count * count)):
         with Largest() as seen:

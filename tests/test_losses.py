@@ -18,11 +18,8 @@ SETTINGS = json.loads((FOLDER / "losses.json").read_text(encoding="utf-8"))
 
 
 def make_loss(setting, impl):
-    distill = {
-        name: setting[key]
-        for key, name in (("alpha", "alpha"), ("vv", "vv_coef"), ("tt", "tt_coef"))
-        if key in setting
-    }
+    names = {"alpha": "alpha", "vv": "vv_coef", "tt": "tt_coef"}
+    distill = {name: setting[key] for key, name in names.items() if key in setting}
     mode = setting["mode"]
     if mode == "infonce":
         return ClipLoss()
@@ -72,13 +69,8 @@ def test_reference_values_and_gradients(case, impl, device):
         assert relative(text_targets, golden["target_text"]) < 2e-5
 
     # The reference differentiates through the normalisation of its features.
-    terms = loss(
-        F.normalize(images),
-        F.normalize(texts),
-        log_scale.exp(),
-        output_dict=True,
-        **teacher,
-    )
+    student = F.normalize(images), F.normalize(texts), log_scale.exp()
+    terms = loss(*student, **teacher, output_dict=True)
     # Its directions are summed, ours averaged; its terms are recorded before alpha.
     alpha = setting.get("alpha", 0.5) if teacher else 1.0
     assert relative(2 * terms["contrastive_loss"].detach() / alpha, golden["contrastive"]) < 2e-5
@@ -113,15 +105,6 @@ def test_autocast_around_it_changes_nothing(loss, dtype):
         results.append([*terms.values(), gradient.to(dtype)])
     for inside, outside in zip(*results, strict=True):
         torch.testing.assert_close(inside, outside, rtol=1e-6, atol=1e-9)
-
-
-def test_the_pair_itself_gets_no_mass_unless_asked():
-    _, _, teacher_images, teacher_texts = (x.float() for x in features(10))
-    for targets in OtterLoss(epsilon=10.0).targets(teacher_images, teacher_texts):
-        assert targets.diagonal().abs().max() == 0
-        torch.testing.assert_close(targets.sum(dim=1), torch.ones(10))
-    kept, _ = OtterLoss(remove_diagonal=False).targets(teacher_images, teacher_texts)
-    assert kept.diagonal().min() > 0
 
 
 def test_statistics_of_the_targets():
@@ -221,15 +204,12 @@ def test_without_a_teacher_the_student_is_its_own(make, impl):
         make(impl=impl)(*student, torch.tensor(9.0), dist_image_features=student[0])
 
 
-@pytest.mark.parametrize(
-    "loss", [LabelSmoothingLoss(0.0), OtterLoss(1.0)], ids=["infonce", "otter"]
-)
+@pytest.mark.parametrize("loss", [LabelSmoothingLoss(0.0), OtterLoss(1.0)])
 def test_weights_multiply_each_pairs_contrastive_term(loss):
     images, texts, *teacher = features(9)
     weights = weights_of(images)
-    terms = loss.double()(
-        images, texts, torch.tensor(7.0), *teacher, pair_weights=weights, output_dict=True
-    )
+    keywords = {"pair_weights": weights, "output_dict": True}
+    terms = loss.double()(images, texts, torch.tensor(7.0), *teacher, **keywords)
     logits, own = 7 * images @ texts.T, torch.arange(9)
     rows = [F.cross_entropy(x, own, reduction="none") for x in (logits, logits.T)]
     expected = (weights * (rows[0] + rows[1])).mean() / 2

@@ -7,7 +7,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-import yaml
 from PIL import Image
 from torchvision.transforms import Resize
 from training_helpers import load, train
@@ -48,9 +47,8 @@ def test_a_recipe_is_known_by_name(tmp_path, monkeypatch, capsys):
         assert f"--config {name} is neither a file nor a recipe of this package" in error
         assert "did you mean cc3m_rn50_declutr_otter?" in error
         assert all(path.stem in error for path in RECIPES)
-    Path("cc3m_rn50_declutr_kd").write_text(
-        "loss: ls", encoding="utf-8"
-    )  # a file of one's own goes first
+    # A file of one's own goes first.
+    Path("cc3m_rn50_declutr_kd").write_text("loss: ls", encoding="utf-8")
     assert parse("--config", "cc3m_rn50_declutr_kd").loss == "ls"
 
 
@@ -67,18 +65,12 @@ def test_every_setting_of_the_paper_has_a_recipe():
 
 def test_flags_win_over_the_recipe(tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text(
-        "loss: otter\nsinkhorn_lambda: 0.3\nlr: 1e-3\nforce-image-size: [32, 32]\n",
-        encoding="utf-8",
-    )
-    args = parse("--lr", "0.5", f"--config={file}")
+    lines = "loss: otter\nsinkhorn_lambda: 0.3\nlr: 1e-3\nforce-image-size: [32, 32]\n"
+    file.write_text(f"{lines}local-loss: true\nreference-crop: true\n", encoding="utf-8")
+    # Abbreviated, as argparse has it.
+    args = parse("--lr", "0.5", f"--conf={file}", "--no-local-loss")
     assert (args.loss, args.sinkhorn_lambda, args.lr) == ("otter", 0.3, 0.5)
-    file.write_text(
-        file.read_text(encoding="utf-8") + "local-loss: true\nreference-crop: true\n",
-        encoding="utf-8",
-    )
-    switched = parse("--config", str(file), "--no-local-loss")
-    assert not switched.local_loss and switched.reference_crop
+    assert not args.local_loss and args.reference_crop
     assert args.force_image_size == [32, 32] and args.config == str(file)
 
 
@@ -98,8 +90,6 @@ def test_values_are_what_is_written(tmp_path):
     [
         ("sinkhorn-lamda: 0.1", "unknown key 'sinkhorn-lamda'; did you mean sinkhorn-lambda?"),
         ("loss: otter\nsinkhorn-lambda: 0", "--sinkhorn-lambda: must be at least 0.001, got 0"),
-        ("loss: oter", "invalid choice: 'oter'"),
-        ("loss: ls\nalpha: 0.2", "--alpha has no meaning with --loss ls"),
         ("local-loss: 1", "local-loss is a switch: true or false, got 1"),
         ("lr: [1, 2]", "lr takes one value"),
         ("lr: true", "--lr: invalid float value: 'true'"),
@@ -127,17 +117,10 @@ def test_bad_recipes_are_refused(tmp_path, capsys, text, message):
 
 def test_towers_build_with_random_weights(monkeypatch):
     def config(name, **_):
-        kind = RobertaConfig if name.startswith("johngiorgi/declutr-") else BertConfig
-        if name.endswith("sci-base"):
-            kind = BertConfig
-        width = 1024 if "large" in name else 768
-        return kind(
-            vocab_size=40,
-            hidden_size=width,
-            num_hidden_layers=1,
-            num_attention_heads=12 if width == 768 else 16,
-            intermediate_size=32,
-        )
+        roberta = name.startswith("johngiorgi/declutr-") and not name.endswith("sci-base")
+        sizes = {"vocab_size": 40, "num_hidden_layers": 1, "num_attention_heads": 16}
+        sizes |= {"hidden_size": 1024 if "large" in name else 768, "intermediate_size": 32}
+        return (RobertaConfig if roberta else BertConfig)(**sizes)
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", config)
     names = [name for name in open_clip.list_models() if name.startswith("otter-RN50-")]
@@ -171,9 +154,8 @@ def test_transforms_resize_to_256_and_crop_224():
     noise = np.random.default_rng(0).integers(0, 255, (256, 300, 3), np.uint8)
     picture = Image.fromarray(noise)
     centre = evaluation_transform(mean=(0, 0, 0), std=(1, 1, 1))(picture)
-    assert torch.equal(
-        centre, torch.from_numpy(noise[16:240, 38:262] / np.float32(255)).permute(2, 0, 1)
-    )
+    expected = torch.from_numpy(noise[16:240, 38:262] / np.float32(255))
+    assert torch.equal(centre, expected.permute(2, 0, 1))
     torch.manual_seed(0)
     crops = [training_transform(mean=(0, 0, 0), std=(1, 1, 1))(picture) for _ in range(3)]
     assert all(crop.shape == (3, 224, 224) for crop in crops)
@@ -185,26 +167,18 @@ def test_evaluation_is_bicubic_whatever_training_resizes_with():
     """As the reference, and ``eval --reference_crop``; YFCC trains with bilinear resizing."""
     preprocess = {"size": 64, "mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bilinear"}
     training, evaluation = reference_transforms(preprocess)
-    resizes = [
-        next(t for t in x.transforms if isinstance(t, Resize)) for x in (training, evaluation)
-    ]
-    assert [resize.interpolation.value for resize in resizes] == ["bilinear", "bicubic"]
+    steps = [*training.transforms, *evaluation.transforms]
+    found = [step.interpolation.value for step in steps if isinstance(step, Resize)]
+    assert found == ["bilinear", "bicubic"]
 
 
 def test_training_from_a_recipe_and_export(pairs, tmp_path):
-    recipe = {
-        "loss": "otter",
-        "reference-crop": True,
-        "epochs": 5,
-        "image-interpolation": "bilinear",
-    }
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    recipe = "loss: otter\nreference-crop: true\nepochs: 5\nimage-interpolation: bilinear"
+    (tmp_path / "r.yaml").write_text(recipe, encoding="utf-8")
     folder = train(pairs, tmp_path, "--config", str(tmp_path / "r.yaml"), "--epochs", "1")
     assert load(folder / "epoch_1.pt")["otter"]["settings"]["loss"] == "otter"
     assert not (folder / "epoch_2.pt").exists()
     out = export_checkpoint(tmp_path / "run", tmp_path / "out")
-    written = json.loads((out / "open_clip_config.json").read_text(encoding="utf-8"))[
-        "preprocess_cfg"
-    ]
-    assert written["interpolation"] == "bilinear"
+    written = json.loads((out / "open_clip_config.json").read_text(encoding="utf-8"))
+    assert written["preprocess_cfg"]["interpolation"] == "bilinear"
     assert "| `reference_crop` | True |" in (out / "README.md").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ import sys
 
 import forks
 import pytest
+from data_helpers import jpeg, write_files
 from patched import ROOT
 
 from otter_openclip import cli
@@ -29,7 +30,6 @@ LOADED = f"""
 import atexit, sys
 atexit.register(lambda: print("loaded", *sorted({set(HEAVY)!r} & set(sys.modules))))
 """
-COMMAND = LOADED + "from otter_openclip import cli; sys.exit(cli.main())"
 # Each line's exit code, and what has been imported by then.
 COMMANDS = f"""
 import contextlib, io, sys
@@ -45,9 +45,13 @@ for line in sys.argv[1:]:
 """
 
 
-def test_commands_that_need_no_torch_do_not_import_it():
-    helps = [f"{n} --help" for n in cli.COMMANDS if n not in ("train", "eval", "data")]
-    helps += ["--help", *(f"data {name} --help" for name in cli.DATA_COMMANDS)]
+def test_commands_that_need_no_torch_do_not_import_it(tmp_path):
+    table = b"filepath\ttitle\na.jpg\tone\nb.jpg\ttwo\n"
+    write_files(tmp_path, {"a.jpg": jpeg(0), "b.jpg": jpeg(1), "t.csv": table})
+    fine = [f"{n} --help" for n in cli.COMMANDS if n not in ("train", "eval", "data")]
+    fine += [f"data csv --captions {tmp_path}/t.csv --output {tmp_path}/out --workers 2"]
+    fine += [f"data inspect {tmp_path}/out --sheet {tmp_path}/sheet.png --workers 1"]
+    fine += ["--help", *(f"data {name} --help" for name in cli.DATA_COMMANDS)]
     wrong = [
         "dta",
         "data",
@@ -58,22 +62,8 @@ def test_commands_that_need_no_torch_do_not_import_it():
         "convert last.pth.tar out --owerwrite",
         "towers out --image resnet18 --txt folder",
     ]
-    done = python(COMMANDS, *helps, *wrong)
-    assert done.stdout.splitlines() == ["0"] * len(helps) + ["2"] * len(wrong), done.stderr
-
-
-def test_building_and_looking_at_shards_import_no_torch(tmp_path):
-    from data_helpers import jpeg
-
-    for name in ("a.jpg", "b.jpg"):
-        (tmp_path / name).write_bytes(jpeg(0, (8, 8)))
-    (tmp_path / "t.csv").write_text("filepath\ttitle\na.jpg\tone\nb.jpg\ttwo\n", encoding="utf-8")
-    words = f"data csv --captions {tmp_path}/t.csv --output {tmp_path}/out --workers 2".split()
-    done = python(COMMAND, *words)
-    assert done.returncode == 0 and done.stdout.endswith("loaded\n"), done.stderr
-    words = f"data inspect {tmp_path}/out --sheet {tmp_path}/sheet.png --workers 1".split()
-    done = python(COMMAND, *words)
-    assert done.returncode == 0 and done.stdout.endswith("loaded\n"), done.stderr
+    done = python(COMMANDS, *fine, *wrong)
+    assert done.stdout.splitlines() == ["0"] * len(fine) + ["2"] * len(wrong), done.stderr
 
 
 def test_the_package_imports_what_is_used():
@@ -101,6 +91,15 @@ def test_sinkhorn_is_the_function_whatever_is_imported_first(first):
     assert "transport" not in first or done.stdout.startswith("module ")
 
 
+KNOWN = """
+import sys, open_clip, inspect, otter_openclip.model_configs
+assert 'otter-tiny-trial' in open_clip.list_models()
+assert open_clip.factory._MODEL_CONFIG_PATHS.count(otter_openclip.model_configs.FOLDER) == 1
+assert not [finder for finder in sys.meta_path if 'otter' in type(finder).__module__]
+print(inspect.getsource(open_clip)[:4])
+"""
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -114,15 +113,7 @@ def test_sinkhorn_is_the_function_whatever_is_imported_first(first):
     ],
 )
 def test_open_clip_knows_our_models(code):
-    done = forks.run(
-        "-c",
-        f"{code}\nimport sys, open_clip, inspect, otter_openclip.model_configs\n"
-        "assert 'otter-tiny-trial' in open_clip.list_models()\n"
-        "paths = open_clip.factory._MODEL_CONFIG_PATHS\n"
-        "assert paths.count(otter_openclip.model_configs.FOLDER) == 1, paths\n"
-        "assert not [f for f in sys.meta_path if 'otter' in type(f).__module__]\n"
-        "print(inspect.getsource(open_clip)[:4])",
-    )
+    done = forks.run("-c", code + KNOWN)
     assert done.returncode == 0 and done.stdout == "from\n", done.stderr
 
 

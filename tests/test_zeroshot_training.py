@@ -21,10 +21,8 @@ from otter_openclip.training.zeroshot import ZeroShotEvaluation
 
 
 def results(folder):
-    return [
-        json.loads(line)
-        for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return list(map(json.loads, lines))
 
 
 def files_of(shard):
@@ -84,7 +82,7 @@ def test_epochs_are_evaluated_and_the_best_is_kept(pairs, labelled, tmp_path, lo
         assert_same(load(without / "epoch_3.pt"), load(folder / "epoch_3.pt"))
 
 
-def test_the_best_survives_a_resume(pairs, labelled, tmp_path):
+def test_the_best_survives_a_resume(pairs, labelled, tmp_path, caplog):
     """Wherever its test set lies by then."""
     copy = shutil.copytree(labelled, tmp_path / "copy")
     extra = ["--loss", "otter", "--save-most-recent", "--train-num-samples", "12"]
@@ -92,29 +90,20 @@ def test_the_best_survives_a_resume(pairs, labelled, tmp_path):
     folder = train(pairs, tmp_path, *extra, str(labelled), "--epochs", "1")
     extra.append(str(copy))
     best = load(folder / "best.pt")
-    best["zeroshot"]["zeroshot-flat_hit@1"] = 1.5  # beyond what epoch 2 can reach
-    torch.save(best, folder / "best.pt")
-    train(pairs, tmp_path, *extra, "--epochs", "2", "--resume", "latest")
+
+    def best_after(score, epochs):
+        best["zeroshot"]["zeroshot-flat_hit@1"] = score
+        torch.save(best, folder / "best.pt")
+        train(pairs, tmp_path, *extra, "--epochs", epochs, "--resume", "latest")
+        return load(folder / "best.pt")["epoch"]
+
+    assert best_after(1.5, "2") == 1  # beyond what epoch 2 can reach
     assert len(results(folder)) == 2
-    assert load(folder / "best.pt")["epoch"] == 1
-    best["zeroshot"]["zeroshot-flat_hit@1"] = -0.5
-    torch.save(best, folder / "best.pt")
-    train(pairs, tmp_path, *extra, "--epochs", "3", "--resume", "latest")
-    assert load(folder / "best.pt")["epoch"] == 3
-
-
-def test_the_best_of_another_test_set_says_nothing(pairs, labelled, tmp_path, caplog):
-    copy = shutil.copytree(labelled, tmp_path / "copy")
+    assert best_after(-0.5, "3") == 3
+    # That of another test set says nothing.
     files = files_of(copy / "test" / "0.tar")
     write_tar(copy / "test" / "0.tar", {n: c for n, c in files.items() if "0029" not in n})
-    extra = ["--loss", "otter", "--zeroshot-frequency", "1", "--train-num-samples", "12"]
-    extra += ["--zeroshot-data"]
-    folder = train(pairs, tmp_path, *extra, str(labelled), "--epochs", "1")
-    best = load(folder / "best.pt")
-    best["zeroshot"]["zeroshot-flat_hit@1"] = 1.5  # beyond what epoch 2 can reach
-    torch.save(best, folder / "best.pt")
-    train(pairs, tmp_path, *extra, str(copy), "--epochs", "2", "--resume", "latest")
-    assert load(folder / "best.pt")["epoch"] == 2 and "sought anew: " in caplog.text
+    assert best_after(1.5, "4") == 4 and "sought anew: " in caplog.text
 
 
 @pytest.mark.parametrize("words", ["clip", "kd --distill-model tiny-rn --distill-pretrained x"])
@@ -187,27 +176,13 @@ def test_several_folders_with_one_label_or_several(pairs, labelled, tmp_path):
     for folder in (single, several):
         alone = results(train(pairs, tmp_path / folder.name[:3], *extra, str(folder)))
         name = f"zeroshot-{folder.name}-"
-        found = [
-            {key.replace(name, "zeroshot-"): value for key, value in line.items()}
-            for line in results(both)
-        ]
-        for line, expected in zip(found, alone, strict=True):
-            assert {key: line[key] for key in expected} == expected
+        for line, expected in zip(results(both), alone, strict=True):
+            found = {key.replace(name, "zeroshot-"): value for key, value in line.items()}
+            assert expected.items() <= found.items()
     best = load(both / "best.pt")["zeroshot"]
     scores = [line["zeroshot-single-flat_hit@1"] for line in results(both)]
     assert best["zeroshot-single-flat_hit@1"] == max(scores)
     assert scores[1] == pytest.approx(plain_flat_hit(both / "epoch_2.pt", single))
-
-
-def test_a_checkpoint_without_optimizer_is_evaluated(labelled, best_teacher, tmp_path):
-    """Published checkpoints often have the epoch and the weights only."""
-    whole = load(best_teacher / "epoch_1.pt")
-    weights = tmp_path / "weights.pt"
-    torch.save({key: whole[key] for key in ("epoch", "name", "state_dict")}, weights)
-    line = ["--loss", "otter", "--model", "tiny-rn", "--zeroshot-data", str(labelled)]
-    line += ["--resume", str(weights), "--zeroshot-frequency", "1", "--workers", "1"]
-    assert main([*line, "--logs", str(tmp_path), "--name", "eval"]) == 0
-    assert results(tmp_path / "eval" / "checkpoints")[0]["epoch"] == 1
 
 
 def test_a_fault_after_an_epoch_costs_the_evaluation_only(
@@ -228,9 +203,18 @@ def test_a_fault_after_an_epoch_costs_the_evaluation_only(
     assert said.startswith("--zeroshot-data is not evaluated after epoch 1: ") and "0.tar" in said
     assert [line["epoch"] for line in results(folder)] == [2]
     assert load(folder / "epoch_1.pt")["epoch"] == 1 and load(folder / "best.pt")["epoch"] == 2
-    only = ["--model", "tiny-rn", "--resume", str(folder / "epoch_1.pt"), "--loss", "otter"]
+    # Without training it costs the command. Published checkpoints often have these entries only.
+    whole = load(folder / "epoch_1.pt")
+    weights = tmp_path / "weights.pt"
+    torch.save({key: whole[key] for key in ("epoch", "name", "state_dict")}, weights)
+    only = ["--model", "tiny-rn", "--resume", str(weights), "--loss", "otter", *extra[2:]]
+    only += ["--logs", str(tmp_path), "--name", "eval"]
     with pytest.raises(SystemExit, match=r"error: --zeroshot-data: .*0\.tar"):
-        main([*only, *extra[2:], "--logs", str(tmp_path), "--name", "eval"])
+        main(only)
+    monkeypatch.undo()
+    shutil.copytree(labelled, data, dirs_exist_ok=True)
+    assert main(only) == 0
+    assert results(tmp_path / "eval" / "checkpoints")[0]["epoch"] == 1
 
 
 @pytest.mark.parametrize(
@@ -266,13 +250,12 @@ def test_a_damaged_best_is_named_with_the_fix(
     content[len(content) // 2] ^= 1
     bad.write_bytes(content)
     said = f"{bad} cannot be read as a checkpoint"
-    data = ["--dataset", "wds/x", "--dataset_root", str(labelled), "--task"]
-    data += ["zeroshot_classification", "--output", str(tmp_path / "x.json"), "--num_workers", "0"]
+    data = f"--dataset wds/x --dataset_root {labelled} --output {tmp_path}/x.json --num_workers 0"
     for line in (
-        ["eval", "--model", "tiny-rn", "--pretrained", str(bad), "--no_amp", *data],
-        ["export", str(bad), str(tmp_path / "out")],
+        f"eval --model tiny-rn --pretrained {bad} --no_amp {data}",
+        f"export {bad} {tmp_path}/out",
     ):
-        assert cli.main(line) == 2
+        assert cli.main(line.split()) == 2
         message = capsys.readouterr().err
         assert said in message and f"beside it {whole} (epoch 2) is whole" in message
     assert not (tmp_path / "x.json").exists() and not (tmp_path / "out").exists()

@@ -58,6 +58,14 @@ def train(pairs: Path, logs: Path, *extra: str, csv: bool = False) -> Path:
     return logs / name / "checkpoints"
 
 
+def hide_plugin(folder: Path) -> Path:
+    """A folder for the path, in which this package cannot be imported."""
+    package = folder / "otter_openclip"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('blocked')", encoding="utf-8")
+    return folder
+
+
 def load(path: Path) -> dict[str, Any]:
     """A checkpoint, as a user with no trust in it would read it."""
     return torch.load(path, weights_only=True)
