@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hours", type=number(0, open_low=True), metavar="H", help=text)
     text = "Optuna's: a file, on a shared disk perhaps, or postgresql://...; default: OUT/study.journal"
     add("--storage", metavar="URL", help=text)
-    add("--quick", action="store_true", help="6 short trials of each method, 2 seeds")
+    add("--quick", action="store_true", help="5 short trials of each method, 2 seeds")
 
 
 def main(args: argparse.Namespace) -> int:

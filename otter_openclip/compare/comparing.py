@@ -75,7 +75,7 @@ def compare(
             task,
             place,
             list(dict.fromkeys([*losses, *methods])),
-            trials=trials or (6 if quick else 30),
+            trials=trials or (5 if quick else 30),
             seeds=seeds or (2 if quick else 5),
             pairs=pairs,
             steps=QUICK_STEPS if quick else STEPS,

@@ -19,7 +19,7 @@ from otter_openclip.compare.halves import CHOOSING, REPORTING
 from otter_openclip.compare.trial import CLOSED_FORM, EVALUATIONS, FIT, Place, Setting, Stop, run
 
 BATCHES = (128, 256, 512)
-STEPS, QUICK_STEPS = (20, 600), (20, 100)
+STEPS, QUICK_STEPS = (20, 600), (20, 80)
 # The first trial of every method: what often did well, and losses' own settings at their defaults.
 FIRST = {"lr": 1e-3, "steps": 100, "init-logit-scale": 2.0, "wd": 0.2, "feature-dropout": 0.3}
 FIRST |= {"alpha": 0.5, "sinkhorn-lambda": 0.15, "label-smoothing": 0.1, "distill-T-t": 100.0}
