@@ -10,7 +10,6 @@ import math
 import pickle
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -45,7 +44,6 @@ class Parser(argparse.ArgumentParser):
         """As argparse's, for ``args`` that are given."""
         self._given = args
         parsed = super().parse_args(args, namespace)
-        check_repeated(self, args, refuse_lists=True)
         for action in self._actions:
             if "" in as_list(getattr(parsed, action.dest, None)):
                 self.error(f"argument {name_of(action)}: expected a value, got ''")
@@ -56,7 +54,8 @@ class Parser(argparse.ArgumentParser):
         known = self._option_string_actions
         if message.startswith("the following arguments are required"):
             # One of them may be there, misspelt.
-            wrong = [w for w in self._given if w.startswith("--") and not find_flags(self, w)]
+            names = [word.split("=")[0] for word in self._given if word.startswith("--")]
+            wrong = [name for name in names if not any(flag.startswith(name) for flag in known)]
             message += f"; {name_nearest(_UNKNOWN + ' '.join(wrong), known)}" if wrong else ""
         super().error(name_nearest(message, known))
 
@@ -80,34 +79,6 @@ def as_list(value: Any) -> list[Any]:
 def nearest(word: str, choices: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
     """The ``count`` of the ``choices`` that are nearest to ``word``, and alike by ``cutoff`` or more."""
     return difflib.get_close_matches(word, list(choices), n=count, cutoff=cutoff)
-
-
-def find_flags(parser: argparse.ArgumentParser, word: str) -> list[argparse.Action]:
-    """The flags that a word of a command line can stand for, whole, with ``=value`` or abbreviated."""
-    name, known = word.split("=")[0], parser._option_string_actions
-    if name in known:
-        return [known[name]]
-    near = (action for flag, action in known.items() if flag.startswith(name))
-    return list(dict.fromkeys(near)) if name.startswith("--") and name != "--" else []
-
-
-def check_repeated(
-    parser: argparse.ArgumentParser, words: Sequence[str], *, refuse_lists: bool = False
-) -> None:
-    """Say that of a flag which ``words``, which parse, have more than once the last value counts.
-
-    Two recipes (``--config``) are an error, and so are with ``refuse_lists`` two lists of values.
-    """
-    words = words[: words.index("--")] if "--" in words else words
-    meant = [find_flags(parser, word) for word in words]
-    counts = Counter(actions[0] for actions in meant if len(actions) == 1)
-    for action in (action for action, count in counts.items() if count > 1 and action.nargs != 0):
-        fault = f"argument {name_of(action)}: given more than once"
-        if name_of(action) == "--config":
-            parser.error(f"{fault}; recipes are not merged, drop all but one")
-        if refuse_lists and action.nargs in ("+", "*"):
-            parser.error(f"{fault}; give all its values after one")
-        print(f"{parser.prog}: warning: {fault}; the last counts", file=sys.stderr)
 
 
 def number(

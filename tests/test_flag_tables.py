@@ -84,15 +84,15 @@ def choosy(action):
         return True
 
 
-def wrong_words(action, flag, *, lists=True):
-    """(words, what the message says) for a flag; with ``lists`` two lists of values are wrong."""
+def wrong_words(action, flag):
+    """(words, what the message says) for a flag."""
     good = next(iter(action.choices)) if action.choices else "2" if action.type else "text"
     several = action.nargs if isinstance(action.nargs, int) else 1
     if action.nargs == 0:
         yield [f"{flag}=yes"], "yes"
         return
     yield [flag], "expected"
-    if (action.nargs in ("+", "*") and lists) or flag == "--config":
+    if flag == "--config":
         yield [flag, good, flag, good], "given more than once"
     if choosy(action):
         for value in ("zzz", "nan"):
@@ -140,19 +140,11 @@ def test_wrong_values_of_the_plugins_flags(capsys):
     train_flags._add_flags(parser)
     for flag, action in flags_of(parser).items():
         loss = [] if flag == "--loss" else ["--loss", LOSS_WITH.get(flag, "otter")]
-        for words, value in wrong_words(action, flag, lists=False):
+        for words, value in wrong_words(action, flag):
             said = refused(lambda line: parse_args(*line), [*TRAIN, *loss, *words], capsys)
             assert flag in said and value in said, (words, said)
 
 
-def test_of_a_repeated_flag_the_last_counts_and_that_is_said(capsys):
-    words = ["--batch-size", "2", "--batch=3", "--loss", "kd", "--loss", "otter", "--lock-image"]
-    args = parse_args(*TRAIN, *words, "--lock-image")
-    assert (args.batch_size, args.loss) == (3, "otter")
-    said = capsys.readouterr().err
-    for flag in ("--batch-size", "--loss"):
-        assert said.count(f"argument {flag}: given more than once; the last counts") == 1
-    assert "--lock-image" not in said
-    line = "--captions a --output b --resize 3 --resize 4".split()
-    assert parser_of("data csv").parse_args(line).resize == 4
-    assert "--resize: given more than once; the last counts" in capsys.readouterr().err
+def test_lists_that_are_given_twice_are_joined():
+    line = "--captions a --output b --images c --images d e".split()
+    assert [path[-1] for path in parser_of("data csv").parse_args(line).images] == ["c", "d", "e"]

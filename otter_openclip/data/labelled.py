@@ -38,7 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser, classes: str, labels: str, im
     add("--classes", required=True, type=absolute, metavar="FILE", help=classes)
     add("--labels", required=True, type=absolute, metavar="FILE", help=labels)
     text = f"{images}; .tar, .tar.gz or .zip"
-    add("--images", required=True, nargs="+", type=absolute, metavar="PATH", help=text)
+    add(
+        "--images",
+        required=True,
+        action="extend",
+        nargs="+",
+        type=absolute,
+        metavar="PATH",
+        help=text,
+    )
     text = "images that may be missing or undecodable; default 0"
     add("--max-missing", type=cli.number(0, kind=int), default=0, metavar="N", help=text)
     add_output(parser, shard_size=1000)

@@ -18,9 +18,9 @@ from otter_openclip.shards.write import SIZES_FILE
 def add_image_options(parser: argparse.ArgumentParser, images: str, *, required: bool) -> None:
     """Add --images and --img2dataset, one of which must be given if ``required``."""
     add = parser.add_mutually_exclusive_group(required=required).add_argument
-    add("--images", nargs="+", type=absolute, metavar="PATH", help=images)
+    add("--images", action="extend", nargs="+", type=absolute, metavar="PATH", help=images)
     text = "img2dataset's output folder or tars, of --output_format webdataset or files"
-    add("--img2dataset", nargs="+", type=absolute, metavar="PATH", help=text)
+    add("--img2dataset", action="extend", nargs="+", type=absolute, metavar="PATH", help=text)
 
 
 def add_pair_output(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
     add, fields = parser.add_argument, ", ".join(CAPTION_FIELDS)
     text = "wit_v1.*.tsv.gz, as downloaded"
-    add("--tables", required=True, nargs="+", type=absolute, metavar="FILE", help=text)
+    add(
+        "--tables",
+        required=True,
+        action="extend",
+        nargs="+",
+        type=absolute,
+        metavar="FILE",
+        help=text,
+    )
     text = "Wikipedias to take rows from, or all; default en"
     add("--languages", nargs="+", default=["en"], metavar="CODE", help=text)
     text = f"""in order of preference, of {fields}; default {" ".join(_DEFAULT_FIELDS)}. The attribution

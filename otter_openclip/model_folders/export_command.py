@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "of the weights, for the card: apache-2.0, cc-by-nc-4.0, other, ...; none is assumed"
     add("--license", metavar="ID", help=text)
     text = "result files of otter-openclip eval or clip_benchmark eval of this model, for the card"
-    add("--results", nargs="+", default=[], metavar="FILE", help=text)
+    add("--results", action="extend", nargs="+", default=[], metavar="FILE", help=text)
     add("--push-to-hub", metavar="OWNER/NAME", help="then push OUT there; needs --license")
     add("--private", action="store_true", help="a repository made for it is private")
     text = "as in training; by default those in the run's params.txt"

@@ -15,7 +15,7 @@ import torch
 from open_clip_train.data import expand_urls
 
 from otter_openclip import __version__
-from otter_openclip.cli import as_list, check_repeated, name_nearest, number, positive
+from otter_openclip.cli import as_list, name_nearest, number, positive
 from otter_openclip.evaluation.validator import check_webdataset
 from otter_openclip.losses import (
     IMPLEMENTATIONS,
@@ -176,6 +176,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--zeroshot-data",
+        action="extend",
         nargs="+",
         metavar="DIR",
         help="clip_benchmark webdatasets, with one label or several a picture, whose F@K is evaluated "
@@ -208,7 +209,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     _add_flags(parser)
     stock = {name: parser.get_default(name) for name in ("precision", "warmup")}
     parser.set_defaults(precision=None, warmup=None, loss="clip")
-    check_repeated(parser, argv)
     # The class's method: the parser's own is the plugin's, which leads here.
     args = argparse.ArgumentParser.parse_args(parser, expand_config(parser, argv))
     for fault in _faults(args):

@@ -30,10 +30,20 @@ class _Words(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Once(argparse.Action):
+    """Recipes are not merged: a second one would silently replace the first."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, _: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error("argument --config: given more than once; drop all but one")
+        setattr(namespace, self.dest, values)
+
+
 def add_config_flag(parser: argparse.ArgumentParser) -> None:
     """Let ``--config`` appear in the help; :func:`expand_config` is what reads it."""
     parser.add_argument(
         "--config",
+        action=_Once,
         metavar="RECIPE",
         default=None,
         help="a recipe of this package by name (an unknown one lists them) or FILE.yaml: flags without "
