@@ -16,7 +16,7 @@ from otter_openclip import cli
 from otter_openclip.data.building import Build, add_output
 from otter_openclip.data.lookup import Paths
 from otter_openclip.data.plan import Plan
-from otter_openclip.data.sources import absolute
+from otter_openclip.data.sources import PATHS, absolute
 from otter_openclip.data.tables import at, lines
 from otter_openclip.files import write_text
 from otter_openclip.shards.write import CLASSES_FILE, COUNT_FILE, TEMPLATES_FILE, TYPE_FILE
@@ -38,15 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser, classes: str, labels: str, im
     add("--classes", required=True, type=absolute, metavar="FILE", help=classes)
     add("--labels", required=True, type=absolute, metavar="FILE", help=labels)
     text = f"{images}; .tar, .tar.gz or .zip"
-    add(
-        "--images",
-        required=True,
-        action="extend",
-        nargs="+",
-        type=absolute,
-        metavar="PATH",
-        help=text,
-    )
+    add("--images", required=True, help=text, **PATHS)
     text = "images that may be missing or undecodable; default 0"
     add("--max-missing", type=cli.number(0, kind=int), default=0, metavar="N", help=text)
     add_output(parser, shard_size=1000)

@@ -10,7 +10,7 @@ from otter_openclip.cli import number
 from otter_openclip.data.building import Build, add_output
 from otter_openclip.data.lookup import Downloaded, Paths
 from otter_openclip.data.plan import Plan
-from otter_openclip.data.sources import absolute
+from otter_openclip.data.sources import PATHS, absolute
 from otter_openclip.files import write_json
 from otter_openclip.shards.write import SIZES_FILE
 
@@ -18,9 +18,9 @@ from otter_openclip.shards.write import SIZES_FILE
 def add_image_options(parser: argparse.ArgumentParser, images: str, *, required: bool) -> None:
     """Add --images and --img2dataset, one of which must be given if ``required``."""
     add = parser.add_mutually_exclusive_group(required=required).add_argument
-    add("--images", action="extend", nargs="+", type=absolute, metavar="PATH", help=images)
+    add("--images", help=images, **PATHS)
     text = "img2dataset's output folder or tars, of --output_format webdataset or files"
-    add("--img2dataset", action="extend", nargs="+", type=absolute, metavar="PATH", help=text)
+    add("--img2dataset", help=text, **PATHS)
 
 
 def add_pair_output(parser: argparse.ArgumentParser) -> None:

@@ -195,6 +195,10 @@ def absolute(path: str) -> str:
     return path and os.path.abspath(path)
 
 
+# How arguments are parsed that take several paths.
+PATHS: dict[str, Any] = {"action": "extend", "nargs": "+", "type": absolute, "metavar": "PATH"}
+
+
 def stamp(path: str) -> list[Any]:
     """What changes when a file does: its size and its date."""
     return [os.stat(path).st_size, os.stat(path).st_mtime_ns]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from otter_openclip.data import pairs, tables
 from otter_openclip.data.lookup import Picture
 from otter_openclip.data.plan import Plan
-from otter_openclip.data.sources import absolute
+from otter_openclip.data.sources import PATHS
 
 CAPTION_FIELDS = {
     "reference": "caption_reference_description",
@@ -39,15 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
     add, fields = parser.add_argument, ", ".join(CAPTION_FIELDS)
     text = "wit_v1.*.tsv.gz, as downloaded"
-    add(
-        "--tables",
-        required=True,
-        action="extend",
-        nargs="+",
-        type=absolute,
-        metavar="FILE",
-        help=text,
-    )
+    add("--tables", required=True, help=text, **PATHS)
     text = "Wikipedias to take rows from, or all; default en"
     add("--languages", nargs="+", default=["en"], metavar="CODE", help=text)
     text = f"""in order of preference, of {fields}; default {" ".join(_DEFAULT_FIELDS)}. The attribution

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from otter_openclip.data import pairs
 from otter_openclip.data.plan import Plan
-from otter_openclip.data.sources import absolute
+from otter_openclip.data.sources import PATHS, absolute
 from otter_openclip.data.tables import at, lines
 
 _TAG = re.compile("<.*?>")
@@ -39,15 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "yfcc100m_subset_data.tsv[.bz2]"
     add("--subset", required=True, type=kind, metavar="FILE", help=text)
     text = "yfcc100m_dataset[.bz2], or several files of its rows (.bz2, .gz)"
-    add(
-        "--metadata",
-        required=True,
-        action="extend",
-        nargs="+",
-        type=kind,
-        metavar="FILE",
-        help=text,
-    )
+    add("--metadata", required=True, help=text, **PATHS)
     text = "folder (abc/def/abcdef....jpg by hash, below data/images or flat), zips or tars"
     pairs.add_image_options(parser, text, required=True)
     pairs.add_pair_output(parser)
