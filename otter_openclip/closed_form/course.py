@@ -43,15 +43,9 @@ Weigh = Callable[[Block], Tensor]
 
 @dataclass
 class Options:
-    """How heads are fitted; the defaults choose everything without labels.
+    """How heads are fitted, as of ``estimator.ClosedFormHeads``.
 
     Attributes:
-        weights: weigh pairs by how likely they are right.
-        ridge: of images and texts, relative to the mean eigenvalue; None: chosen with the power.
-        power: of the correlations; None: chosen with the ridge.
-        embed_dim: width of the embeddings; None: the rank.
-        transport_pairs: match the pairs' own pictures and captions anew, too, the pair itself left out.
-        epsilon: entropic regularisation of the transport.
         text_mean: whether the text head takes the mean off, which some towers cannot.
     """
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from otter_openclip.closed_form.blocks import ArrayPairs, Unpaired
@@ -55,7 +56,7 @@ def fit_heads(
     return model, model.pair_weights_, model.statistics_
 
 
-class ClosedFormHeads:
+class ClosedFormHeads(BaseEstimator):
     """Regularised canonical correlation with weights of the pairs (see ``heads``), for notebooks.
 
     ``fit``, ``transform`` and ``score`` take numpy's or torch's arrays and give the same kind.
@@ -132,7 +133,8 @@ class ClosedFormHeads:
 
     def transform(self, X: Array, Y: Array | None = None) -> Any:
         """Unit-norm embeddings (n, D) of image features, and of text features if ``Y`` is given."""
-        heads = self._fitted()
+        check_is_fitted(self, "heads_")
+        heads = self.heads_
         images = _like(heads.images(_matrix("image_features", X, len(heads.image_mean))), X)
         if Y is None:
             return images
@@ -143,24 +145,6 @@ class ClosedFormHeads:
         images, texts = (torch.as_tensor(each) for each in self.transform(X, Y))
         ones = torch.ones(len(images), device=images.device)
         return float(log_likelihood(images, texts, ones, [self.statistics_.logit_scale]))
-
-    def _fitted(self) -> Heads:
-        if not hasattr(self, "heads_"):
-            raise ValueError("the heads are not fitted yet; call fit first")
-        return self.heads_
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The settings, by name."""
-        names = list(inspect.signature(type(self).__init__).parameters)[1:]
-        return {name: getattr(self, name) for name in names}
-
-    def set_params(self, **params: Any) -> ClosedFormHeads:
-        """Change settings; ValueError for one that there is not."""
-        for name, value in params.items():
-            if name not in self.get_params():
-                raise ValueError(f"there is no setting {name}; there are {list(self.get_params())}")
-            setattr(self, name, value)
-        return self
 
 
 def _matrix(name: str, features: Array, width: int | None = None) -> Tensor:
