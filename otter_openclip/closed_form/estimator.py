@@ -11,7 +11,7 @@ from torch import Tensor
 
 from otter_openclip.closed_form.blocks import ArrayPairs, Unpaired
 from otter_openclip.closed_form.course import EPSILON, Fit, Options, Statistics
-from otter_openclip.closed_form.heads import Heads, log_likelihood
+from otter_openclip.closed_form.heads import log_likelihood
 from otter_openclip.numerics import check_interval
 from otter_openclip.transport import MIN_EPSILON
 

@@ -1,4 +1,4 @@
-"""How a run ends by SIGTERM: between two steps, with what is whole in a checkpoint."""
+"""How a run ends by SIGTERM: between two steps, so that no checkpoint is cut short."""
 
 from __future__ import annotations
 
@@ -22,16 +22,10 @@ def goes_on_from(args: Namespace) -> str:
 
 
 class Ending:
-    """SIGTERM in one run.
-
-    Attributes:
-        asked: whether it has come.
-        epoch: which one is lost if the run ends in its midst.
-    """
+    """SIGTERM in one run."""
 
     def __init__(self, args: Namespace) -> None:
-        self.asked, self.epoch = False, 0
-        self._args = args
+        self._asked, self._args = False, args
 
     def listen(self) -> None:
         """From here on SIGTERM waits for the end of a step."""
@@ -39,21 +33,18 @@ class Ending:
             signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_: Any) -> None:
-        self.asked = True
+        self._asked = True
 
-    def leave(self, what: str) -> None:
-        """End the run after SIGTERM; ``what`` became of the epoch is logged by rank 0.
+    def leave_if_asked(self) -> None:
+        """End the run if SIGTERM has come; rank 0 logs where it goes on.
 
         Raises:
-            SystemExit: always.
+            SystemExit: then.
         """
-        if self._args.rank == 0:
-            logging.warning(f"Ended by SIGTERM: {what}; {goes_on_from(self._args)}")
-        raise SystemExit(EXIT_CODE)
-
-    def lose_epoch(self) -> None:
-        """End the run in the midst of an epoch; raises SystemExit."""
-        self.leave(f"what epoch {self.epoch} had done is lost: checkpoints hold whole epochs")
+        if self._asked:
+            if self._args.rank == 0:
+                logging.warning(f"Ended by SIGTERM; {goes_on_from(self._args)}")
+            raise SystemExit(EXIT_CODE)
 
 
 class Steps:
@@ -70,6 +61,6 @@ class Steps:
         """The loader's batches; with the last one the epoch is whole, and goes into a checkpoint."""
         for count, batch in enumerate(self._loader, 1):
             yield batch
-            if self._ending.asked and count < self._loader.num_batches:
-                self._ending.lose_epoch()
+            if count < self._loader.num_batches:
+                self._ending.leave_if_asked()
         self._check()

@@ -206,12 +206,8 @@ class Run:
             plugin.setup_optimizer(args, optimizer, scaler)
         plugin.start_epoch(args, epoch)
         stock = (self._train_model, data, loss, epoch, optimizer, scaler, *others)
-        try:
-            with reason_given():
-                _stock_train_one_epoch(*stock, **keywords)
-        except Exception:
-            plugin.failed()
-            raise
+        with reason_given():
+            _stock_train_one_epoch(*stock, **keywords)
 
     def zero_shot_eval(
         self,

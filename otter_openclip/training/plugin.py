@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from otter_openclip.checkpoints.contents import ENTRY, write_file
-from otter_openclip.checkpoints.newest import LATEST, epoch_of, newest_checkpoint
 from otter_openclip.closed_form.listing import weights_of
 from otter_openclip.frozen.loader import add_weights, use_features
 from otter_openclip.frozen.prefix import find_prefixes, install, no_prefix_message
@@ -180,9 +179,6 @@ class ClipPlugin:
 
     def start_epoch(self, args: Namespace, epoch: int) -> None:
         """Epoch."""
-
-    def failed(self) -> None:
-        """By ``launcher`` alone: an epoch ends with an error."""
 
     def drop_folder(self) -> None:
         """Without a step the run's folder is as it was, or not there."""
@@ -349,22 +345,11 @@ class TrainingPlugin(ClipPlugin):
 
     def start_epoch(self, args: Namespace, epoch: int) -> None:
         """Epoch: its random numbers follow from (seed, rank, epoch), whatever ran before it."""
-        if self.ending.asked:
-            self._keep_epoch(args, epoch)
-        self.ending.epoch = epoch
+        self.ending.leave_if_asked()
         if self._wrapper is not None:
             self._wrapper.start_epoch()
         self.objective.start_epoch(epoch)
         order.seed_process(args.seed, args.rank, epoch)
-
-    def _keep_epoch(self, args: Namespace, done: int) -> None:
-        """End after ``done`` whole epochs, with a checkpoint if ``--save-frequency`` wanted none."""
-        newest = newest_checkpoint(Path(args.checkpoint_path)) if args.save_logs else None
-        if args.save_logs and (newest is None or epoch_of(newest) != done):
-            name = LATEST if args.save_most_recent else f"epoch_{done}.pt"
-            checkpoint = self.make_checkpoint(args, self._student, done)
-            self.save_checkpoint(checkpoint, os.path.join(args.checkpoint_path, name))
-        self.ending.leave(f"{done} epochs are whole")
 
     def _check(self) -> None:
         """After an epoch's last step, before anything of it is written: nothing is NaN or infinite."""
@@ -373,11 +358,6 @@ class TrainingPlugin(ClipPlugin):
         watch.check_model("loss", self.objective.loss)
         if self.teacher is not None and self.teacher.module is not None:
             watch.check_model("teacher", self.teacher.module)
-
-    def failed(self) -> None:
-        """After SIGTERM the error is of ranks that heard of it before this one."""
-        if self.ending.asked:
-            self.ending.lose_epoch()
 
     def complete(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """What open_clip saves after an epoch, and the plugin's part."""
