@@ -13,9 +13,9 @@ THUMBNAIL = 160  # pixels along the longer side
 
 
 def templates(module: str) -> Environment:
-    """The templates beside the file of a ``module``; all that they are given is escaped."""
+    """The templates beside the file of a ``module``, which extend ``page.jinja``; values are escaped."""
     return Environment(
-        loader=FileSystemLoader(Path(module).parent),
+        loader=FileSystemLoader([Path(module).parent, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

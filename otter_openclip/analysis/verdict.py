@@ -58,7 +58,7 @@ def verdict(stats: Mapping[str, Any]) -> Verdict:
         "A model that was trained on these very pairs finds much less noise than there is, or none: use "
         "one that has not seen them.",
         "What is known of OTTER is from photos and two frozen pretrained towers, all losses tuned "
-        "alike. Names of single things (glyphs) did not gain there.",
+        "alike. otter-openclip compare measures it on these pairs.",
     ]
     share, error = wrong["share"], wrong["standard_error"]
     level = 0 if share < CLEAN else 1 if share < NOISY else 2
