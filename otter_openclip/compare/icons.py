@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from otter_openclip.compare.demo_towers import INSTALL, check_file
+from otter_openclip.cli import needs
 from otter_openclip.compare.halves import label_vector, write_labelled
 from otter_openclip.shards.write import CLASSES_FILE, TEMPLATES_FILE, write_shard
 
@@ -37,12 +38,15 @@ def find_fonts() -> Path:
     Raises:
         RuntimeError: if the package is missing, or a file is not the one that the demo was made for.
     """
+    needs("qtawesome", "demo")
     spec = importlib.util.find_spec("qtawesome")
-    if spec is None:
-        raise RuntimeError(f"the demo's icons are in qtawesome, which is not installed: {INSTALL}")
     folder = Path(spec.submodule_search_locations[0]) / "fonts"
-    for name, digest in FILES.items():
-        check_file(folder / name, digest)
+    for name, expected in FILES.items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+            raise RuntimeError(
+                f"{folder / name} is not the file the demo was made for; "
+                "pip install 'otter-openclip[demo]' brings it"
+            )
     return folder
 
 
