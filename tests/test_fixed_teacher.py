@@ -21,11 +21,11 @@ def test_a_teacher_that_is_not_there(pairs, tmp_path):
 @pytest.mark.parametrize(
     ("teacher", "flags", "message"),
     [
-        (LARGER, [], "image size is (64, 64), the student's (32, 32); pass --force-image-size"),
+        (LARGER, [], "image size is (64, 64), the student's (32, 32); take another teacher"),
         ({}, ["--image-mean", *HALVES], "image mean is (0.481"),
         ({}, ["--image-std", *HALVES], "image std is (0.268"),
-        (LONGER, [], "context length is 20, the student's 8; pass --force-context-length"),
-        (None, [], "49408 words; choose a teacher with the student's tokenizer"),
+        (LONGER, [], "context length is 20, the student's 8;"),
+        (None, [], "49408 words; take another teacher"),
     ],
     ids=["size", "mean", "std", "context", "tokenizer"],
 )

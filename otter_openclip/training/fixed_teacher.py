@@ -14,14 +14,6 @@ from torch import nn
 from otter_openclip.preprocessing import size_pair
 from otter_openclip.training.student_with_teacher import Teacher, as_teacher
 
-_FIXES = {
-    "image size": "pass --force-image-size, or another teacher",
-    "image mean": "pass --image-mean, or another teacher",
-    "image std": "pass --image-std, or another teacher",
-    "context length": "pass --force-context-length, or another teacher",
-    "tokenizer": "choose a teacher with the student's tokenizer",
-}
-
 
 class FixedTeacher(Teacher):
     """A released model whose features are the targets throughout."""
@@ -50,11 +42,12 @@ class FixedTeacher(Teacher):
         )
         context = {"cache_dir": args.cache_dir, "context_length": args.force_context_length}
         ours = _inputs(student, open_clip.get_tokenizer(args.model, **context))
-        for what, fix in _FIXES.items():
-            if theirs[what] != ours[what]:
+        for what, value in theirs.items():
+            if value != ours[what]:
                 raise ValueError(
                     f"--distill-model {args.teacher_model} would be given the student's input, but its "
-                    f"{what} is {theirs[what]}, the student's {ours[what]}; {fix}"
+                    f"{what} is {value}, the student's {ours[what]}; take another teacher, or its size, "
+                    "mean, std and context by --force-image-size, --image-mean, ..."
                 )
         self.module = as_teacher(model.eval())
 

@@ -30,7 +30,7 @@ from otter_openclip.frozen.loader import add_weights, use_features
 from otter_openclip.frozen.prefix import find_prefixes, install, no_prefix_message
 from otter_openclip.preprocessing import reference_transforms
 from otter_openclip.teacher import EmaTeacher
-from otter_openclip.training import batch_norm, flags, order, watch
+from otter_openclip.training import flags, order, watch
 from otter_openclip.training.closed_form_start import start_from_fit
 from otter_openclip.training.ending import Ending, Steps, goes_on_from
 from otter_openclip.training.fixed_teacher import FixedTeacher
@@ -41,6 +41,7 @@ from otter_openclip.training.student_with_teacher import (
     MovingAverage,
     StudentWithTeacher,
     Teacher,
+    locked_batch_norms,
 )
 from otter_openclip.training.table_check import check_tables
 from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation, due
@@ -50,6 +51,15 @@ _LONGEST = 1000  # characters of a message; torch's of weights that do not fit l
 _READING = ("setup_model", "load_checkpoint", "setup_data", "setup_optimizer")
 # Entry of the data dict that stands for --zeroshot-data.
 ZEROSHOT_DATA = "zeroshot-data"
+
+
+def _leave_locked(**_: Any) -> None:
+    """In place of ``lock_image_tower``, once ``watch.check_locks`` has locked it.
+
+    With ``--lock-image-freeze-bn-stats`` open_clip puts a plain frozen module in the place of each batch
+    norm. That drops the activation of timm's BatchNormAct2d (EfficientNet's outputs are off by orders of
+    magnitude) and a counter: the checkpoint no longer fits its own model. Eval mode gives what is meant.
+    """
 
 
 class Plugin:
@@ -118,7 +128,7 @@ class ClipPlugin:
             training, evaluation = reference_transforms(model.visual.preprocess_cfg)
         if args.lock_image and (args.feature_cache or args.loss != "clip"):
             if args.lock_image_freeze_bn_stats:
-                batch_norm.leave_batch_norm(model)
+                model.lock_image_tower = _leave_locked
             if not args.lock_image_unlocked_groups and not args.aug_cfg:
                 training = evaluation
                 logging.info("Frozen image tower: images without augmentation; --aug-cfg adds it")
@@ -311,7 +321,7 @@ class TrainingPlugin(ClipPlugin):
         if args.torchcompile and self.teacher is not None and self.teacher.module is not None:
             self.teacher.module.compile()
         locked = args.lock_image and args.lock_image_freeze_bn_stats
-        frozen = batch_norm.locked_batch_norms(model) if locked else []
+        frozen = locked_batch_norms(model) if locked else []
         self._wrapper = StudentWithTeacher(
             model,
             self.teacher,

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from timm.utils import unwrap_model
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from otter_openclip.frozen import prefix
 from otter_openclip.frozen.loader import split_weights
 from otter_openclip.teacher import EmaTeacher
-from otter_openclip.training.batch_norm import keep_in_eval_mode
 
 Features = dict[str, Tensor]
 _INPUTS = {"visual": 0, "text": 1}  # where a tower's input stands among the model's
@@ -70,6 +70,15 @@ def as_teacher(model: nn.Module, frozen: Iterable[str] = ()) -> nn.Module:
     return model
 
 
+def locked_batch_norms(model: nn.Module) -> list[str]:
+    """Names of the image tower's batch norms whose parameters are locked."""
+    return [
+        f"visual.{name}"
+        for name, module in unwrap_model(model).visual.named_modules()
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters())
+    ]
+
+
 class StudentWithTeacher(nn.Module):
     """A student whose output dict also holds ``dist_image_features`` and ``dist_text_features``.
 
@@ -121,9 +130,10 @@ class StudentWithTeacher(nn.Module):
     def train(self, mode: bool = True) -> StudentWithTeacher:
         """Set the student's mode, and that of a moving average that follows it."""
         super().train(mode)
-        keep_in_eval_mode(self.student, self._frozen)
-        if self.average is not None:
-            keep_in_eval_mode(self.average.module, self._frozen)
+        averages = [] if self.average is None else [self.average.module]
+        for model in (self.module, *averages):
+            for name in self._frozen:
+                model.get_submodule(name).eval()
         return self
 
     def start_epoch(self) -> None:
