@@ -48,8 +48,6 @@ WRONG_LINES = {
         "does not go with --distill-model"
     ),
     # What open_clip says after the features are encoded.
-    "--lr-scheduler linear": "linear is none of cosine, const and const-cooldown",
-    "--loss otter --lr-scheduler const-cooldown": "needs --epochs-cooldown N",
     # Misspellings and abbreviations.
     "--loss otterr": "did you mean otter?",
     "--loss otter --batchsize 64": "did you mean --batch-size?",

@@ -35,10 +35,7 @@ class LabelledFeatures:
         dataset = build_wds_dataset("val", images.inputs.transform, "test", folder)
         prompts = class_prompts(dataset)
         shards = LabelledImages(dataset, images.inputs.transform).shards
-        self.labels = [
-            shards.labels(sample) for sample in shards({"url": url} for url in shards.urls)
-        ]
-        shards.check_count(len(self.labels))
+        self.labels = shards.read_all()
         fill([images], shards.urls, **how)
         self.images = torch.from_numpy(images.files.whole(shards.urls)).float()
         texts = [text for group in prompts for text in group]

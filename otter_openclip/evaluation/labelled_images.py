@@ -80,10 +80,12 @@ class CheckedShards:
         """The true classes of a sample."""
         return shard_samples.labels(sample, self.suffix, self.classes)
 
-    def read_all(self) -> None:
-        """Check every sample, and that there are any, with a bar."""
-        checked = self({"url": url} for url in self.urls)
-        self.check_count(sum(1 for _ in tqdm(checked, desc="Checking samples", unit="sample")))
+    def read_all(self) -> list[np.ndarray]:
+        """Check every sample, and that there are any, with a bar; the true classes of each."""
+        checked = tqdm(self({"url": url} for url in self.urls), desc="Checking", unit="sample")
+        labels = [self.labels(sample) for sample in checked]
+        self.check_count(len(labels))
+        return labels
 
     def check_count(self, samples: int) -> None:
         """Raise ImageError if there are no samples."""

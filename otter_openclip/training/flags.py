@@ -261,10 +261,6 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
         if getattr(args, name) and not (args.lock_image or args.lock_text):
             flag = f"--{name.replace('_', '-')}"
             yield f"{flag} is for locked towers, but none is: add --lock-image, --lock-text or both"
-    if args.lr_scheduler not in ("cosine", "const", "const-cooldown"):
-        yield f"--lr-scheduler {args.lr_scheduler} is none of cosine, const and const-cooldown"
-    if args.lr_scheduler == "const-cooldown" and args.epochs_cooldown is None:
-        yield "--lr-scheduler const-cooldown needs --epochs-cooldown N; add it"
     distill = args.distill_model is not None, args.distill_pretrained is not None
     teacher = args.loss in TEACHER_LOSSES
     if any(distill) and args.loss != "clip" and not teacher:

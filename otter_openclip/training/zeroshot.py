@@ -132,7 +132,7 @@ class _LabelledSet:
             precision=args.precision,
             reference_crop=args.reference_crop,
         )
-        labels = [shards.labels(sample) for sample in shards({"url": url} for url in shards.urls)]
+        labels = shards.read_all()
         fill([column], shards.urls, device=device, workers=args.workers)
         self._features = torch.from_numpy(column.files.whole(shards.urls)), labels
         return True
