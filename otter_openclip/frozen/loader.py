@@ -106,10 +106,12 @@ def use_features(
     fill(columns, list(dict.fromkeys(urls)), device=device, **ranks)
     dtype = open_clip.get_input_dtype(args.precision) or torch.float32
     stages = train.dataloader.pipeline[0].dataset.pipeline
-    start = stages.index(tarfile_to_samples_nothrow)
-    if "visual" not in prefixes:
-        _add_text_features(stages, start, columns[0], dtype)
+    if "visual" not in prefixes:  # images are read as ever, and captions become their features
+        mapping = next(stage for stage in stages if callable(getattr(stage, "kw", {}).get("text")))
+        mapping.kw["text"] = str  # no tokens are needed
+        _read_beside(stages, columns[0].files, dtype)
         return
+    start = stages.index(tarfile_to_samples_nothrow)
     shuffle = stages[start + 1]
     batched = wds.batched(args.batch_size, collation_fn=_Collate(dtype), partial=False)
     rows = _ReadRows([column.files for column in columns])
@@ -130,20 +132,18 @@ def add_weights(args: Namespace, train: DataInfo, weights: FeatureFiles) -> None
             "changed since; fit again"
         )
     stages = train.dataloader.pipeline[0].dataset.pipeline
-    reading = next((stage for stage in stages if isinstance(stage, _ReadRows)), None)
-    if reading is not None:
+    reading = next((s for s in stages if isinstance(s, _ReadRows | _ReadSamples)), None)
+    if reading is None:
+        _read_beside(stages, weights, None)
+    else:
         reading.files.append(weights)
-        return
-    start = stages.index(tarfile_to_samples_nothrow)
-    stages.insert(start + 1, _AddRows(weights, torch.float64, "__weight__"))
+
+
+def _read_beside(stages: list[Any], files: FeatureFiles, dtype: torch.dtype | None) -> None:
+    """Let samples be read with their rows of ``files``, which become, or come behind, their texts."""
+    stages[stages.index(tarfile_to_samples_nothrow)] = _ReadSamples([files])
     tuples = next(s for s in stages if getattr(s, "f", None) is wds.filters.to_tuple.f)
-    stages.insert(stages.index(tuples), _put_weight)
-
-
-def _put_weight(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for sample in samples:
-        if sample["__weight__"] is not None:
-            yield sample | {"text": _joined(sample["text"], sample["__weight__"])}
+    stages.insert(stages.index(tuples), _PutRows(dtype))
 
 
 def _joined(texts: Tensor, weights: Tensor) -> Tensor:
@@ -189,30 +189,37 @@ class _Collate:
         return [images, _joined(texts, columns[2]) if len(columns) > 2 else texts]
 
 
-def _add_text_features(stages: list[Any], start: int, column: Column, dtype: torch.dtype) -> None:
-    """With the text tower alone frozen images are read as ever, and captions become their features."""
-    mapping = next(stage for stage in stages if callable(getattr(stage, "kw", {}).get("text")))
-    mapping.kw["text"] = str  # no tokens are needed
-    stages.insert(stages.index(mapping) + 1, _put_in_place)
-    stages.insert(start + 1, _AddRows(column.files, dtype, "__features__"))
+class _ReadSamples:
+    """In place of open_clip's reading of tars, by which it reads: each sample with its row of each file.
+
+    Where a tar is damaged the rows may be more than the samples.
+    """
+
+    def __init__(self, files: list[FeatureFiles]) -> None:
+        self.files = files
+
+    def __call__(self, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for shard in shards:
+            samples = tarfile_to_samples_nothrow(iter([shard]))
+            rows = zip(*(files.rows(shard["url"]) for files in self.files), strict=True)
+            for sample, values in zip(samples, rows, strict=False):
+                yield sample | {"__rows__": values}
 
 
-class _AddRows:
-    """Gives each sample of a shard, in their order, its row under a key of its own."""
+class _PutRows:
+    """Makes a sample's text of its rows; one that has no row is left out."""
 
-    def __init__(self, files: FeatureFiles, dtype: torch.dtype, key: str) -> None:
-        self.files, self.dtype, self.key = files, dtype, key
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        """``dtype`` is that of text features, the first of the rows; None if texts are tokens."""
+        self.dtype = dtype
 
     def __call__(self, samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        url, rows = "", iter(())
         for sample in samples:
-            if sample["__url__"] != url:
-                url = sample["__url__"]
-                rows = self.files.rows(url)
-            row = next(rows)
-            features = None if row is None else torch.from_numpy(row).to(self.dtype)
-            yield sample | {self.key: features}
-
-
-def _put_in_place(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    return (sample | {"text": sample["__features__"]} for sample in samples)
+            if any(row is None for row in sample["__rows__"]):
+                continue
+            text, *rows = map(torch.from_numpy, sample["__rows__"])
+            if self.dtype is None:
+                text, rows = sample["text"], [text]
+            else:
+                text = text.to(self.dtype)
+            yield sample | {"text": _joined(text, *rows) if rows else text}

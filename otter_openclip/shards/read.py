@@ -24,6 +24,10 @@ FIRST = 2000  # captions that are looked at before training
 _KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # names of webdataset's own, which are no samples
 
+# How files end of which nothing was cut off.
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_LONGEST_END = max(map(len, _ENDS.values()))
+
 
 class Fault(NamedTuple):
     """A fault of ``file``, or of a sample in it; ``text`` says what it is and how to mend it."""
@@ -92,22 +96,28 @@ def _grouped(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     current: str | None = None
     files: dict[str, bytes] = {}
-    for member in members(tar):
-        match = _KEY_AND_SUFFIX.match(member.name)
-        if match is None or not member.isreg() or _SKIPPED.match(member.name):
-            continue
-        key, suffix = match[1], match[2].lower()
-        if strict and key == current and suffix in files:
-            fault = f"{member.name} comes twice in a row, where clip_benchmark stops"
-            raise OSError(f"cannot be read to its end: {fault}; give each sample its own name")
-        if key != current or suffix in files:
-            if current is not None:
-                yield current, files
-            current, files = key, {}
-        wanted = contents is True or (contents and suffix in contents)
-        files[suffix] = tar.extractfile(member).read() if wanted else b""
-    if current is not None:
+    damage: Exception | None = None
+    try:
+        for member in members(tar):
+            match = _KEY_AND_SUFFIX.match(member.name)
+            if match is None or not member.isreg() or _SKIPPED.match(member.name):
+                continue
+            key, suffix = match[1], match[2].lower()
+            if strict and key == current and suffix in files:
+                fault = f"{member.name} comes twice in a row, where clip_benchmark stops"
+                raise OSError(f"cannot be read to its end: {fault}; give each sample its own name")
+            if key != current or suffix in files:
+                if current is not None:
+                    yield current, files
+                current, files = key, {}
+            wanted = contents is True or (contents and suffix in contents)
+            files[suffix] = tar.extractfile(member).read() if wanted else b""
+    except (tarfile.TarError, EOFError) as error:
+        damage = error
+    if current is not None:  # stock loaders, too, give what there is of the last sample
         yield current, files
+    if damage is not None:
+        raise damage
     while behind := tar.fileobj.read(1 << 20):
         if behind.strip(b"\0"):
             text = "behind its end more follows, another tar perhaps, which is not read"
@@ -196,12 +206,14 @@ def readable() -> Iterator[None]:
         raise SampleError(f"unreadable image: {text}") from error
 
 
-def opened(content: bytes, *, whole: bool = False) -> Image.Image:
+def opened(content: bytes | IO[bytes], *, whole: bool = False) -> Image.Image:
     """The image with its header read, or the ``whole``; SampleError if Pillow cannot read it."""
-    if not content:
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
+    if not file.seek(0, io.SEEK_END):
         raise SampleError("unreadable image: empty file")
+    file.seek(0)
     with readable():
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(file)
         if whole:
             image.load()
         return image
@@ -225,9 +237,12 @@ def check_range(image: Image.Image) -> None:
     raise SampleError(f"{fault}; scale it to 8 bits")
 
 
-def check_image(content: bytes) -> None:
-    """``opened`` and ``check_range``, and whether all of it is there: most JPEGs need no decoding."""
-    image = opened(content)
+def check_image(content: bytes | IO[bytes]) -> None:
+    """``opened`` and ``check_range``, and whether all of it is there: few files need to be decoded."""
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
+    file.seek(max(0, file.seek(0, io.SEEK_END) - _LONGEST_END))
+    end = file.read()
+    image = opened(file)
     check_range(image)
-    if image.format not in ("JPEG", "MPO") or not content.endswith(b"\xff\xd9"):
+    if image.format not in _ENDS or not end.endswith(_ENDS[image.format]):
         rgb(image)

@@ -5,6 +5,7 @@ open_clip gives both models the student's images and tokens, whatever the teache
 
 from __future__ import annotations
 
+import pickle
 from argparse import Namespace
 from typing import Any
 
@@ -35,7 +36,7 @@ class FixedTeacher(Teacher):
                 output_dict=True,
                 cache_dir=args.cache_dir,
             )
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
             raise ValueError(f"--distill-model {args.teacher_model}: {error}") from error
         theirs = _inputs(
             model, open_clip.get_tokenizer(args.teacher_model, cache_dir=args.cache_dir)

@@ -146,6 +146,11 @@ _NOT_OF_THE_OBJECTIVE = (
     "--init-logit-scale",
     "--init-distill-logit-scale",
 )
+# What would let training see other features than those that ``--init fit`` fits heads to.
+_OTHER_TOWERS = (
+    "pretrained pretrained_image reference_crop force_image_size force_context_length "
+    "force_quick_gelu image_mean image_std image_interpolation image_resize_mode"
+).split()
 
 
 def _shown(default: Any) -> str:
@@ -278,6 +283,10 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
         )
     if args.init is not None and args.feature_cache is None:
         yield "--init fit needs what towers give for all pairs: add --feature-cache DIR, or drop it"
+    for name in _OTHER_TOWERS if args.init is not None else ():
+        if getattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
+            yield f"--init fit takes the towers as --model has them; drop {flag}, or write such towers"
     if not in_shards(args):
         for flag in ("--feature-cache", "--pair-weights"):
             if getattr(args, _dest(flag)) is not None:

@@ -136,7 +136,7 @@ class ClipPlugin:
 
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load, without running any of its code."""
-        checkpoint = read_resumed(path)
+        checkpoint = read_resumed(path, self.model)
         if self.args.train_data and ENTRY in checkpoint:
             tell_changes(self.args, checkpoint[ENTRY], None)
         return checkpoint
@@ -204,7 +204,7 @@ class ClipPlugin:
         self, args: Namespace, model: nn.Module, epoch: int, tokenizer: Any
     ) -> dict[str, float]:
         """Evaluation: metrics of ``--zeroshot-data`` to add to open_clip's; keeps ``best.pt``."""
-        if self._zeroshot is None or not due(epoch, args):
+        if self._zeroshot is None or (args.train_data and not due(epoch, args)):
             return {}
         judged = self.teacher.module if args.zeroshot_weights == "teacher" else model
         try:
@@ -274,8 +274,8 @@ class TrainingPlugin(ClipPlugin):
 
     def setup_model(self, args: Namespace, model: nn.Module, *transforms: Any) -> tuple[Any, ...]:
         """Model: the run's folder is claimed; the fixed teacher beside it; ``--init-logit-scale``."""
-        for part in ("logit_bias", "text_decoder"):
-            if getattr(model, part, None) is not None:  # of SigLIP and CoCa
+        for part in ("logit_bias", "text_decoder"):  # of SigLIP and CoCa
+            if args.loss != "clip" and getattr(model, part, None) is not None:
                 self.refuse(
                     f"--model {args.model} has a {part}, which --loss {args.loss} cannot use"
                 )
@@ -288,7 +288,7 @@ class TrainingPlugin(ClipPlugin):
 
     def load_checkpoint(self, path: str) -> Any:
         """Checkpoint load: the plugin's part of it waits for the optimizer."""
-        return self.resume.load(self.args, path)
+        return self.resume.load(self.args, path, self.model)
 
     def setup_data(self, args: Namespace, data: Data, preprocess_val: Any) -> Data:
         """Data: every epoch's order follows from (seed, epoch, rank, worker)."""

@@ -92,7 +92,7 @@ def _path(parser: argparse.ArgumentParser, recipe: str) -> Path:
     """The file ``recipe``, or the package's recipe of that name."""
     path = Path(recipe)
     recipes = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
-    if path.exists() or (path.stem not in recipes and len(path.parts) > 1):
+    if path.is_file() or (path.stem not in recipes and len(path.parts) > 1):
         return path
     if recipe in recipes:
         return recipes[recipe]

@@ -14,7 +14,7 @@ import torch
 from open_clip_train.distributed import broadcast_object, is_master
 from torch import nn
 
-from otter_openclip.checkpoints.contents import ENTRY, TEACHER, without_wrappers
+from otter_openclip.checkpoints.contents import ENTRY, TEACHER, load_weights, without_wrappers
 from otter_openclip.checkpoints.newest import newest_checkpoint, read_checkpoint
 from otter_openclip.teacher import EmaTeacher
 from otter_openclip.training.flags import settings
@@ -61,13 +61,13 @@ class Resume:
         if self._lock is not None:
             self._lock.release()
 
-    def load(self, args: Namespace, path: str) -> Mapping[str, Any]:
+    def load(self, args: Namespace, path: str, model: nn.Module) -> Mapping[str, Any]:
         """The checkpoint ``path`` under the names that ``main`` looks for.
 
         Raises:
-            ValueError: if it is damaged, naming one beside it that is whole.
+            ValueError: if it does not fit ``model`` or is damaged, naming one beside it that is whole.
         """
-        checkpoint = read_resumed(path)
+        checkpoint = read_resumed(path, model)
         if "epoch" in checkpoint:  # weights alone can be evaluated
             self._checkpoint = {key: checkpoint.get(key) for key in (ENTRY, TEACHER)}
         return _fitted(args, checkpoint)
@@ -156,9 +156,18 @@ def _fitted(args: Namespace, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]
     return {**checkpoint, "state_dict": state}
 
 
-def read_resumed(path: str) -> Mapping[str, Any]:
-    """The checkpoint to resume from, local or remote, read without running any of its code."""
+def read_resumed(path: str, model: nn.Module) -> Mapping[str, Any]:
+    """The checkpoint to resume from, local or remote, read without running any of its code.
+
+    Its weights are loaded into the bare ``model``, as ``main`` does; ValueError if they do not fit.
+    """
     if "://" in path:
         with fsspec.open(path, "rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
-    return read_checkpoint(Path(path), mapped=False)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    else:
+        checkpoint = read_checkpoint(Path(path), mapped=False)
+    try:
+        load_weights(model, without_wrappers(checkpoint.get("state_dict", checkpoint)))
+    except ValueError as error:
+        raise ValueError(f"--resume {path} does not fit --model: {error}") from error
+    return checkpoint
