@@ -22,7 +22,7 @@ from open_clip.loss import gather_features
 from torch import Tensor, nn
 
 from otter_openclip import fast
-from otter_openclip.fast.ranks import MeanGradient, gather_rows
+from otter_openclip.fast.ranks import gather_rows, mean_over_ranks
 from otter_openclip.numerics import (
     at_least_float32,
     check_choice,
@@ -45,12 +45,11 @@ Pair = tuple[Tensor, Tensor]
 class _PairLoss(ClipLoss):
     """Rows and columns as open_clip's flags ask: with ``local_loss`` a rank's own B rows, else all."""
 
-    def __init__(self, impl: str, clip_loss: dict[str, Any]) -> None:
+    def __init__(self, **clip_loss: Any) -> None:
         super().__init__(**clip_loss)
-        self.impl = check_choice("impl", impl, IMPLEMENTATIONS)
         self.sharded = self.local_loss and self.world_size > 1
 
-    def _everyones(self, images: Tensor, texts: Tensor, *, student: bool) -> Pair:
+    def _all_ranks(self, images: Tensor, texts: Tensor, *, student: bool) -> Pair:
         """All ranks' features; the student's have gradients as open_clip's flags say, others none."""
         if self.world_size == 1:
             return images, texts
@@ -61,7 +60,7 @@ class _PairLoss(ClipLoss):
     def _rows_and_columns(self, images: Tensor, texts: Tensor, *, student: bool) -> Any:
         """Image rows, text rows, image columns, text columns."""
         rows = at_least_float32(images), at_least_float32(texts)
-        columns = self._everyones(*rows, student=student)
+        columns = self._all_ranks(*rows, student=student)
         return *(rows if self.sharded else columns), *columns
 
     def _cosines(self, images: Tensor, texts: Tensor) -> Pair:
@@ -74,7 +73,7 @@ class _PairLoss(ClipLoss):
         row = torch.arange(len(matrix), device=matrix.device)
         return row, row + (self.rank * len(matrix) if self.sharded else 0)
 
-    def _everyones_weights(self, weights: Tensor | None) -> Tensor | None:
+    def _all_ranks_weights(self, weights: Tensor | None) -> Tensor | None:
         """All ranks' ``pair_weights``, (N,)."""
         if weights is None:
             return None
@@ -106,13 +105,13 @@ class _PairLoss(ClipLoss):
 class LabelSmoothingLoss(_PairLoss):
     """InfoNCE with the target 1 - smoothing on the pair, smoothing / (N - 1) elsewhere (section 4.1)."""
 
-    def __init__(self, smoothing: float, *, impl: str = "auto", **clip_loss: Any) -> None:
+    def __init__(self, smoothing: float, **clip_loss: Any) -> None:
         """Set up the loss; raises ValueError if ``smoothing`` is outside [0, 1].
 
-        ``impl`` is as of the other losses, but this one is plain whatever it says; ``clip_loss`` are
-        ``open_clip.ClipLoss``'s keywords: local_loss, gather_with_grad, rank, world_size.
+        ``clip_loss`` are ``open_clip.ClipLoss``'s keywords: local_loss, gather_with_grad, rank,
+        world_size.
         """
-        super().__init__(impl, clip_loss)
+        super().__init__(**clip_loss)
         self.smoothing = check_interval("smoothing", smoothing, 0.0, 1.0)
 
     def forward(
@@ -129,7 +128,7 @@ class LabelSmoothingLoss(_PairLoss):
         check_features(image_features, text_features)
         with float32_math(image_features.device.type):
             cosines = self._cosines(image_features, text_features)
-            weights = self._everyones_weights(pair_weights)
+            weights = self._all_ranks_weights(pair_weights)
             loss = self._contrastive(cosines, logit_scale, weights, self.smoothing)
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -182,7 +181,8 @@ class DistillationLoss(_PairLoss):
         Raises:
             ValueError: naming the argument that is out of range.
         """
-        super().__init__(impl, clip_loss)
+        super().__init__(**clip_loss)
+        self.impl = check_choice("impl", impl, IMPLEMENTATIONS)
         self.alpha = check_interval("alpha", alpha, 0.0, 1.0)
         self.teacher_scale = check_interval("teacher_scale", teacher_scale, 0.0, MAX_COEF)
         self.vv_coef = check_interval("vv_coef", vv_coef, 0.0, MAX_COEF)
@@ -211,8 +211,8 @@ class DistillationLoss(_PairLoss):
             image_features: (B, D) unit-norm student features.
             text_features: (B, D) unit-norm student features.
             logit_scale: scalar s, already exponentiated.
-            dist_image_features: (B, D') teacher features, to which no gradient goes, or None.
-            dist_text_features: (B, D') teacher features, or None with ``dist_image_features``.
+            dist_image_features: (B, D') unit-norm teacher features, to which no gradient goes, or None.
+            dist_text_features: (B, D') unit-norm teacher features, or None like the images'.
             dist_logit_scale: ignored; open_clip's loop passes the teacher's.
             output_dict: return ``{"contrastive_loss": ..., "distill_loss": ...}`` instead of a tuple.
             pair_weights: (B,) by which the pairs' contrastive terms are multiplied, or None.
@@ -229,7 +229,7 @@ class DistillationLoss(_PairLoss):
         teacher = (dist_image_features.detach(), dist_text_features.detach())
         check_features(*student, *teacher)
         distill_scale = self.distill_scale(logit_scale)
-        weights = self._everyones_weights(pair_weights)
+        weights = self._all_ranks_weights(pair_weights)
         if self.impl == "plain" or not fast.covers(self):
             with float32_math(image_features.device.type):
                 cosines = self._cosines(*student)
@@ -237,8 +237,8 @@ class DistillationLoss(_PairLoss):
                 distillation = self._distillation(cosines, distill_scale, self.targets(*teacher))
         else:
             if not self.sharded:
-                student = self._everyones(*student, student=True)
-                teacher = self._everyones(*teacher, student=False)
+                student = self._all_ranks(*student, student=True)
+                teacher = self._all_ranks(*teacher, student=False)
             contrastive, distillation, self.target_statistics = fast.terms(
                 self, student, (logit_scale, distill_scale), teacher, weights
             )
@@ -294,9 +294,10 @@ class DistillationLoss(_PairLoss):
             ValueError: if it is the model's own, ``logit_scale``, and that is not given.
         """
         if self.distill_logit_scale is not None:
-            log_scale = self.distill_logit_scale
-            if self.world_size > 1:  # it is no parameter of the model that DDP wraps
-                log_scale = MeanGradient.apply(log_scale, self.world_size)
+            log_scale = self.distill_logit_scale.clone()
+            if self.world_size > 1 and log_scale.requires_grad:
+                # It is no parameter of the model that DDP wraps, which averages gradients over ranks.
+                log_scale.register_hook(mean_over_ranks)
             return log_scale.clamp(0.0, MAX_LOG_SCALE).exp()
         if logit_scale is None:
             raise ValueError(

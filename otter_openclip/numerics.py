@@ -11,14 +11,23 @@ from torch import Tensor
 
 
 @contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products of float32 in all their digits."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextlib.contextmanager
 def float32_math(device_type: str) -> Iterator[None]:
     """Leave autocast, and TF32 too: at a teacher scale of 100 its 1e-3 would be 10% of a target."""
     with contextlib.ExitStack() as stack:
         if torch.amp.is_autocast_available(device_type):
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        stack.callback(torch.set_float32_matmul_precision, precision)
+        stack.enter_context(without_tf32())
         yield
 
 
@@ -60,11 +69,7 @@ def check_features(images: Tensor, texts: Tensor, *teacher: Tensor) -> None:
             "image_features and text_features must both be (B, D), got "
             f"{tuple(images.shape)} and {tuple(texts.shape)}"
         )
-    shapes = [None if x is None else tuple(x.shape) for x in teacher]
-    if shapes and None in shapes:
-        raise ValueError(
-            "dist_image_features and dist_text_features go together: give both or none"
-        )
+    shapes = [tuple(x.shape) for x in teacher]
     if shapes and (shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != len(images)):
         raise ValueError(
             f"dist_image_features and dist_text_features must both be ({len(images)}, D'), one row for "

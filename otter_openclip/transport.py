@@ -42,7 +42,8 @@ def sinkhorn(
     """
     if cost.ndim < 2:
         raise ValueError(f"cost must be a matrix or a batch of them, got shape {tuple(cost.shape)}")
-    check_interval("epsilon", epsilon, MIN_EPSILON, math.inf), check_count("iterations", iterations)
+    check_interval("epsilon", epsilon, MIN_EPSILON, math.inf)
+    check_count("iterations", iterations)
     return log_sinkhorn(-at_least_float32(cost) / epsilon, iterations, group).exp()
 
 

@@ -27,11 +27,11 @@ TEACHER = "state_dict_ema"
 ENTRY = "otter"
 JUDGED = "zeroshot"
 JUDGED_WEIGHTS = "weights"
-# Plain values that DINO, MAE and torchvision keep beside their weights, and no code.
-torch.serialization.add_safe_globals([argparse.Namespace])
 JUDGED_BY = "data"
 _REASON = 300  # characters of torch's, which lists every key
 _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and its kind; of torch.compile
+# DINO, MAE and torchvision keep their options beside their weights: plain values, and no code.
+torch.serialization.add_safe_globals([argparse.Namespace])
 
 
 def read_file(path: Path, *, verify: bool = True, mapped: bool = True) -> Mapping[str, Any]:

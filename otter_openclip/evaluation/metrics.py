@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from otter_openclip.numerics import at_least_float32
+from otter_openclip.numerics import at_least_float32, without_tf32
 
 KS = (1, 2, 5, 10)
 CHUNK_SIZE = 2**25
@@ -63,12 +63,8 @@ def multilabel_metrics(
         raise ValueError(f"K of F@K must be whole numbers of at least 1, got {ks!r}; e.g. {KS}")
     pairs = _true_pairs(targets, len(image_features), len(class_features))
     problem = image_features, class_features, pairs, chunk_size, progress
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("highest")  # TF32 would tie classes that differ
+    with without_tf32():  # which would tie classes that differ
         places, precisions = _best_places(*problem), _average_precisions(*problem)
-    finally:
-        torch.set_float32_matmul_precision(before)
     hits = {k: places < min(k, len(class_features)) for k in ks}
     shares = {f"flat_hit@{k}": float(hit.mean()) for k, hit in hits.items()}
     return shares | {"mean_average_precision": float(precisions.mean())}

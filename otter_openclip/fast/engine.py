@@ -37,7 +37,7 @@ def covers(loss: Any) -> bool:
 
 
 def terms(
-    loss: Any, student: Pair, scales: Pair, teacher: Pair, weights: Tensor | None = None
+    loss: Any, student: Pair, scales: Pair, teacher: Pair, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Contrastive and distillation term before alpha, and statistics of this rank's image rows.
 

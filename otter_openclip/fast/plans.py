@@ -71,7 +71,7 @@ class ScalingPlans:
 
     def _scale_rows(self, part: slice, kernel: Tensor) -> Tensor:
         scaled = torch.mm(self._columns, kernel.T).clamp_min_(_EMPTY).reciprocal_()
-        count = 1 + self._started
+        count = 2 if self._started else 1  # the text rows' plan starts half an iteration later
         self._rows[:count, part] = scaled[:count]
         return self._rows[:, part]
 
@@ -112,10 +112,11 @@ class LogPlans(ScalingPlans):
 
     def __init__(self, tiles: RowTiles, world_size: int) -> None:
         super().__init__(tiles, world_size)
-        self._rows.zero_(), self._columns.zero_()
+        self._rows.zero_()
+        self._columns.zero_()
 
     def solve(self, iterations: int) -> None:
-        """Update rows, then columns, and once more at the end; each sends as much as above."""
+        """Update rows, then columns, and once more at the end; each time with 2 N sums to send."""
         for step in range(iterations):
             self._columns = -self._update(2 if step else 1)
         before = self._rows[0].clone()

@@ -55,18 +55,8 @@ class GatherRows(torch.autograd.Function):
         return total.to(ctx.dtype), None
 
 
-class MeanGradient(torch.autograd.Function):
-    """A parameter that every rank holds; its gradient is the mean over the ranks, as DDP's are."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, world_size: int) -> Tensor:
-        """Return ``parameter`` itself."""
-        ctx.world_size = world_size
-        return parameter.view_as(parameter)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """One all-reduce of a number."""
-        gradient = gradient / ctx.world_size
-        dist.all_reduce(gradient)
-        return gradient, None
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a tensor that every rank has."""
+    mean = value / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean

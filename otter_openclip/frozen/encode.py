@@ -11,8 +11,8 @@ import itertools
 import json
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,9 @@ from otter_openclip.frozen import prefix
 from otter_openclip.frozen.store import FeatureFiles, in_half
 from otter_openclip.shards import read
 
-ROUND = 30.0  # seconds of encoding after which the ranks hear of each other
 _PLAIN = (bool, int, float, str, type(None))
 # Settings that change nothing of what a tower gives.
-_NO_MATTER = re.compile(
+_IGNORED_SETTINGS = re.compile(
     "^_|^(name_or_path|training|transformers_version|dtype|torch_dtype)$|checkpointing$"
 )
 
@@ -59,7 +58,7 @@ def tower_fingerprint(model: nn.Module, tower: str, name: str, settings: Mapping
         "module": str(module),
         "pooler": str(getattr(owner, "pooler", None)),
         "timm": (getattr(module, "pretrained_cfg", None) or {}).get("architecture"),
-        "config": {k: v for k, v in config.items() if not _NO_MATTER.search(k)},
+        "config": {k: v for k, v in config.items() if not _IGNORED_SETTINGS.search(k)},
         # Heads, pooling and the like show in no weight.
         "attributes": {part: _attributes(child) for part, child in module.named_modules()},
     }
@@ -73,7 +72,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
         return all(isinstance(each, _PLAIN) for each in values)
 
     named = vars(module).items()
-    return {k: v for k, v in named if is_plain(v) and not _NO_MATTER.search(k)}
+    return {k: v for k, v in named if is_plain(v) and not _IGNORED_SETTINGS.search(k)}
 
 
 def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
@@ -226,7 +225,9 @@ def fill(
                 logging.warning(remark)
         # By place, and together in any case: a rank that looks later may find some files there already.
         mine = [shard for shard in shards[rank::world_size] if shard in wanted]
-        _together(_encode(mine, column, device, workers, show=rank == 0), device, world_size)
+        _encode(mine, column, device, workers, show=rank == 0)
+        if world_size > 1:  # a rank may be done hours before another
+            dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
         if left := column.files.missing(shards):
             raise ValueError(
                 f"{column.files.folder} has no features of {left[0]} although all were encoded: the "
@@ -253,8 +254,7 @@ def check_local(files: FeatureFiles, shards: Sequence[str]) -> None:
 
 def _encode(
     shards: Sequence[str], column: Column, device: torch.device, workers: int, *, show: bool
-) -> Iterator[None]:
-    """Encode ``shards``, some :data:`ROUND` seconds' worth between two yields."""
+) -> None:
     if not shards:
         return
     batches = _Batches(shards, column.inputs, 64 if device.type == "cpu" else 256)
@@ -262,7 +262,7 @@ def _encode(
     settings = {"num_workers": min(workers, len(shards)), "generator": torch.Generator()}
     loader = DataLoader(batches, batch_size=None, **settings)
     parts: dict[str, list[np.ndarray]] = {shard: [] for shard in shards}
-    began, said = time.monotonic(), "whole numbers"
+    said = "whole numbers"
     with tqdm(desc=f"Encoding ({column.kind})", unit="sample", disable=not show) as bar:
         for shard, batch in loader:
             if batch is None:
@@ -273,18 +273,4 @@ def _encode(
             else:
                 parts[shard].append(column.rows(*batch))
                 bar.update(len(batch[0]))
-            if time.monotonic() - began > ROUND:
-                yield
-                began = time.monotonic()
     logging.info(f"Features ({column.kind}) are kept in {said}")
-
-
-def _together(work: Iterator[None], device: torch.device, world_size: int) -> None:
-    """Ranks meet after every round, so that no collective waits for longer than that takes."""
-    unfinished = True
-    while unfinished:
-        unfinished = next(work, "done") is None
-        if world_size > 1:
-            count = torch.tensor(int(unfinished), device=device)
-            dist.all_reduce(count)
-            unfinished = bool(count.item())

@@ -78,6 +78,12 @@ def text_column(
     return Column("text", folder, key, TokenInputs(tokenizer), encoder)
 
 
+def student_tokenizer(args: Namespace) -> Any:
+    """The tokenizer of a run's model, as open_clip's ``main`` makes it."""
+    context = {"cache_dir": args.cache_dir, "context_length": args.force_context_length}
+    return open_clip.get_tokenizer(args.model, **context)
+
+
 def use_features(
     args: Namespace,
     train: DataInfo,
@@ -94,8 +100,7 @@ def use_features(
         OSError: if the folder cannot be written.
     """
     folder, device = Path(args.feature_cache), torch.device(args.device)
-    context = {"cache_dir": args.cache_dir, "context_length": args.force_context_length}
-    tokenizer = open_clip.get_tokenizer(args.model, **context)
+    tokenizer = student_tokenizer(args)
     common = {"device": device, "precision": args.precision}
     columns = [text_column(model, prefixes.get("text"), folder, tokenizer, **common)]
     if "visual" in prefixes:

@@ -19,7 +19,7 @@ from otter_openclip.files import written_whole
 BLOCK = 512  # rows that are read at once
 # What float16 may change: a row of features, relative to its length, and cosines between rows, of which
 # the root mean square counts. They are what the losses see, which then stay the same within 1e-5.
-CLOSE, CLOSE_COSINES = 1e-3, 2.5e-5
+MAX_HALF_ERROR, MAX_HALF_COSINE_ERROR = 1e-3, 2.5e-5
 _COMPARED = 256  # rows whose cosines are compared
 
 
@@ -98,6 +98,6 @@ def in_half(rows: np.ndarray) -> tuple[np.ndarray, str]:
     change = units[0] @ units[0].T - units[1] @ units[1].T
     cosines = float(np.sqrt(np.square(change).mean()))
     said = f"off by {distance:.0e}, cosines by {cosines:.0e}"
-    if distance <= CLOSE and cosines <= CLOSE_COSINES:
+    if distance <= MAX_HALF_ERROR and cosines <= MAX_HALF_COSINE_ERROR:
         return half, f"float16: {said}"
     return rows, f"float32: in float16 they would be {said}"

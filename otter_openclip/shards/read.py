@@ -20,7 +20,7 @@ from PIL import Image
 
 IMAGES = ("webp", "png", "jpg", "jpeg")  # the first that a sample has, for clip_benchmark
 TRAINING_IMAGES = ("jpg", "png", "jpeg", "webp")  # for open_clip
-FIRST = 2000  # captions that are looked at before training
+CAPTIONS_LOOKED_AT = 2000  # captions that are looked at before training
 _KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's
 _SKIPPED = re.compile(r"__[^/]*__($|/)")  # names of webdataset's own, which are no samples
 
@@ -125,9 +125,11 @@ def _grouped(
 
 
 def first_captions(shards: Iterable[str]) -> Iterator[str]:
-    """:data:`FIRST` captions of each folder's first shards, of those that are on a disk."""
+    """:data:`CAPTIONS_LOOKED_AT` captions of each folder's first shards, of those that are on a disk."""
     for _, group in itertools.groupby(filter(os.path.isfile, shards), os.path.dirname):
-        yield from itertools.islice(itertools.chain.from_iterable(map(_captions, group)), FIRST)
+        yield from itertools.islice(
+            itertools.chain.from_iterable(map(_captions, group)), CAPTIONS_LOOKED_AT
+        )
 
 
 def _captions(shard: str) -> Iterator[str]:

@@ -47,7 +47,8 @@ def start_from_fit(args: Namespace) -> None:
             together=False,
             report=print,
         )
-        logging.root.handlers.clear()  # a warning has made one; open_clip makes its own
+        # A warning has made a handler, and open_clip makes its own: every line would be there twice.
+        logging.root.handlers.clear()
     while not (out / FIT_FILE).is_file():  # if rank 0 fails, torchrun ends this one
         time.sleep(_POLL)
     args.model = f"local-dir:{out}"

@@ -12,6 +12,7 @@ from typing import Any
 import open_clip
 from torch import nn
 
+from otter_openclip.frozen.loader import student_tokenizer
 from otter_openclip.preprocessing import size_pair
 from otter_openclip.training.student_with_teacher import Teacher, as_teacher
 
@@ -41,8 +42,7 @@ class FixedTeacher(Teacher):
         theirs = _inputs(
             model, open_clip.get_tokenizer(args.teacher_model, cache_dir=args.cache_dir)
         )
-        context = {"cache_dir": args.cache_dir, "context_length": args.force_context_length}
-        ours = _inputs(student, open_clip.get_tokenizer(args.model, **context))
+        ours = _inputs(student, student_tokenizer(args))
         for what, value in theirs.items():
             if value != ours[what]:
                 raise ValueError(

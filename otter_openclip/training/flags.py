@@ -139,7 +139,7 @@ _FLAGS = {
     ),
 }
 
-# How it is computed; what a checkpoint itself has.
+# What a resumed run may change without a warning: how a loss is computed, where a run starts.
 _NOT_OF_THE_OBJECTIVE = (
     "--loss-impl",
     "--init",
@@ -214,7 +214,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     _add_flags(parser)
     stock = {name: parser.get_default(name) for name in ("precision", "warmup")}
     parser.set_defaults(precision=None, warmup=None, loss="clip")
-    # The class's method: the parser's own is the plugin's, which leads here.
+    # In place of ``parser.parse_args`` stands the plugin's hook, which calls this: so the class's own.
     args = argparse.ArgumentParser.parse_args(parser, expand_config(parser, argv))
     for fault in _faults(args):
         parser.error(fault)
@@ -299,7 +299,7 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
 def _settle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name, flag in _FLAGS.items():
         value = getattr(args, _dest(name))
-        if value is None or value is False:
+        if value is None:
             per_loss = isinstance(flag.default, dict)
             default = flag.default.get(args.loss) if per_loss else flag.default
             setattr(args, _dest(name), default)

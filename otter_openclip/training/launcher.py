@@ -37,7 +37,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from otter_openclip.replacing import replaced
 from otter_openclip.terminating import on_sigterm
 from otter_openclip.training.plugin import ZEROSHOT_DATA, Plugin
-from otter_openclip.training.watch import reason_given
+from otter_openclip.training.watch import no_batch_in_one_line
 from otter_openclip.untrusted import no_code_from_files
 
 # With --zeroshot-data: an entry of get_data's dict that makes open_clip evaluate, without data.
@@ -71,7 +71,12 @@ def main(
     else:
         replacements = Run(plugin).replacements()
     try:
-        with on_sigterm(), no_code_from_files(), replaced(*replacements), _name_free(plugin):
+        with (
+            on_sigterm(),
+            no_code_from_files(),
+            replaced(*replacements),
+            _folder_dropped_unless_trained(plugin),
+        ):
             result = open_clip_main.main(list(argv))
     finally:
         if plugin.hooks is not None:
@@ -80,8 +85,8 @@ def main(
 
 
 @contextlib.contextmanager
-def _name_free(plugin: Plugin) -> Iterator[None]:
-    """Of a block that fails before any optimizer's step no folder is left, so its --name is free."""
+def _folder_dropped_unless_trained(plugin: Plugin) -> Iterator[None]:
+    """If the block fails before the first optimizer step, what the run wrote goes; --name is free."""
     stepped = False
 
     def note(*_: Any) -> None:
@@ -206,7 +211,7 @@ class Run:
             plugin.setup_optimizer(args, optimizer, scaler)
         plugin.start_epoch(args, epoch)
         stock = (self._train_model, data, loss, epoch, optimizer, scaler, *others)
-        with reason_given():
+        with no_batch_in_one_line():
             _stock_train_one_epoch(*stock, **keywords)
 
     def zero_shot_eval(

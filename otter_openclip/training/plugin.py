@@ -48,7 +48,7 @@ from otter_openclip.training.zeroshot import BestCheckpoint, ZeroShotEvaluation,
 
 Data = dict[str, Any]  # open_clip's, by name of the data set
 _LONGEST = 1000  # characters of a message; torch's of weights that do not fit list every key
-_READING = ("setup_model", "load_checkpoint", "setup_data", "setup_optimizer")
+_FAULTS_IN_ONE_LINE = ("setup_model", "load_checkpoint", "setup_data", "setup_optimizer")
 # Entry of the data dict that stands for --zeroshot-data.
 ZEROSHOT_DATA = "zeroshot-data"
 
@@ -63,7 +63,7 @@ def _leave_locked(**_: Any) -> None:
 
 
 class Plugin:
-    """The hooks of one run: ``ClipPlugin``'s where training is open_clip's own, else its heir's."""
+    """The hooks of one run: ``ClipPlugin``'s where training is open_clip's own, else its subclass's."""
 
     def __init__(self, prog: str | None = None) -> None:
         """``prog`` is the command's name in messages, by default the one it was called by."""
@@ -83,7 +83,7 @@ class Plugin:
     def __getattr__(self, name: str) -> Any:
         """A hook; a fault of what the first of them read ends the command with one line."""
         hook = getattr(self.hooks, name)
-        return self.hooks.faults_named()(hook) if name in _READING else hook
+        return self.hooks.faults_named()(hook) if name in _FAULTS_IN_ONE_LINE else hook
 
 
 class ClipPlugin:
@@ -96,16 +96,16 @@ class ClipPlugin:
     def __init__(self, args: Namespace, prog: str) -> None:
         self.args, self._prog = args, prog
         self.model: nn.Module | None = None
-        self.training: tuple[Optimizer, Any] | None = None
+        self.optimizer_and_scaler: tuple[Optimizer, Any] | None = None
         self.teacher: Teacher | None = None
-        self._train: DataInfo | None = None
+        self._train_data: DataInfo | None = None
         self._zeroshot: ZeroShotEvaluation | None = None
         self._best: BestCheckpoint | None = None
         self._there_before = set(Path(args.logs, args.name).glob("*")) if args.name else set()
 
     def refuse(self, fault: Any, error: Exception | None = None) -> NoReturn:
         """End the command with one line, however many torch or transformers needs."""
-        if self.training is None:
+        if self.optimizer_and_scaler is None:
             self.drop_folder()
         text = textwrap.shorten(str(fault), _LONGEST, placeholder=" ...")
         raise SystemExit(f"{self._prog}: error: {text}") from error
@@ -121,7 +121,7 @@ class ClipPlugin:
     def setup_model(self, args: Namespace, model: nn.Module, *transforms: Any) -> tuple[Any, ...]:
         """Model: its transforms under ``--reference-crop`` and of a frozen image tower."""
         self.model = model
-        watch.check_reports(args)
+        watch.check_loggers_installed(args)
         watch.check_locks(args, model)
         training, evaluation = transforms
         if args.reference_crop:
@@ -143,25 +143,25 @@ class ClipPlugin:
 
     def setup_data(self, args: Namespace, data: Data, preprocess_val: Any) -> Data:
         """Data: features in their place, ``--zeroshot-data``, and an end where there is no batch."""
-        self._train = data.get("train")
+        self._train_data = data.get("train")
         check_tables(args, data)
         watch.check_validation(args)
-        if self._train is not None:
-            watch.settle_warmup(args, self._train)
+        if self._train_data is not None:
+            watch.settle_warmup(args, self._train_data)
             if args.feature_cache is not None:
                 for tower, locked in (("visual", args.lock_image), ("text", args.lock_text)):
                     if locked and tower not in self.prefixes:
                         raise ValueError(no_prefix_message(self.model, tower))
-                use_features(args, self._train, self.model, self.prefixes, preprocess_val)
+                use_features(args, self._train_data, self.model, self.prefixes, preprocess_val)
             if args.pair_weights is not None:
-                add_weights(args, self._train, weights_of(args.pair_weights))
-            watch.watch_passes(args, self._train)
+                add_weights(args, self._train_data, weights_of(args.pair_weights))
+            watch.watch_passes(args, self._train_data)
         if args.zeroshot_data is not None:
             self._zeroshot = ZeroShotEvaluation(args.zeroshot_data, preprocess_val)
             data[ZEROSHOT_DATA] = self._zeroshot
         if is_master(args):
             prompts = {} if self._zeroshot is None else self._zeroshot.class_prompts()
-            watch.tell_cut_texts(args, self._train, prompts)
+            watch.tell_cut_texts(args, self._train_data, prompts)
         return data
 
     @functools.cached_property
@@ -172,23 +172,23 @@ class ClipPlugin:
         return prefixes
 
     def create_loss(self, args: Namespace) -> Callable[..., dict[str, Tensor]]:
-        """Loss."""
+        """Make the loss; called as ``loss(**model_out, output_dict=True)``, it gives a dict of terms."""
         return open_clip.create_loss(args)
 
     def wrap_model(self, args: Namespace, model: nn.Module) -> nn.Module:
-        """Model wrapper."""
+        """Wrap the model for the training loop; evaluation and checkpoints keep the one passed in."""
         return model
 
     def setup_optimizer(self, args: Namespace, optimizer: Optimizer, scaler: Any) -> None:
         """Optimizer; the last moment before work begins, for what ``--zeroshot-data`` would cost."""
-        self.training = (optimizer, scaler)
+        self.optimizer_and_scaler = (optimizer, scaler)
         if self._zeroshot is not None and is_master(args):
             self._zeroshot.read_ahead(self.model, args)
             if args.save_logs:
                 self._best = BestCheckpoint(args, self._zeroshot)
 
     def start_epoch(self, args: Namespace, epoch: int) -> None:
-        """Epoch."""
+        """Called before each epoch of training."""
 
     def drop_folder(self) -> None:
         """Without a step the run's folder is as it was, or not there."""
@@ -210,21 +210,21 @@ class ClipPlugin:
         try:
             metrics = self._zeroshot.metrics(judged, tokenizer, epoch, args)
         except (ValueError, OSError, RuntimeError) as error:  # the last: a loader's process died
-            if self.training is None:  # nothing but this evaluation was asked for
+            if self.optimizer_and_scaler is None:  # nothing but this evaluation was asked for
                 self.refuse(f"--zeroshot-data: {error}", error)
             logging.error(f"--zeroshot-data is not evaluated after epoch {epoch}: {error}")
             return {}
         if self._best is not None:
 
             def make() -> dict[str, Any]:
-                return self.complete(self.make_checkpoint(args, model, epoch))
+                return self.with_plugin_entries(self.make_checkpoint(args, model, epoch))
 
             self._best.offer(metrics, args.zeroshot_weights, make)
         return metrics
 
     def make_checkpoint(self, args: Namespace, model: nn.Module, epoch: int) -> dict[str, Any]:
         """What open_clip's ``main`` saves after an epoch."""
-        optimizer, scaler = self.training
+        optimizer, scaler = self.optimizer_and_scaler
         state = {
             "epoch": epoch,
             "name": args.name,
@@ -233,14 +233,14 @@ class ClipPlugin:
         }
         return state if scaler is None else {**state, "scaler": scaler.state_dict()}
 
-    def complete(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def with_plugin_entries(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """What open_clip saves after an epoch, and the plugin's part."""
         return checkpoint
 
     def save_checkpoint(self, checkpoint: Any, path: str | os.PathLike[str]) -> None:
         """Checkpoint save: with the plugin's part, whole or not at all."""
         try:
-            write_file(path, self.complete(checkpoint))
+            write_file(path, self.with_plugin_entries(checkpoint))
         except OSError as error:
             epoch, then = checkpoint["epoch"], goes_on_from(self.args)
             fault = f"{path} cannot be written ({error}), so epoch {epoch} is lost"
@@ -248,9 +248,9 @@ class ClipPlugin:
 
     def close(self) -> None:
         """After the run, however it ended: no process of its loader is left."""
-        if self._train is None or self._train.shared_epoch is None:
+        if self._train_data is None or self._train_data.shared_epoch is None:
             return
-        loader = self._train.dataloader.pipeline[0]
+        loader = self._train_data.dataloader.pipeline[0]
         if (iterator := getattr(loader, "_iterator", None)) is not None:
             with contextlib.suppress(RuntimeError):  # one of them was killed
                 iterator._shutdown_workers()
@@ -301,7 +301,7 @@ class TrainingPlugin(ClipPlugin):
         return data
 
     def create_loss(self, args: Namespace) -> Callable[..., dict[str, Tensor]]:
-        """Loss: the one that ``--loss`` names."""
+        """The loss that ``--loss`` names."""
         self.objective = Objective(args)
         return self.objective
 
@@ -369,9 +369,9 @@ class TrainingPlugin(ClipPlugin):
         if self.teacher is not None and self.teacher.module is not None:
             watch.check_model("teacher", self.teacher.module)
 
-    def complete(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def with_plugin_entries(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """What open_clip saves after an epoch, and the plugin's part."""
-        optimizer = self.training[0]
+        optimizer = self.optimizer_and_scaler[0]
         return checkpoint | plugin_entries(self.args, optimizer, self.objective.scale, self._ema)
 
     def close(self) -> None:

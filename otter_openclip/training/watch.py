@@ -11,7 +11,6 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
-import open_clip
 import torch
 import webdataset as wds
 from open_clip_train.data import DataInfo, ResampledShards2, expand_urls
@@ -19,13 +18,14 @@ from torch import nn
 from torch.utils.data import get_worker_info
 
 from otter_openclip.captions import cut_alike
-from otter_openclip.shards.read import FIRST, first_captions
+from otter_openclip.frozen.loader import student_tokenizer
+from otter_openclip.shards.read import CAPTIONS_LOOKED_AT, first_captions
 from otter_openclip.training.flags import in_shards
 
 # Shards that are drawn without a batch: twice all of them, and more than fill webdataset's buffer.
 _ROUNDS, _BUFFER = 2, 2000
 _NAMED = 5
-_FIX = (
+_HOW_TO_GO_ON = (
     "nothing was saved of this epoch. Fix: a lower --lr, a longer --warmup or --grad-clip-norm; with "
     "--precision amp or fp16 another precision; then --resume latest goes on from the last checkpoint"
 )
@@ -36,7 +36,7 @@ class NoBatchError(RuntimeError):
 
 
 @contextlib.contextmanager
-def reason_given() -> Iterator[None]:
+def no_batch_in_one_line() -> Iterator[None]:
     """NoBatchError, of this process or a loader's, ends the command with its one line."""
     try:
         yield
@@ -46,7 +46,7 @@ def reason_given() -> Iterator[None]:
         raise SystemExit(f"error: {reason}") from error
 
 
-def check_reports(args: Namespace) -> None:
+def check_loggers_installed(args: Namespace) -> None:
     """Raise ValueError for a logger that open_clip would miss after ``--feature-cache`` is filled."""
     for name in ("wandb", "tensorboard"):
         # A folder of that name, as wandb makes one, is found too, without an origin.
@@ -97,9 +97,8 @@ def tell_cut_texts(
         texts["captions"] = first_captions(expand_urls(args.train_data)[0])
     elif train is not None and args.feature_cache is None:
         captions = getattr(train.dataloader.dataset, "captions", ())
-        texts["captions"] = map(str, captions[:FIRST])
-    context = {"cache_dir": args.cache_dir, "context_length": args.force_context_length}
-    tokenizer = open_clip.get_tokenizer(args.model, **context) if texts else None
+        texts["captions"] = map(str, captions[:CAPTIONS_LOOKED_AT])
+    tokenizer = student_tokenizer(args) if texts else None
     for what, each in texts.items():
         if remark := cut_alike(what, each, tokenizer):
             logging.warning(remark)
@@ -216,4 +215,4 @@ def check_model(what: str, model: nn.Module) -> None:
 
 def stop(reason: str) -> NoReturn:
     """End the run, in which something is not finite."""
-    raise SystemExit(f"error: {reason}; {_FIX}")
+    raise SystemExit(f"error: {reason}; {_HOW_TO_GO_ON}")
