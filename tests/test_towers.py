@@ -90,29 +90,24 @@ def test_features_are_the_parts_own_through_the_heads(parts, tmp_path, image, po
     tower.reset_classifier(0)
     images = torch.randn(2, 3, *tower.pretrained_cfg["input_size"][1:])
     with torch.no_grad():
-        pooled = {"image": tower(images), "text": pooled_text(parts / "text", tokens, pooler)}
-        for name, head, module in (
-            ("image", heads[0], model.visual.head),
-            ("text", heads[1], model.text.proj),
-        ):
-            expected = pooled[name]
+        pooled = tower(images), pooled_text(parts / "text", tokens, pooler)
+        found = model.encode_image(images), model.encode_text(tokens)
+        modules = model.visual.head, model.text.proj
+        for expected, got, module, head in zip(pooled, found, modules, heads, strict=True):
             identity = head == "linear" and expected.shape[1] == (dim or 64)
-            expected = expected if identity else module(expected)
-            got = model.encode_image(images) if name == "image" else model.encode_text(tokens)
             assert got.shape == (2, dim or 64)
+            expected = expected if identity else module(expected)
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert model.logit_scale.item() == pytest.approx(3.9)
 
 
 def test_preprocessing_is_the_towers_unless_given(parts, tmp_path):
-    model, preprocess, tokenizer = stock(make(parts, tmp_path / "own", "test_efficientnet"))
-    again, other = (
-        stock(make(parts, tmp_path / f"{seed}", "test_efficientnet", seed=seed))[0]
-        for seed in (0, 1)
-    )
-    heads = [each.visual.head.proj.weight for each in (model, again, other)]
+    image = "test_efficientnet"
+    made = [stock(make(parts, tmp_path / f"{n}", image, seed=n // 2)) for n in range(3)]
+    heads = [model.visual.head.proj.weight for model, *_ in made]
     assert torch.equal(*heads[:2]) and not torch.equal(*heads[1:])
-    config = timm.get_pretrained_cfg("test_efficientnet")
+    model, preprocess, tokenizer = made[0]
+    config = timm.get_pretrained_cfg(image)
     got = model.visual.preprocess_cfg
     assert (tuple(got["mean"]), tuple(got["std"])) == (config.mean, config.std)
     assert got["interpolation"] == config.interpolation and got["resize_mode"] == "shortest"
@@ -132,12 +127,12 @@ def test_preprocessing_is_the_towers_unless_given(parts, tmp_path):
     assert model.encode_text(tokenizer(["red"])).shape == (1, 32)
 
 
-def modules(folder, *kinds, **pooling):
+def modules(folder, *kinds, start="", **pooling):
     """Make a folder's tower one of sentence-transformers, with further modules behind."""
-    paths = ["", *(f"{n}_{kind}" for n, kind in enumerate(kinds[1:], 1))]
+    (folder / "1_Pooling").mkdir(parents=True)
+    paths = [start, *(f"{n}_{kind}" for n, kind in enumerate(kinds[1:], 1))]
     listed = [{"path": p, "type": f"a.{kind}"} for p, kind in zip(paths, kinds, strict=True)]
     (folder / "modules.json").write_text(json.dumps(listed), encoding="utf-8")
-    (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
     return folder
 
@@ -146,28 +141,18 @@ CLS = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
 KINDS = ("Transformer", "Pooling")
 
 
-@pytest.mark.parametrize("pooler", ["mean", "cls"])
-def test_how_modules_pool(tmp_path, pooler):
-    """Said in the two ways that there are."""
-    new, old = {"pooling_mode": "cls", "embedding_dimension": 64}, {"include_prompt": True}
-    pooling = new if pooler == "cls" else old | {"pooling_mode_mean_tokens": True}
-    text = str(modules(tmp_path, *KINDS, "Normalize", **pooling))
-    assert follow_modules(text, None) == (text, pooler)
-
-
 def test_a_folders_own_pooling_is_the_default(parts, tmp_path):
-    text = modules(shutil.copytree(parts / "text", tmp_path / "text"), *KINDS, **CLS)
+    """Named in newer folders; older ones have switches, and the transformer in a folder of its own."""
+    text = shutil.copytree(parts / "text", tmp_path / "text")
+    modules(text, *KINDS, "Normalize", pooling_mode="cls", embedding_dimension=64)
     model, _, tokenizer = stock(make(parts, tmp_path / "out", text=text))
     tokens = tokenizer(["a red circle", "square"])
     torch.testing.assert_close(model.encode_text(tokens), pooled_text(text, tokens, "cls"))
-    # In older folders the transformer has one of its own.
-    features, old = model.encode_text(tokens), tmp_path / "old"
-    shutil.copytree(text, old / "0_Transformer", ignore=shutil.ignore_patterns("modules.json"))
-    shutil.copytree(text / "1_Pooling", old / "1_Pooling")
-    listed = (text / "modules.json").read_text(encoding="utf-8")
-    (old / "modules.json").write_text(listed.replace('""', '"0_Transformer"'), encoding="utf-8")
-    again = stock(make(parts, tmp_path / "from-old", text=old))[0]
-    torch.testing.assert_close(again.encode_text(tokens), features)
+    switches = {"pooling_mode_mean_tokens": True, "include_prompt": True}
+    old = modules(tmp_path / "old", *KINDS, "Normalize", start="0_Transformer", **switches)
+    shutil.copytree(parts / "text", old / "0_Transformer")
+    model, _, _ = stock(make(parts, tmp_path / "from-old", text=old))
+    torch.testing.assert_close(model.encode_text(tokens), pooled_text(text, tokens, "mean"))
 
 
 @pytest.mark.parametrize(
@@ -251,8 +236,6 @@ def test_image_weights_are_matched_by_name_then_by_order_and_shape(tmp_path):
     trunk = {key: value for key, value in state.items() if not key.startswith("fc.")}
     uncounted = {key: v for key, v in trunk.items() if not key.endswith("num_batches_tracked")}
     files = {
-        "nested.pth": {"state_dict": {f"module.{key}": value for key, value in state.items()}},
-        "prefixed.pt": {f"visual.trunk.{k}": v for k, v in trunk.items()} | {"x": torch.ones(1)},
         "named.safetensors": dict(reversed(state.items())),
         "other-classes.pt": trunk | {"fc.weight": torch.ones(3, 96), "fc.bias": torch.ones(3)},
         "old.pt": uncounted,

@@ -37,20 +37,16 @@ FORKS.set_forkserver_preload(
 
 
 class Command(NamedTuple):
-    """A command line.
+    """A module and its arguments, and what counts of the folder that it writes into.
 
-    Attributes:
-        words: a module and its arguments.
-        contents: of a folder, what is there under its final name, and must be that of the undisturbed
-            command as soon as it is there.
-        last: of a folder, what else counts once the command has ended.
-        again: words that it gets when it is run again.
+    ``contents`` are there under their final name, and must be those of the undisturbed command as soon
+    as they are there; ``last`` is what else counts once the command has ended.
     """
 
     words: Sequence[str | Path]
     contents: Callable[[Path], dict[str, Any]]
     last: Callable[[Path], dict[str, Any]] = lambda out: {}
-    again: Sequence[str] = ()
+    again: Sequence[str] = ()  # words that it gets when it is run again
 
 
 def execute(words: list[str], out: Connection, largest_file: int) -> None:
@@ -189,7 +185,6 @@ def make_commands(folder: Path, pairs: Path, labelled: Path, towers: dict) -> di
     assert first.wait() == 0, first.said
     trained = folder / "logs" / "run" / "checkpoints" / "epoch_4.pt"
     export = f"export {trained} OUT/exported --overwrite --model local-dir:{model}".split()
-    data = make_data(folder / "data")
     evaluate = f"eval --model local-dir:{model} --pretrained= --dataset wds/made --no_amp"
     evaluate += f" --dataset_root {labelled} --num_workers 0 --batch_size 8"
     evaluate += " --task zeroshot_classification --output OUT/results.json"
@@ -209,41 +204,22 @@ def make_commands(folder: Path, pairs: Path, labelled: Path, towers: dict) -> di
         "ranks": Command([*torchrun.split(), *train[1:], *ranks], checkpoints, again=latest),
         "export": Command([*program, *export], exported),
         "eval": Command([*program, *evaluate.split()], results),
-        **{
-            f"data, {name}": Command([*program, "data", *words, "--output", "OUT"], built)
-            for name, words in data.items()
-        },
+        "data": Command([*program, "data", *make_data(folder / "data"), "--output", "OUT"], built),
     }
 
 
-def make_data(folder: Path) -> dict[str, list[str | Path]]:
-    """Pictures and tables, some pictures missing or cut short; the builders' words by name."""
+def make_data(folder: Path) -> list[str | Path]:
+    """A builder's words: of an archive that has to be unpacked, some pictures missing or cut short."""
     pictures = {f"{n}.jpg": jpeg(n, (640, 480)) for n in range(PICTURES) if n % 13 != 5}
     pictures |= {name: content[:-900] for name, content in [*pictures.items()][7::17]}
-    rows = [f"{n}.jpg\ta picture of {n}" for n in range(PICTURES)]
-    write_files(folder, {"table.tsv": "\n".join(["filepath\ttitle", *rows]).encode()})
+    rows = ["filepath\ttitle", *(f"{n}.jpg\ta picture of {n}" for n in range(PICTURES))]
+    write_files(folder, {"table.tsv": "\n".join(rows).encode()})
+    words = ["csv", "--captions", folder / "table.tsv", "--resize", "200", "--shard-size", "10"]
     archive = write_tar(folder / "pictures.tar.gz", pictures, "w:gz")
-    labels = ["ImageID,Source,LabelName,Confidence"]
-    labels += [f"{n:016x},verification,/m/0{n % 5},1" for n in range(PICTURES)]
-    classes = ["LabelName,DisplayName", *(f"/m/0{n},class {n}" for n in range(5))]
-    tables = {"labels.csv": "\n".join(labels).encode(), "classes.csv": "\n".join(classes).encode()}
-    write_files(folder, tables)
-    images = {f"{int(name[:-4]):016x}.jpg": content for name, content in pictures.items()}
-    common = ["--resize", "200", "--shard-size", "10", "--workers", "2"]
-    csv = ["csv", "--captions", folder / "table.tsv", *common]
-    return {
-        "folder": [*csv, "--images", write_files(folder / "pictures", pictures)],
-        "archive": [*csv, "--images", archive],
-        "labels": [
-            *("open-images", "--classes", folder / "classes.csv", *common),
-            *("--labels", folder / "labels.csv", "--max-missing", "9999"),
-            *("--images", write_files(folder / "images", images)),
-        ],
-    }
+    return [*words, "--workers", "2", "--images", archive]
 
 
-NAMES = ("training", "most recent", "cached", "ranks", "export", "eval")
-NAMES += ("data, folder", "data, archive", "data, labels")
+NAMES = ("training", "most recent", "cached", "ranks", "export", "eval", "data")
 
 
 @pytest.fixture(scope="session")
