@@ -60,17 +60,14 @@ def test_stock_clip_benchmark_uses_the_folder_without_the_plugin(run, labelled, 
     assert 0 < metrics["mean_average_precision"] <= 1
 
 
-@pytest.mark.parametrize("name", ["module.pt", "_orig_mod.module.pt", "bare.safetensors"])
-def test_wrappers_prefixes_and_safetensors(run, tmp_path, name):
-    state, path = load(run / "checkpoints" / "epoch_1.pt")["state_dict"], tmp_path / name
-    if path.suffix == ".pt":
-        state = {f"{path.stem}.{key}": value for key, value in state.items()}
-    (torch.save if path.suffix == ".pt" else save_file)(state, path)
+def test_prefixes_of_wrappers(run, tmp_path):
+    state = load(run / "checkpoints" / "epoch_1.pt")["state_dict"]
+    wrapped = {f"_orig_mod.module.{key}": value for key, value in state.items()}
+    torch.save(wrapped, tmp_path / "bare.pt")
     flags = {"model": "tiny-vit", "force_image_size": [24], "force_context_length": 7}
-    out = export_checkpoint(path, tmp_path / "out", **flags)
+    out = export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", **flags)
     model = open_clip.create_model(f"local-dir:{out}")
-    projection = next(value for key, value in state.items() if key.endswith("text_projection"))
-    assert torch.equal(model.text_projection, projection)
+    assert torch.equal(model.text_projection, state["text_projection"])
 
 
 @pytest.mark.parametrize(
@@ -79,9 +76,7 @@ def test_wrappers_prefixes_and_safetensors(run, tmp_path, name):
         (["{run}/nothing.pt", "out"], "no checkpoint"),
         (["{run}", "{run}"], "exists; choose another folder or pass --overwrite"),
         (["{run}", "out", "--model", "tiny-vt"], "did you mean tiny-vit"),
-        (["text.safetensors", "out", "--model", "tiny-vit"], "cannot be read as a checkpoint"),
         (["{run}", "out", "--model", "tiny-rn"], "does not fit the model tiny-rn"),
-        (["{run}", "out", "--force-image-size", "64"], "size mismatch for visual.posit"),
         (["{bare}", "out"], "pass --model"),
         (["{bare}", "out", "--model", "tiny-vit", "--weights", "teacher"], "has no EMA teacher"),
         (["text.pt", "out", "--model", "tiny-vit"], "cannot be read as a checkpoint"),
@@ -94,8 +89,7 @@ def test_errors_name_input_and_fix(run, tmp_path, capsys, monkeypatch, arguments
     torch.save(load(run / "checkpoints" / "epoch_1.pt")["state_dict"], tmp_path / "bare.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"state_dict": 3}, tmp_path / "number.pt")
-    for suffix in ("pt", "safetensors"):
-        (tmp_path / f"text.{suffix}").write_text("hello", encoding="utf-8")
+    (tmp_path / "text.pt").write_text("hello", encoding="utf-8")
     words = [a.format(run=run, bare=tmp_path / "bare.pt") for a in arguments]
     assert cli.main(["export", *words]) == 2
     assert message in capsys.readouterr().err
@@ -190,18 +184,18 @@ def test_flags_win_over_params_and_these_over_the_tag_a_run_started_from(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("made", "flags"),
+    "made",
     [
-        ({"force_quick_gelu": True}, {"force_quick_gelu": True}),
-        ({"force_custom_text": True}, {"force_custom_text": True}),
-        ({"init_logit_bias": -7}, {}),  # of --siglip, whose weights have it
+        {"force_quick_gelu": True},
+        {"force_custom_text": True},
+        {"init_logit_bias": -7},  # of --siglip, whose weights have it
     ],
 )
-def test_forced_architecture_is_in_the_folder(tmp_path, made, flags):
+def test_forced_architecture_is_in_the_folder(tmp_path, made):
     source = open_clip.create_model("tiny-vit", **made).eval()
     torch.save(source.state_dict(), tmp_path / "bare.pt")
-    flags = {"model": "tiny-vit", **flags}
-    out = export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", **flags)
+    flags = {name: True for name in made if name.startswith("force")}
+    out = export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", model="tiny-vit", **flags)
     model = open_clip.create_model(f"local-dir:{out}").eval()
     assert type(model) is type(source)
     assert getattr(model, "logit_bias", None) == getattr(source, "logit_bias", None)
