@@ -73,19 +73,6 @@ def test_of_two_names_for_one_file_the_sure_one_stays(tmp_path):
     assert dropped(tmp_path / "out") == lost + [(f"{d}/2.jpg", "ambiguous") for d in "xxy"]
 
 
-def test_two_urls_of_one_file_keep_one(tmp_path):
-    write_files(tmp_path, {"training/0_1": jpeg(0)})
-    (tmp_path / "cc.tsv").write_text("first\thttp://a\nsecond\thttp://b\n", encoding="utf-8")
-    row = "training/0_1\ttraining\timage/jpeg\t1\t200\t{}\n"
-    (tmp_path / "r.tsv").write_text(
-        row.format("http://a") + row.format("http://b"), encoding="utf-8"
-    )
-    words = ["--captions", tmp_path / "cc.tsv", "--report", tmp_path / "r.tsv"]
-    assert run("cc3m", *words, "--images", tmp_path, "--output", tmp_path / "out") == 0
-    assert pairs_of(tmp_path / "out") == [("first", jpeg(0))]
-    assert dropped(tmp_path / "out") == [("http://b", "file name of another URL")]
-
-
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch, capsys):
     source = write_files(tmp_path / "s", {"a/0.jpg": jpeg(0), "b/1.jpg": jpeg(1)})
     scan = os.scandir
@@ -109,9 +96,6 @@ def test_a_damaged_member_of_a_zip_is_dropped(tmp_path):
     assert csv(tmp_path, [(f"{n}.bmp", str(n)) for n in range(3)], source) == 0
     assert [text for text, _ in pairs_of(tmp_path / "out")] == ["2"]
     assert dropped(tmp_path / "out") == [(f"{n}.bmp", "undecodable") for n in range(2)]
-
-
-# tables -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("separator", ["\t", ",", ";"])
@@ -149,9 +133,6 @@ def test_a_table_that_is_none_is_an_error_with_its_line(tmp_path, capsys, text, 
     write_files(tmp_path, {"0.jpg": jpeg(0)})
     refused(capsys, csv(tmp_path, tmp_path / "t.tsv"), message)
     assert not list((tmp_path / "out").glob("*.tar"))
-
-
-# pixels -------------------------------------------------------------------------------------------
 
 
 def deep(array, form):
