@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import random
 import tarfile
 import zipfile
@@ -49,6 +50,12 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return folder
+
+
+def change_json(path: Path, **changes: object) -> None:
+    """Put values into a JSON file, which is made if it is not there."""
+    contents = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(contents | changes), encoding="utf-8")
 
 
 def pack(kind: str, folder: Path, files: dict[str, bytes]) -> Path:

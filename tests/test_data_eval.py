@@ -86,33 +86,30 @@ def test_other_forms_of_class_and_label_files(goi, capsys):
 
 
 def test_missing_and_undecodable_images(goi, capsys):
-    (goi / "images" / "0000c64e1253d68f.jpg").write_bytes(jpeg(1)[:-200])
-    (goi / "images" / "ffff21932da3ed01.jpg").unlink()
-    assert build_goi(goi) == 2
-    err = capsys.readouterr().err
-    assert "1 missing images" in err and "--max-missing 1" in err
-    assert dropped(goi / "out") == [("ffff21932da3ed01", "missing")]
-    # What is put in place after the error is found.
-    (goi / "images" / "ffff21932da3ed01.jpg").write_bytes(jpeg(2))
+    whole, cut, gone = POSITIVES
+    (goi / "images" / f"{cut}.jpg").write_bytes(jpeg(1)[:-200])
+    file = goi / "images" / f"{gone}.jpg"
+    file.unlink()
+    refused(capsys, build_goi(goi), "put them in place, or pass --max-missing 1")
+    assert dropped(goi / "out") == [(gone, "missing")]
+    file.write_bytes(jpeg(2))  # what is put in place after the error is found
     refused(capsys, build_goi(goi), "1 undecodable images")
-    (goi / "images" / "ffff21932da3ed01.jpg").unlink()
-    assert build_goi(goi, "--max-missing", "1", out="both") == 2
-    err = capsys.readouterr().err
-    assert "1 missing, 1 undecodable images" in err and "--max-missing 2" in err
-    both = [("0000c64e1253d68f", "undecodable"), ("ffff21932da3ed01", "missing")]
-    assert dropped(goi / "both") == both
-    assert not (goi / "both" / "test" / "nshards.txt").exists()
+    file.unlink()
+    status, both = build_goi(goi, "--max-missing", "1", out="both"), goi / "both"
+    fix = "put them in place and build into a new folder, or pass --max-missing 2"
+    refused(capsys, status, f"1 missing, 1 undecodable images, listed in {both}/dropped.tsv; {fix}")
+    assert dropped(both) == [(cut, "undecodable"), (gone, "missing")]
+    assert not (both / "test" / "nshards.txt").exists()
     assert build_goi(goi, "--max-missing", "2", out="both") == 0
-    assert dropped(goi / "both") == both
-    assert vectors(goi / "both") == {"000026e7ee790996": [1, 3]}
+    assert dropped(both) == [(cut, "undecodable"), (gone, "missing")]
+    assert vectors(both) == {whole: [1, 3]}
 
 
 def test_nothing_left_is_an_error(goi, capsys):
-    assert build_goi(goi, "--max-missing", "3", images="classes.csv") == 2
-    assert "neither a folder nor an archive" in capsys.readouterr().err
+    refused(capsys, build_goi(goi, images="classes.csv"), "neither a folder nor an archive")
     (goi / "empty").mkdir()
-    assert build_goi(goi, "--max-missing", "100", images="empty") == 2
-    assert "no sample could be kept (3 missing" in capsys.readouterr().err
+    status = build_goi(goi, "--max-missing", "100", images="empty")
+    refused(capsys, status, "no sample could be kept (3 missing")
     refused(capsys, build_goi(goi, images="nowhere"), "no such folder or archive")
 
 
@@ -236,6 +233,5 @@ def test_errors_name_file_and_line(goi, tencent, capsys, file, old, new, message
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_text(text.replace(old, new), encoding="utf-8")
-    build = build_goi if file.endswith("csv") else build_tencent
-    assert build(goi) == 2 and message in capsys.readouterr().err
+    refused(capsys, (build_goi if file.endswith("csv") else build_tencent)(goi), message)
     assert not (goi / "out").exists()

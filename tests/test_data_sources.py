@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -161,13 +160,6 @@ def twelve_bits(array):
     return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + content
 
 
-def fits(array):
-    """FITS has signed integers and an offset, which Pillow does not look at."""
-    cards = {"SIMPLE": "T", "BITPIX": 16, "NAXIS": 2, "NAXIS1": 24, "NAXIS2": 20, "BZERO": 32768}
-    head = "".join(f"{name:8}= {value:>20}".ljust(80) for name, value in cards.items()) + "END"
-    return head.ljust(2880).encode() + array.astype(">i2").tobytes().ljust(2880, b"\0")
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -178,7 +170,7 @@ def fits(array):
         (deep(RAMP.astype(np.int32), "TIFF"), "I pixels of no stated range"),
         (white_is_zero((RAMP * 130).astype(np.uint16)), 255 - RAMP * 130 / 257),
         (twelve_bits(RAMP * 8), RAMP * 8 * 255 / 4095),
-        (fits(RAMP), "I(;16)? pixels of no stated range"),
+        (deep(RAMP.astype(np.uint16), "IM"), "I;16 pixels of no stated range"),
     ],
 )
 def test_deep_pixels_keep_their_meaning_or_go(tmp_path, content, expected):
@@ -188,7 +180,7 @@ def test_deep_pixels_keep_their_meaning_or_go(tmp_path, content, expected):
     if isinstance(expected, str):
         assert stored.keys() == {"000000001"}
         said = (tmp_path / "out" / "dropped.tsv").read_text(encoding="utf-8")
-        assert re.search(f"0.x\tundecodable\t({expected})", said)
+        assert f"0.x\tundecodable\t{expected}" in said
         return
     image = np.asarray(Image.open(io.BytesIO(stored["000000000"]["png"])).convert("RGB"))
     assert np.abs(image - expected[..., None]).max() <= 0.51

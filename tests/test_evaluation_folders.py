@@ -91,31 +91,30 @@ def read(folder, **needed):
     CheckedShards(build_wds_dataset("made", None, "test", str(folder))).read_all()
 
 
-def refused(folder, shard, sample, text, **needed):
+def refused(folder, place, text, **needed):
     """The fault is found, and says where it is."""
     with pytest.raises(ImageError) as stop:
         read(folder, **needed)
-    where = f"{folder}/test/{shard}.tar" + (f": sample {sample}" if sample else "")
-    assert str(stop.value).startswith(where) and text in str(stop.value)
+    assert str(stop.value).startswith(f"{folder}/test/{place}: ") and text in str(stop.value)
 
 
 @pytest.mark.parametrize(("changed", "text"), SAMPLES)
 def test_samples(folder, changed, text):
     files = {"jpg": jpeg(3), "npy": npy([1, 1, 1])} | changed
     write(folder, **{suffix: content for suffix, content in files.items() if content is not None})
-    refused(folder, 1, "bad", text)
+    refused(folder, "1.tar: sample bad", text)
 
 
 @pytest.mark.parametrize(("change", "text"), SHARDS)
 def test_shards(folder, change, text):
     shard = folder / "test" / "1.tar"
     shard.write_bytes(change(shard.read_bytes()))
-    refused(folder, 1, "", text)
+    refused(folder, "1.tar", text)
 
 
 def test_a_name_twice_in_a_row(folder):
     write(folder, JPG=jpeg(4), jpg=jpeg(3), npy=npy([1, 1, 1]))
-    refused(folder, 1, "", "bad.jpg comes twice in a row, where clip_benchmark stops")
+    refused(folder, "1.tar", "bad.jpg comes twice in a row, where clip_benchmark stops")
 
 
 def test_no_samples(folder):
@@ -126,38 +125,29 @@ def test_no_samples(folder):
 
 
 @pytest.mark.parametrize(
-    ("files", "text"),
+    ("kind", "files", "text"),
     [
-        ({"1.cls": b"3"}, "its cls, b'3', is none of the 3 classes"),
-        ({}, "no cls with its label"),
-        ({"1.npy": npy([1, 0, 0])}, "no cls with its label; as it has npy, write multilabel into"),
+        ("classification", {"1.cls": b"3"}, "its cls, b'3', is none of the 3 classes"),
+        ("classification", {}, "no cls with its label"),
+        ("classification", {"1.npy": npy([1, 0, 0])}, "; as it has npy, write multilabel into"),
+        ("Retrieval\n", {}, "no txt"),
+        ("Retrieval\n", {"1.txt": b"\xe9"}, "caption is not UTF-8"),
     ],
 )
-def test_single_labels(folder, files, text):
-    (folder / TYPE).write_text("classification", encoding="utf-8")
-    first = {"0.jpg": jpeg(0), "0.cls": b"2", "1.jpg": jpeg(1)}
+def test_single_labels_and_captions(folder, kind, files, text):
+    (folder / TYPE).write_text(kind, encoding="utf-8")
+    first = {"0.jpg": jpeg(0), "0.cls": b"2", "0.txt": b"a", "1.jpg": jpeg(1)}
     write_tar(folder / "test" / "0.tar", first | files)
-    refused(folder, 0, "1", text)
+    refused(folder, "0.tar: sample 1", text, names=kind == "classification")
 
 
-@pytest.mark.parametrize(
-    ("files", "fault"),
-    [
-        ({}, "no txt"),
-        ({"1.txt": b" \n"}, "empty caption"),
-        ({"1.txt": b"\xe9"}, "caption is not UTF-8"),
-    ],
-)
-def test_retrieval_sets_need_no_names(folder, files, fault):
+def test_retrieval_sets_need_no_names(folder):
     (folder / TYPE).write_text("Retrieval\n", encoding="utf-8")
     (folder / CLASSES).unlink()
     (folder / TEMPLATES).unlink()
     assert Folder(folder).faults == []
     with pytest.raises(ValueError, match=r"is for retrieval by its dataset_type\.txt; labels"):
         check_webdataset(str(folder))
-    first = {"0.jpg": jpeg(0), "0.txt": b"a", "1.jpg": jpeg(1)}
-    write_tar(folder / "test" / "0.tar", first | files)
-    refused(folder, 0, "1", fault, names=False)
 
 
 @pytest.mark.parametrize(

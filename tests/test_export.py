@@ -2,14 +2,14 @@
 
 import json
 
-import forks
 import open_clip
 import pytest
 import torch
 from conftest import MODELS
+from data_helpers import refused
 from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import load_file, save_file
-from training_helpers import hide_plugin, load, train
+from training_helpers import load, train
 
 from otter_openclip import cli
 from otter_openclip.model_folders import export, folder
@@ -48,18 +48,6 @@ def test_features_preprocessing_and_tokens_are_the_runs(run, tmp_path, weights):
     assert torch.equal(model.text_projection, student) == (weights == "student")
 
 
-def test_stock_clip_benchmark_uses_the_folder_without_the_plugin(run, labelled, tmp_path):
-    out = export_checkpoint(run, tmp_path / "out")
-    blocked = hide_plugin(tmp_path / "blocked")
-    words = f"--model local-dir:{out} --pretrained= --dataset wds/made --dataset_root {labelled}"
-    words += f" --output {tmp_path}/result.json --task zeroshot_classification --no_amp"
-    command = ("-m", "clip_benchmark.cli", "eval", *words.split(), "--num_workers", "0")
-    done = forks.run(*command, path=[blocked])
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["metrics"]
-    assert 0 < metrics["mean_average_precision"] <= 1
-
-
 def test_prefixes_of_wrappers(run, tmp_path):
     state = load(run / "checkpoints" / "epoch_1.pt")["state_dict"]
     wrapped = {f"_orig_mod.module.{key}": value for key, value in state.items()}
@@ -91,8 +79,7 @@ def test_errors_name_input_and_fix(run, tmp_path, capsys, monkeypatch, arguments
     torch.save({"state_dict": 3}, tmp_path / "number.pt")
     (tmp_path / "text.pt").write_text("hello", encoding="utf-8")
     words = [a.format(run=run, bare=tmp_path / "bare.pt") for a in arguments]
-    assert cli.main(["export", *words]) == 2
-    assert message in capsys.readouterr().err
+    refused(capsys, cli.main(["export", *words]), message)
     assert not (tmp_path / "out").exists()
 
 
@@ -102,14 +89,12 @@ def made_run(tmp_path):
     return write_run(tmp_path / "logs" / "made")
 
 
-def write_run(folder, change=0.0, **params):
+def write_run(folder, **params):
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     params = {"model": "tiny-vit", "image_mean": None, **params}
     lines = [f"{name}: {value}\n" for name, value in params.items()]
     (folder / "params.txt").write_text("".join(lines), encoding="utf-8")
-    state = open_clip.create_model("tiny-vit", precision="fp32").state_dict()
-    state["text_projection"] = state["text_projection"] + change
-    save_run(folder, state, 1)
+    save_run(folder, open_clip.create_model("tiny-vit").state_dict(), 1)
     return folder
 
 
@@ -125,11 +110,10 @@ def files(folder):
 
 def test_overwrite_deletes_nothing_but_an_earlier_export(made_run, tmp_path, capsys):
     before = files(made_run)
-    assert cli.main(["export", str(made_run), str(made_run), "--overwrite"]) == 2
-    assert "is not an exported model" in capsys.readouterr().err
+    words = ["export", str(made_run), str(made_run), "--overwrite"]
+    refused(capsys, cli.main(words), "is not an exported model")
     (made_run / "open_clip_config.json").write_text("{}", encoding="utf-8")
-    assert cli.main(["export", str(made_run), str(made_run), "--overwrite"]) == 2
-    assert "which --overwrite would delete" in capsys.readouterr().err
+    refused(capsys, cli.main(words), "which --overwrite would delete")
     (made_run / "open_clip_config.json").unlink()
     assert files(made_run) == before
 
@@ -224,16 +208,6 @@ def test_what_was_written_wrongly_is_noticed(made_run, tmp_path, monkeypatch, wh
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
-def test_an_export_is_a_model_to_train_from(made_run, tmp_path):
-    first = export_checkpoint(made_run, tmp_path / "first", image_mean=[0.5])
-    run = write_run(tmp_path / "run", change=1.0, model=f"local-dir:{first}")
-    second = export_checkpoint(run, tmp_path / "second")
-    model = open_clip.create_model(f"local-dir:{second}")
-    assert list(model.visual.preprocess_cfg["mean"]) == [0.5]
-    state = load(run / "checkpoints" / "epoch_1.pt")["state_dict"]
-    assert torch.equal(model.text_projection, state["text_projection"])
-
-
 def test_links_to_a_run_are_the_run(run, tmp_path):
     """Its params.txt is found, and the model flags in it."""
     (tmp_path / "latest").symlink_to(run / "checkpoints")
@@ -263,9 +237,9 @@ def test_batch_norm_that_open_clip_froze(pairs, tmp_path, capsys):
     state = open_clip.create_model("tiny-act").state_dict()
     del state["visual.trunk.bn1.num_batches_tracked"]
     torch.save(state, tmp_path / "act.pt")
-    words = [tmp_path / "act.pt", tmp_path / "act-out", "--model", "tiny-act"]
-    assert cli.main(["export", *map(str, words)]) == 2
-    assert "which drops the activation of visual.trunk.bn1" in capsys.readouterr().err
+    words = ["export", tmp_path / "act.pt", tmp_path / "act-out", "--model", "tiny-act"]
+    fault = "which drops the activation of visual.trunk.bn1"
+    refused(capsys, cli.main(list(map(str, words))), fault)
 
 
 def test_a_timm_tower_at_a_forced_size_is_refused(tmp_path):
@@ -279,19 +253,12 @@ def test_a_timm_tower_at_a_forced_size_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# What may be done to a checkpoint's tensor: it is written with its own numbers and dtype.
-KEPT = {
-    "parameter": torch.nn.Parameter,
-    "not contiguous": lambda x: x.t().contiguous().t(),
-    "constant": lambda x: x[:1, :1].expand_as(x),
-    "a part of a storage": lambda x: x.expand(2, *x.shape)[1],
-}
+# A checkpoint's tensor is written with its own numbers and dtype.
 DTYPES = ("bfloat16", "float64", "int64", "bool")
-KEPT |= {name: lambda x, name=name: (9 * x).to(getattr(torch, name)) for name in DTYPES}
+KEPT = {name: lambda x, name=name: (9 * x).to(getattr(torch, name)) for name in DTYPES}
 # And what spoils it: the error names file and tensor.
 SPOILT = {
     "longer": lambda x: torch.cat([x, x]),
-    "empty": lambda x: x.new_zeros(0),
     "nan": lambda x: torch.full_like(x, torch.nan),
     "inf": lambda x: torch.full_like(x, torch.inf),
     "too large": lambda x: torch.full_like(x, 1e300, dtype=torch.float64),

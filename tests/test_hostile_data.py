@@ -17,14 +17,8 @@ def member(tar, name, content=b"", **changes):
     tar.addfile(info, io.BytesIO(content))
 
 
-def blank(size):
-    buffer = io.BytesIO()
-    Image.new("1", size).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def good(tar, count=24):
-    for n in range(count):
+def good(tar):
+    for n in range(24):
         member(tar, f"{n:04d}.jpg", jpeg(n))
         member(tar, f"{n:04d}.txt", b"a word")
 
@@ -44,7 +38,8 @@ def hostile(path):
             member(tar, f"{key}.jpg", image)
             member(tar, f"{key}.txt", caption)
         for key, size in (("bomb", (20_000, 20_000)), ("dwarf", (1, 1))):
-            member(tar, f"{key}.png", blank(size))
+            Image.new("1", size).save(blank := io.BytesIO(), "PNG")
+            member(tar, f"{key}.png", blank.getvalue())
             member(tar, f"{key}.txt", b"x")
         for key, kind in (("link", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE)):
             target = "/etc/passwd" if key == "link" else "0001.jpg"

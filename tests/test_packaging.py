@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import json
 import os
@@ -128,7 +127,6 @@ def test_train_export_and_eval_from_the_wheel_in_an_empty_folder(installed, tmp_
 
 
 def test_the_command_patches_from_the_wheel(installed, tmp_path):
-    assert "usage: otter-openclip" in run(installed / "otter-openclip", "--help", cwd=tmp_path)
     copy_packages("clip_benchmark", tmp_path / "site")
     words = [installed / "otter-openclip", "patch", "clip_benchmark", "--target", "site"]
     assert "not patched" in run(*words, cwd=tmp_path)
@@ -136,16 +134,13 @@ def test_the_command_patches_from_the_wheel(installed, tmp_path):
     assert ": patched" in run(*words, cwd=tmp_path)
 
 
+IMPORT = re.compile(r"^ *import (\w+)|^ *from (\w+)[\w.]* import ", re.M)
+
+
 def imported() -> set[str]:
     """The distributions that the package imports."""
-    modules: set[str] = set()
-    for path in (ROOT / "otter_openclip").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                modules |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                modules.add(node.module)
-    names = {name.partition(".")[0] for name in modules}
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "otter_openclip").rglob("*.py")]
+    names = {match[1] or match[2] for match in IMPORT.finditer("\n".join(texts))}
     names -= {"otter_openclip", *sys.stdlib_module_names}
     installed = metadata.packages_distributions()
     # What is not installed here (wandb, of an extra) has the name of its module.
