@@ -33,7 +33,6 @@ def encoded(seed: int, format_name: str, mode: str = "RGB", **options) -> bytes:
 
 
 def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
-    """A tar of the given files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as tar:
         for name, content in files.items():
@@ -44,7 +43,6 @@ def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> Path:
-    """A folder of the given files."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

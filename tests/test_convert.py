@@ -24,7 +24,6 @@ ARGS = {"image_arch": "test_resnet", "text_arch": "declutr-sci-base", "max_token
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
-    """Folder of a BERT's configuration and tokenizer."""
     return text_folder(tmp_path_factory.mktemp("text-model"), width=WIDTH, pooler=True)
 
 

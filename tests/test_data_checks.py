@@ -129,8 +129,6 @@ def test_what_open_clip_says_of_data_is_one_line(tmp_path):
     data = shards(tmp_path / "shards", good(*range(12)), good(*range(12, 24)))
     said = run(tmp_path, data, "--workers", "3")
     assert f"--train-data {data}: number of shards must be >= total workers" in said
-    words = ["--train-data", data, "--loss", "otter", "--epochs", "1"]
-    assert list(train(tmp_path, tmp_path / "two", *words, "--workers", "2").glob("*.pt"))
     said = run(tmp_path, data, "--val-data", str(tmp_path / "no.tar"))
     assert f"--val-data {tmp_path}/no.tar: {tmp_path}/no.tar: no such file; correct" in said
     said = run(tmp_path, table(tmp_path / "rows", 12), "--val-data", "no.csv")

@@ -102,7 +102,6 @@ def ours(model, data, tmp_path, capsys):
 
 @pytest.fixture
 def stocks(model, data, tmp_path, monkeypatch):
-    """Run the stock command; returns the result file's contents."""
 
     def run(*flags, data=data):
         output = tmp_path / "stock.json"

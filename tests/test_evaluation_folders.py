@@ -92,7 +92,6 @@ def read(folder, **needed):
 
 
 def refused(folder, place, text, **needed):
-    """The fault is found, and says where it is."""
     with pytest.raises(ImageError) as stop:
         read(folder, **needed)
     assert str(stop.value).startswith(f"{folder}/test/{place}: ") and text in str(stop.value)

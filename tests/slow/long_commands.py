@@ -142,7 +142,6 @@ def temporary(folder: Path) -> set[str]:
 
 
 def checkpoints(out: Path, pattern: str = "epoch_*.pt") -> dict[str, Any]:
-    """The checkpoints of a run."""
     return {path.name: load(path) for path in out.glob(f"logs/run/checkpoints/{pattern}")}
 
 
@@ -153,7 +152,6 @@ def exported(out: Path) -> dict[str, Any]:
 
 
 def results(out: Path) -> dict[str, Any]:
-    """What an evaluation measured."""
     found = out.glob("results.json")
     return {f.name: json.loads(f.read_text(encoding="utf-8"))["metrics"] for f in found}
 
@@ -168,7 +166,6 @@ def built(out: Path) -> dict[str, Any]:
 
 
 def make_commands(folder: Path, pairs: Path, labelled: Path, towers: dict) -> dict[str, Command]:
-    """All commands, by name."""
     model = make_towers(folder / "model", image_size=32, context_length=8, **towers)
     program = ("otter_openclip.cli",)
     train = f"train --loss otter --model local-dir:{model} --logs OUT/logs --name run --epochs 4"
@@ -224,5 +221,4 @@ NAMES = ("training", "most recent", "cached", "ranks", "export", "eval", "data")
 
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory, pairs, labelled, towers) -> dict[str, Command]:
-    """The commands of ``NAMES``."""
     return make_commands(tmp_path_factory.mktemp("inputs"), pairs, labelled, towers)

@@ -1,4 +1,4 @@
-"""Commands killed at random moments: the same command goes on, and nothing is lost or changed.
+"""Commands that are killed or find no room: the same command goes on, and nothing is lost or changed.
 
 Each is killed up to three times in a row on the way into one output, at a random moment or at the
 sight of a random one of the names that it makes, by SIGKILL or SIGTERM; and is then left to end. What
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("OTTER_KILLS", 3))
 SEED = int(os.environ.get("OTTER_SEED", 0))
 IN_A_ROW = 3
+SHARES = (0.3, 0.95)  # of the largest file, for a disk's room: the system's limit on a file's size
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,3 +73,24 @@ def kill(command: Command, run: Running, number: int, rng: random.Random) -> boo
         assert temporary(run.out) <= run.before, run.said
     assert not run.left()
     return True
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "ranks"])
+def test_a_full_disk(name, commands, tmp_path):  # noqa: F811
+    command = commands[name]
+    whole = Running(command, tmp_path / "whole", again=False)
+    assert whole.wait() == 0, whole.said
+    expected = command.contents(whole.out) | command.last(whole.out)
+    files = [path for path in whole.out.rglob("*") if path.is_file()]
+    largest = max(path.stat().st_size for path in files)
+    for share in SHARES:
+        out = tmp_path / f"out-{share}"
+        run = Running(command, out, again=False, largest_file=int(share * largest))
+        assert run.wait() > 0, "a negative code is a signal's"
+        assert "too large" in run.said or "full" in run.said
+        assert not temporary(out)
+        for part, value in command.contents(out).items():
+            assert_same(value, expected[part], part)
+        again = Running(command, out, again=True)
+        assert again.wait() == 0, again.said
+        assert_same(expected, command.contents(out) | command.last(out))
