@@ -32,13 +32,19 @@ def encoded(seed: int, format_name: str, mode: str = "RGB", **options) -> bytes:
     return buffer.getvalue()
 
 
+def member(tar: tarfile.TarFile, name: str, content: bytes = b"", **changes: object) -> None:
+    """Add a file to a tar; ``changes`` are of its header."""
+    info = tarfile.TarInfo(name)
+    for key, value in {"size": len(content), **changes}.items():
+        setattr(info, key, value)
+    tar.addfile(info, io.BytesIO(content))
+
+
 def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as tar:
         for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            member(tar, name, content)
     return path
 
 
