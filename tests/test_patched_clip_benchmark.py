@@ -112,7 +112,7 @@ def test_flags_are_there_with_the_task(run_all):
     chosen = (["--task=zeroshot_multilabel"], ["--dataset", "cifar10", "goi"])
     helps = [(["eval", *words, "--help"], 0) for words in ([], *chosen)]
     wrong = [
-        (["eval", "--dataset", *words], 2) for words in (("cifar10", "--ks", 1), ("goi", "--ks", 0))
+        (["eval", "--dataset", name, "--ks", k], 2) for name, k in (("cifar10", 1), ("goi", 0))
     ]
     (said, _), *chosen, (_, unknown), (_, low) = run_all(*helps, *wrong)
     assert "auto,zeroshot_multilabel}" in said and "--ks" not in said

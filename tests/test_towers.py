@@ -157,8 +157,6 @@ def test_a_folders_own_pooling_is_the_default(parts, tmp_path):
         ((*KINDS, "Dense", "Normalize"), CLS, "of Transformer, Pooling, Dense, pooling by cls;"),
         (KINDS, {"pooling_mode_max_tokens": True}, "pooling by pooling_mode_max_tokens"),
         (KINDS, CLS | {"pooling_mode_mean_tokens": True}, "pooling by cls and mean"),
-        (KINDS, {}, "pooling by nothing"),
-        (("WordEmbeddings", "Pooling"), CLS, "of WordEmbeddings, Pooling,"),
         (("Transformer",), {}, "consists of Transformer, pooling by nothing"),
     ],
 )
