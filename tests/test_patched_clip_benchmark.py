@@ -13,7 +13,6 @@ from test_eval import captioned, exported, line, shards, single_label, write_dat
 from otter_openclip import cli
 
 GROUPS = ("clip_benchmark.datasets", "clip_benchmark.evaluators")
-OURS = {group: our_entry_points()[group] for group in GROUPS}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def places(tmp_path_factory):
     found = {name: folder / name for name in ("stock", "patched", "ours", "none")}
     copy_packages("clip_benchmark", found["stock"])
     patch("clip_benchmark", copy_packages("clip_benchmark", found["patched"]))
-    declare(found["ours"], "otter-openclip", OURS)
+    declare(found["ours"], "otter-openclip", our_entry_points())
     declare(found["none"], "otter-openclip", {})  # hides an installed one's
     return found
 
@@ -166,16 +165,14 @@ def test_all_processes_take_part(run_all, places, model, data, tmp_path):
 OTHER = """
 import torch
 
-class Pictures(torch.utils.data.Dataset):
+class Pictures(list):
     classes, templates = ["a", "b"], ["a {c}"]
-    def __len__(self):
-        return 5
-    def __getitem__(self, i):
-        return torch.full((3, 32, 32), float(i)), i
+
+five = Pictures((torch.full((3, 32, 32), float(i)), i) for i in range(5))
 
 def pictures(root, split, transform, download, task, **options):
     print("built", root, split, task, download, sorted(options))
-    return Pictures()
+    return five
 
 pictures.default_task = "count"
 pictures.collate_fn = lambda batch: [i for _, i in batch]
@@ -192,7 +189,7 @@ class Count:
 
 count = Count()
 plain_evaluate = type("Plain", (), {"evaluate": staticmethod(lambda **_: {"seen": sorted(_)})})
-plain = lambda **_: Pictures()
+plain = lambda **_: five
 """
 
 
