@@ -185,6 +185,7 @@ ROWS = """n04162706/n04162706_17303.JPEG\t3:0.9\t2:1\t4:0
 n04162706/n04162706_4.JPEG\t1
 n02957008/n02957008_4482.JPEG\t0\t5\t2
 n00000001/n00000001_1.JPEG\t3:0
+x/n04162706_4.JPEG\t2
 """
 
 
@@ -201,10 +202,11 @@ def build_tencent(folder):
 
 
 def test_imagenet10k(tencent):
-    """Labels of files with confidences, and of others."""
+    """Labels of files with confidences, and of others; of two images of one name the first counts."""
     assert build_tencent(tencent) == 0
     expected = {"n04162706_17303": [2, 3], "n04162706_4": [1], "n02957008_4482": [0, 2, 5]}
     assert vectors(tencent / "out") == expected
+    assert dropped(tencent / "out") == [("x/n04162706_4.JPEG", "duplicate")]
     names = (tencent / "out" / "classnames.txt").read_text(encoding="utf-8").splitlines()
     assert names == [*CLASSES, "desk", "desk"]
     data = build_dataset("wds/x", root=str(tencent / "out"), transform=None, split="test")

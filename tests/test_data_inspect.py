@@ -107,8 +107,9 @@ def test_folders_of_tars_and_odd_names(shards):
     (other / "notes.txt").write_bytes(b"x")
     (shards / "00000.tar").rename(other / "x.TAR.gz")  # whatever the name says
     (shards / "sizes.json").write_text('{"00001.tar": 1}', encoding="utf-8")
-    write_tar(shards / "a1" / "00001.tar", {"a.jpg": jpeg(1), "a.txt": b"of another set"})
-    for folder, figures in (("a[1]", (0, 1, 6)), ("", (0, 3, 8))):
+    more = {"a.jpg": jpeg(1), "a.txt": b"x", "b.jpg": jpeg(2), "b.txt": b"x"}
+    write_tar(shards / "a1" / "00001.tar", more)
+    for folder, figures in (("a[1]", (0, 1, 6)), ("", (0, 3, 9))):
         code, found = inspect(shards, shards=folder)
         assert (code, found["shards"], found["samples"]) == figures and found["faults"] == []
 

@@ -16,9 +16,6 @@ from training_helpers import flags, train
 from otter_openclip import cli
 from otter_openclip.untrusted import no_code_from_files
 
-EVAL = ["--pretrained", "", "--dataset", "wds/made", "--task", "zeroshot_classification"]
-EVAL += ["--num_workers", "0", "--batch_size", "8", "--no_amp"]
-
 
 @pytest.fixture
 def mark(tmp_path, monkeypatch):
@@ -159,8 +156,9 @@ def plant_module(folder, mark, kind):
 
 
 def line_of(command, folder, out, labelled, pairs):
+    evaluate = "--pretrained= --dataset wds/made --task zeroshot_classification --num_workers 0"
     words = {
-        "eval": [*EVAL, "--dataset_root", labelled, "--output", out],
+        "eval": [*evaluate.split(), "--no_amp", "--dataset_root", labelled, "--output", out],
         "train": flags(pairs, out, "--loss", "otter"),
         "export": [folder / "open_clip_pytorch_model.bin", out],
     }
