@@ -32,12 +32,6 @@ def folder(tmp_path):
     return write_set(tmp_path / "set", samples(jpg=jpeg(3), npy=npy([1, 1, 1])), NAMES)
 
 
-def write(folder, **bad):
-    for number, files in enumerate(samples(**bad)):
-        write_tar(folder / "test" / f"{number}.tar", files)
-
-
-WHOLE = {"jpg": jpeg(5, (90, 80)), "png": encoded(5, "PNG"), "webp": encoded(5, "WEBP")}
 TEXTS = [
     # (file, its content or None for no such file, fault)
     (CLASSES, None, "is missing; write one class a line"),
@@ -61,8 +55,8 @@ SAMPLES = [
     ({"npy": npy([b"1", b"0", b"1"], dtype="V1")}, "label vector of |V1, where numbers are due"),
     ({"jpg": None}, "no image (jpg, png, webp, jpeg) among its files"),
     ({"jpg": b"no image"}, "unreadable image: not an image that Pillow can read"),
-    ({"jpg": WHOLE["jpg"][:-200]}, "unreadable image: image file is truncated"),
-    ({"jpg": None, "webp": WHOLE["webp"][:-9]}, "unreadable image: "),
+    ({"jpg": jpeg(5, (90, 80))[:-200]}, "unreadable image: image file is truncated"),
+    ({"jpg": None, "webp": encoded(5, "WEBP")[:-9]}, "unreadable image: "),
     ({"jpg": None, "png": encoded(5, "TIFF", "F")}, "image (mode F), which loaders cut off at 0"),
 ]
 SHARDS = [
@@ -100,7 +94,8 @@ def refused(folder, place, text, **needed):
 @pytest.mark.parametrize(("changed", "text"), SAMPLES)
 def test_samples(folder, changed, text):
     files = {"jpg": jpeg(3), "npy": npy([1, 1, 1])} | changed
-    write(folder, **{suffix: content for suffix, content in files.items() if content is not None})
+    files = {suffix: content for suffix, content in files.items() if content is not None}
+    write_set(folder, samples(**files), NAMES)
     refused(folder, "1.tar: sample bad", text)
 
 
@@ -112,13 +107,12 @@ def test_shards(folder, change, text):
 
 
 def test_a_name_twice_in_a_row(folder):
-    write(folder, JPG=jpeg(4), jpg=jpeg(3), npy=npy([1, 1, 1]))
+    write_set(folder, samples(JPG=jpeg(4), jpg=jpeg(3), npy=npy([1, 1, 1])), NAMES)
     refused(folder, "1.tar", "bad.jpg comes twice in a row, where clip_benchmark stops")
 
 
 def test_no_samples(folder):
-    for number in range(2):
-        write_tar(folder / "test" / f"{number}.tar", {})
+    write_set(folder, [{}, {}], NAMES)
     with pytest.raises(ImageError, match=f"no images in 2 shards, first {folder}/test/0.tar"):
         read(folder)
 
@@ -155,13 +149,13 @@ def test_retrieval_sets_need_no_names(folder):
         {"npy": npy([True, False, True], dtype=bool)},
         {"npy": npy([0, 0, 0], dtype=np.float32)},
         {"jpg": jpeg(3) + b"what some cameras append"},
-        {"JPEG": jpeg(3), "jpg": b"not looked at, as there is a png", "png": WHOLE["png"]},
+        {"JPEG": jpeg(3), "jpg": b"not looked at, as there is a png", "png": encoded(5, "PNG")},
         {"jpg": encoded(3, "PNG", "LA"), "json": b"{}"},
     ],
 )
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 def test_what_can_be_used(folder, caplog, changed, compress):
-    write(folder, **{"jpg": jpeg(3), "npy": npy([1, 1, 1])} | changed)
+    write_set(folder, samples(**{"jpg": jpeg(3), "npy": npy([1, 1, 1])} | changed), NAMES)
     shard = folder / "test" / "1.tar"
     shard.write_bytes(compress(shard.read_bytes()))
     (folder / CLASSES).write_bytes(b"ball\r\nbat\r\nball")

@@ -28,13 +28,8 @@ BUILT_FROM += ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff")
 def run(*command: str | Path, cwd: Path) -> str:
     """Standard output of a command that knows nothing of this checkout."""
     hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    done = subprocess.run(
-        list(map(str, command)),
-        env={name: value for name, value in os.environ.items() if name not in hidden},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-    )
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 

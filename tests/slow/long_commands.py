@@ -31,9 +31,8 @@ GONE_SECONDS = 15.0  # loader processes look for their parent every 5 s
 PICTURES = 120
 # Commands run in forks of a process that has imported what takes seconds to import.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["open_clip_train.main", "clip_benchmark.cli", "transformers", "pytest"]
-)
+IMPORTED = ["open_clip_train.main", "clip_benchmark.cli", "transformers", "pytest"]
+FORKS.set_forkserver_preload(IMPORTED)
 
 
 class Command(NamedTuple):
@@ -165,46 +164,6 @@ def built(out: Path) -> dict[str, Any]:
     }
 
 
-def make_commands(folder: Path, pairs: Path, labelled: Path, towers: dict) -> dict[str, Command]:
-    model = make_towers(folder / "model", image_size=32, context_length=8, **towers)
-    program = ("otter_openclip.cli",)
-    train = f"train --loss otter --model local-dir:{model} --logs OUT/logs --name run --epochs 4"
-    train += f" --train-data {pairs}/{{00000..00001}}.tar --batch-size 12 --warmup 1 --lr 1e-2"
-    train = train.split()
-    latest = ("--resume", "latest")
-    most_recent = ("--save-most-recent", "--delete-previous-checkpoint", "--workers", "1")
-    cached = ("--lock-image", "--lock-text", "--lock-text-freeze-layer-norm", "--workers", "0")
-    torchrun = "torch.distributed.run --standalone --nproc_per_node 2 -m -- otter_openclip.train"
-    ranks = ("--workers", "0", "--local-loss", "--gather-with-grad")
-    last = partial(checkpoints, pattern="epoch_latest.pt")
-
-    first = Running(Command([*program, *train, "--workers", "0"], checkpoints), folder, again=False)
-    assert first.wait() == 0, first.said
-    trained = folder / "logs" / "run" / "checkpoints" / "epoch_4.pt"
-    export = f"export {trained} OUT/exported --overwrite --model local-dir:{model}".split()
-    evaluate = f"eval --model local-dir:{model} --pretrained= --dataset wds/made --no_amp"
-    evaluate += f" --dataset_root {labelled} --num_workers 0 --batch_size 8"
-    evaluate += " --task zeroshot_classification --output OUT/results.json"
-    return {
-        "training": Command(
-            [*program, *train, "--workers", "0", "--zeroshot-data", labelled],
-            checkpoints,
-            partial(checkpoints, pattern="best.pt"),
-            latest,
-        ),
-        "most recent": Command([*program, *train, *most_recent], lambda out: {}, last, latest),
-        "cached": Command(
-            [*program, *train, *cached, "--feature-cache", "OUT/features"],
-            checkpoints,
-            again=latest,
-        ),
-        "ranks": Command([*torchrun.split(), *train[1:], *ranks], checkpoints, again=latest),
-        "export": Command([*program, *export], exported),
-        "eval": Command([*program, *evaluate.split()], results),
-        "data": Command([*program, "data", *make_data(folder / "data"), "--output", "OUT"], built),
-    }
-
-
 def make_data(folder: Path) -> list[str | Path]:
     """A builder's words: of an archive that has to be unpacked, some pictures missing or cut short."""
     pictures = {f"{n}.jpg": jpeg(n, (640, 480)) for n in range(PICTURES) if n % 13 != 5}
@@ -221,4 +180,36 @@ NAMES = ("training", "most recent", "cached", "ranks", "export", "eval", "data")
 
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory, pairs, labelled, towers) -> dict[str, Command]:
-    return make_commands(tmp_path_factory.mktemp("inputs"), pairs, labelled, towers)
+    """The commands of ``NAMES``."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model = make_towers(folder / "model", image_size=32, context_length=8, **towers)
+    program = ("otter_openclip.cli",)
+    train = f"train --loss otter --model local-dir:{model} --logs OUT/logs --name run --epochs 4"
+    train += f" --train-data {pairs}/{{00000..00001}}.tar --batch-size 12 --warmup 1 --lr 1e-2"
+    train = train.split()
+    latest = ("--resume", "latest")
+    most_recent = ("--save-most-recent", "--delete-previous-checkpoint", "--workers", "1")
+    judged = [*train, "--workers", "0", "--zeroshot-data", labelled]
+    best = partial(checkpoints, pattern="best.pt")
+    cached = [*train, "--lock-image", "--lock-text", "--lock-text-freeze-layer-norm"]
+    cached += ["--workers", "0", "--feature-cache", "OUT/features"]
+    torchrun = "torch.distributed.run --standalone --nproc_per_node 2 -m -- otter_openclip.train"
+    ranks = ("--workers", "0", "--local-loss", "--gather-with-grad")
+    last = partial(checkpoints, pattern="epoch_latest.pt")
+
+    first = Running(Command([*program, *train, "--workers", "0"], checkpoints), folder, again=False)
+    assert first.wait() == 0, first.said
+    trained = folder / "logs" / "run" / "checkpoints" / "epoch_4.pt"
+    export = f"export {trained} OUT/exported --overwrite --model local-dir:{model}".split()
+    evaluate = f"eval --model local-dir:{model} --pretrained= --dataset wds/made --no_amp"
+    evaluate += f" --dataset_root {labelled} --num_workers 0 --batch_size 8"
+    evaluate += " --task zeroshot_classification --output OUT/results.json"
+    return {
+        "training": Command([*program, *judged], checkpoints, best, latest),
+        "most recent": Command([*program, *train, *most_recent], lambda out: {}, last, latest),
+        "cached": Command([*program, *cached], checkpoints, again=latest),
+        "ranks": Command([*torchrun.split(), *train[1:], *ranks], checkpoints, again=latest),
+        "export": Command([*program, *export], exported),
+        "eval": Command([*program, *evaluate.split()], results),
+        "data": Command([*program, "data", *make_data(folder / "data"), "--output", "OUT"], built),
+    }
