@@ -141,19 +141,13 @@ def deep(array, form):
 
 
 RAMP = np.arange(480).reshape(20, 24)
-
-
-def white_is_zero(array):
-    """A TIFF whose tag says that 0 is white."""
-    content = bytearray(deep(array, "TIFF"))
-    at = content.index(b"\x06\x01\x03\0\x01\0\0\0")
-    content[at + 8 : at + 10] = b"\0\0"
-    return bytes(content)
+DEEP = (RAMP * 130).astype(np.uint16)
+ZERO_IS = b"\x06\x01\x03\0\x01\0\0\0"  # a TIFF's tag, before the colour
 
 
 def twelve_bits(array):
     """A TIFF of 12 bits a pixel, two of them in three bytes."""
-    pairs = [(int(a), int(b)) for a, b in array.reshape(-1, 2)]
+    pairs = array.reshape(-1, 2).tolist()
     content = b"".join((a << 12 | b).to_bytes(3, "big") for a, b in pairs)
     tags = {256: 24, 257: 20, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 20, 279: 720}
     entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
@@ -163,11 +157,11 @@ def twelve_bits(array):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (deep((RAMP * 130).astype(np.uint16), "PNG"), RAMP * 130 / 257),
+        (deep(DEEP, "PNG"), DEEP / 257),
         (b"P5 24 20 999\n" + (RAMP * 2).astype(">u2").tobytes(), RAMP * 2 * 255 / 999),
         (deep((RAMP / 480).astype(np.float32), "TIFF"), "F pixels of no stated range"),
         (deep(RAMP.astype(np.int32), "TIFF"), "I pixels of no stated range"),
-        (white_is_zero((RAMP * 130).astype(np.uint16)), 255 - RAMP * 130 / 257),
+        (deep(DEEP, "TIFF").replace(ZERO_IS + b"\1", ZERO_IS + b"\0"), 255 - DEEP / 257),
         (twelve_bits(RAMP * 8), RAMP * 8 * 255 / 4095),
         (deep(RAMP.astype(np.uint16), "IM"), "I;16 pixels of no stated range"),
     ],
