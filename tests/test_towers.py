@@ -339,8 +339,7 @@ def test_text_folders_that_cannot_be_used(parts, tmp_path, change, message):
         ({"context_length": 13}, "context_length 13 is more than the 12 tokens"),
     ],
 )
-def test_settings_that_cannot_be(parts, tmp_path, settings, message, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_settings_that_cannot_be(parts, tmp_path, settings, message):
     if settings.get("text") == "BARE":
         settings = settings | {"text": text_folder(tmp_path / "text")}
     with pytest.raises((ValueError, OSError), match=message):
