@@ -124,3 +124,7 @@ def dropped(output: Path) -> list[tuple[str, str]]:
     header, *rows = (output / "dropped.tsv").read_text(encoding="utf-8").splitlines()
     assert header == "sample\treason\tdetail"
     return sorted(tuple(row.split("\t")[:2]) for row in rows)
+
+
+def skipped(output: Path) -> dict[str, int]:
+    return json.loads((output / "report.json").read_text(encoding="utf-8"))["skipped"]

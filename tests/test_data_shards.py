@@ -75,13 +75,8 @@ def test_kill_at_every_rename(data, whole, where):
     assert moment == 1 + 4 + 1 + 4 + 1 + 1
 
 
-def _stopped(data) -> None:
-    """Begin a build into "out" and kill it after its third shard."""
-    assert killed(4, "after", command(data, "out"))
-
-
 def test_resume_writes_only_missing_and_damaged_shards(data, whole):
-    _stopped(data)
+    assert killed(4, "after", command(data, "out"))  # the plan and three shards
     shards = data / "out" / "test"
     assert {path.name for path in shards.iterdir()} == {"0.tar", "1.tar", "2.tar"}
     (shards / "1.tar").write_bytes((shards / "1.tar").read_bytes()[:512])
@@ -95,10 +90,7 @@ def test_resume_writes_only_missing_and_damaged_shards(data, whole):
 
 @pytest.mark.parametrize("complete", [False, True])
 def test_other_settings_or_inputs_are_refused(data, capsys, complete):
-    if complete:
-        assert run(*command(data, "out")) == 0
-    else:
-        _stopped(data)
+    assert killed(99 if complete else 4, "after", command(data, "out")) != complete
     before = tree(data / "out")
     refused(capsys, run(*command(data, "out", "--resize", "8")), "--resize was not given")
     line = [w for w in command(data, "out") if w not in ("--shard-size", "3")]
@@ -120,7 +112,7 @@ def test_a_complete_build_is_left_as_it_is(data, whole, capsys):
 
 
 def test_a_plan_that_cannot_be_read_is_an_error_that_names_it(data, whole, capsys):
-    _stopped(data)
+    assert killed(4, "after", command(data, "out"))
     plan = data / "out" / ".otter-build" / "plan.db"
     plan.write_bytes(b"SQLite format 3" + bytes(5000))
     refused(capsys, run(*command(data, "out")), f"{plan}: file is not a database")

@@ -8,7 +8,7 @@ import json
 
 import pandas
 import pytest
-from data_helpers import dropped, jpeg, refused, run, samples, tree, write_files, write_tar
+from data_helpers import dropped, jpeg, refused, run, samples, skipped, tree, write_files, write_tar
 from open_clip_train.data import get_dataset_size
 
 from otter_openclip.data import cc3m
@@ -26,10 +26,6 @@ def pairs_of(output):
     assert get_dataset_size(pattern) == (sum(sizes.values()), len(shards))
     stored = samples(*shards)
     return [(files["txt"].decode(), files.get("jpg")) for _, files in sorted(stored.items())]
-
-
-def skipped(output):
-    return json.loads((output / "report.json").read_text(encoding="utf-8"))["skipped"]
 
 
 def img2dataset(folder, rows, kind):

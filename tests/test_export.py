@@ -217,8 +217,9 @@ def test_links_to_a_run_are_the_run(run, tmp_path):
         assert open_clip.create_model(f"local-dir:{out}").visual.image_size == (24, 24)
 
 
-def register(path, vision):
+def register(path, **changes):
     """Let open_clip know tiny-timm with another image tower, under the file's name."""
+    vision = MODELS["tiny-timm"]["vision_cfg"] | changes
     path.write_text(json.dumps(MODELS["tiny-timm"] | {"vision_cfg": vision}), encoding="utf-8")
     open_clip.add_model_config(path)
 
@@ -232,8 +233,7 @@ def test_batch_norm_that_open_clip_froze(pairs, tmp_path, capsys):
     out = export_checkpoint(checkpoints, tmp_path / "out")
     model = open_clip.create_model(f"local-dir:{out}")
     assert torch.equal(model.visual.bn1.running_mean, state["visual.bn1.running_mean"])
-    vision = {**MODELS["tiny-timm"]["vision_cfg"], "timm_model_name": "test_efficientnet"}
-    register(tmp_path / "tiny-act.json", vision)
+    register(tmp_path / "tiny-act.json", timm_model_name="test_efficientnet")
     state = open_clip.create_model("tiny-act").state_dict()
     del state["visual.trunk.bn1.num_batches_tracked"]
     torch.save(state, tmp_path / "act.pt")
@@ -243,8 +243,7 @@ def test_batch_norm_that_open_clip_froze(pairs, tmp_path, capsys):
 
 
 def test_a_timm_tower_at_a_forced_size_is_refused(tmp_path):
-    vision = {**MODELS["tiny-timm"]["vision_cfg"], "timm_model_name": "test_vit", "image_size": 160}
-    register(tmp_path / "tiny-timm-vit.json", vision)
+    register(tmp_path / "tiny-timm-vit.json", timm_model_name="test_vit", image_size=160)
     state = open_clip.create_model("tiny-timm-vit", force_image_size=64).state_dict()
     torch.save(state, tmp_path / "bare.pt")
     flags = {"model": "tiny-timm-vit", "force_image_size": 64}

@@ -23,8 +23,6 @@ from otter_openclip.model_folders.export import export_checkpoint
 from otter_openclip.model_folders.modules import follow_modules
 from otter_openclip.model_folders.towers import make_towers
 
-WIDTH = {"test_resnet": 96, "test_vit": 64, "test_efficientnet": 256}
-
 
 def image_tower(name):
     """A timm tower whose batch norm has statistics that are not the initial ones."""
@@ -44,7 +42,7 @@ def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(2)
     text_folder(folder / "text", width=64, layers=2, pooler=True)
-    for name in WIDTH:
+    for name in ("test_resnet", "test_vit", "test_efficientnet"):
         torch.save(image_tower(name).state_dict(), folder / f"{name}.pt")
     return folder
 
