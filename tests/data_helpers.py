@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import random
 import tarfile
 import zipfile
@@ -31,24 +32,34 @@ def encoded(seed: int, format_name: str, mode: str = "RGB", **options) -> bytes:
     return buffer.getvalue()
 
 
+def member(tar: tarfile.TarFile, name: str, content: bytes = b"", **changes: object) -> None:
+    """Add a file to a tar; ``changes`` are of its header."""
+    info = tarfile.TarInfo(name)
+    for key, value in {"size": len(content), **changes}.items():
+        setattr(info, key, value)
+    tar.addfile(info, io.BytesIO(content))
+
+
 def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
-    """A tar of the given files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as tar:
         for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            member(tar, name, content)
     return path
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> Path:
-    """A folder of the given files."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return folder
+
+
+def change_json(path: Path, **changes: object) -> None:
+    """Put values into a JSON file, which is made if it is not there."""
+    contents = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(contents | changes), encoding="utf-8")
 
 
 def pack(kind: str, folder: Path, files: dict[str, bytes]) -> Path:
@@ -113,3 +124,7 @@ def dropped(output: Path) -> list[tuple[str, str]]:
     header, *rows = (output / "dropped.tsv").read_text(encoding="utf-8").splitlines()
     assert header == "sample\treason\tdetail"
     return sorted(tuple(row.split("\t")[:2]) for row in rows)
+
+
+def skipped(output: Path) -> dict[str, int]:
+    return json.loads((output / "report.json").read_text(encoding="utf-8"))["skipped"]

@@ -1,8 +1,8 @@
 """Runs Python commands in forks of one process that has already imported what takes seconds to import.
 
 ``run`` is ``subprocess.run`` of ``python WORDS`` for a tenth of its time, and ``ranks`` is torchrun.
-The process that forks has imported other packages only: open_clip, clip_benchmark and ours are found
-by each command itself, on its own path. It has computed nothing and has no other thread.
+The process that forks is in `serve`. It has imported other packages only: open_clip, clip_benchmark and
+ours are found by each command itself, on its own path. It has computed nothing and has no other thread.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
-
-
-# In the tests' process ---------------------------------------------------------------------------
 
 
 def run(*words: Any, **settings: Any) -> CompletedProcess[str]:
@@ -104,9 +101,6 @@ def _process() -> Popen[str]:
     return process
 
 
-# In the process that forks -----------------------------------------------------------------------
-
-
 def serve() -> None:
     """Answer requests until there are no more."""
     for line in sys.stdin:
@@ -141,11 +135,8 @@ def content(file: Any) -> str:
     return file.read().decode()
 
 
-# In a fork ---------------------------------------------------------------------------------------
-
-
 def become(request: dict[str, Any], *files: Any) -> None:
-    """Take over what a process that was started for the request would have."""
+    """Take over, in a fork, what a process that was started for the request would have."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, source in enumerate((nothing, *(file.fileno() for file in files))):
         os.dup2(source, descriptor)

@@ -1,5 +1,7 @@
 """The shard writer: the same bytes for any number of workers, after any kill, or an error."""
 
+import fcntl
+import itertools
 import multiprocessing
 import os
 import signal
@@ -11,12 +13,12 @@ from data_helpers import jpeg, refused, run, tree, write_files
 from fuzz import MEMORY
 from test_data_eval import DICTIONARY
 
-IMAGES = 14
+from otter_openclip.data import building
 
 
 @pytest.fixture
 def data():
-    names = [f"n{n % 3}/n{n % 3}_{n}.JPEG" for n in range(IMAGES)]
+    names = [f"n{n % 3}/n{n % 3}_{n}.JPEG" for n in range(14)]
     rows = "".join(f"{name}\t{n % 6}\n" for n, name in enumerate(names))
     files = {f"images/{name}": jpeg(n) for n, name in enumerate(names)}
     for n in (5, *range(9, 12)):  # the fourth shard of 3 loses all of its images
@@ -27,11 +29,9 @@ def data():
 
 
 def command(data, out, *extra):
-    return (
-        *("imagenet10k", "--classes", data / "dictionary.txt", "--labels", data / "val.txt"),
-        *("--images", data / "images", "--output", data / out, "--shard-size", "3"),
-        *("--max-missing", "4", *extra),
-    )
+    words = ["imagenet10k", "--classes", data / "dictionary.txt", "--labels", data / "val.txt"]
+    words += ["--images", data / "images", "--output", data / out, "--shard-size", "3"]
+    return [*words, "--max-missing", "4", *extra]
 
 
 @pytest.fixture
@@ -42,15 +42,13 @@ def whole(data):
 
 def _build_until(moment: int, where: str, line: tuple) -> None:
     """Runs in a child: kill -9 itself just before or after the ``moment``-th rename."""
-    count, rename = 0, os.replace
+    moments, rename = itertools.count(1), os.replace
 
     def replace(source, target):
-        nonlocal count
-        count += 1
-        if count == moment and where == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(source, target)
-        if count == moment:
+        kill = next(moments) == moment
+        if not kill or where == "after":
+            rename(source, target)
+        if kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = replace
@@ -77,13 +75,8 @@ def test_kill_at_every_rename(data, whole, where):
     assert moment == 1 + 4 + 1 + 4 + 1 + 1
 
 
-def _stopped(data) -> None:
-    """Begin a build into "out" and kill it after its third shard."""
-    assert killed(4, "after", command(data, "out"))
-
-
 def test_resume_writes_only_missing_and_damaged_shards(data, whole):
-    _stopped(data)
+    assert killed(4, "after", command(data, "out"))  # the plan and three shards
     shards = data / "out" / "test"
     assert {path.name for path in shards.iterdir()} == {"0.tar", "1.tar", "2.tar"}
     (shards / "1.tar").write_bytes((shards / "1.tar").read_bytes()[:512])
@@ -97,14 +90,9 @@ def test_resume_writes_only_missing_and_damaged_shards(data, whole):
 
 @pytest.mark.parametrize("complete", [False, True])
 def test_other_settings_or_inputs_are_refused(data, capsys, complete):
-    if complete:
-        assert run(*command(data, "out")) == 0
-    else:
-        _stopped(data)
+    assert killed(99 if complete else 4, "after", command(data, "out")) != complete
     before = tree(data / "out")
-    assert run(*command(data, "out", "--resize", "8")) == 2
-    err = capsys.readouterr().err
-    assert "--resize was not given" in err and "choose another --output" in err
+    refused(capsys, run(*command(data, "out", "--resize", "8")), "--resize was not given")
     line = [w for w in command(data, "out") if w not in ("--shard-size", "3")]
     refused(capsys, run(*line), "--shard-size was 3")
     with open(data / "val.txt", "a", encoding="utf-8") as labels:
@@ -124,7 +112,7 @@ def test_a_complete_build_is_left_as_it_is(data, whole, capsys):
 
 
 def test_a_plan_that_cannot_be_read_is_an_error_that_names_it(data, whole, capsys):
-    _stopped(data)
+    assert killed(4, "after", command(data, "out"))
     plan = data / "out" / ".otter-build" / "plan.db"
     plan.write_bytes(b"SQLite format 3" + bytes(5000))
     refused(capsys, run(*command(data, "out")), f"{plan}: file is not a database")
@@ -143,10 +131,6 @@ def test_a_folder_of_something_else_is_left_alone(data, capsys):
 
 
 def test_two_builds_of_one_folder_do_not_meet(data, monkeypatch, capsys):
-    import fcntl
-
-    from otter_openclip.data import building
-
     monkeypatch.setattr(building, "_LOCK_SECONDS", 0.2)
     (data / "out" / ".otter-build").mkdir(parents=True)
     with open(data / "out" / ".otter-build" / "lock", "w", encoding="utf-8") as other:
@@ -157,8 +141,6 @@ def test_two_builds_of_one_folder_do_not_meet(data, monkeypatch, capsys):
 def test_too_many_lost_keeps_the_work_and_a_higher_limit_ends_it(data, whole, monkeypatch):
     few = [3 if w == "4" else w for w in command(data, "out")]
     assert run(*few) == 2
-    from otter_openclip.data import building
-
     monkeypatch.setattr(building, "prepare", None)  # no image may be read again
     assert run(*command(data, "out")) == 0
     assert tree(data / "out") == whole

@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -73,19 +72,6 @@ def test_of_two_names_for_one_file_the_sure_one_stays(tmp_path):
     assert dropped(tmp_path / "out") == lost + [(f"{d}/2.jpg", "ambiguous") for d in "xxy"]
 
 
-def test_two_urls_of_one_file_keep_one(tmp_path):
-    write_files(tmp_path, {"training/0_1": jpeg(0)})
-    (tmp_path / "cc.tsv").write_text("first\thttp://a\nsecond\thttp://b\n", encoding="utf-8")
-    row = "training/0_1\ttraining\timage/jpeg\t1\t200\t{}\n"
-    (tmp_path / "r.tsv").write_text(
-        row.format("http://a") + row.format("http://b"), encoding="utf-8"
-    )
-    words = ["--captions", tmp_path / "cc.tsv", "--report", tmp_path / "r.tsv"]
-    assert run("cc3m", *words, "--images", tmp_path, "--output", tmp_path / "out") == 0
-    assert pairs_of(tmp_path / "out") == [("first", jpeg(0))]
-    assert dropped(tmp_path / "out") == [("http://b", "file name of another URL")]
-
-
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch, capsys):
     source = write_files(tmp_path / "s", {"a/0.jpg": jpeg(0), "b/1.jpg": jpeg(1)})
     scan = os.scandir
@@ -109,9 +95,6 @@ def test_a_damaged_member_of_a_zip_is_dropped(tmp_path):
     assert csv(tmp_path, [(f"{n}.bmp", str(n)) for n in range(3)], source) == 0
     assert [text for text, _ in pairs_of(tmp_path / "out")] == ["2"]
     assert dropped(tmp_path / "out") == [(f"{n}.bmp", "undecodable") for n in range(2)]
-
-
-# tables -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("separator", ["\t", ",", ";"])
@@ -151,9 +134,6 @@ def test_a_table_that_is_none_is_an_error_with_its_line(tmp_path, capsys, text, 
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-# pixels -------------------------------------------------------------------------------------------
-
-
 def deep(array, form):
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, form)
@@ -161,43 +141,29 @@ def deep(array, form):
 
 
 RAMP = np.arange(480).reshape(20, 24)
-
-
-def white_is_zero(array):
-    """A TIFF whose tag says that 0 is white."""
-    content = bytearray(deep(array, "TIFF"))
-    at = content.index(b"\x06\x01\x03\0\x01\0\0\0")
-    content[at + 8 : at + 10] = b"\0\0"
-    return bytes(content)
+DEEP = (RAMP * 130).astype(np.uint16)
+ZERO_IS = b"\x06\x01\x03\0\x01\0\0\0"  # a TIFF's tag, before the colour
 
 
 def twelve_bits(array):
     """A TIFF of 12 bits a pixel, two of them in three bytes."""
-    pairs = [(int(a), int(b)) for a, b in array.reshape(-1, 2)]
+    pairs = array.reshape(-1, 2).tolist()
     content = b"".join((a << 12 | b).to_bytes(3, "big") for a, b in pairs)
     tags = {256: 24, 257: 20, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 20, 279: 720}
     entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
     return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + content
 
 
-def fits(array):
-    """FITS has signed integers and an offset, which Pillow does not look at."""
-    cards = {"SIMPLE": "T", "BITPIX": 16, "NAXIS": 2, "NAXIS1": 24, "NAXIS2": 20, "BZERO": 32768}
-    head = "".join(f"{name:8}= {value:>20}".ljust(80) for name, value in cards.items()) + "END"
-    return head.ljust(2880).encode() + array.astype(">i2").tobytes().ljust(2880, b"\0")
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (deep((RAMP * 130).astype(np.uint16), "PNG"), RAMP * 130 / 257),
-        (deep((RAMP * 130).astype(np.uint16), "TIFF"), RAMP * 130 / 257),
+        (deep(DEEP, "PNG"), DEEP / 257),
         (b"P5 24 20 999\n" + (RAMP * 2).astype(">u2").tobytes(), RAMP * 2 * 255 / 999),
         (deep((RAMP / 480).astype(np.float32), "TIFF"), "F pixels of no stated range"),
         (deep(RAMP.astype(np.int32), "TIFF"), "I pixels of no stated range"),
-        (white_is_zero((RAMP * 130).astype(np.uint16)), 255 - RAMP * 130 / 257),
+        (deep(DEEP, "TIFF").replace(ZERO_IS + b"\1", ZERO_IS + b"\0"), 255 - DEEP / 257),
         (twelve_bits(RAMP * 8), RAMP * 8 * 255 / 4095),
-        (fits(RAMP), "I(;16)? pixels of no stated range"),
+        (deep(RAMP.astype(np.uint16), "IM"), "I;16 pixels of no stated range"),
     ],
 )
 def test_deep_pixels_keep_their_meaning_or_go(tmp_path, content, expected):
@@ -207,7 +173,7 @@ def test_deep_pixels_keep_their_meaning_or_go(tmp_path, content, expected):
     if isinstance(expected, str):
         assert stored.keys() == {"000000001"}
         said = (tmp_path / "out" / "dropped.tsv").read_text(encoding="utf-8")
-        assert re.search(f"0.x\tundecodable\t({expected})", said)
+        assert f"0.x\tundecodable\t{expected}" in said
         return
     image = np.asarray(Image.open(io.BytesIO(stored["000000000"]["png"])).convert("RGB"))
     assert np.abs(image - expected[..., None]).max() <= 0.51

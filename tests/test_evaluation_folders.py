@@ -32,12 +32,6 @@ def folder(tmp_path):
     return write_set(tmp_path / "set", samples(jpg=jpeg(3), npy=npy([1, 1, 1])), NAMES)
 
 
-def write(folder, **bad):
-    for number, files in enumerate(samples(**bad)):
-        write_tar(folder / "test" / f"{number}.tar", files)
-
-
-WHOLE = {"jpg": jpeg(5, (90, 80)), "png": encoded(5, "PNG"), "webp": encoded(5, "WEBP")}
 TEXTS = [
     # (file, its content or None for no such file, fault)
     (CLASSES, None, "is missing; write one class a line"),
@@ -61,8 +55,8 @@ SAMPLES = [
     ({"npy": npy([b"1", b"0", b"1"], dtype="V1")}, "label vector of |V1, where numbers are due"),
     ({"jpg": None}, "no image (jpg, png, webp, jpeg) among its files"),
     ({"jpg": b"no image"}, "unreadable image: not an image that Pillow can read"),
-    ({"jpg": WHOLE["jpg"][:-200]}, "unreadable image: image file is truncated"),
-    ({"jpg": None, "webp": WHOLE["webp"][:-9]}, "unreadable image: "),
+    ({"jpg": jpeg(5, (90, 80))[:-200]}, "unreadable image: image file is truncated"),
+    ({"jpg": None, "webp": encoded(5, "WEBP")[:-9]}, "unreadable image: "),
     ({"jpg": None, "png": encoded(5, "TIFF", "F")}, "image (mode F), which loaders cut off at 0"),
 ]
 SHARDS = [
@@ -91,73 +85,62 @@ def read(folder, **needed):
     CheckedShards(build_wds_dataset("made", None, "test", str(folder))).read_all()
 
 
-def refused(folder, shard, sample, text, **needed):
-    """The fault is found, and says where it is."""
+def refused(folder, place, text, **needed):
     with pytest.raises(ImageError) as stop:
         read(folder, **needed)
-    where = f"{folder}/test/{shard}.tar" + (f": sample {sample}" if sample else "")
-    assert str(stop.value).startswith(where) and text in str(stop.value)
+    assert str(stop.value).startswith(f"{folder}/test/{place}: ") and text in str(stop.value)
 
 
 @pytest.mark.parametrize(("changed", "text"), SAMPLES)
 def test_samples(folder, changed, text):
     files = {"jpg": jpeg(3), "npy": npy([1, 1, 1])} | changed
-    write(folder, **{suffix: content for suffix, content in files.items() if content is not None})
-    refused(folder, 1, "bad", text)
+    files = {suffix: content for suffix, content in files.items() if content is not None}
+    write_set(folder, samples(**files), NAMES)
+    refused(folder, "1.tar: sample bad", text)
 
 
 @pytest.mark.parametrize(("change", "text"), SHARDS)
 def test_shards(folder, change, text):
     shard = folder / "test" / "1.tar"
     shard.write_bytes(change(shard.read_bytes()))
-    refused(folder, 1, "", text)
+    refused(folder, "1.tar", text)
 
 
 def test_a_name_twice_in_a_row(folder):
-    write(folder, JPG=jpeg(4), jpg=jpeg(3), npy=npy([1, 1, 1]))
-    refused(folder, 1, "", "bad.jpg comes twice in a row, where clip_benchmark stops")
+    write_set(folder, samples(JPG=jpeg(4), jpg=jpeg(3), npy=npy([1, 1, 1])), NAMES)
+    refused(folder, "1.tar", "bad.jpg comes twice in a row, where clip_benchmark stops")
 
 
 def test_no_samples(folder):
-    for number in range(2):
-        write_tar(folder / "test" / f"{number}.tar", {})
+    write_set(folder, [{}, {}], NAMES)
     with pytest.raises(ImageError, match=f"no images in 2 shards, first {folder}/test/0.tar"):
         read(folder)
 
 
 @pytest.mark.parametrize(
-    ("files", "text"),
+    ("kind", "files", "text"),
     [
-        ({"1.cls": b"3"}, "its cls, b'3', is none of the 3 classes"),
-        ({}, "no cls with its label"),
-        ({"1.npy": npy([1, 0, 0])}, "no cls with its label; as it has npy, write multilabel into"),
+        ("classification", {"1.cls": b"3"}, "its cls, b'3', is none of the 3 classes"),
+        ("classification", {}, "no cls with its label"),
+        ("classification", {"1.npy": npy([1, 0, 0])}, "; as it has npy, write multilabel into"),
+        ("Retrieval\n", {}, "no txt"),
+        ("Retrieval\n", {"1.txt": b"\xe9"}, "caption is not UTF-8"),
     ],
 )
-def test_single_labels(folder, files, text):
-    (folder / TYPE).write_text("classification", encoding="utf-8")
-    first = {"0.jpg": jpeg(0), "0.cls": b"2", "1.jpg": jpeg(1)}
+def test_single_labels_and_captions(folder, kind, files, text):
+    (folder / TYPE).write_text(kind, encoding="utf-8")
+    first = {"0.jpg": jpeg(0), "0.cls": b"2", "0.txt": b"a", "1.jpg": jpeg(1)}
     write_tar(folder / "test" / "0.tar", first | files)
-    refused(folder, 0, "1", text)
+    refused(folder, "0.tar: sample 1", text, names=kind == "classification")
 
 
-@pytest.mark.parametrize(
-    ("files", "fault"),
-    [
-        ({}, "no txt"),
-        ({"1.txt": b" \n"}, "empty caption"),
-        ({"1.txt": b"\xe9"}, "caption is not UTF-8"),
-    ],
-)
-def test_retrieval_sets_need_no_names(folder, files, fault):
+def test_retrieval_sets_need_no_names(folder):
     (folder / TYPE).write_text("Retrieval\n", encoding="utf-8")
     (folder / CLASSES).unlink()
     (folder / TEMPLATES).unlink()
     assert Folder(folder).faults == []
     with pytest.raises(ValueError, match=r"is for retrieval by its dataset_type\.txt; labels"):
         check_webdataset(str(folder))
-    first = {"0.jpg": jpeg(0), "0.txt": b"a", "1.jpg": jpeg(1)}
-    write_tar(folder / "test" / "0.tar", first | files)
-    refused(folder, 0, "1", fault, names=False)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +149,13 @@ def test_retrieval_sets_need_no_names(folder, files, fault):
         {"npy": npy([True, False, True], dtype=bool)},
         {"npy": npy([0, 0, 0], dtype=np.float32)},
         {"jpg": jpeg(3) + b"what some cameras append"},
-        {"JPEG": jpeg(3), "jpg": b"not looked at, as there is a png", "png": WHOLE["png"]},
+        {"JPEG": jpeg(3), "jpg": b"not looked at, as there is a png", "png": encoded(5, "PNG")},
         {"jpg": encoded(3, "PNG", "LA"), "json": b"{}"},
     ],
 )
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 def test_what_can_be_used(folder, caplog, changed, compress):
-    write(folder, **{"jpg": jpeg(3), "npy": npy([1, 1, 1])} | changed)
+    write_set(folder, samples(**{"jpg": jpeg(3), "npy": npy([1, 1, 1])} | changed), NAMES)
     shard = folder / "test" / "1.tar"
     shard.write_bytes(compress(shard.read_bytes()))
     (folder / CLASSES).write_bytes(b"ball\r\nbat\r\nball")

@@ -2,14 +2,14 @@
 
 import json
 
-import forks
 import open_clip
 import pytest
 import torch
 from conftest import MODELS
+from data_helpers import refused
 from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import load_file, save_file
-from training_helpers import hide_plugin, load, train
+from training_helpers import load, train
 
 from otter_openclip import cli
 from otter_openclip.model_folders import export, folder
@@ -48,29 +48,14 @@ def test_features_preprocessing_and_tokens_are_the_runs(run, tmp_path, weights):
     assert torch.equal(model.text_projection, student) == (weights == "student")
 
 
-def test_stock_clip_benchmark_uses_the_folder_without_the_plugin(run, labelled, tmp_path):
-    out = export_checkpoint(run, tmp_path / "out")
-    blocked = hide_plugin(tmp_path / "blocked")
-    words = f"--model local-dir:{out} --pretrained= --dataset wds/made --dataset_root {labelled}"
-    words += f" --output {tmp_path}/result.json --task zeroshot_classification --no_amp"
-    command = ("-m", "clip_benchmark.cli", "eval", *words.split(), "--num_workers", "0")
-    done = forks.run(*command, path=[blocked])
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["metrics"]
-    assert 0 < metrics["mean_average_precision"] <= 1
-
-
-@pytest.mark.parametrize("name", ["module.pt", "_orig_mod.module.pt", "bare.safetensors"])
-def test_wrappers_prefixes_and_safetensors(run, tmp_path, name):
-    state, path = load(run / "checkpoints" / "epoch_1.pt")["state_dict"], tmp_path / name
-    if path.suffix == ".pt":
-        state = {f"{path.stem}.{key}": value for key, value in state.items()}
-    (torch.save if path.suffix == ".pt" else save_file)(state, path)
+def test_prefixes_of_wrappers(run, tmp_path):
+    state = load(run / "checkpoints" / "epoch_1.pt")["state_dict"]
+    wrapped = {f"_orig_mod.module.{key}": value for key, value in state.items()}
+    torch.save(wrapped, tmp_path / "bare.pt")
     flags = {"model": "tiny-vit", "force_image_size": [24], "force_context_length": 7}
-    out = export_checkpoint(path, tmp_path / "out", **flags)
+    out = export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", **flags)
     model = open_clip.create_model(f"local-dir:{out}")
-    projection = next(value for key, value in state.items() if key.endswith("text_projection"))
-    assert torch.equal(model.text_projection, projection)
+    assert torch.equal(model.text_projection, state["text_projection"])
 
 
 @pytest.mark.parametrize(
@@ -79,9 +64,7 @@ def test_wrappers_prefixes_and_safetensors(run, tmp_path, name):
         (["{run}/nothing.pt", "out"], "no checkpoint"),
         (["{run}", "{run}"], "exists; choose another folder or pass --overwrite"),
         (["{run}", "out", "--model", "tiny-vt"], "did you mean tiny-vit"),
-        (["text.safetensors", "out", "--model", "tiny-vit"], "cannot be read as a checkpoint"),
         (["{run}", "out", "--model", "tiny-rn"], "does not fit the model tiny-rn"),
-        (["{run}", "out", "--force-image-size", "64"], "size mismatch for visual.posit"),
         (["{bare}", "out"], "pass --model"),
         (["{bare}", "out", "--model", "tiny-vit", "--weights", "teacher"], "has no EMA teacher"),
         (["text.pt", "out", "--model", "tiny-vit"], "cannot be read as a checkpoint"),
@@ -94,11 +77,9 @@ def test_errors_name_input_and_fix(run, tmp_path, capsys, monkeypatch, arguments
     torch.save(load(run / "checkpoints" / "epoch_1.pt")["state_dict"], tmp_path / "bare.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"state_dict": 3}, tmp_path / "number.pt")
-    for suffix in ("pt", "safetensors"):
-        (tmp_path / f"text.{suffix}").write_text("hello", encoding="utf-8")
+    (tmp_path / "text.pt").write_text("hello", encoding="utf-8")
     words = [a.format(run=run, bare=tmp_path / "bare.pt") for a in arguments]
-    assert cli.main(["export", *words]) == 2
-    assert message in capsys.readouterr().err
+    refused(capsys, cli.main(["export", *words]), message)
     assert not (tmp_path / "out").exists()
 
 
@@ -108,14 +89,12 @@ def made_run(tmp_path):
     return write_run(tmp_path / "logs" / "made")
 
 
-def write_run(folder, change=0.0, **params):
+def write_run(folder, **params):
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     params = {"model": "tiny-vit", "image_mean": None, **params}
     lines = [f"{name}: {value}\n" for name, value in params.items()]
     (folder / "params.txt").write_text("".join(lines), encoding="utf-8")
-    state = open_clip.create_model("tiny-vit", precision="fp32").state_dict()
-    state["text_projection"] = state["text_projection"] + change
-    save_run(folder, state, 1)
+    save_run(folder, open_clip.create_model("tiny-vit").state_dict(), 1)
     return folder
 
 
@@ -131,11 +110,10 @@ def files(folder):
 
 def test_overwrite_deletes_nothing_but_an_earlier_export(made_run, tmp_path, capsys):
     before = files(made_run)
-    assert cli.main(["export", str(made_run), str(made_run), "--overwrite"]) == 2
-    assert "is not an exported model" in capsys.readouterr().err
+    words = ["export", str(made_run), str(made_run), "--overwrite"]
+    refused(capsys, cli.main(words), "is not an exported model")
     (made_run / "open_clip_config.json").write_text("{}", encoding="utf-8")
-    assert cli.main(["export", str(made_run), str(made_run), "--overwrite"]) == 2
-    assert "which --overwrite would delete" in capsys.readouterr().err
+    refused(capsys, cli.main(words), "which --overwrite would delete")
     (made_run / "open_clip_config.json").unlink()
     assert files(made_run) == before
 
@@ -190,18 +168,18 @@ def test_flags_win_over_params_and_these_over_the_tag_a_run_started_from(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("made", "flags"),
+    "made",
     [
-        ({"force_quick_gelu": True}, {"force_quick_gelu": True}),
-        ({"force_custom_text": True}, {"force_custom_text": True}),
-        ({"init_logit_bias": -7}, {}),  # of --siglip, whose weights have it
+        {"force_quick_gelu": True},
+        {"force_custom_text": True},
+        {"init_logit_bias": -7},  # of --siglip, whose weights have it
     ],
 )
-def test_forced_architecture_is_in_the_folder(tmp_path, made, flags):
+def test_forced_architecture_is_in_the_folder(tmp_path, made):
     source = open_clip.create_model("tiny-vit", **made).eval()
     torch.save(source.state_dict(), tmp_path / "bare.pt")
-    flags = {"model": "tiny-vit", **flags}
-    out = export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", **flags)
+    flags = {name: True for name in made if name.startswith("force")}
+    out = export_checkpoint(tmp_path / "bare.pt", tmp_path / "out", model="tiny-vit", **flags)
     model = open_clip.create_model(f"local-dir:{out}").eval()
     assert type(model) is type(source)
     assert getattr(model, "logit_bias", None) == getattr(source, "logit_bias", None)
@@ -230,16 +208,6 @@ def test_what_was_written_wrongly_is_noticed(made_run, tmp_path, monkeypatch, wh
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
-def test_an_export_is_a_model_to_train_from(made_run, tmp_path):
-    first = export_checkpoint(made_run, tmp_path / "first", image_mean=[0.5])
-    run = write_run(tmp_path / "run", change=1.0, model=f"local-dir:{first}")
-    second = export_checkpoint(run, tmp_path / "second")
-    model = open_clip.create_model(f"local-dir:{second}")
-    assert list(model.visual.preprocess_cfg["mean"]) == [0.5]
-    state = load(run / "checkpoints" / "epoch_1.pt")["state_dict"]
-    assert torch.equal(model.text_projection, state["text_projection"])
-
-
 def test_links_to_a_run_are_the_run(run, tmp_path):
     """Its params.txt is found, and the model flags in it."""
     (tmp_path / "latest").symlink_to(run / "checkpoints")
@@ -249,8 +217,9 @@ def test_links_to_a_run_are_the_run(run, tmp_path):
         assert open_clip.create_model(f"local-dir:{out}").visual.image_size == (24, 24)
 
 
-def register(path, vision):
+def register(path, **changes):
     """Let open_clip know tiny-timm with another image tower, under the file's name."""
+    vision = MODELS["tiny-timm"]["vision_cfg"] | changes
     path.write_text(json.dumps(MODELS["tiny-timm"] | {"vision_cfg": vision}), encoding="utf-8")
     open_clip.add_model_config(path)
 
@@ -264,19 +233,17 @@ def test_batch_norm_that_open_clip_froze(pairs, tmp_path, capsys):
     out = export_checkpoint(checkpoints, tmp_path / "out")
     model = open_clip.create_model(f"local-dir:{out}")
     assert torch.equal(model.visual.bn1.running_mean, state["visual.bn1.running_mean"])
-    vision = {**MODELS["tiny-timm"]["vision_cfg"], "timm_model_name": "test_efficientnet"}
-    register(tmp_path / "tiny-act.json", vision)
+    register(tmp_path / "tiny-act.json", timm_model_name="test_efficientnet")
     state = open_clip.create_model("tiny-act").state_dict()
     del state["visual.trunk.bn1.num_batches_tracked"]
     torch.save(state, tmp_path / "act.pt")
-    words = [tmp_path / "act.pt", tmp_path / "act-out", "--model", "tiny-act"]
-    assert cli.main(["export", *map(str, words)]) == 2
-    assert "which drops the activation of visual.trunk.bn1" in capsys.readouterr().err
+    words = ["export", tmp_path / "act.pt", tmp_path / "act-out", "--model", "tiny-act"]
+    fault = "which drops the activation of visual.trunk.bn1"
+    refused(capsys, cli.main(list(map(str, words))), fault)
 
 
 def test_a_timm_tower_at_a_forced_size_is_refused(tmp_path):
-    vision = {**MODELS["tiny-timm"]["vision_cfg"], "timm_model_name": "test_vit", "image_size": 160}
-    register(tmp_path / "tiny-timm-vit.json", vision)
+    register(tmp_path / "tiny-timm-vit.json", timm_model_name="test_vit", image_size=160)
     state = open_clip.create_model("tiny-timm-vit", force_image_size=64).state_dict()
     torch.save(state, tmp_path / "bare.pt")
     flags = {"model": "tiny-timm-vit", "force_image_size": 64}
@@ -285,19 +252,12 @@ def test_a_timm_tower_at_a_forced_size_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# What may be done to a checkpoint's tensor: it is written with its own numbers and dtype.
-KEPT = {
-    "parameter": torch.nn.Parameter,
-    "not contiguous": lambda x: x.t().contiguous().t(),
-    "constant": lambda x: x[:1, :1].expand_as(x),
-    "a part of a storage": lambda x: x.expand(2, *x.shape)[1],
-}
+# A checkpoint's tensor is written with its own numbers and dtype.
 DTYPES = ("bfloat16", "float64", "int64", "bool")
-KEPT |= {name: lambda x, name=name: (9 * x).to(getattr(torch, name)) for name in DTYPES}
+KEPT = {name: lambda x, name=name: (9 * x).to(getattr(torch, name)) for name in DTYPES}
 # And what spoils it: the error names file and tensor.
 SPOILT = {
     "longer": lambda x: torch.cat([x, x]),
-    "empty": lambda x: x.new_zeros(0),
     "nan": lambda x: torch.full_like(x, torch.nan),
     "inf": lambda x: torch.full_like(x, torch.inf),
     "too large": lambda x: torch.full_like(x, 1e300, dtype=torch.float64),

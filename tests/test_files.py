@@ -57,17 +57,13 @@ def test_the_error_of_a_full_disk_names_the_file():
             file.write(b"a")
 
 
-def test_a_link_is_followed(tmp_path):
-    (tmp_path / "target").write_text("old", encoding="utf-8")
-    link = tmp_path / "link"
+def test_a_link_is_followed_and_a_pipe_written_to(tmp_path):
+    link, target, pipe = (tmp_path / name for name in ("link", "target", "pipe"))
+    target.touch()
     link.symlink_to("target")
-    with written_whole(link, "w") as file:
-        file.write("new")
-    assert link.is_symlink() and (tmp_path / "target").read_text(encoding="utf-8") == "new"
-
-
-def test_a_pipe_is_written_to(tmp_path):
-    pipe = tmp_path / "pipe"
+    with written_whole(link) as file:
+        file.write(b"new")
+    assert link.is_symlink() and target.read_bytes() == b"new"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     with written_whole(pipe) as file:

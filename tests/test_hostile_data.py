@@ -4,35 +4,16 @@ import io
 import tarfile
 
 import pytest
-from data_helpers import jpeg, run, samples, tree, write_files
+from data_helpers import jpeg, member, run, samples, tree, write_files, write_tar
 from PIL import Image
 from training_helpers import load, train
 
-
-def member(tar, name, content=b"", **changes):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    for key, value in changes.items():
-        setattr(info, key, value)
-    tar.addfile(info, io.BytesIO(content))
-
-
-def blank(size):
-    buffer = io.BytesIO()
-    Image.new("1", size).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def good(tar, count=24):
-    for n in range(count):
-        member(tar, f"{n:04d}.jpg", jpeg(n))
-        member(tar, f"{n:04d}.txt", b"a word")
+GOOD = {f"{n}.{s}": c for n in range(24) for s, c in (("jpg", jpeg(n)), ("txt", b"a word"))}
 
 
 def hostile(path):
     """24 good samples, 4 that can be used all the same and 8 that cannot."""
-    with tarfile.open(path, "w") as tar:
-        good(tar)
+    with tarfile.open(write_tar(path, GOOD), "a") as tar:
         for key, image, caption in (
             ("words", jpeg(1), b"word " * 20_000),
             ("marks", jpeg(1), "\u202e\u0000 café".encode()),
@@ -44,10 +25,11 @@ def hostile(path):
             member(tar, f"{key}.jpg", image)
             member(tar, f"{key}.txt", caption)
         for key, size in (("bomb", (20_000, 20_000)), ("dwarf", (1, 1))):
-            member(tar, f"{key}.png", blank(size))
+            Image.new("1", size).save(blank := io.BytesIO(), "PNG")
+            member(tar, f"{key}.png", blank.getvalue())
             member(tar, f"{key}.txt", b"x")
         for key, kind in (("link", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE)):
-            target = "/etc/passwd" if key == "link" else "0001.jpg"
+            target = "/etc/passwd" if key == "link" else "1.jpg"
             member(tar, f"{key}.jpg", type=kind, linkname=target)
             member(tar, f"{key}.txt", b"x")
         member(tar, "device.jpg", type=tarfile.CHRTYPE, devmajor=1, devminor=5)
@@ -58,9 +40,7 @@ def hostile(path):
 
 
 def test_training_passes_over_what_cannot_be_used(tmp_path):
-    inside = tmp_path / "one" / "two"
-    inside.mkdir(parents=True)
-    shard = hostile(inside / "00000.tar")
+    shard = hostile(tmp_path / "one" / "two" / "00000.tar")
     words = ["--train-data", str(shard), "--train-num-samples", "28", "--epochs", "1"]
     words += ["--workers", "0", "--batch-size", "28"]
     before = tree(tmp_path)
@@ -71,8 +51,7 @@ def test_training_passes_over_what_cannot_be_used(tmp_path):
 
 def test_pipes(tmp_path):
     """One that fails late gives what it gave; one that gives nothing ends the run with its name."""
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        good(tar)
+    write_tar(tmp_path / "0.tar", GOOD)
     words = ["--train-num-samples", "24", "--dataset-type", "webdataset", "--loss", "otter"]
     words += ["--workers", "0", "--epochs", "1", "--train-data"]
     late = f"pipe:cat {tmp_path / '0.tar'}; sleep 1; exit 3"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import json
 import os
@@ -29,13 +28,8 @@ BUILT_FROM += ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff")
 def run(*command: str | Path, cwd: Path) -> str:
     """Standard output of a command that knows nothing of this checkout."""
     hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    done = subprocess.run(
-        list(map(str, command)),
-        env={name: value for name, value in os.environ.items() if name not in hidden},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-    )
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -128,7 +122,6 @@ def test_train_export_and_eval_from_the_wheel_in_an_empty_folder(installed, tmp_
 
 
 def test_the_command_patches_from_the_wheel(installed, tmp_path):
-    assert "usage: otter-openclip" in run(installed / "otter-openclip", "--help", cwd=tmp_path)
     copy_packages("clip_benchmark", tmp_path / "site")
     words = [installed / "otter-openclip", "patch", "clip_benchmark", "--target", "site"]
     assert "not patched" in run(*words, cwd=tmp_path)
@@ -136,16 +129,13 @@ def test_the_command_patches_from_the_wheel(installed, tmp_path):
     assert ": patched" in run(*words, cwd=tmp_path)
 
 
+IMPORT = re.compile(r"^ *import (\w+)|^ *from (\w+)[\w.]* import ", re.M)
+
+
 def imported() -> set[str]:
     """The distributions that the package imports."""
-    modules: set[str] = set()
-    for path in (ROOT / "otter_openclip").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                modules |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                modules.add(node.module)
-    names = {name.partition(".")[0] for name in modules}
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "otter_openclip").rglob("*.py")]
+    names = {match[1] or match[2] for match in IMPORT.finditer("\n".join(texts))}
     names -= {"otter_openclip", *sys.stdlib_module_names}
     installed = metadata.packages_distributions()
     # What is not installed here (wandb, of an extra) has the name of its module.

@@ -30,7 +30,6 @@ LOCKS = ("--lock-image", "--lock-text", "--lock-text-freeze-layer-norm", "--feat
 
 
 def reading() -> dict[str, int]:
-    """What this process holds."""
     gc.collect()
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return {
