@@ -45,8 +45,9 @@ Pair = tuple[Tensor, Tensor]
 class _PairLoss(ClipLoss):
     """Rows and columns as open_clip's flags ask: with ``local_loss`` a rank's own B rows, else all."""
 
-    def __init__(self, **clip_loss: Any) -> None:
+    def __init__(self, impl: str, clip_loss: dict[str, Any]) -> None:
         super().__init__(**clip_loss)
+        self.impl = check_choice("impl", impl, IMPLEMENTATIONS)
         self.sharded = self.local_loss and self.world_size > 1
 
     def _all_ranks(self, images: Tensor, texts: Tensor, *, student: bool) -> Pair:
@@ -105,13 +106,13 @@ class _PairLoss(ClipLoss):
 class LabelSmoothingLoss(_PairLoss):
     """InfoNCE with the target 1 - smoothing on the pair, smoothing / (N - 1) elsewhere (section 4.1)."""
 
-    def __init__(self, smoothing: float, **clip_loss: Any) -> None:
+    def __init__(self, smoothing: float, *, impl: str = "auto", **clip_loss: Any) -> None:
         """Set up the loss; raises ValueError if ``smoothing`` is outside [0, 1].
 
-        ``clip_loss`` are ``open_clip.ClipLoss``'s keywords: local_loss, gather_with_grad, rank,
-        world_size.
+        ``impl`` is as of the other losses, but this one is plain whatever it says; ``clip_loss`` are
+        ``open_clip.ClipLoss``'s keywords: local_loss, gather_with_grad, rank, world_size.
         """
-        super().__init__(**clip_loss)
+        super().__init__(impl, clip_loss)
         self.smoothing = check_interval("smoothing", smoothing, 0.0, 1.0)
 
     def forward(
@@ -181,8 +182,7 @@ class DistillationLoss(_PairLoss):
         Raises:
             ValueError: naming the argument that is out of range.
         """
-        super().__init__(**clip_loss)
-        self.impl = check_choice("impl", impl, IMPLEMENTATIONS)
+        super().__init__(impl, clip_loss)
         self.alpha = check_interval("alpha", alpha, 0.0, 1.0)
         self.teacher_scale = check_interval("teacher_scale", teacher_scale, 0.0, MAX_COEF)
         self.vv_coef = check_interval("vv_coef", vv_coef, 0.0, MAX_COEF)
