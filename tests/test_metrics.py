@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from clip_benchmark.metrics.zeroshot_classification import average_precision_per_class
 from loss_cases import NoFloat64
 
-from otter_openclip.evaluation.metrics import multilabel_metrics
+from otter_openclip.evaluation import multilabel_metrics
 
 
 def problem(images=300, classes=120, width=16, levels=None, seed=0):
