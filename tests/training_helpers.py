@@ -26,18 +26,24 @@ COMMON = {
 }
 
 
-def parse_args(*argv: str, prog: str | None = None) -> Any:
+def words_of(*words: Any) -> list[str]:
+    """The words of a command line, whose flags may have their values after them: ``--loss otter``."""
+    split = (w.split() if (w := str(word)).startswith("--") else [w] for word in words)
+    return [word for several in split for word in several]
+
+
+def parse_args(*argv: Any) -> Any:
     """The command's parsed arguments, as its ``main`` gets them."""
-    with replaced(*Run(Plugin(prog)).replacements()):
-        return params.parse_args(list(argv))
+    with replaced(*Run(Plugin()).replacements()):
+        return params.parse_args(words_of(*argv))
 
 
-def flags(pairs: Path, logs: Path, *extra: str, csv: bool = False) -> list[str]:
+def flags(pairs: Path, logs: Path, *extra: Any, csv: bool = False) -> list[str]:
     """A full command line; ``extra`` flags override the common ones."""
     data = str(pairs / "pairs.csv") if csv else str(pairs / "{00000..00001}.tar")
     words = {"--train-data": [data], "--logs": [str(logs)]}
     words |= {flag: [value] for flag, value in COMMON.items()}
-    for word in extra:
+    for word in words_of(*extra):
         if word.startswith("--"):
             words[flag := word] = []
         else:
@@ -45,17 +51,12 @@ def flags(pairs: Path, logs: Path, *extra: str, csv: bool = False) -> list[str]:
     return [word for flag, values in words.items() for word in (flag, *values)]
 
 
-def train(pairs: Path, logs: Path, *extra: str, csv: bool = False) -> Path:
+def train(pairs: Path, logs: Path, *extra: Any, csv: bool = False) -> Path:
     """Train and return the checkpoints folder."""
-    root = logging.getLogger()
-    before = list(root.handlers)
-    try:
-        assert main(flags(pairs, logs, *extra, csv=csv)) == 0
-    finally:
-        for handler in set(root.handlers) - set(before):
-            root.removeHandler(handler)
-    name = extra[extra.index("--name") + 1] if "--name" in extra else "run"
-    return logs / name / "checkpoints"
+    line = flags(pairs, logs, *extra, csv=csv)
+    with replaced((root := logging.getLogger(), "handlers", list(root.handlers))):
+        assert main(line) == 0
+    return logs / line[line.index("--name") + 1] / "checkpoints"
 
 
 def hide_plugin(folder: Path) -> Path:
