@@ -201,3 +201,12 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     text = text_folder(folder / "text", words=words, positions=32)
     image = {"image": "test_efficientnet", "image_weights": folder / "image.pt"}
     return {**image, "text": text}
+
+
+@pytest.fixture(scope="session")
+def model(towers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two towers, in a folder."""
+    from otter_openclip.model_folders.towers import make_towers
+
+    out = tmp_path_factory.mktemp("model") / "towers"
+    return make_towers(out, **towers, image_size=32, context_length=20)

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from open_clip_train import params
 
@@ -57,6 +58,15 @@ def train(pairs: Path, logs: Path, *extra: Any, csv: bool = False) -> Path:
     with replaced((root := logging.getLogger(), "handlers", list(root.handlers))):
         assert main(line) == 0
     return logs / line[line.index("--name") + 1] / "checkpoints"
+
+
+def trained_once(model: str, file: Path) -> dict[str, Any]:
+    """Weights of ``model``, in ``file`` too, with statistics other than the initial ones."""
+    torch.manual_seed(1)
+    made = open_clip.create_model(model)
+    made.train()(torch.randn(64, 3, 32, 32))
+    torch.save(made.state_dict(), file)
+    return made.state_dict()
 
 
 def hide_plugin(folder: Path) -> Path:
