@@ -34,13 +34,8 @@ def blocks(page: Path, *languages: str) -> list[str]:
     return [body for language, body in found if language in languages]
 
 
-def commands(page: Path) -> list[list[str]]:
-    """The words of every command of the page; a last ``...`` stands for flags of the reader's."""
-    return [words for block in blocks(page, "sh", "bash") for words in commands_of(block)]
-
-
 def commands_of(block: str) -> Iterator[list[str]]:
-    """The words of every command of a fence."""
+    """The words of every command of a fence; a last ``...`` stands for flags of the reader's."""
     for line in re.split("\n|&&", block.replace("\\\n", " ")):
         if words := shlex.split(line, comments=True):
             yield words

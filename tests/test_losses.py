@@ -107,19 +107,14 @@ def test_autocast_around_it_changes_nothing(loss, dtype):
         torch.testing.assert_close(inside, outside, rtol=1e-6, atol=1e-9)
 
 
-def test_statistics_of_the_targets():
-    images, texts, teacher_images, teacher_texts = (x.float() for x in features(24))
-    loss = OtterLoss(iterations=1)
-    loss(images, texts, torch.tensor(20.0), teacher_images, teacher_texts)
-    targets, _ = loss.targets(teacher_images, teacher_texts)
-    entropy = torch.special.entr(targets).sum(dim=-1).mean()
-    torch.testing.assert_close(loss.target_statistics["target_entropy"], entropy)
-    top_share = targets.amax(dim=-1).mean()
-    torch.testing.assert_close(loss.target_statistics["target_top_share"], top_share)
-    few = loss.target_statistics["marginal_error"]
-    loss = OtterLoss(iterations=50)
-    loss(images, texts, torch.tensor(20.0), teacher_images, teacher_texts)
-    assert 1e-3 < few and loss.target_statistics["marginal_error"] < 1e-2 * few
+def test_iterations_bring_the_marginals_nearer():
+    """What the other statistics are is in test_analyze.py, and that of every implementation is one."""
+    errors = []
+    for iterations in (1, 50):
+        loss = OtterLoss(iterations=iterations)
+        loss.targets(*(x.float() for x in features(24)[2:]))
+        errors.append(loss.target_statistics["marginal_error"])
+    assert 1e-3 < errors[0] and errors[1] < 1e-2 * errors[0]
 
 
 def test_shared_scale_is_the_models():
@@ -129,13 +124,6 @@ def test_shared_scale_is_the_models():
     assert shared.distill_logit_scale is None and not list(shared.parameters())
     expected = OtterLoss()(images, texts, scale, *teacher)
     torch.testing.assert_close(shared(images, texts, scale, *teacher), expected)
-
-
-def test_targets_carry_no_gradient():
-    images, texts, teacher_images, teacher_texts = (x.float().requires_grad_() for x in features(8))
-    sum(OtterLoss()(images, texts, torch.tensor(9.0), teacher_images, teacher_texts)).backward()
-    assert teacher_images.grad is None and teacher_texts.grad is None
-    assert images.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("impl", ["plain", "auto"])
