@@ -21,30 +21,15 @@ from data_helpers import write_tar
 from PIL import Image, ImageDraw
 
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-WIDTHS = {"width": 16, "head_width": 8}
+TOWERS = {
+    "rn": ({"layers": [1, 1, 1, 1], "width": 8, "patch_size": None}, TEXT),
+    "vit": ({"layers": 2, "patch_size": 8, "width": 16, "head_width": 8}, TEXT | {"layers": 2}),
+    "timm": ({"timm_model_name": "test_resnet", "timm_pool": "", "timm_proj": "linear"}, TEXT),
+}
+TOWERS["timm"][0].update({"timm_model_pretrained": False, "timm_drop": 0.1})
 MODELS = {
-    "tiny-rn": {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
-        "text_cfg": TEXT,
-    },
-    "tiny-vit": {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 2, "patch_size": 8} | WIDTHS,
-        "text_cfg": TEXT | {"layers": 2},
-    },
-    "tiny-timm": {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "timm_model_name": "test_resnet",
-            "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": "linear",
-            "timm_drop": 0.1,
-            "image_size": 32,
-        },
-        "text_cfg": TEXT,
-    },
+    f"tiny-{name}": {"embed_dim": 16, "vision_cfg": vision | {"image_size": 32}, "text_cfg": text}
+    for name, (vision, text) in TOWERS.items()
 }
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 SHAPES = ("circle", "square", "line")
@@ -140,13 +125,8 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Name of a tiny model with a Hugging Face text tower and tokenizer made here."""
     folder = tmp_path_factory.mktemp("hf")
     tower = str(text_folder(folder / "tower"))
-    text = {
-        "hf_model_name": tower,
-        "hf_tokenizer_name": tower,
-        "hf_proj_type": "linear",
-        "hf_pooler_type": "mean_pooler",
-        "context_length": 8,
-    }
+    text = {"hf_model_name": tower, "hf_tokenizer_name": tower, "context_length": 8}
+    text |= {"hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"}
     config = json.dumps(MODELS["tiny-timm"] | {"text_cfg": text})
     (folder / "tiny-hf.json").write_text(config, encoding="utf-8")
     open_clip.add_model_config(folder / "tiny-hf.json")

@@ -30,11 +30,8 @@ class _ClipLoss(ClipLoss):
 
 
 def impls(name):
-    return (
-        ("plain",)
-        if name in ("infonce", "ls", "ls-weighted", "otter-local")
-        else IMPLEMENTATIONS[1:]
-    )
+    plain = name in ("infonce", "ls", "ls-weighted", "otter-local")
+    return ("plain",) if plain else IMPLEMENTATIONS[1:]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import pytest
 import torch
 from data_helpers import jpeg, write_tar
 from scipy.special import entr, softmax
-from training_helpers import train
+from training_helpers import train, trained_once
 
 from otter_openclip import cli
 from otter_openclip.analysis import duplicates, matching, pair_report, verdict
@@ -183,10 +183,8 @@ def test_a_pipe_and_a_compressed_shard_are_read(tmp_path):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A checkpoint of tiny-vit."""
     path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("tiny-vit").state_dict(), path)
+    trained_once("tiny-vit", path)
     return path
 
 
@@ -263,8 +261,7 @@ def test_the_page_shows_all_of_it_and_runs_none(tmp_path):
 
 
 def test_features_of_a_training_run_are_not_computed_again(pairs, hf_model, tmp_path, capsys):
-    start = open_clip.create_model(hf_model)
-    torch.save(start.state_dict(), tmp_path / "start.pt")
+    trained_once(hf_model, tmp_path / "start.pt")
     words = f"--loss infonce --model {hf_model} --pretrained {tmp_path}/start.pt --lock-image"
     words += f" --lock-text --lock-text-freeze-layer-norm --feature-cache {tmp_path}/cache"
     train(pairs, tmp_path / "run", words)

@@ -48,7 +48,6 @@ def results(out):
 
 
 def trials(name, storage):
-    """Of one of a comparison's studies."""
     if "://" not in (storage := str(storage)):
         backend = optuna.storages.journal.JournalFileBackend(storage)
         storage = optuna.storages.JournalStorage(backend)

@@ -68,12 +68,10 @@ def record(out):
 
 
 def features(cache):
-    """Image and text features of all pairs."""
     return [joined(next(cache.glob(f"{kind}-*"))) for kind in ("image", "text")]
 
 
 def joined(folder):
-    """One array of a folder's files."""
     rows = [np.load(file)[:, 0] for file in sorted(folder.glob("*.npy"))]
     return np.concatenate(rows).astype(np.float32)
 

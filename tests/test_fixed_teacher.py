@@ -11,11 +11,6 @@ from training_helpers import train
 LARGER, LONGER = {"vision_cfg": {"image_size": 64}}, {"text_cfg": {"context_length": 20}}
 
 
-def test_a_teacher_that_is_not_there(pairs, tmp_path):
-    with pytest.raises(SystemExit, match="--distill-model tiny-rn: Pretrained value"):
-        train(pairs, tmp_path, "--loss kd --distill-model tiny-rn --distill-pretrained none.pt")
-
-
 @pytest.mark.parametrize(
     ("teacher", "flags", "message"),
     [

@@ -102,7 +102,6 @@ def wrong_words(action, flag, *, lists=True):
 
 
 def without(base, flag):
-    """``base`` without the flag and its values."""
     if flag not in base:
         return base
     start = base.index(flag)
@@ -146,8 +145,8 @@ def test_wrong_values_of_the_plugins_flags(capsys):
 
 
 def test_of_a_repeated_flag_the_last_counts_and_that_is_said(capsys):
-    words = ["--batch-size", "2", "--batch=3", "--loss", "kd", "--loss", "otter", "--lock-image"]
-    args = parse_args(*TRAIN, *words, "--lock-image")
+    words = "--batch-size 2 --batch=3 --loss kd --loss otter --lock-image --lock-image"
+    args = parse_args(*TRAIN, words)
     assert (args.batch_size, args.loss) == (3, "otter")
     said = capsys.readouterr().err
     for flag in ("--batch-size", "--loss"):

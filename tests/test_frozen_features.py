@@ -54,7 +54,6 @@ def losses(monkeypatch):
 
 
 def same_losses(losses):
-    """Those of two runs, one after the other."""
     half = len(losses) // 2
     assert half > 5 and len(losses) == 2 * half
     assert losses[:half] == pytest.approx(losses[half:], abs=1e-5, rel=1e-5)
@@ -62,10 +61,7 @@ def same_losses(losses):
 
 @pytest.fixture
 def cached(pairs, tmp_path, model):
-    """Train on kept features of both towers; returns the folder and how many files were made.
-
-    Live if the name says so.
-    """
+    """Train on kept features, or live by that name; the folder and how many files were made."""
 
     def run(name, *extra, data=pairs, loss="infonce", lock="both"):
         before = set((tmp_path / "cache").glob("*/*.npy"))
@@ -155,12 +151,16 @@ def test_a_complete_cache_is_all_that_a_start_needs(cached, pairs, tmp_path, mon
     assert {os.path.dirname(shard) for shard in read} == {str(data)}
 
 
-def test_features_are_mapped_and_not_in_memory(tmp_path):
-    files = FeatureFiles(tmp_path)
-    shard = tmp_path / "a.tar"
-    shard.write_bytes(b"x")
+def test_features_are_mapped_and_a_damaged_file_is_named(tmp_path):
+    files, shard = FeatureFiles(tmp_path), tmp_path / "a.tar"
+    shard.touch()
     files.write(str(shard), np.zeros((5, 1, 3), np.float16))
     assert isinstance(files.read(str(shard)), np.memmap)
+    file = files.path(str(shard))
+    for damage in (b"", b"\x93NUMPY no more"):
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match=f"{file} is damaged .*; remove it"):
+            files.read(str(shard))
 
 
 def test_a_run_that_a_full_disk_ended_goes_on(cached, tmp_path, monkeypatch, losses):
@@ -314,16 +314,6 @@ def test_a_tower_that_gives_nan_is_no_unreadable_image(cached, monkeypatch):
     monkeypatch.setattr(encode.TowerEncoder, "__call__", overflow)
     with pytest.raises(SystemExit, match="the image tower gives is no finite vector for each"):
         cached("run")
-
-
-@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY no more"])
-def test_a_damaged_file_is_named(tmp_path, damage):
-    files, shard = FeatureFiles(tmp_path), tmp_path / "a.tar"
-    shard.touch()
-    file = files.path(str(shard))
-    file.write_bytes(damage)
-    with pytest.raises(ValueError, match=f"{file} is damaged .*; remove it"):
-        files.read(str(shard))
 
 
 def test_a_shard_without_samples_or_with_nothing_usable(cached, pairs, tmp_path):

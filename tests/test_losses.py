@@ -103,8 +103,7 @@ def test_autocast_around_it_changes_nothing(loss, dtype):
         (gradient,) = torch.autograd.grad(sum(terms.values()), leaf)  # where open_clip's loop does
         assert all(value.dtype == torch.float32 for value in terms.values())
         results.append([*terms.values(), gradient.to(dtype)])
-    for inside, outside in zip(*results, strict=True):
-        torch.testing.assert_close(inside, outside, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
 
 
 def test_iterations_bring_the_marginals_nearer():
@@ -186,8 +185,7 @@ def test_without_a_teacher_the_student_is_its_own(make, impl):
         loss = make(impl=impl)
         total = sum(loss(*inputs, torch.tensor(9.0), *teacher))
         results.append([total, *torch.autograd.grad(total, [*inputs, loss.distill_logit_scale])])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(*results)
     with pytest.raises(ValueError, match="go together: give both or none"):
         make(impl=impl)(*student, torch.tensor(9.0), dist_image_features=student[0])
 

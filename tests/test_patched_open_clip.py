@@ -9,8 +9,8 @@ from pathlib import Path
 import forks
 import open_clip
 import pytest
-import torch
-from patched import ROOT, copy_packages, declare, hashes, our_entry_points, patch
+from data_helpers import tree
+from patched import ROOT, copy_packages, declare, our_entry_points, patch
 from training_helpers import assert_same, flags, load, train
 
 pytestmark = pytest.mark.skipif(
@@ -51,13 +51,11 @@ def packages(folder: Path, model_configs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory, model_configs):
-    """Folder of the packages as released."""
     return packages(tmp_path_factory.mktemp("stock"), model_configs)
 
 
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory, model_configs):
-    """Folder of the patched packages."""
     folder = packages(tmp_path_factory.mktemp("patched"), model_configs)
     patch("open_clip", folder)
     return folder
@@ -162,7 +160,6 @@ def test_launcher_on_the_patched_package(patched, nothing, pairs, tmp_path):
 
 
 def without_times(text: str) -> str:
-    """A log's records without dates and durations."""
     text = re.sub(r"\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d", "TIME", text)
     text = re.sub(r"Data \(t\): \S+ Batch \(t\): \S+, \S+/s, \S+/s/gpu", "SPEED", text)
     return "\n".join(line for line in text.splitlines() if line.startswith("TIME"))
@@ -187,9 +184,9 @@ def test_without_loss_nothing_changes(stock, patched, ours, nothing, pairs, tmp_
         log.write_text(without_times(log.read_text(encoding="utf-8")), encoding="utf-8")
     assert outputs[0] == outputs[1]
     assert outputs[0][2] and (installed or ("--logs LOGS" in outputs[0][0] and outputs[0][1]))
-    made = hashes(tmp_path / "stock")
+    made = tree(tmp_path / "stock")
     assert {Path(f).name for f in made} >= {"epoch_2.pt", "epoch_latest.pt", "results.jsonl"}
-    assert made == hashes(tmp_path / "patched")
+    assert made == tree(tmp_path / "patched")
 
 
 def test_errors(patched, ours, nothing, tmp_path):
@@ -219,7 +216,6 @@ def test_errors(patched, ours, nothing, tmp_path):
 
 
 PLUGIN = """
-    import torch
     from open_clip_train.plugins import LossPlugin
 
 
@@ -229,20 +225,12 @@ PLUGIN = """
             return super().parse_args(parser, args)
 
         def create_loss(self, args):
-            self.bias = torch.nn.Parameter(torch.zeros(()))
             stock = super().create_loss(args)
 
             def loss(**features):
-                terms = stock(**features)
-                return {"scaled_loss": args.factor * terms["contrastive_loss"] + self.bias}
+                return {"scaled_loss": args.factor * stock(**features)["contrastive_loss"]}
 
             return loss
-
-        def setup_optimizer(self, args, optimizer, scaler):
-            optimizer.add_param_group({"params": [self.bias]})
-
-        def save_checkpoint(self, checkpoint, path):
-            super().save_checkpoint({**checkpoint, "bias": self.bias.detach()}, path)
 """
 
 
@@ -259,5 +247,4 @@ def test_a_plugin_of_another_package(patched, nothing, pairs, tmp_path):
         log = (tmp_path / "logs" / name / "out.log").read_text(encoding="utf-8")
         first[name] = float(re.search(rf"{term}: (\S+)", log)[1])
     assert first["x3"] == pytest.approx(3 * first["stock"], rel=1e-3)
-    saved = torch.load(tmp_path / "logs" / "x3" / "checkpoints" / "epoch_1.pt", weights_only=True)
-    assert saved["bias"] != 0 and len(saved["optimizer"]["param_groups"]) == 3
+    assert load(tmp_path / "logs" / "x3" / "checkpoints" / "epoch_1.pt")["epoch"] == 1

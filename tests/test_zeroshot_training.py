@@ -26,7 +26,6 @@ def results(folder):
 
 
 def files_of(shard):
-    """Name -> content of a shard's files."""
     with tarfile.open(shard) as tar:
         return {name: tar.extractfile(name).read() for name in tar.getnames()}
 
@@ -84,7 +83,8 @@ def test_epochs_are_evaluated_and_the_best_is_kept(pairs, labelled, tmp_path, lo
 def test_the_best_survives_a_resume(pairs, labelled, tmp_path, caplog):
     """Wherever its test set lies by then."""
     copy = shutil.copytree(labelled, tmp_path / "copy")
-    words = "--loss otter --save-most-recent --train-num-samples 12 --zeroshot-frequency 1"
+    words = "--loss otter --save-most-recent --delete-previous-checkpoint --zeroshot-frequency 1"
+    words += " --train-num-samples 12"
     folder = train(pairs, tmp_path, words, f"--epochs 1 --zeroshot-data {labelled}")
     best = load(folder / "best.pt")
 

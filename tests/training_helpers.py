@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,8 @@ from otter_openclip.train import main
 from otter_openclip.training.launcher import Run
 from otter_openclip.training.plugin import Plugin
 
-COMMON = {
-    "--model": "tiny-rn",
-    "--batch-size": "12",
-    "--epochs": "2",
-    "--warmup": "1",
-    "--lr": "1e-2",
-    "--workers": "0",
-    "--log-every-n-steps": "1",
-    "--name": "run",
-}
+COMMON = "--model tiny-rn --batch-size 12 --epochs 2 --lr 1e-2 --workers 0 --log-every-n-steps 1"
+COMMON = dict(re.findall(r"(\S+) (\S+)", f"{COMMON} --warmup 1 --name run"))
 
 
 def words_of(*words: Any) -> list[str]:
@@ -36,7 +29,7 @@ def words_of(*words: Any) -> list[str]:
 def parse_args(*argv: Any) -> Any:
     """The command's parsed arguments, as its ``main`` gets them."""
     with replaced(*Run(Plugin()).replacements()):
-        return params.parse_args(words_of(*argv))
+        return params.parse_args(words_of(*argv) or None)
 
 
 def flags(pairs: Path, logs: Path, *extra: Any, csv: bool = False) -> list[str]:
@@ -85,14 +78,10 @@ def load(path: Path) -> dict[str, Any]:
 def assert_same(one: Any, other: Any, where: str = "checkpoint") -> None:
     """Bit-identical nested containers of tensors and plain values."""
     assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}[{key!r}]")
-    elif isinstance(one, list | tuple):
+    if isinstance(one, dict | list | tuple):
         assert len(one) == len(other), where
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
+        for key in one if isinstance(one, dict) else range(len(one)):
+            assert_same(one[key], other[key], f"{where}[{key!r}]")
     elif isinstance(one, torch.Tensor):
         assert torch.equal(one, other), where
     else:
