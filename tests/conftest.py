@@ -8,7 +8,7 @@ import logging
 import os
 import random
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,9 @@ def model_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quiet_exit() -> Iterator[None]:
+def pytest_unconfigure() -> None:
     """open_clip_train sets every logger to INFO: torch's would tell at exit what was compiled."""
-    yield
-    for name in list(logging.root.manager.loggerDict):
-        if name.partition(".")[0] == "torch":
-            logging.getLogger(name).setLevel(logging.WARNING)
+    logging.disable(logging.INFO)
 
 
 def npy(values: Any, dtype: Any = np.uint8) -> bytes:

@@ -93,11 +93,10 @@ def test_all_captions_at_chance_and_few_pairs():
 
 
 def test_duplicates(monkeypatch):
-    monkeypatch.setattr(duplicates, "_ROWS", 7)
+    monkeypatch.setattr(duplicates, "_ROWS", 3)
     images, texts = made_up(30, shuffled=0.3)
     first = [int((images @ caption).argmax()) == i for i, caption in enumerate(texts)]
     assert duplicates.own_is_nearest(images, texts) == np.mean(first)
-    monkeypatch.setattr(duplicates, "_ROWS", 3)
     features = unit(torch.eye(8)[:, :7] + 0.01)
     features[5], features[6] = features[1], unit(features[2] + 0.1 * features[3])
     copies = duplicates.duplicates(features, ["a", "b", "c", "d", "e", "b", "f", "b"], 5)

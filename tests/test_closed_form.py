@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from data_helpers import write_tar
 from sklearn.base import clone
 from sklearn.cross_decomposition import CCA
 from sklearn.metrics import roc_auc_score
@@ -204,22 +205,14 @@ def test_fewer_pairs_than_dimensions_and_constant_features():
         fit_heads(images, texts, ridge=(0, 0), weights=False)
 
 
-class Files(FeatureFiles):
-    """Features of shards that are not there."""
-
-    def path(self, shard):
-        return self.folder / f"{shard}.npy"
-
-
 def test_files_of_shards_are_arrays(tmp_path):
     images, texts, _ = made(500, noise=0.2)
-    sides = []
-    for name, side in (("image", images), ("text", texts)):
-        files = Files(tmp_path / name)
-        for number, part in enumerate(np.array_split(side[:, None], 3)):
-            files.write(f"{number}", part)
-        sides.append(files)
-    pairs = ShardPairs(*sides, "012", device=torch.device("cpu"))
+    sides = FeatureFiles(tmp_path / "image"), FeatureFiles(tmp_path / "text")
+    shards = [str(write_tar(tmp_path / f"{number}.tar", {})) for number in range(3)]
+    for files, side in zip(sides, (images, texts), strict=True):
+        for shard, part in zip(shards, np.array_split(side[:, None], 3), strict=True):
+            files.write(shard, part)
+    pairs = ShardPairs(*sides, shards, device=torch.device("cpu"))
     heads, statistics = course.Fit(pairs, course.Options()).run()
     model, _, of_arrays = fit_heads(images, texts)
     assert statistics.setting == of_arrays.setting

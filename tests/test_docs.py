@@ -65,7 +65,8 @@ def test_a_mistyped_command_does_not(monkeypatch):
 def test_the_changed_flag_of_the_readme_parses(monkeypatch):
     (diff,) = blocks(ROOT / "README.md", "diff")
     after = "\n".join(line[1:] for line in diff.splitlines() if line[0] in "+ ")
-    assert [parse(words, monkeypatch) for words in commands_of(after)] == ["otter-openclip train"]
+    (words,) = commands_of(after)
+    parse(words, monkeypatch)
 
 
 # What a walk has instead of a page's values.

@@ -257,26 +257,20 @@ def fit(folder, towers, data, fitted, **changes):
     return fit_folder(folder / "out", **{**arguments, "workers": 0, **changes})
 
 
-REFUSED = {
-    "not two towers": ({"model": "tiny-vit"}, "is not two pretrained towers"),
-    "a table": ({"train_data": "pairs.csv"}, "is a table"),
-    "unpaired": ({"unpaired_images": "x.tar"}, "go together"),
-    "no captions": (
-        {"unpaired_images": "{data}/00000.tar", "unpaired_captions": "{none}"},
-        "no line",
-    ),
-    "no shard": ({"train_data": "/nowhere/0.tar"}, "/nowhere/0.tar"),
-    "not labelled": ({"val": "/nowhere"}, "--val"),
-    "width": ({"embed_dim": 5000}, "embed_dim is 5000"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_fitted(case, model, data, tmp_path, fitted):
-    change, said = REFUSED[case]
-    (tmp_path / "empty").write_text("\n", encoding="utf-8")
-    places = {"data": data, "none": tmp_path / "empty"}
-    change = {k: v.format(**places) if isinstance(v, str) else v for k, v in change.items()}
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": "tiny-vit"}, "is not two pretrained towers"),
+        ({"train_data": "pairs.csv"}, "is a table"),
+        ({"unpaired_images": "x.tar"}, "go together"),
+        ({"unpaired_images": "{}/00000.tar", "unpaired_captions": os.devnull}, "no line"),
+        ({"train_data": "/nowhere/0.tar"}, "/nowhere/0.tar"),
+        ({"val": "/nowhere"}, "--val"),
+        ({"embed_dim": 5000}, "embed_dim is 5000"),
+    ],
+)
+def test_what_cannot_be_fitted(change, said, model, data, tmp_path, fitted):
+    change = {k: v.format(data) if isinstance(v, str) else v for k, v in change.items()}
     with pytest.raises((ValueError, OSError), match=said):
         fit(tmp_path, model, data, fitted, **change)
     assert not (tmp_path / "out").exists()

@@ -95,15 +95,15 @@ def test_student_and_teacher_are_what_they_would_be_alone(hf_model, case):
     frozen = list(expected.values())
     both = StudentWithTeacher(model, average, frozen=frozen, prefixes=expected).train()
     images, texts = torch.randn(6, 3, 32, 32), torch.randint(1, 14, (6, 8))
-    found, output = [], []
-    for results, call in ((found, both), (output, alone)):
+    outputs = []
+    for call in (both, alone):
         torch.manual_seed(5)  # of the dropout that is left
-        results.append(call(images, texts))
-        logits = results[0]["image_features"] @ results[0]["text_features"].T
-        (results[0]["logit_scale"] * logits).exp().sum().backward()
+        outputs.append(output := call(images, texts))
+        logits = output["image_features"] @ output["text_features"].T
+        (output["logit_scale"] * logits).exp().sum().backward()
     for key in ("image_features", "text_features"):
-        torch.testing.assert_close(found[0][key], output[0][key])
-        assert not found[0][f"dist_{key}"].requires_grad
+        torch.testing.assert_close(*(output[key] for output in outputs))
+        assert not outputs[0][f"dist_{key}"].requires_grad
     pairs = zip(model.named_parameters(), alone.parameters(), strict=True)
     for (name, one), other in pairs:
         assert (one.grad is None) == (other.grad is None), name

@@ -11,6 +11,7 @@ import forks
 import open_clip
 import pytest
 import torch
+import training_helpers
 from open_clip_train import main as open_clip_main
 from training_helpers import COMMON, assert_same, flags, hide_plugin, load, train
 
@@ -109,7 +110,7 @@ def test_weights_of_one_process_are_resumed_by_several():
 
 def test_warmup_is_a_tenth_of_the_run_unless_told(pairs, tmp_path, caplog, monkeypatch):
     """open_clip's default of 10,000 steps would keep a short run's rate at nothing."""
-    monkeypatch.delitem(COMMON, "--warmup")
+    monkeypatch.setattr(training_helpers, "COMMON", COMMON.replace("--warmup 1", ""))
     train(pairs, tmp_path, "--loss otter --batch-size 36 --epochs 10")
     assert "Warmup: 2 of the run's 20 steps" in caplog.text
     rates = [float(rate) for rate in re.findall(r"LR: ([\d.]+)", caplog.text)]

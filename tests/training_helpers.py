@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from otter_openclip.training.launcher import Run
 from otter_openclip.training.plugin import Plugin
 
 COMMON = "--model tiny-rn --batch-size 12 --epochs 2 --lr 1e-2 --workers 0 --log-every-n-steps 1"
-COMMON = dict(re.findall(r"(\S+) (\S+)", f"{COMMON} --warmup 1 --name run"))
+COMMON += " --name run --warmup 1"
 
 
 def words_of(*words: Any) -> list[str]:
@@ -35,14 +35,7 @@ def parse_args(*argv: Any) -> Any:
 def flags(pairs: Path, logs: Path, *extra: Any, csv: bool = False) -> list[str]:
     """A full command line; ``extra`` flags override the common ones."""
     data = str(pairs / "pairs.csv") if csv else str(pairs / "{00000..00001}.tar")
-    words = {"--train-data": [data], "--logs": [str(logs)]}
-    words |= {flag: [value] for flag, value in COMMON.items()}
-    for word in words_of(*extra):
-        if word.startswith("--"):
-            words[flag := word] = []
-        else:
-            words[flag].append(word)
-    return [word for flag, values in words.items() for word in (flag, *values)]
+    return words_of("--train-data", data, "--logs", logs, COMMON, *extra)
 
 
 def train(pairs: Path, logs: Path, *extra: Any, csv: bool = False) -> Path:
@@ -50,7 +43,7 @@ def train(pairs: Path, logs: Path, *extra: Any, csv: bool = False) -> Path:
     line = flags(pairs, logs, *extra, csv=csv)
     with replaced((root := logging.getLogger(), "handlers", list(root.handlers))):
         assert main(line) == 0
-    return logs / line[line.index("--name") + 1] / "checkpoints"
+    return logs / dict(pairwise(line))["--name"] / "checkpoints"
 
 
 def trained_once(model: str, file: Path) -> dict[str, Any]:
