@@ -70,20 +70,9 @@ def test_the_changed_flag_of_the_readme_parses(monkeypatch):
 
 
 # What a walk has instead of a page's values.
-QUICK = {
-    "--model": "tiny-vit",
-    "--batch-size": "12",
-    "--accum-freq": "1",
-    "--epochs": "1",
-    "--warmup": "1",
-    "--workers": "0",
-    "--precision": "fp32",
-    "--image": "test_resnet",
-    "--image-weights": "image.pt",
-    "--pretrained": "tiny-vit.pt",
-    "--text": "text",
-    "--context-length": "8",
-}
+QUICK = "--model tiny-vit --batch-size 12 --accum-freq 1 --epochs 1 --warmup 1 --workers 0"
+QUICK += " --precision fp32 --pretrained tiny-vit.pt --image test_resnet --image-weights image.pt"
+QUICK = dict(re.findall(r"(\S+) (\S+)", f"{QUICK} --text text --context-length 8"))
 EVALUATION = ("--num_workers", "0", "--batch_size", "8", "--no_amp", "--ks", "1")
 
 

@@ -67,10 +67,6 @@ def record(out):
     return json.loads((out / "fit.json").read_text(encoding="utf-8"))
 
 
-def features(cache):
-    return [joined(next(cache.glob(f"{kind}-*"))) for kind in ("image", "text")]
-
-
 def joined(folder):
     rows = [np.load(file)[:, 0] for file in sorted(folder.glob("*.npy"))]
     return np.concatenate(rows).astype(np.float32)
@@ -78,7 +74,7 @@ def joined(folder):
 
 def test_stock_open_clip_gives_what_was_fitted(fitted, data):
     out, cache = fitted
-    images, texts = features(cache)
+    images, texts = (joined(next(cache.glob(f"{kind}-*"))) for kind in ("image", "text"))
     heads, _, statistics = fit_heads(images, texts)
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{out}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")

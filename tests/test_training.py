@@ -1,6 +1,7 @@
 """The training command: real short runs of open_clip's loop with the plugin in it."""
 
 import copy
+import random
 import re
 from argparse import Namespace
 from functools import partial
@@ -13,11 +14,12 @@ import pytest
 import torch
 import training_helpers
 from open_clip_train import main as open_clip_main
+from open_clip_train.data import SharedEpoch
 from training_helpers import COMMON, assert_same, flags, hide_plugin, load, train
 
 from otter_openclip import OtterLoss
 from otter_openclip.replacing import replaced
-from otter_openclip.training import launcher, plugin, resume
+from otter_openclip.training import launcher, order, plugin, resume
 
 FROZEN = "--model HF --lock-image --lock-text --lock-text-freeze-layer-norm"
 
@@ -48,6 +50,29 @@ def test_resume_is_exact(pairs, tmp_path, words, hf_model, begun):
     torch.rand(7)  # what ran before must not matter
     again = train(pairs, tmp_path / "again", f"{words} --resume {whole / 'epoch_1.pt'}", csv=csv)
     assert_same(load(whole / "epoch_2.pt"), load(again / "epoch_2.pt"))
+
+
+def test_order_follows_from_seed_rank_worker_epoch_and_pass_alone(monkeypatch):
+    """Each changes it, a pass over the shards within an epoch too; nothing that ran before does."""
+
+    def draw(seed=1, rank=2, worker=3, epoch=4, passes=0, before=()):
+        monkeypatch.setattr(order, "_worker_id", lambda: worker)
+        shared, rng = SharedEpoch(0), random.Random()
+        stage = order._SeedPass(shared, seed, rank, rng)
+        for value in (*before, *[epoch] * (passes + 1)):
+            shared.set_value(value)
+            assert stage("source") == "source"
+        return rng.random()
+
+    same = draw()
+    assert draw() == same == draw(before=(3,)) == draw(before=(0, 1, 1, 1, 2))
+    others = [
+        draw(**{name: value})
+        for name in ("seed", "rank", "worker", "epoch", "passes")
+        for value in (7, 8)
+    ]
+    assert len({same, *others}) == 11
+    assert draw(passes=2, before=(3,)) == draw(passes=2)
 
 
 def test_epochs_and_seeds_differ(pairs, tmp_path, monkeypatch):
@@ -126,10 +151,18 @@ def test_a_warmup_beyond_the_run(pairs, tmp_path, caplog):
     assert re.search(said, caplog.text)
 
 
+TEACHER = "--loss kd --distill-model tiny-rn --distill-pretrained"
 REFUSED = {
     "--loss ls --siglip": "tiny-rn has a logit_bias, which --loss ls cannot use",
     "--loss otter --model RN5O": "^otter-openclip train: error: --model RN5O: .*RN5O",
-    "--loss kd --distill-model tiny-rn --distill-pretrained no.pt": "tiny-rn: Pretrained value",
+    # A fixed teacher that is not there, or would misread the student's images or tokens.
+    f"{TEACHER} no.pt": "--distill-model tiny-rn: Pretrained value",
+    f"{TEACHER} T --force-image-size 64": r"is \(32, 32\), the student's \(64, 64\); pass --force-im",
+    f"{TEACHER} T --image-mean 0.5 0.4 0.3": r"image mean is \(0.481",
+    f"{TEACHER} T --image-std 0.5 0.4 0.3": r"image std is \(0.268",
+    f"{TEACHER} T --force-context-length 20": "is 8, the student's 20; pass --force-context-length",
+    f"{TEACHER} T --model HF": "49408 words, .*; choose a teacher with the student's tokenizer",
+    # Locks that open_clip cannot take, or not with kept features.
     "--model HF --lock-text --lock-text-unlocked-layers 1": "'unlocked_layers': 1.*layer_attr",
     "--model tiny-vit --lock-text": r"'freeze_layer_norm': False.*AssertionError",
     "--lock-image --lock-image-unlocked-groups 1": "'unlocked_groups': 1.*AssertionError",
@@ -142,11 +175,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_models_that_cannot_be_trained_so(pairs, tmp_path, hf_model, words):
+def test_models_that_cannot_be_trained_so(pairs, tmp_path, hf_model, begun, words):
+    line = words.replace(" HF", f" {hf_model}").replace(" F", f" {tmp_path}/features")
     with pytest.raises(SystemExit) as stop:
-        train(pairs, tmp_path, words.replace("HF", hf_model).replace(" F", f" {tmp_path}/features"))
+        train(pairs, tmp_path, line.replace(" T", f" {begun}"))
     assert re.search(REFUSED[words], stop.value.code) and len(stop.value.code.splitlines()) == 1
-    assert not (tmp_path / "features").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_that_is_not_of_the_locales_encoding(tmp_path, monkeypatch):
