@@ -259,14 +259,15 @@ def fit(folder, towers, data, fitted, **changes):
         ({"model": "tiny-vit"}, "is not two pretrained towers"),
         ({"train_data": "pairs.csv"}, "is a table"),
         ({"unpaired_images": "x.tar"}, "go together"),
-        ({"unpaired_images": "{}/00000.tar", "unpaired_captions": os.devnull}, "no line"),
+        ({"unpaired_images": "{0}/00000.tar", "unpaired_captions": "{1}/empty"}, "no line"),
         ({"train_data": "/nowhere/0.tar"}, "/nowhere/0.tar"),
         ({"val": "/nowhere"}, "--val"),
         ({"embed_dim": 5000}, "embed_dim is 5000"),
     ],
 )
 def test_what_cannot_be_fitted(change, said, model, data, tmp_path, fitted):
-    change = {k: v.format(data) if isinstance(v, str) else v for k, v in change.items()}
+    (tmp_path / "empty").write_text("\n", encoding="utf-8")
+    change = {k: v.format(data, tmp_path) if isinstance(v, str) else v for k, v in change.items()}
     with pytest.raises((ValueError, OSError), match=said):
         fit(tmp_path, model, data, fitted, **change)
     assert not (tmp_path / "out").exists()
