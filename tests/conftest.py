@@ -8,7 +8,7 @@ import logging
 import os
 import random
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +21,15 @@ from data_helpers import write_tar
 from PIL import Image, ImageDraw
 
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-WIDTHS = {"width": 16, "head_width": 8}
+TOWERS = {
+    "rn": ({"layers": [1, 1, 1, 1], "width": 8, "patch_size": None}, TEXT),
+    "vit": ({"layers": 2, "patch_size": 8, "width": 16, "head_width": 8}, TEXT | {"layers": 2}),
+    "timm": ({"timm_model_name": "test_resnet", "timm_pool": "", "timm_proj": "linear"}, TEXT),
+}
+TOWERS["timm"][0].update({"timm_model_pretrained": False, "timm_drop": 0.1})
 MODELS = {
-    "tiny-rn": {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
-        "text_cfg": TEXT,
-    },
-    "tiny-vit": {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 2, "patch_size": 8} | WIDTHS,
-        "text_cfg": TEXT | {"layers": 2},
-    },
-    "tiny-timm": {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "timm_model_name": "test_resnet",
-            "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": "linear",
-            "timm_drop": 0.1,
-            "image_size": 32,
-        },
-        "text_cfg": TEXT,
-    },
+    f"tiny-{name}": {"embed_dim": 16, "vision_cfg": vision | {"image_size": 32}, "text_cfg": text}
+    for name, (vision, text) in TOWERS.items()
 }
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 SHAPES = ("circle", "square", "line")
@@ -71,13 +56,9 @@ def model_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quiet_exit() -> Iterator[None]:
+def pytest_unconfigure() -> None:
     """open_clip_train sets every logger to INFO: torch's would tell at exit what was compiled."""
-    yield
-    for name in list(logging.root.manager.loggerDict):
-        if name.partition(".")[0] == "torch":
-            logging.getLogger(name).setLevel(logging.WARNING)
+    logging.disable(logging.INFO)
 
 
 def npy(values: Any, dtype: Any = np.uint8) -> bytes:
@@ -140,13 +121,8 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Name of a tiny model with a Hugging Face text tower and tokenizer made here."""
     folder = tmp_path_factory.mktemp("hf")
     tower = str(text_folder(folder / "tower"))
-    text = {
-        "hf_model_name": tower,
-        "hf_tokenizer_name": tower,
-        "hf_proj_type": "linear",
-        "hf_pooler_type": "mean_pooler",
-        "context_length": 8,
-    }
+    text = {"hf_model_name": tower, "hf_tokenizer_name": tower, "context_length": 8}
+    text |= {"hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"}
     config = json.dumps(MODELS["tiny-timm"] | {"text_cfg": text})
     (folder / "tiny-hf.json").write_text(config, encoding="utf-8")
     open_clip.add_model_config(folder / "tiny-hf.json")
@@ -201,3 +177,12 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     text = text_folder(folder / "text", words=words, positions=32)
     image = {"image": "test_efficientnet", "image_weights": folder / "image.pt"}
     return {**image, "text": text}
+
+
+@pytest.fixture(scope="session")
+def model(towers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two towers, in a folder."""
+    from otter_openclip.model_folders.towers import make_towers
+
+    out = tmp_path_factory.mktemp("model") / "towers"
+    return make_towers(out, **towers, image_size=32, context_length=20)

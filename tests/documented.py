@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "patches" / "README.md"]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 FLAG = re.compile(r'"(--[\w-]+)"')  # as sources name them
+OURS = {"otter-openclip": [], "-m otter_openclip.cli": [], "-m otter_openclip.train": ["train"]}
+OURS["-m open_clip_train.main"] = ["train"]  # patched, it has the same flags
 # Not ours, and not installed for tests: only that they are spelt like a command line is known.
 FOREIGN = ("cd", "export", "git", "img2dataset", "sed", "tensorboard")
 OURS_IN_STOCK = {"goi", "imagenet10k", "zeroshot_multilabel"}  # of a patched clip_benchmark
@@ -34,20 +36,15 @@ def blocks(page: Path, *languages: str) -> list[str]:
     return [body for language, body in found if language in languages]
 
 
-def commands(page: Path) -> list[list[str]]:
-    """The words of every command of the page; a last ``...`` stands for flags of the reader's."""
-    return [words for block in blocks(page, "sh", "bash") for words in commands_of(block)]
-
-
 def commands_of(block: str) -> Iterator[list[str]]:
-    """The words of every command of a fence."""
+    """The words of every command of a fence; a last ``...`` stands for flags of the reader's."""
     for line in re.split("\n|&&", block.replace("\\\n", " ")):
         if words := shlex.split(line, comments=True):
             yield words
 
 
-def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Parse a command as its program does, without running it; returns what took it.
+def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse a command as its program does, without running it.
 
     Raises:
         SystemExit: with another code than 0, as the program, for flags that it does not take.
@@ -55,54 +52,42 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
     """
     program, *words = [word for word in words if word != "..." and not re.match("[A-Z_]+=", word)]
     if program == "srun":
-        return parse(words, monkeypatch)
+        program, *words = words
     if program == "sbatch":
         assert (ROOT / words[0]).is_file(), words[0]
-        return parse(["otter-openclip", "train", "--config", *words[1:]], monkeypatch)
+        program, words = "otter-openclip", ["train", "--config", *words[1:]]
     if program == "torchrun":
         args = torch.distributed.run.get_args_parser().parse_args(words)
         assert args.module
-        module = ["python", "-m", args.training_script, *args.training_script_args]
-        return parse(module, monkeypatch)
-    if program == "make":
+        program, words = f"-m {args.training_script}", args.training_script_args
+    if program == "python":
+        assert words[0] == "-m", words
+        program, words = f"-m {words[1]}", words[2:]
+    if program in OURS:
+        _ours([*OURS[program], *words], monkeypatch)
+    elif program in ("clip_benchmark", "-m clip_benchmark.cli"):
+        _clip_benchmark(words, monkeypatch)
+    elif program == "make":
         targets = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^{words[0]}:", targets, re.M), words
     elif program == "pip":
         _check_install(words)
-    elif program == "python":
-        assert words[0] == "-m", words
-        return _module(words[1], words[2:], monkeypatch)
-    elif program == "clip_benchmark":
-        return _clip_benchmark(words, monkeypatch)
-    elif program not in FOREIGN:
-        assert program == "otter-openclip", program
-        return _ours(words, monkeypatch)
-    return program
-
-
-def _module(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    if name in ("otter_openclip.train", "open_clip_train.main"):  # patched, it has the same flags
-        return _ours(["train", *words], monkeypatch)
-    if name == "otter_openclip.cli":
-        return _ours(words, monkeypatch)
-    if name == "clip_benchmark.cli":
-        return _clip_benchmark(words, monkeypatch)
-    if name == "pytest":
+    elif program == "-m pytest":
         files = [word for word in words if word not in ("-m", "slow")]
         assert all((ROOT / word).is_file() for word in files), words
-    else:
-        assert name.startswith("benchmarks."), name
-        source = (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
+    elif program.startswith("-m benchmarks."):
+        source = (ROOT / f"{program[3:].replace('.', '/')}.py").read_text(encoding="utf-8")
         named = [word[2:] for word in words if word.startswith("--")]
         assert all(re.search(rf"\b{word}\b", source) for word in named), words
-    return name
+    else:
+        assert program in FOREIGN, program
 
 
-def _clip_benchmark(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+def _clip_benchmark(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if OURS_IN_STOCK & set(words):  # its patched parser has the flags of ours, and one more task
-        return _ours([w.replace("_multilabel", "_classification") for w in words], monkeypatch)
-    _exit_0(clip_benchmark.cli.get_parser_args, ["clip_benchmark", *words], monkeypatch)
-    return "clip_benchmark"
+        _ours([word.replace("_multilabel", "_classification") for word in words], monkeypatch)
+    else:
+        _exit_0(clip_benchmark.cli.get_parser_args, ["clip_benchmark", *words], monkeypatch)
 
 
 def _exit_0(parse: Callable[[], Any], argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +99,7 @@ def _exit_0(parse: Callable[[], Any], argv: list[str], monkeypatch: pytest.Monke
             raise
 
 
-def _ours(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+def _ours(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     name = words[0]
     with monkeypatch.context() as patch:
         if name == "train":
@@ -128,7 +113,6 @@ def _ours(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
             assert command is not None, words
             patch.setattr(importlib.import_module(command.module), "main", lambda args: 0)
             assert cli.main(words) == 0
-    return f"otter-openclip {name}"
 
 
 def _check_install(words: list[str]) -> None:

@@ -86,11 +86,19 @@ def assert_close(found, expected, tolerance):
         assert difference <= atol, f"{name}: {difference:.3g} off, {atol:.3g} allowed"
 
 
-class NoFloat64(TorchDispatchMode):
-    """A device without float64, as Apple's MPS: no tensor of it may be made."""
+class Made(TorchDispatchMode):
+    """Looks at every tensor that is made."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, tuple | list) else (made,):
-            assert not (isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64), func
+            if isinstance(tensor, torch.Tensor):
+                self.look(tensor)
         return made
+
+
+class NoFloat64(Made):
+    """A device without float64, as Apple's MPS: no tensor of it may be made."""
+
+    def look(self, tensor):
+        assert tensor.dtype != torch.float64

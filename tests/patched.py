@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import shutil
 import sys
@@ -31,17 +30,7 @@ def copy_packages(package: str, folder: Path) -> Path:
 
 
 def patch(package: str, folder: Path) -> None:
-    """Run ``otter-openclip patch`` on the copy in ``folder``."""
     assert cli.main(["patch", package, "--apply", "--target", str(folder)]) == 0
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below ``folder`` but byte code."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix != ".pyc"
-    }
 
 
 def declare(folder: Path, name: str, entry_points: dict[str, dict[str, str]]) -> Path:

@@ -12,12 +12,9 @@ from training_helpers import parse_args as parse
 from training_helpers import train
 
 from otter_openclip import __version__
-from otter_openclip.replacing import replaced
 from otter_openclip.training import flags as train_flags
 from otter_openclip.training import launcher
-from otter_openclip.training.launcher import Run
 from otter_openclip.training.objectives import create_loss
-from otter_openclip.training.plugin import Plugin
 
 WRONG_LINES = {
     # Values beyond a bound.
@@ -32,10 +29,13 @@ WRONG_LINES = {
     # Flags that do not go together, or not alone.
     "--ema-decay 0.9 --opt timm/lookahead_adamw": "with --opt timm/lookahead_adamw",
     "--zeroshot-weights teacher": "--zeroshot-weights belongs to --zeroshot-data DIR",
+    "--zeroshot-data SET --zeroshot-weights teacher": "(--loss clip) keeps no EMA; train with",
+    "--loss kd --ema-decay 0 --zeroshot-data SET --zeroshot-weights teacher": "kd) keeps no EMA",
     "--loss ls --distill-model a --distill-pretrained b": "has no teacher",
     "--loss kd --distill-model a": "must be given together",
     "--loss kd --distill-model a --distill-pretrained b --ema-decay 0": "replaces; drop one",
     "--loss otter --init fit": "--init fit needs what towers give for all pairs",
+    "--loss otter --init fit --feature-cache f --lock-image --image-mean 0 0 0": "drop --image-mean",
     "--loss otter --pair-weights f --train-data t.csv": "takes --train-data in webdataset shards",
     "--loss clip --pair-weights f": "--pair-weights has no meaning with --loss clip",
     # What needs frozen towers, or all data beforehand.
@@ -47,7 +47,6 @@ WRONG_LINES = {
     "--loss kd --feature-cache f --lock-image --distill-model RN50 --distill-pretrained x": (
         "does not go with --distill-model"
     ),
-    # What open_clip says after the features are encoded.
     # Misspellings and abbreviations.
     "--loss otterr": "did you mean otter?",
     "--loss otter --batchsize 64": "did you mean --batch-size?",
@@ -56,15 +55,15 @@ WRONG_LINES = {
 
 
 @pytest.mark.parametrize("line", WRONG_LINES)
-def test_refused_before_anything_is_read(line, capsys):
+def test_refused_before_anything_is_read(line, labelled, capsys):
+    words = line.replace("SET", str(labelled)).split()
     with pytest.raises(SystemExit, match="2"):
-        launcher.main(["--train-data", "/nowhere/{0..9}.tar", *line.split()])
+        launcher.main(["--train-data", "/nowhere/{0..9}.tar", *words])
     assert WRONG_LINES[line] in capsys.readouterr().err
 
 
 def test_defaults_are_the_papers():
-    args = parse("--loss", "otter")
-    assert train_flags.settings(args) == {
+    assert train_flags.settings(parse("--loss otter")) == {
         "loss": "otter",
         "alpha": 0.5,
         "ema_decay": 0.999,
@@ -82,36 +81,29 @@ def test_defaults_are_the_papers():
 
 
 def test_stock_flags_and_defaults_stay():
-    words = "--model ViT-B-32 --train-data x --aug-cfg scale=(0.5,1.0) --warm 7".split()
-    stock, ours = vars(params.parse_args(words)), vars(parse(*words))
+    words = "--model ViT-B-32 --train-data x --aug-cfg scale=(0.5,1.0) --warm 7"
+    stock, ours = vars(params.parse_args(words.split())), vars(parse(words))
     assert ours["loss"] == "clip"
     assert {name: ours[name] for name in stock} == stock
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_float32_on_a_cpu_unless_asked():
-    assert parse("--loss", "otter").precision == "fp32"
-    assert parse("--loss", "otter", "--device", "cpu").precision == "fp32"
-    assert parse("--loss", "otter", "--precision", "amp").precision == "amp"
-    assert parse("--loss", "clip").precision == "amp"
+    assert parse("--loss otter").precision == "fp32"
+    assert parse("--loss otter --device cpu").precision == "fp32"
+    assert parse("--loss otter --precision amp").precision == "amp"
+    assert parse("--loss clip").precision == "amp"
 
 
 def test_without_a_list_the_command_line_is_parsed(monkeypatch):
     """As open_clip_train's own ``parse_args(None)`` does."""
     monkeypatch.setattr("sys.argv", ["train", "--loss", "otter", "--alpha", "0.3"])
-    with replaced(*Run(Plugin()).replacements()):
-        assert params.parse_args(None).alpha == 0.3
+    assert parse().alpha == 0.3
 
 
-@pytest.mark.parametrize("words", [["otter_openclip.train"], ["otter_openclip.cli", "train"]])
-def test_version(words):
-    done = forks.run("-m", *words, "--version")
+def test_version():
+    done = forks.run("-m", "otter_openclip.train", "--version")
     assert done.returncode == 0 and done.stdout == f"otter-openclip {__version__}\n"
-
-
-def test_a_model_that_open_clip_does_not_know_is_one_line(pairs, tmp_path):
-    with pytest.raises(SystemExit, match=r"^otter-openclip train: error: --model RN5O: .*RN5O"):
-        train(pairs, tmp_path, "--loss", "otter", "--model", "RN5O")
 
 
 @pytest.mark.parametrize("spec", [None, ModuleSpec("wandb", None)], ids=["nothing", "a folder"])
@@ -122,13 +114,11 @@ def test_a_logger_that_is_not_installed(pairs, tmp_path, monkeypatch, spec):
     for value in ("wandb", "all"):
         said = f"error: --report-to {value}: wandb is not installed; pip install wandb, or drop it"
         with pytest.raises(SystemExit, match=said):
-            train(pairs, tmp_path, "--report-to", value)
+            train(pairs, tmp_path, f"--report-to {value}")
 
 
 def test_coefficients_are_the_losss_own_by_default():
     for loss, coef in (("kd", 0.0), ("otter", 1.0)):
-        args = parse("--loss", loss)
-        assert args.vv_coef == args.tt_coef == coef
+        args = parse(f"--loss {loss}")
         made = create_loss(Namespace(**vars(args) | {"device": "cpu", "rank": 0, "world_size": 1}))
         assert made.vv_coef == made.tt_coef == coef
-    assert parse("--loss", "kd", "--vv-coef", "1").vv_coef == 1.0

@@ -55,9 +55,8 @@ def pairs_alike(folder, count=24):
 )
 def test_train_says_it_before_the_first_step(tmp_path, caplog, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
-    file, *words = words.split()
-    data = ["--train-data", str(pairs_alike(tmp_path / "data") / file), "--workers", "0"]
-    train(tmp_path, tmp_path / "logs", "--loss", "otter", *data, "--epochs", "1", *words)
+    data = f"--loss otter --epochs 1 --train-data {pairs_alike(tmp_path / 'data')}/{words}"
+    train(tmp_path, tmp_path / "logs", data)
     said = f"22 of 24 different captions {CUT}"
     assert caplog.text.index(said) < caplog.text.index("Train Epoch")
     assert caplog.text.count(CUT) == 1
@@ -76,17 +75,15 @@ def test_class_names(pairs, labelled, tmp_path, caplog, capsys):
     folder = shutil.copytree(labelled, tmp_path / "set")
     names = "\n".join(LONG + name for name in CLASSES)
     (folder / "classnames.txt").write_text(names, encoding="utf-8")
-    words = ["--loss", "otter", "--zeroshot-data", str(labelled), str(folder), "--epochs", "1"]
-    checkpoints = train(pairs, tmp_path, *words)
+    words = f"--loss otter --zeroshot-data {labelled} {folder} --epochs 1"
+    tower = f"--model tiny-rn --pretrained {train(pairs, tmp_path, words)}/epoch_1.pt"
     said = f"9 of 9 different classes of {folder} {CUT}"
     assert caplog.text.index(said) < caplog.text.index("Train Epoch")
     assert caplog.text.count(CUT) == 1
-    words = ["--model", "tiny-rn", "--pretrained", str(checkpoints / "epoch_1.pt"), "--no_amp"]
-    words += ["--dataset", "wds/set", "--dataset_root", str(folder), "--num_workers", "0"]
     caplog.clear()
-    assert cli.main(["eval", *words, "--output", str(tmp_path / "r.json")]) == 0
+    words = f"eval {tower} --no_amp --dataset wds/set --dataset_root {folder} --num_workers 0"
+    assert cli.main([*words.split(), "--output", str(tmp_path / "r.json")]) == 0
     assert f"9 of 9 different class names {CUT}" in caplog.text
-    words = ["analyze", "--model", "tiny-rn", "--pretrained", str(checkpoints / "epoch_1.pt")]
-    words += ["--train-data", str(pairs_alike(tmp_path / "data") / "0.tar")]
-    assert cli.main([*words, "--output", str(tmp_path / "analysis"), "--batch-sizes", "8"]) == 0
+    words = f"analyze {tower} --train-data {pairs_alike(tmp_path / 'data')}/0.tar --batch-sizes 8"
+    assert cli.main([*words.split(), "--output", str(tmp_path / "analysis")]) == 0
     assert f"22 of 24 different captions {CUT}" in capsys.readouterr().out

@@ -141,6 +141,7 @@ ROWS = {
     "none.jpg\ta word": "none.jpg: no such file; a path counts from the current folder",
     "page.jpg\ta word": "page.jpg: unreadable image: not an image that Pillow can read",
     "cut.jpg\ta word": "cut.jpg: unreadable image: ",
+    "cut.bmp\ta word": "cut.bmp: unreadable image: ",
     "deep.png\ta word": "deep.png: 16-bit or float image (mode I;16)",
     ".\ta word": ".: Is a directory",
     "0.jpg\tNA": "no caption, or one that pandas takes for none (NA, null)",
@@ -154,6 +155,8 @@ def test_a_row_that_cannot_be_used_is_named_before_the_first_step(tmp_path, monk
     monkeypatch.chdir(data.parent)
     Path("page.jpg").write_text("<html>", encoding="utf-8")
     Path("cut.jpg").write_bytes(jpeg(0)[:-9])
+    Image.new("RGB", (8, 8)).save("cut.bmp")
+    Path("cut.bmp").write_bytes(Path("cut.bmp").read_bytes()[:-9])
     Image.new("I;16", (8, 8), 4000).save("deep.png")
     whole = data.read_text(encoding="utf-8")
     data.write_text(f"{whole}{row}\n", encoding="utf-8")

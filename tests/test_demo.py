@@ -39,7 +39,6 @@ def test_icons_their_captions_and_labels(tmp_path):
 
 @pytest.fixture
 def run(towers, monkeypatch):
-    """The quick demo; gives its exit code."""
     monkeypatch.setattr(demo, "find_towers", lambda: towers)
     return lambda out: cli.main(["demo", "--quick", "--output", str(out)])
 

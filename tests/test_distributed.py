@@ -22,7 +22,6 @@ LAUNCH = Path(__file__).parent / "launch.py"
 
 
 def torchrun(processes, *command, env):
-    """Run a command by torchrun itself."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     line = [*launcher, "--nproc_per_node", str(processes), *command]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
@@ -95,9 +94,8 @@ def test_ranks_are_one_process(ranks, name, local, with_grad):
 
 
 def test_one_pair_on_each_rank_is_finite(ranks):
-    for results in ranks:
-        assert len(results["one pair"]) == 9
-        assert all(value.isfinite().all() for value in results["one pair"].values())
+    for found in (results["one pair"] for results in ranks):
+        assert len(found) == 9 and all(value.isfinite().all() for value in found.values())
 
 
 @pytest.mark.parametrize("name", ["kd", "otter", "otter-sharp", "otter-keep"])
@@ -124,7 +122,6 @@ def test_what_a_step_sends(ranks, name):
 
 @pytest.mark.parametrize("loss", ["ls", "otter"])
 def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
-    """DDP on the CPU over two steps: every weight and both scales as in one process."""
     # Two steps over all 24 pairs, so that both runs see the same batches whatever their order.
     rows = (pairs / "pairs.csv").read_text(encoding="utf-8").splitlines()[:25]
     (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -136,15 +133,13 @@ def test_two_processes_train_as_one(pairs, tmp_path, model_configs, loss):
     forks.ranks(2, *command, env={"TEST_MODEL_CONFIGS": str(model_configs)})
     one = load(one / "epoch_1.pt")
     two = load(tmp_path / "two" / "run" / "checkpoints" / "epoch_1.pt")
-    for key, value in one["state_dict"].items():
-        other = two["state_dict"][f"module.{key}"]
-        torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-6, msg=key)
+    near = {"rtol": 1e-4, "atol": 1e-6}
+    state = {f"module.{key}": value for key, value in one["state_dict"].items()}
+    torch.testing.assert_close(two["state_dict"], state, **near)
     if loss == "otter":
         mine, its = (x["otter"]["distill_logit_scale"] for x in (one, two))
         torch.testing.assert_close(its, mine, rtol=1e-6, atol=0)
-        for key, value in one["state_dict_ema"].items():
-            other = two["state_dict_ema"][key]
-            torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-6, msg=key)
+        torch.testing.assert_close(two["state_dict_ema"], one["state_dict_ema"], **near)
 
 
 def test_torchrun_with_everything_on_resumes_exactly(pairs, labelled, tmp_path, model_configs):

@@ -5,6 +5,7 @@ import os
 import shutil
 import types
 from collections import Counter
+from unittest.mock import Mock
 
 import numpy as np
 import open_clip
@@ -13,19 +14,16 @@ import torch
 from conftest import text_folder
 from data_helpers import samples, write_tar
 from open_clip_train.train import AverageMeter
-from training_helpers import load, train
+from test_zeroshot_training import results
+from training_helpers import load, train, trained_once
 
 from otter_openclip.frozen import encode
 from otter_openclip.frozen.loader import image_column
 from otter_openclip.frozen.store import FeatureFiles, in_half, usable
 
-LOCK_TEXT = ["--lock-text", "--lock-text-freeze-layer-norm"]
-LOCKS = {
-    "image": ["--lock-image"],
-    "text": LOCK_TEXT,
-    "both": ["--lock-image", *LOCK_TEXT],
-    "rn": ["--lock-image"],  # of which the whole tower is the prefix
-}
+LOCK_TEXT = "--lock-text --lock-text-freeze-layer-norm"
+LOCKS = {"image": "--lock-image", "text": LOCK_TEXT, "both": f"--lock-image {LOCK_TEXT}"}
+LOCKS["rn"] = "--lock-image"  # of which the whole tower is the prefix
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,6 @@ def losses(monkeypatch):
 
 
 def same_losses(losses):
-    """Those of two runs, one after the other."""
     half = len(losses) // 2
     assert half > 5 and len(losses) == 2 * half
     assert losses[:half] == pytest.approx(losses[half:], abs=1e-5, rel=1e-5)
@@ -65,13 +62,13 @@ def same_losses(losses):
 
 @pytest.fixture
 def cached(pairs, tmp_path, model):
-    """Train on kept features of both towers; returns the folder and how many files were made."""
+    """Train on kept features, or live by that name; the folder and how many files were made."""
 
-    def run(name, *extra, data=pairs, loss="infonce"):
+    def run(name, *extra, data=pairs, loss="infonce", lock="both"):
         before = set((tmp_path / "cache").glob("*/*.npy"))
-        words = ["--loss", loss, "--model", model, *LOCKS["both"], "--epochs", "1"]
-        cache = ["--feature-cache", str(tmp_path / "cache")]
-        train(data, tmp_path / name, *words, *cache, *extra)
+        words = f"--loss {loss} --model {model} {LOCKS[lock]} --epochs 1"
+        cache = f" --feature-cache {tmp_path}/cache" if name != "live" else ""
+        train(data, tmp_path / name, words + cache, *extra)
         made = set((tmp_path / "cache").glob("*/*.npy")) - before
         return tmp_path / name, Counter(path.parent.name.split("-")[0] for path in made)
 
@@ -85,9 +82,9 @@ ALL, NONE = {"image": 2, "text": 2}, {}
     ("loss", "lock"), [("infonce", "both"), ("otter", "image"), ("otter", "text"), ("otter", "rn")]
 )
 def test_same_as_live(pairs, tmp_path, model, losses, loss, lock):
-    extra = ["--loss", loss, "--model", "tiny-rn" if lock == "rn" else model, *LOCKS[lock]]
-    live = train(pairs, tmp_path / "live", *extra)
-    cached = train(pairs, tmp_path / "cached", *extra, "--feature-cache", str(tmp_path / "cache"))
+    words = f"--loss {loss} --model {'tiny-rn' if lock == 'rn' else model} {LOCKS[lock]}"
+    live = train(pairs, tmp_path / "live", words)
+    cached = train(pairs, tmp_path / "cached", words, f"--feature-cache {tmp_path}/cache")
     same_losses(losses)
     one, other = (load(path / "epoch_2.pt") for path in (live, cached))
     assert one.keys() == other.keys()
@@ -96,18 +93,14 @@ def test_same_as_live(pairs, tmp_path, model, losses, loss, lock):
 
 def test_loss_clip_and_what_stock_open_clip_loads(cached, model, tmp_path):
     """A whole model: the frozen towers as they were, the rest trained, nothing of ours in it."""
-    torch.manual_seed(1)
-    start = open_clip.create_model(model)
-    start.train()(torch.randn(64, 3, 32, 32))  # statistics other than the initial ones
-    torch.save(start.state_dict(), tmp_path / "start.pt")
-    extra = ["--pretrained", str(tmp_path / "start.pt"), "--lock-image-freeze-bn-stats"]
-    folder, _ = cached("clip", *extra, loss="clip")
+    before = trained_once(model, tmp_path / "start.pt")
+    words = f"--pretrained {tmp_path}/start.pt --lock-image-freeze-bn-stats"
+    folder, _ = cached("clip", words, loss="clip")
     checkpoint = load(folder / "run" / "checkpoints" / "epoch_1.pt")
-    before, after = start.state_dict(), checkpoint["state_dict"]
+    after = checkpoint["state_dict"]
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {"logit_scale", "text.proj.weight", "visual.head.proj.weight"}
-    start.load_state_dict(after)
-    assert "otter" not in checkpoint
+    assert before.keys() == after.keys() and "otter" not in checkpoint
 
 
 def test_live_frozen_towers_see_no_augmentation(pairs, tmp_path, model, monkeypatch):
@@ -120,16 +113,15 @@ def test_live_frozen_towers_see_no_augmentation(pairs, tmp_path, model, monkeypa
         return lambda image: seen.append(is_train) or made(image)
 
     monkeypatch.setattr("open_clip.factory.image_transform_v2", record)
-    words = ["--loss", "infonce", "--model", model, "--epochs", "1", "--workers", "0"]
-    for name, extra, random in (
-        ("free", [], True),
-        ("frozen", ["--lock-image"], False),
-        ("asked", ["--lock-image", "--aug-cfg", "scale=(0.9,1.0)"], True),
-        ("part", ["--lock-image", "--lock-image-unlocked-groups", "1"], True),
-    ):
+    for words, random in {
+        "free": True,
+        "frozen --lock-image": False,
+        "asked --lock-image --aug-cfg scale=(0.9,1.0)": True,
+        "part --lock-image --lock-image-unlocked-groups 1": True,
+    }.items():
         seen.clear()
-        train(pairs, tmp_path / name, *words, *extra)
-        assert set(seen) == {random}, name
+        train(pairs, tmp_path, f"--loss infonce --model {model} --epochs 1 --name {words}")
+        assert set(seen) == {random}, words
 
 
 def shards(pairs, out, *, change=lambda shard, key, suffix, content: content):
@@ -156,27 +148,24 @@ def test_a_complete_cache_is_all_that_a_start_needs(cached, pairs, tmp_path, mon
     read, stock = [], FeatureFiles.read
     monkeypatch.setattr(FeatureFiles, "read", lambda s, name: read.append(name) or stock(s, name))
     monkeypatch.setattr(encode, "DataLoader", None)
-    assert cached("part", "--train-num-samples", "12", "--workers", "0", data=data)[1] == NONE
+    assert cached("part", "--train-num-samples 12", data=data)[1] == NONE
     assert {os.path.dirname(shard) for shard in read} == {str(data)}
 
 
-def test_features_are_mapped_and_not_in_memory(tmp_path):
-    files = FeatureFiles(tmp_path)
-    shard = tmp_path / "a.tar"
-    shard.write_bytes(b"x")
+def test_features_are_mapped_and_a_damaged_file_is_named(tmp_path):
+    files, shard = FeatureFiles(tmp_path), tmp_path / "a.tar"
+    shard.touch()
     files.write(str(shard), np.zeros((5, 1, 3), np.float16))
     assert isinstance(files.read(str(shard)), np.memmap)
+    file = files.path(str(shard))
+    for damage in (b"", b"\x93NUMPY no more"):
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match=f"{file} is damaged .*; remove it"):
+            files.read(str(shard))
 
 
-FULL = "No space left on device"
-
-
-@pytest.mark.parametrize(
-    ("fault", "end", "said"),
-    [(KeyboardInterrupt(), KeyboardInterrupt, ""), (OSError(28, FULL), SystemExit, FULL)],
-)
-def test_a_run_that_ended_goes_on(cached, tmp_path, monkeypatch, losses, fault, end, said):
-    """By a kill or a full disk, with the next shard."""
+def test_a_run_that_a_full_disk_ended_goes_on(cached, tmp_path, monkeypatch, losses):
+    """With the next shard."""
     cached("whole")
     shutil.rmtree(tmp_path / "cache")
     stock, calls = FeatureFiles.write, []
@@ -184,18 +173,18 @@ def test_a_run_that_ended_goes_on(cached, tmp_path, monkeypatch, losses, fault, 
     def fail(self, shard, rows):
         calls.append(shard)
         if len(calls) == 2:
-            raise fault
+            raise OSError(28, "No space left on device")
         stock(self, shard, rows)
 
     monkeypatch.setattr(FeatureFiles, "write", fail)
-    with pytest.raises(end, match=said):
-        cached("killed", "--workers", "0")
+    with pytest.raises(SystemExit, match="No space left on device"):
+        cached("ended")
     monkeypatch.setattr(FeatureFiles, "write", stock)
     assert cached("again")[1] == {"image": 1, "text": 2}
     same_losses(losses)
 
 
-def test_what_changed_is_not_taken_from_the_cache(cached, pairs, tmp_path, model, losses):
+def test_what_changed_is_not_taken_from_the_cache(cached, pairs, tmp_path, losses):
     """Of a shard that was written again all is made again, and of no other."""
 
     def swap(shard, key, suffix, content):
@@ -208,28 +197,25 @@ def test_what_changed_is_not_taken_from_the_cache(cached, pairs, tmp_path, model
     os.replace(changed / "00001.tar", data / "00001.tar")
     losses.clear()
     assert cached("again", data=data)[1] == {"image": 1, "text": 1}
-    words = ["--loss", "infonce", "--model", model, *LOCKS["both"], "--epochs", "1"]
-    train(data, tmp_path / "live", *words)
+    cached("live", data=data)
     same_losses(losses)
 
 
 def test_other_weights_transforms_tokens_and_precisions_have_their_own(cached, model, tmp_path):
-    words = ["--train-num-samples", "12"]
-    cached("first", *words)
-    torch.manual_seed(3)
-    other = open_clip.create_model(model)
-    torch.save(other.state_dict(), tmp_path / "other.pt")
+    few = "--train-num-samples 12"
+    cached("first", few)
+    trained_once(model, tmp_path / "other.pt")
     image = {"image": 2}
-    for name, extra, made in (
-        ("weights", ["--pretrained", str(tmp_path / "other.pt")], image),  # BERT is pretrained
-        ("crop", ["--reference-crop"], image),
-        ("both", ["--force-context-length", "4", "--image-interpolation", "bilinear"], ALL),
-        ("amp", ["--precision", "amp_bf16"], ALL),
-        ("run", ["--lr", "1", "--workers", "2", "--batch-size", "9"], NONE),
+    for name, words, made in (
+        ("weights", f"--pretrained {tmp_path}/other.pt", image),  # BERT is pretrained
+        ("crop", "--reference-crop", image),
+        ("both", "--force-context-length 4 --image-interpolation bilinear", ALL),
+        ("amp", "--precision amp_bf16", ALL),
+        ("run", "--lr 1 --workers 2 --batch-size 9", NONE),
     ):
-        found = cached(name, *words, *extra)[1]
+        found = cached(name, few, words)[1]
         assert found == made or (name == "weights" and found == ALL), name
-    assert cached("again", *words)[1] == NONE
+    assert cached("again", few)[1] == NONE
 
 
 def test_how_a_setting_was_written_down_is_no_other_setting(tmp_path):
@@ -238,9 +224,8 @@ def test_how_a_setting_was_written_down_is_no_other_setting(tmp_path):
     config = model.visual.preprocess_cfg
 
     def folder():
-        return image_column(
-            model, "visual", tmp_path, config, device=torch.device("cpu")
-        ).files.folder
+        made = image_column(model, "visual", tmp_path, config, device=torch.device("cpu"))
+        return made.files.folder
 
     keys = [folder()]
     config |= {"mean": list(config["mean"]), "std": list(config["std"]), "size": [32, 32]}
@@ -275,7 +260,7 @@ def test_equal_weights_in_another_architecture_have_their_own(tower, setting):
 
 
 @pytest.mark.parametrize("lock", ["both", "text"])
-def test_samples_that_open_clip_drops(pairs, tmp_path, model, losses, lock):
+def test_samples_that_open_clip_drops(cached, pairs, tmp_path, losses, lock):
     """Unreadable images, captions that are not UTF-8, missing halves: left out in the same places."""
 
     def spoil(shard, key, suffix, content):
@@ -285,24 +270,22 @@ def test_samples_that_open_clip_drops(pairs, tmp_path, model, losses, lock):
         return {5: b"\xff\xfe", 6: None}.get(number, content)
 
     data = shards(pairs, tmp_path / "spoilt", change=spoil)
-    words = ["--loss", "infonce", "--model", model, *LOCKS[lock], "--epochs", "1"]
-    train(data, tmp_path / "live", *words)
-    train(data, tmp_path / "cached", *words, "--feature-cache", str(tmp_path / "cache"))
+    cut = data / "00001.tar"  # within a sample
+    cut.write_bytes(cut.read_bytes()[:-14000])
+    for name in ("live", "cached"):
+        cached(name, data=data, lock=lock)
     same_losses(losses)
 
 
-def test_drawing_shards_in_which_no_image_can_be_read(cached, pairs, tmp_path):
-    """Else it would draw for ever."""
-    junk = {"change": lambda _, __, kind, old: old if kind == "txt" else b"junk"}
-    data = shards(pairs, tmp_path / "spoilt", **junk)
-    words = ["--dataset-resampled", "--train-num-samples", "48", "--workers", "0"]
-    with pytest.raises(SystemExit, match=r"gives no batch of 12 .*data inspect"):
-        cached("run", *words, data=data)
+def test_a_shard_that_is_drawn_twice_in_a_row(cached, losses):
+    for name in ("live", "cached"):
+        cached(name, "--dataset-resampled --train-num-samples 144", lock="text")
+    same_losses(losses)
 
 
 def test_a_loader_process_without_a_batch_is_told_in_one_line(cached):
     with pytest.raises(SystemExit, match=r"^error: --train-data gives no batch of 40 in loader"):
-        cached("few", "--workers", "2", "--batch-size", "40")
+        cached("few", "--workers 2 --batch-size 40")
 
 
 def test_float16_where_it_is_near_enough():
@@ -323,12 +306,12 @@ def test_shards_that_cannot_be_told_apart_are_refused(cached, pairs, tmp_path):
         (tmp_path / name).mkdir()
         for path in [*pairs.glob("*.tar"), pairs / "sizes.json"]:
             shutil.copy2(path, tmp_path / name)
-    words = ["--train-data", f"{tmp_path}/{{a,b}}/00000.tar", "--train-num-samples", "72"]
+    words = f"--train-data {tmp_path}/{{a,b}}/00000.tar --train-num-samples 72"
     with pytest.raises(SystemExit, match=r"b/00000.tar and .*a/00000.tar have one name, size and"):
-        cached("run", *words)
+        cached("run", words)
 
 
-def test_a_tower_that_gives_nan_is_no_unreadable_image(pairs, tmp_path, monkeypatch):
+def test_a_tower_that_gives_nan_is_no_unreadable_image(cached, monkeypatch):
     """Which are kept as NaN: its samples would be left out in silence."""
     stock = encode.TowerEncoder.__call__
 
@@ -338,44 +321,29 @@ def test_a_tower_that_gives_nan_is_no_unreadable_image(pairs, tmp_path, monkeypa
         return features
 
     monkeypatch.setattr(encode.TowerEncoder, "__call__", overflow)
-    words = ["--model", "tiny-vit", "--lock-image", "--feature-cache", str(tmp_path / "cache")]
     with pytest.raises(SystemExit, match="the image tower gives is no finite vector for each"):
-        train(pairs, tmp_path, "--loss", "otter", *words)
-
-
-@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY no more"])
-def test_a_damaged_file_is_named(tmp_path, damage):
-    files, shard = FeatureFiles(tmp_path), tmp_path / "a.tar"
-    shard.touch()
-    file = files.path(str(shard))
-    file.write_bytes(damage)
-    with pytest.raises(ValueError, match=f"{file} is damaged .*; remove it"):
-        files.read(str(shard))
+        cached("run")
 
 
 def test_a_shard_without_samples_or_with_nothing_usable(cached, pairs, tmp_path):
     data = shards(pairs, tmp_path / "data")
     write_tar(data / "00002.tar", {})
     write_tar(data / "00003.tar", {"a.json": b""})
-    words = ["--train-data", f"{data}/{{00000..00003}}.tar", "--train-num-samples", "72"]
-    assert cached("run", *words, "--workers", "0")[1] == {"image": 4, "text": 4}
+    words = f"--train-data {data}/{{00000..00003}}.tar --train-num-samples 72"
+    assert cached("run", words)[1] == {"image": 4, "text": 4}
     for file in tmp_path.glob("cache/*/0000[23]-*.npy"):
         assert not usable(np.load(file)).any()
 
 
-def test_evaluation_in_training_finds_the_same_features(cached, pairs, labelled, tmp_path):
+def test_evaluation_in_training_finds_the_same_features(cached, labelled):
     """``--zeroshot-data`` with and without the folder of features, and again from it alone."""
-    words = ["--zeroshot-data", str(labelled), "--zeroshot-frequency", "1", "--epochs", "1"]
-    folder, made = cached("first", *words)
+    words = f"--zeroshot-data {labelled} --zeroshot-frequency 1"
+    folder, made = cached("first", words)
     assert made == {"image": 3, "text": 2}  # the evaluation's shard among them
-    live = ["--loss", "infonce", "--model", "tiny-still", *LOCKS["both"], *words]
-    train(pairs, tmp_path / "live", *live)
-    results = [
-        json.loads((path / "run" / "checkpoints" / "results.jsonl").read_text(encoding="utf-8"))
-        for path in (folder, tmp_path / "live")
-    ]
-    assert results[0] == pytest.approx(results[1], abs=1e-6)
-    assert cached("again", *words)[1] == NONE
+    live, _ = cached("live", words)
+    (one,), (other,) = (results(path / "run" / "checkpoints") for path in (folder, live))
+    assert one == pytest.approx(other, abs=1e-6)
+    assert cached("again", words)[1] == NONE
 
 
 def test_a_rank_that_looks_later_does_its_share_all_the_same(monkeypatch, tmp_path):
@@ -384,8 +352,8 @@ def test_a_rank_that_looks_later_does_its_share_all_the_same(monkeypatch, tmp_pa
     for shard in shards:
         write_tar(tmp_path / shard, {"0.txt": b"", "1.txt": b""})
     done = []
-    monkeypatch.setattr(encode, "_together", lambda work, *_: list(work))
-    monkeypatch.setattr(encode, "_encode", lambda mine, *_, **__: iter(done.append(mine) or ()))
+    monkeypatch.setattr(encode, "dist", Mock())
+    monkeypatch.setattr(encode, "_encode", lambda mine, *_, **__: done.append(mine))
     files = FeatureFiles(tmp_path / "image-x")
     column = types.SimpleNamespace(kind="image", files=files, inputs=None)
     files.write(shards[0], np.zeros((2, 1, 3), np.float32))

@@ -103,23 +103,17 @@ def test_autocast_around_it_changes_nothing(loss, dtype):
         (gradient,) = torch.autograd.grad(sum(terms.values()), leaf)  # where open_clip's loop does
         assert all(value.dtype == torch.float32 for value in terms.values())
         results.append([*terms.values(), gradient.to(dtype)])
-    for inside, outside in zip(*results, strict=True):
-        torch.testing.assert_close(inside, outside, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
 
 
-def test_statistics_of_the_targets():
-    images, texts, teacher_images, teacher_texts = (x.float() for x in features(24))
-    loss = OtterLoss(iterations=1)
-    loss(images, texts, torch.tensor(20.0), teacher_images, teacher_texts)
-    targets, _ = loss.targets(teacher_images, teacher_texts)
-    entropy = torch.special.entr(targets).sum(dim=-1).mean()
-    torch.testing.assert_close(loss.target_statistics["target_entropy"], entropy)
-    top_share = targets.amax(dim=-1).mean()
-    torch.testing.assert_close(loss.target_statistics["target_top_share"], top_share)
-    few = loss.target_statistics["marginal_error"]
-    loss = OtterLoss(iterations=50)
-    loss(images, texts, torch.tensor(20.0), teacher_images, teacher_texts)
-    assert 1e-3 < few and loss.target_statistics["marginal_error"] < 1e-2 * few
+def test_iterations_bring_the_marginals_nearer():
+    """What the other statistics are is in test_analyze.py, and that of every implementation is one."""
+    errors = []
+    for iterations in (1, 50):
+        loss = OtterLoss(iterations=iterations)
+        loss.targets(*(x.float() for x in features(24)[2:]))
+        errors.append(loss.target_statistics["marginal_error"])
+    assert 1e-3 < errors[0] and errors[1] < 1e-2 * errors[0]
 
 
 def test_shared_scale_is_the_models():
@@ -129,13 +123,6 @@ def test_shared_scale_is_the_models():
     assert shared.distill_logit_scale is None and not list(shared.parameters())
     expected = OtterLoss()(images, texts, scale, *teacher)
     torch.testing.assert_close(shared(images, texts, scale, *teacher), expected)
-
-
-def test_targets_carry_no_gradient():
-    images, texts, teacher_images, teacher_texts = (x.float().requires_grad_() for x in features(8))
-    sum(OtterLoss()(images, texts, torch.tensor(9.0), teacher_images, teacher_texts)).backward()
-    assert teacher_images.grad is None and teacher_texts.grad is None
-    assert images.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("impl", ["plain", "auto"])
@@ -198,8 +185,7 @@ def test_without_a_teacher_the_student_is_its_own(make, impl):
         loss = make(impl=impl)
         total = sum(loss(*inputs, torch.tensor(9.0), *teacher))
         results.append([total, *torch.autograd.grad(total, [*inputs, loss.distill_logit_scale])])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(*results)
     with pytest.raises(ValueError, match="go together: give both or none"):
         make(impl=impl)(*student, torch.tensor(9.0), dist_image_features=student[0])
 

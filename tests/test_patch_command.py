@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from patched import ROOT, copy_packages, hashes
+from data_helpers import tree
+from patched import ROOT, copy_packages
 
 from otter_openclip import cli, patching
 
@@ -23,12 +24,9 @@ pytestmark = pytest.mark.skipif(
     (version("open_clip_torch"), version("clip_benchmark")) != ("3.3.0", "1.6.2"),
     reason="the patches are for other releases than those installed",
 )
-NAMES = ("main.py", "params.py", "plugins.py", "train.py")
-CHANGED = {
-    "open_clip": {f"open_clip_train/{name}" for name in NAMES},
-    "clip_benchmark": {
-        f"clip_benchmark/{name}" for name in ("cli.py", "datasets/builder.py", "plugins.py")
-    },
+FILES = {
+    "open_clip_train": ("main.py", "params.py", "plugins.py", "train.py"),
+    "clip_benchmark": ("cli.py", "datasets/builder.py", "plugins.py"),
 }
 REQUIREMENTS = "torch\ntorchvision\ntqdm\nscikit-learn>=1.0,<2\nopen_clip_torch>=0.2.1\n"
 REQUIREMENTS += "pycocoevalcap\nwebdataset>=0.2.31\ntransformers\n"
@@ -59,7 +57,7 @@ def run(capsys):
 
 
 def test_what_it_says_and_when_there_is_nothing_to_do(site, run):
-    stock = hashes(site)
+    stock = tree(site)
     for flags in ((), ("--check",)):
         code, out, err = run("open_clip", "--target", site, *flags)
         assert (code, err) == (0, "")
@@ -68,15 +66,15 @@ def test_what_it_says_and_when_there_is_nothing_to_do(site, run):
         assert "create mode 100644 open_clip_train/plugins.py" in out
     code, out, _ = run("open_clip", "--target", site, "--revert")
     assert code == 0 and ": not patched\nNothing to do." in out
-    assert hashes(site) == stock
+    assert tree(site) == stock
     assert "Revert before an upgrade" in run("open_clip", "--target", site, "--apply")[1]
-    patched = hashes(site)
+    patched = tree(site)
     _, out, _ = run("open_clip", "--target", site)
     assert f"in {site}: patched\n--revert would change" in out
     assert "delete mode 100644 open_clip_train/plugins.py" in out
     code, out, _ = run("open_clip", "--target", site, "--apply")
     assert code == 0 and ": patched\nNothing to do." in out
-    assert hashes(site) == patched != stock
+    assert tree(site) == patched != stock
 
 
 @pytest.mark.parametrize(
@@ -93,7 +91,8 @@ def test_what_it_says_and_when_there_is_nothing_to_do(site, run):
 def test_layouts(project, target, packages, checkout, tmp_path, run):
     """Patched and taken back to the byte; what belongs to the other layout is left out."""
     folder = copy_packages(project, tmp_path / packages)
-    expected = set(CHANGED[project])
+    package = project.replace("open_clip", "open_clip_train")
+    expected = {f"{package}/{name}" for name in FILES[package]}
     if checkout:
         for info in folder.glob("*.dist-info"):
             shutil.rmtree(info)
@@ -101,13 +100,13 @@ def test_layouts(project, target, packages, checkout, tmp_path, run):
     requirements = folder / ("requirements.txt" if checkout else f"{INFO}/METADATA")
     if project == "clip_benchmark":
         expected.add(str(requirements.relative_to(folder)))
-    before = hashes(folder)
+    before = tree(folder)
     assert run(project, "--apply", "--target", tmp_path / target)[::2] == (0, "")
-    after = hashes(folder)
+    after = tree(folder)
     assert {name for name in after if before.get(name) != after[name]} == expected
     assert project == "open_clip" or "requests\n" in requirements.read_text(encoding="utf-8")
     assert run(project, "--revert", "--target", tmp_path / target)[::2] == (0, "")
-    assert hashes(folder) == before
+    assert tree(folder) == before
 
 
 @pytest.mark.parametrize("patched", [False, True])
@@ -116,23 +115,23 @@ def test_a_file_that_does_not_fit_leaves_all_alone(patched, site, run):
         run("open_clip", "--apply", "--target", site)
     main = site / "open_clip_train" / "main.py"
     main.write_bytes(main.read_bytes().replace(b"create_loss", b"make_loss"))
-    before = hashes(site)
+    before = tree(site)
     for action in ("--check", "--apply", "--revert"):
         code, out, err = run("open_clip", action, "--target", site)
         assert (code, out) == (2, "")
         assert "can be neither applied nor reverted" in err and "main.py:" in err
         assert "pip install --force-reinstall --no-deps open_clip_torch" in err
-    assert hashes(site) == before
+    assert tree(site) == before
 
 
 def test_another_release_is_refused_even_if_git_could_apply_it(site, run):
     (info,) = site.glob("open_clip_torch-*.dist-info")
     info.rename(site / "open_clip_torch-9.9.2.dist-info")
-    before = hashes(site)
+    before = tree(site)
     code, _, err = run("open_clip", "--apply", "--target", site)
     assert code == 2
     assert f"no patch for open_clip_torch 9.9.2 in {site}" in err and "that has one: 3.3.0" in err
-    assert hashes(site) == before
+    assert tree(site) == before
 
 
 def test_targets_without_packages_and_no_git(site, run, tmp_path, monkeypatch):
@@ -178,12 +177,12 @@ def test_inside_a_repository_with_settings_and_hard_links(tmp_path, site, run, m
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path / "cache").mkdir()
     os.link(site / "open_clip_train" / "main.py", tmp_path / "cache" / "main.py")
-    before, cache = hashes(site), hashes(tmp_path / "cache")
+    before, cache = tree(site), tree(tmp_path / "cache")
     assert run("open_clip", "--apply", "--target", site)[0] == 0
     assert b"\r" not in (site / "open_clip_train" / "main.py").read_bytes()
-    assert hashes(site) != before and hashes(tmp_path / "cache") == cache
+    assert tree(site) != before and tree(tmp_path / "cache") == cache
     assert run("open_clip", "--revert", "--target", site)[0] == 0
-    assert hashes(site) == before
+    assert tree(site) == before
 
 
 @pytest.mark.parametrize("patch", sorted(FOLDER.glob("*.patch")), ids=lambda path: path.stem)

@@ -15,11 +15,8 @@ from transformers import AutoConfig, BertConfig, RobertaConfig
 
 from otter_openclip.model_folders.convert import TEXT_TOWERS
 from otter_openclip.model_folders.export import export_checkpoint
-from otter_openclip.preprocessing import (
-    evaluation_transform,
-    reference_transforms,
-    training_transform,
-)
+from otter_openclip.preprocessing import evaluation_transform, training_transform
+from otter_openclip.training import plugin
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
@@ -27,7 +24,7 @@ RECIPES = sorted(CONFIGS.glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses(path):
-    args = parse("--config", str(path), "--train-data", "x.tar")
+    args = parse(f"--config {path} --train-data x.tar")
     assert args.loss == path.stem.split("_1gpu")[0].rsplit("_", 1)[1]
     assert args.model in open_clip.list_models() and args.model.startswith("otter-RN50-")
     assert (args.opt, args.momentum, args.lr, args.wd) == ("timm/momentum", 0.9, 6e-3, 0)
@@ -39,17 +36,17 @@ def test_every_recipe_parses(path):
 
 def test_a_recipe_is_known_by_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert parse("--config", "cc3m_rn50_declutr_kd").loss == "kd"
+    assert parse("--config cc3m_rn50_declutr_kd").loss == "kd"
     for name in ("cc3m_rn50_declutr_oter", "configs/cc3m_rn50_declutr_otter.yaml"):
         with pytest.raises(SystemExit):
-            parse("--config", name)
+            parse(f"--config {name}")
         error = capsys.readouterr().err
         assert f"--config {name} is neither a file nor a recipe of this package" in error
         assert "did you mean cc3m_rn50_declutr_otter?" in error
         assert all(path.stem in error for path in RECIPES)
     # A file of one's own goes first.
     Path("cc3m_rn50_declutr_kd").write_text("loss: ls", encoding="utf-8")
-    assert parse("--config", "cc3m_rn50_declutr_kd").loss == "ls"
+    assert parse("--config cc3m_rn50_declutr_kd").loss == "ls"
 
 
 def test_every_setting_of_the_paper_has_a_recipe():
@@ -59,7 +56,7 @@ def test_every_setting_of_the_paper_has_a_recipe():
         for data in ("cc3m", "yfcc15m", "wit")
         for loss in ("infonce", "ls", "kd", "otter")
     } <= names
-    towers = {parse("--config", str(path)).model for path in RECIPES}
+    towers = {parse(f"--config {path}").model for path in RECIPES}
     assert towers == {name for name in open_clip.list_models() if name.startswith("otter-RN50-")}
 
 
@@ -163,21 +160,23 @@ def test_transforms_resize_to_256_and_crop_224():
     assert training_transform(64)(Image.new("L", (500, 90))).shape == (3, 64, 64)
 
 
-def test_evaluation_is_bicubic_whatever_training_resizes_with():
-    """As the reference, and ``eval --reference_crop``; YFCC trains with bilinear resizing."""
-    preprocess = {"size": 64, "mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bilinear"}
-    training, evaluation = reference_transforms(preprocess)
-    steps = [*training.transforms, *evaluation.transforms]
-    found = [step.interpolation.value for step in steps if isinstance(step, Resize)]
-    assert found == ["bilinear", "bicubic"]
+def test_training_from_a_recipe_and_export(pairs, tmp_path, monkeypatch):
+    """With the reference's transforms: YFCC trains with bilinear resizing, evaluation is bicubic."""
+    pictures, resizing, stock = [], [], plugin.reference_transforms
 
+    def counting(config):
+        training, evaluation = stock(config)
+        steps = [*training.transforms, *evaluation.transforms]
+        resizing.extend(x.interpolation.value for x in steps if isinstance(x, Resize))
+        return (lambda image: pictures.append(image.size) or training(image)), evaluation
 
-def test_training_from_a_recipe_and_export(pairs, tmp_path):
+    monkeypatch.setattr(plugin, "reference_transforms", counting)
     recipe = "loss: otter\nreference-crop: true\nepochs: 5\nimage-interpolation: bilinear"
     (tmp_path / "r.yaml").write_text(recipe, encoding="utf-8")
-    folder = train(pairs, tmp_path, "--config", str(tmp_path / "r.yaml"), "--epochs", "1")
+    folder = train(pairs, tmp_path, f"--config {tmp_path}/r.yaml --epochs 1", csv=True)
     assert load(folder / "epoch_1.pt")["otter"]["settings"]["loss"] == "otter"
-    assert not (folder / "epoch_2.pt").exists()
+    assert not (folder / "epoch_2.pt").exists() and pictures == 72 * [(40, 40)]
+    assert resizing == ["bilinear", "bicubic"]
     out = export_checkpoint(tmp_path / "run", tmp_path / "out")
     written = json.loads((out / "open_clip_config.json").read_text(encoding="utf-8"))
     assert written["preprocess_cfg"]["interpolation"] == "bilinear"

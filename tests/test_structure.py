@@ -1,13 +1,18 @@
-"""What holds for the package as a whole: which room imports which, and what modules are called."""
+"""What holds for the package as a whole: rooms and their imports, names, and other packages' names."""
 
 from __future__ import annotations
 
 import ast
 import builtins
 import re
+import types
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
+
+from otter_openclip.replacing import replaced
 
 PACKAGE = Path(__file__).parents[1] / "otter_openclip"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -84,3 +89,19 @@ def test_other_packages_are_not_changed_by_a_test_library():
     """`replaced` is the one way, with a list of the names at the head of the module."""
     users = [path for path in MODULES if re.search(r"\bmock\b", path.read_text(encoding="utf-8"))]
     assert users == []
+
+
+def test_names_come_back_whatever_happens():
+    stock = types.ModuleType("stock")
+    stock.function = function = len
+    with replaced((stock, "function", sum), (stock, "open", max)):
+        assert stock.function is sum and stock.open is max
+    assert stock.function is function and not hasattr(stock, "open") and open is builtins.open
+    with pytest.raises(ZeroDivisionError), replaced((stock, "function", None)):
+        1 / 0  # noqa: B018
+    assert stock.function is function
+    # A name that is gone is named.
+    with pytest.raises(RuntimeError, match=r"there is no stock\.gone .*pyproject\.toml"):
+        with replaced((stock, "function", None), (stock, "gone", None)):
+            pass
+    assert stock.function is function

@@ -17,23 +17,19 @@ GOLDEN = np.load(Path(__file__).parent / "golden" / "trajectories.npz")
 
 
 class TwoTowers(nn.Module):
-    def __init__(self, initial):
+    def __init__(self, golden):
         super().__init__()
         self.image = nn.Linear(12, 8)
         self.text = nn.Linear(12, 8)
-        self.logit_scale = nn.Parameter(torch.tensor(float(initial["contrastive_loss.loss.T"])))
+        scale = golden["init/contrastive_loss.loss.T"]
+        self.logit_scale = nn.Parameter(torch.tensor(float(scale)))
         with torch.no_grad():
             for tower in ("image", "text"):
                 for name, param in getattr(self, tower).named_parameters():
-                    param.copy_(torch.tensor(initial[f"{tower}_encoder.l.{name}"]))
+                    param.copy_(torch.tensor(golden[f"init/{tower}_encoder.l.{name}"]))
 
     def forward(self, images, texts):
         return F.normalize(self.image(images), dim=-1), F.normalize(self.text(texts), dim=-1)
-
-
-def below(name, values):
-    """What is recorded below a name."""
-    return {k.removeprefix(f"{name}/"): values[k] for k in values if k.startswith(f"{name}/")}
 
 
 @pytest.mark.parametrize(
@@ -53,28 +49,22 @@ def check_trajectory(
     case, make_loss, decay, lr, device, dtype=torch.float64, autocast=nullcontext, rel=1e-6
 ):
     """Train as recorded: terms and scales to ``rel``, weights by entry, as wholes if it is big."""
-    golden = below(case, GOLDEN)
-    part = partial(below, values=golden)
-    student = TwoTowers(part("init")).to(device, dtype)
+    golden = {key.partition("/")[2]: GOLDEN[key] for key in GOLDEN if key.startswith(f"{case}/")}
+    student = TwoTowers(golden).to(device, dtype)
     loss = make_loss().to(device, dtype)
     teacher = EmaTeacher(student, decay)
     parameters = [*student.parameters(), *loss.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
-    for step, (images, texts) in enumerate(
-        zip(torch.tensor(golden["images"]), torch.tensor(golden["texts"]), strict=True)
-    ):
+    batches = zip(*(torch.tensor(golden[side]) for side in ("images", "texts")), strict=True)
+    for step, (images, texts) in enumerate(batches):
         images, texts = (x.to(device, dtype) for x in (images, texts))
         if step:
             teacher.update(student)
         with autocast():
             with torch.no_grad():
                 targets = teacher.module(images, texts)
-            terms = loss(
-                *student(images, texts),
-                student.logit_scale.exp().clamp(1, 100),  # as the reference
-                *targets,
-                output_dict=True,
-            )
+            scale = student.logit_scale.exp().clamp(1, 100)  # as the reference
+            terms = loss(*student(images, texts), scale, *targets, output_dict=True)
         for name, key in (("contrastive_loss", "contrastive"), ("distill_loss", "distillation")):
             # Summed directions before alpha = 1/2 there: a factor of 4.
             assert 4 * terms[name].item() == pytest.approx(golden[key][step], rel=rel)
@@ -84,7 +74,7 @@ def check_trajectory(
     for model, name in ((student, "student"), (teacher.module, "teacher")):
         for tower in ("image", "text"):
             for key, param in getattr(model, tower).named_parameters():
-                expected = torch.tensor(part(name)[f"{tower}_encoder.l.{key}"])
+                expected = torch.tensor(golden[f"{name}/{tower}_encoder.l.{key}"])
                 found = param.detach().double().cpu()
                 if rel < 1e-3:
                     torch.testing.assert_close(found, expected.double(), rtol=rel, atol=rel / 10)

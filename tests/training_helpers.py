@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from open_clip_train import params
 
@@ -14,48 +16,43 @@ from otter_openclip.train import main
 from otter_openclip.training.launcher import Run
 from otter_openclip.training.plugin import Plugin
 
-COMMON = {
-    "--model": "tiny-rn",
-    "--batch-size": "12",
-    "--epochs": "2",
-    "--warmup": "1",
-    "--lr": "1e-2",
-    "--workers": "0",
-    "--log-every-n-steps": "1",
-    "--name": "run",
-}
+COMMON = "--model tiny-rn --batch-size 12 --epochs 2 --lr 1e-2 --workers 0 --log-every-n-steps 1"
+COMMON += " --name run --warmup 1"
 
 
-def parse_args(*argv: str, prog: str | None = None) -> Any:
+def words_of(*words: Any) -> list[str]:
+    """The words of a command line, whose flags may have their values after them: ``--loss otter``."""
+    split = (w.split() if (w := str(word)).startswith("--") else [w] for word in words)
+    return [word for several in split for word in several]
+
+
+def parse_args(*argv: Any) -> Any:
     """The command's parsed arguments, as its ``main`` gets them."""
-    with replaced(*Run(Plugin(prog)).replacements()):
-        return params.parse_args(list(argv))
+    with replaced(*Run(Plugin()).replacements()):
+        return params.parse_args(words_of(*argv) or None)
 
 
-def flags(pairs: Path, logs: Path, *extra: str, csv: bool = False) -> list[str]:
+def flags(pairs: Path, logs: Path, *extra: Any, csv: bool = False) -> list[str]:
     """A full command line; ``extra`` flags override the common ones."""
     data = str(pairs / "pairs.csv") if csv else str(pairs / "{00000..00001}.tar")
-    words = {"--train-data": [data], "--logs": [str(logs)]}
-    words |= {flag: [value] for flag, value in COMMON.items()}
-    for word in extra:
-        if word.startswith("--"):
-            words[flag := word] = []
-        else:
-            words[flag].append(word)
-    return [word for flag, values in words.items() for word in (flag, *values)]
+    return words_of("--train-data", data, "--logs", logs, COMMON, *extra)
 
 
-def train(pairs: Path, logs: Path, *extra: str, csv: bool = False) -> Path:
+def train(pairs: Path, logs: Path, *extra: Any, csv: bool = False) -> Path:
     """Train and return the checkpoints folder."""
-    root = logging.getLogger()
-    before = list(root.handlers)
-    try:
-        assert main(flags(pairs, logs, *extra, csv=csv)) == 0
-    finally:
-        for handler in set(root.handlers) - set(before):
-            root.removeHandler(handler)
-    name = extra[extra.index("--name") + 1] if "--name" in extra else "run"
-    return logs / name / "checkpoints"
+    line = flags(pairs, logs, *extra, csv=csv)
+    with replaced((root := logging.getLogger(), "handlers", list(root.handlers))):
+        assert main(line) == 0
+    return logs / dict(pairwise(line))["--name"] / "checkpoints"
+
+
+def trained_once(model: str, file: Path) -> dict[str, Any]:
+    """Weights of ``model``, in ``file`` too, with statistics other than the initial ones."""
+    torch.manual_seed(1)
+    made = open_clip.create_model(model)
+    made.train()(torch.randn(64, 3, 32, 32))
+    torch.save(made.state_dict(), file)
+    return made.state_dict()
 
 
 def hide_plugin(folder: Path) -> Path:
@@ -74,14 +71,10 @@ def load(path: Path) -> dict[str, Any]:
 def assert_same(one: Any, other: Any, where: str = "checkpoint") -> None:
     """Bit-identical nested containers of tensors and plain values."""
     assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}[{key!r}]")
-    elif isinstance(one, list | tuple):
+    if isinstance(one, dict | list | tuple):
         assert len(one) == len(other), where
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
+        for key in one if isinstance(one, dict) else range(len(one)):
+            assert_same(one[key], other[key], f"{where}[{key!r}]")
     elif isinstance(one, torch.Tensor):
         assert torch.equal(one, other), where
     else:

@@ -30,8 +30,6 @@ JUDGED_WEIGHTS = "weights"
 JUDGED_BY = "data"
 _REASON = 300  # characters of torch's, which lists every key
 _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and its kind; of torch.compile
-# DINO, MAE and torchvision keep their options beside their weights: plain values, and no code.
-torch.serialization.add_safe_globals([argparse.Namespace])
 
 
 def read_file(path: Path, *, verify: bool = True, mapped: bool = True) -> Mapping[str, Any]:
@@ -53,6 +51,9 @@ def read_file(path: Path, *, verify: bool = True, mapped: bool = True) -> Mappin
             if zipped and verify:
                 _check_checksums(path)
             mmap = mapped and zipped
+            # DINO, MAE and torchvision keep their options beside their weights: plain values, and no
+            # code. Here, because timm takes it off after a load of its own.
+            torch.serialization.add_safe_globals([argparse.Namespace])
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # every format and kind of damage has its own
         reason = (str(error).splitlines() or [""])[0][:160]
