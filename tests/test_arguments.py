@@ -36,6 +36,7 @@ WRONG_LINES = {
     "--loss kd --distill-model a --distill-pretrained b --ema-decay 0": "replaces; drop one",
     "--loss otter --init fit": "--init fit needs what towers give for all pairs",
     "--loss otter --init fit --feature-cache f --lock-image --image-mean 0 0 0": "drop --image-mean",
+    "--loss otter --init fit --feature-cache f --lock-image --precision bf16": "take fp32, amp or",
     "--loss otter --pair-weights f --train-data t.csv": "takes --train-data in webdataset shards",
     "--loss clip --pair-weights f": "--pair-weights has no meaning with --loss clip",
     # What needs frozen towers, or all data beforehand.

@@ -49,7 +49,8 @@ def start_from_fit(args: Namespace) -> None:
         )
         # A warning has made a handler, and open_clip makes its own: every line would be there twice.
         logging.root.handlers.clear()
-    while not (out / FIT_FILE).is_file():  # if rank 0 fails, torchrun ends this one
+    # If rank 0 fails, or waits for ranks that do not see its folder, torchrun ends this one.
+    while not (out / FIT_FILE).is_file():
         time.sleep(_POLL)
     args.model = f"local-dir:{out}"
     args.pair_weights = args.pair_weights or str(out / FIT_FILE)

@@ -287,6 +287,8 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
         if getattr(args, name):
             flag = f"--{name.replace('_', '-')}"
             yield f"--init fit takes the towers as --model has them; drop {flag}, or write such towers"
+    if args.init is not None and args.precision not in (None, "fp32", "amp", "amp_bf16"):
+        yield f"--init fit does not go with --precision {args.precision}; take fp32, amp or amp_bf16"
     if not in_shards(args):
         for flag in ("--feature-cache", "--pair-weights"):
             if getattr(args, _dest(flag)) is not None:
