@@ -1,4 +1,4 @@
-"""What ends a run that would go on for nothing: nothing to train or to train on, numbers with a NaN."""
+"""What is refused before a run, and what ends one that would go on for nothing: no data, a NaN."""
 
 from __future__ import annotations
 
