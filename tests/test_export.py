@@ -135,7 +135,7 @@ def test_overwrite_deletes_nothing_but_an_earlier_export(made_run, tmp_path, cap
     assert "is not an exported model" in capsys.readouterr().err
     (made_run / "open_clip_config.json").write_text("{}", encoding="utf-8")
     assert cli.main(["export", str(made_run), str(made_run), "--overwrite"]) == 2
-    assert "which --overwrite would delete" in capsys.readouterr().err
+    assert "which is replaced" in capsys.readouterr().err
     (made_run / "open_clip_config.json").unlink()
     assert files(made_run) == before
 

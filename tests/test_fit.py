@@ -282,6 +282,7 @@ REFUSED = {
     "no shard": ({"train_data": "/nowhere/0.tar"}, "/nowhere/0.tar"),
     "not labelled": ({"val": "/nowhere"}, "--val"),
     "width": ({"embed_dim": 5000}, "embed_dim is 5000"),
+    "features in the output": ({"feature_cache": "{out}/features"}, "features lies in"),
 }
 
 
@@ -289,11 +290,21 @@ REFUSED = {
 def test_what_cannot_be_fitted(case, model, data, tmp_path, fitted):
     change, said = REFUSED[case]
     (tmp_path / "empty").write_text("\n", encoding="utf-8")
-    places = {"data": data, "none": tmp_path / "empty"}
+    places = {"data": data, "none": tmp_path / "empty", "out": tmp_path / "out"}
     change = {k: v.format(**places) if isinstance(v, str) else v for k, v in change.items()}
     with pytest.raises((ValueError, OSError), match=said):
         fit(tmp_path, model, data, fitted, **change)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_read_or_appears_is_not_replaced(model, data, tmp_path, fitted, monkeypatch):
+    with pytest.raises(FileExistsError, match="out lies in"):
+        fit_folder(fitted[0], model=str(fitted[0]), train_data=shards_of(data), overwrite=True)
+    (tmp_path / "out" / "unknown").mkdir(parents=True)
+    monkeypatch.setattr(fitting_run, "check_out", lambda *_: None)  # as if it had come later
+    with pytest.raises(FileExistsError, match="is not an exported model"):
+        fit(tmp_path, model, data, fitted)
+    assert (tmp_path / "out" / "unknown").is_dir()
 
 
 def test_a_damaged_labelled_picture_is_named(model, data, labelled, tmp_path, fitted):

@@ -377,7 +377,7 @@ def test_settings_that_cannot_be(parts, tmp_path, settings, message, monkeypatch
 
 def test_an_overwrite_does_not_delete_the_text_tower(parts, tmp_path):
     out = make(parts, tmp_path / "out")
-    with pytest.raises(FileExistsError, match="out, which --overwrite would delete"):
+    with pytest.raises(FileExistsError, match="out, which is replaced"):
         make(parts, out, text=out, overwrite=True)
     assert make(parts, out, overwrite=True) == out
 

@@ -95,7 +95,9 @@ def fit_folder(
         RuntimeError: if what open_clip loads from the written folder is not what was fitted.
     """
     out = Path(out)
-    check_out(out, overwrite)
+    folder = Path(feature_cache or f"{out}.features")
+    inputs = [Path(name) for name in (model.removeprefix("local-dir:"), val) if name is not None]
+    check_out(out, overwrite, folder, *filter(Path.exists, inputs))
     if (unpaired_images is None) != (unpaired_captions is None):
         raise ValueError("--unpaired-images and --unpaired-captions go together: give both or none")
     if val is not None:
@@ -103,7 +105,6 @@ def fit_folder(
     rank, world_size = join_ranks() if together else (0, 1)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = precision or ("fp32" if place.type == "cpu" else "amp")
-    folder = Path(feature_cache or f"{out}.features")
     towers = Towers(model, folder, precision, place)
     if not keep_text_mean and not takes_off_a_mean(towers.model, towers.probes()):
         raise ValueError(
