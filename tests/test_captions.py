@@ -29,6 +29,11 @@ def test_those_that_differ_behind_the_cut_are_counted(hf_model, model):
         assert cut_alike("captions", apart, tokenizer) is None
 
 
+def test_one_without_spaces_is_named():
+    texts = [30 * "https://x.org/" + end for end in "ab"]
+    assert "'https://x.org" in cut_alike("captions", texts, open_clip.get_tokenizer("tiny-rn"))
+
+
 def pairs_alike(folder, count=24):
     """Pairs of which all captions are cut alike, but for two, as shards and as a table."""
     folder.mkdir()

@@ -11,6 +11,8 @@ from data_helpers import jpeg, refused, run, tree, write_files
 from fuzz import MEMORY
 from test_data_eval import DICTIONARY
 
+from otter_openclip.data.plan import Plan
+
 IMAGES = 14
 
 
@@ -93,6 +95,13 @@ def test_resume_writes_only_missing_and_damaged_shards(data, whole):
     assert tree(data / "out") == whole
     # No gap where a shard would have had no sample.
     assert {path.name for path in shards.glob("*.tar")} == {f"{n}.tar" for n in range(4)}
+
+
+def test_millions_that_are_skipped_take_no_space(tmp_path):
+    plan = Plan(tmp_path / "plan.db", "row")
+    for _ in range(3):
+        plan.skip("video", 2)
+    assert plan.db.execute("SELECT * FROM skipped").fetchall() == [("video", 6)]
 
 
 @pytest.mark.parametrize("complete", [False, True])
