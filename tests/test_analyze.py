@@ -156,6 +156,9 @@ def test_pairs_come_from_all_shards_and_long_ones_make_up_for_short_ones(tmp_pat
     shards_of = [Path(pair.shard).stem for pair in reader]
     assert {x: shards_of.count(x) for x in "012"} == {"1": 3, "2": 15, "0": 15}
     assert reader.pairs_in_all is None  # not all was read
+    (tmp_path / "3.tar").write_bytes(b"x" * 10**6)
+    few = Reader(str(tmp_path / "{0,1,3}.tar"), 2)
+    assert len(list(few)) == 2 and not few.passed_over  # the last one is not opened
     again = Reader(shards, 1000)
     assert len(list(again)) == 63 == again.pairs_in_all
     (tmp_path / "sizes.json").write_text('{"0.tar": 40, "1.tar": 3, "2.tar": 20}', encoding="utf-8")

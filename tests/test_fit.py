@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import COLOURS, SHAPES, picture, png, write_tar
 from data_helpers import run as run_data
-from data_helpers import samples
+from data_helpers import samples, write_files
 from forks import ranks
 from PIL import Image
 from training_helpers import load, train
@@ -79,8 +79,8 @@ def features(cache):
 
 
 def joined(folder):
-    """One array of a folder's files."""
-    rows = [np.load(file)[:, 0] for file in sorted(folder.glob("*.npy"))]
+    """One array of a folder's files of pairs."""
+    rows = [np.load(file)[:, 0] for file in sorted(folder.glob("0000*.npy"))]
     return np.concatenate(rows).astype(np.float32)
 
 
@@ -170,6 +170,23 @@ def test_a_list_that_is_of_something_else(tmp_path, capsys, content, said):
     words = f"--captions {tmp_path}/t.csv --images {tmp_path} --output {tmp_path}/o"
     assert run_data("csv", *words.split(), "--drop-wrong", tmp_path / "fit.json") == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_key_is_its_rows_whatever_pictures_are_there(tmp_path):
+    table = "filepath,title\n" + "".join(f"{n}.png,dog {n}\n" for n in range(3))
+    (tmp_path / "t.csv").write_text(table, encoding="utf-8")
+    words = f"csv --captions {tmp_path}/t.csv --images {tmp_path}/i --output".split()
+    for number in (1, 2, 0):
+        picture_file = png(Image.new("RGB", (9, 9), COLOURS[number]))
+        write_files(tmp_path / "i", {f"{number}.png": picture_file})
+        if number == 2:  # the first one is missing
+            assert run_data(*words, tmp_path / "few") == 0
+    ((key, _), *_) = sorted(samples(tmp_path / "few" / "00000.tar").items())
+    wrong = {"wrong": [{"shard": "few/00000.tar", "key": key}]}
+    (tmp_path / "fit.json").write_text(json.dumps(wrong), encoding="utf-8")
+    assert run_data(*words, tmp_path / "all", "--drop-wrong", tmp_path / "fit.json") == 0
+    kept = samples(tmp_path / "all" / "00000.tar").values()
+    assert sorted(files["txt"] for files in kept) == [b"dog 0", b"dog 2"]
 
 
 def first_losses(logs):
@@ -263,6 +280,22 @@ def test_val_unpaired_and_a_text_mean_that_stays(model, data, labelled, tmp_path
     before = open_clip.create_model(f"local-dir:{model}")
     norms = [m.text.transformer.encoder.layer[-1].output.LayerNorm.bias for m in (loaded, before)]
     assert torch.equal(*norms)
+
+
+def test_scale_and_likelihood_are_of_the_setting_that_val_chose(
+    model, data, labelled, tmp_path, fitted
+):
+    said = record(fit(tmp_path, model, data, fitted, val=str(labelled), no_weights=True))
+    setting = {"ridge": (said["ridge_images"], said["ridge_texts"]), "power": said["power"]}
+    found = fit_heads(*features(fitted[1]), weights=False, **setting)[2]
+    assert said["logit_scale"] == found.logit_scale
+    assert said["log_likelihood"] == pytest.approx(found.log_likelihood, rel=1e-6)
+
+
+def test_precisions_that_need_other_weights_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main("fit out --model m --train-data t.tar --precision bf16".split())
+    assert "invalid choice: 'bf16'" in capsys.readouterr().err
 
 
 def fit(folder, towers, data, fitted, **changes):

@@ -117,8 +117,8 @@ class ClosedFormHeads(BaseEstimator):
         pairs = ArrayPairs(images, texts, weight)
         course = Fit(pairs, self._options())
         self.heads_, self.statistics_ = course.run(unpaired)
-        chances = torch.cat([course.weights(b) / b.weights for b in pairs.blocks("Weights")])
-        self.pair_weights_ = _like(chances.nan_to_num(1.0), X)
+        chances = torch.cat([course.chances(block) for block in pairs.blocks("Weights")])
+        self.pair_weights_ = _like(chances, X)
         return self
 
     def _options(self) -> Options:

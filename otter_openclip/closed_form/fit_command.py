@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 
 from otter_openclip.cli import number, positive
-from otter_openclip.terminating import on_sigterm
 
 PRECISIONS = ("fp32", "amp", "amp_bf16")  # the towers' weights stay in float32
 
@@ -47,11 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace OUT if it is an earlier export")
 
 
-@on_sigterm()
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     from otter_openclip.closed_form.fitting_run import fit_folder  # heavy imports
 
-    settings = {name: value for name, value in vars(args).items() if name != "command"}
-    fit_folder(report=print, **settings)
+    fit_folder(report=print, **vars(args))
     return 0

@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from tqdm import tqdm
 
 from otter_openclip.cli import needs
-from otter_openclip.closed_form.fitting_run import FIT_FILE, Towers
+from otter_openclip.closed_form.fitting_run import FIT_FILE
 from otter_openclip.closed_form.listing import contents
+from otter_openclip.closed_form.towers import Towers
 from otter_openclip.compare.findings import LABELS, page, table, verdict
 from otter_openclip.compare.icons import SHUFFLED, WRONG, find_fonts, write_icons
 from otter_openclip.compare.trial import CLOSED_FORM, FIT, METRICS, PICTURES, Place, quietly, run
@@ -116,9 +116,8 @@ def find_towers() -> dict[str, Any]:
 
 def _encode(out: Path, right: list[str], shuffled: list[str]) -> None:
     """What the towers give for the pairs; pictures are the same under right and shuffled captions."""
-    device = torch.device("cpu")
-    towers = Towers(str(out / "towers"), out / "features", "fp32", device)
-    fill([towers.images, towers.texts], right, device=device, workers=1)
+    towers = Towers(str(out / "towers"), out / "features", device="cpu")
+    fill([towers.images, towers.texts], right, device=towers.device, workers=1)
     for one, other in zip(right, shuffled, strict=True):
         towers.images.files.write(other, towers.images.files.read(one))
 
