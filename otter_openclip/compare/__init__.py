@@ -51,5 +51,5 @@ def main(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from otter_openclip.compare.comparing import compare  # heavy imports
 
-    compare(**{name: value for name, value in vars(args).items() if name != "command"})
+    compare(**vars(args))
     return 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import tempfile
 import time
@@ -13,12 +15,11 @@ from typing import Any
 
 import filelock
 import open_clip
-import torch
 import transformers
 import yaml
 from tqdm import tqdm
 
-from otter_openclip.closed_form.fitting_run import Towers
+from otter_openclip.closed_form.towers import Towers
 from otter_openclip.compare.findings import LABELS, page, table, verdict
 from otter_openclip.compare.halves import CHOOSING, REPORTING, write_halves
 from otter_openclip.compare.study import QUICK_STEPS, STEPS, Study
@@ -28,7 +29,9 @@ from otter_openclip.frozen.encode import fill, fingerprint
 from otter_openclip.model_folders.export import export_checkpoint
 from otter_openclip.shards import read
 
-HALVES, LOCK = "halves", ".lock"  # of a folder that this command has written
+# Of a folder that this command has written.
+HALVES, LOCK, RESULTS = "halves", ".lock", "results.json"
+_SILENT = 10.0  # seconds of waiting for another process before it is said
 
 
 def compare(
@@ -61,7 +64,7 @@ def compare(
     place = Place(model, train_data, {}, out)
     pairs, digest = _read_pairs(place)
     out.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(out / LOCK):
+    with _locked(out):
         halves, images = write_halves(eval, out / HALVES)
         frozen, towers = _encode(place)
         place = replace(place, tests=halves, frozen=frozen)
@@ -83,14 +86,21 @@ def compare(
         if methods:  # the closed form is made once, before others look for it
             run(FIT, CLOSED_FORM, place, 0)
     _work(study, deadline, f"--hours {hours}")
-    with filelock.FileLock(out / LOCK):
+    with _locked(out):
         _leave(out, study, {"pairs": pairs, "test images": images})
+
+
+def _locked(out: Path) -> contextlib.AbstractContextManager:
+    lock = filelock.FileLock(out / LOCK)
+    try:
+        return lock.acquire(timeout=_SILENT)
+    except filelock.Timeout:
+        print(f"Waiting for another process in {out}")
+        return lock.acquire()
 
 
 def _read_pairs(place: Place) -> tuple[int, str]:
     """How many pairs there are, and a digest of the shards' names and sizes, alike on all machines."""
-    if place.train_data.endswith((".csv", ".tsv")):
-        raise ValueError(f"--train-data {place.train_data} is a table; see otter-openclip data csv")
     count, digest = 0, hashlib.sha256()
     for shard in place.shards:
         try:
@@ -106,18 +116,15 @@ def _read_pairs(place: Place) -> tuple[int, str]:
 
 def _encode(place: Place) -> tuple[bool, str]:
     """Whether the model is two towers, what they give for the pairs then being kept; and its digest."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = "fp32" if device.type == "cpu" else "amp"
     try:
-        name = place.model.removeprefix("local-dir:")
-        towers = Towers(name, place.work / "features", precision, device)
+        towers = Towers(place.model.removeprefix("local-dir:"), place.work / "features")
     except ValueError:
         try:
             return False, fingerprint({}, open_clip.create_model(place.model).state_dict())
         except (RuntimeError, OSError) as error:
             raise ValueError(f"--model {place.model}: {error}") from error
     workers = min(8, (os.cpu_count() or 1) // 2)
-    fill([towers.images, towers.texts], place.shards, device=device, workers=workers)
+    fill([towers.images, towers.texts], place.shards, device=towers.device, workers=workers)
     return True, fingerprint({}, towers.model.state_dict())
 
 
@@ -141,9 +148,10 @@ def _work(study: Study, deadline: float, hours: str) -> None:
             while time.monotonic() + runs_left * study.mean_seconds() < deadline and step():
                 bar.update(study.count() - bar.n)
 
-        go_on(lambda: study.tune_next(said), repeats)
+        # One run more is the one that leaves the model.
+        go_on(lambda: study.tune_next(said), repeats + 1)
         study.choose()
-        go_on(study.repeat_next, 1)
+        go_on(study.repeat_next, 2)
     if not study.results():
         late = (
             f"{hours}: no method came to its end in that time; the same command goes on from here"
@@ -163,13 +171,14 @@ def _leave(out: Path, study: Study, facts: dict[str, Any]) -> None:
         text = yaml.safe_dump(recipe, sort_keys=False)
         write_text(out / "recipes" / f"{row['method']}.yaml", text)
     best = rows[0]["method"]
-    with tempfile.TemporaryDirectory(dir=out) as logs:
-        run(best, study.setting(best), place, 0, logs=Path(logs))
-        with quietly():
-            export_checkpoint(Path(logs) / "run", out / "model", overwrite=True)
+    if not (out / "model").is_dir() or _rows_before(out) != json.loads(json.dumps(rows)):
+        with tempfile.TemporaryDirectory(dir=out) as logs:
+            run(best, study.setting(best), place, 0, logs=Path(logs))
+            with quietly():
+                export_checkpoint(Path(logs) / "run", out / "model", overwrite=True)
     more = {"failed": study.failed, "importance": study.importances()}
     record = {"verdict": verdict(rows), **facts, "trials": study.trials_each, "rows": rows, **more}
-    write_json(out / "results.json", record)
+    write_json(out / RESULTS, record)
     text = (
         f"{facts['pairs']:,} pairs of {place.train_data}. Every loss was tuned by {study.trials_each} "
         f"trials over one space, by mAP on half of {facts['test images']:,} images; figures are of "
@@ -178,3 +187,11 @@ def _leave(out: Path, study: Study, facts: dict[str, Any]) -> None:
     html = page("Does it help on these pairs?", text, {"": rows}, place, results, **more)
     write_text(out / "report.html", html)
     print(f"{record['verdict']}\nWrote {out}; open {out / 'report.html'}")
+
+
+def _rows_before(out: Path) -> Any:
+    """The rows of an earlier ``results.json``, if there are any."""
+    try:
+        return json.loads((out / RESULTS).read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError):
+        return None
