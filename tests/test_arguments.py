@@ -1,6 +1,7 @@
 """The command line: what is refused, before any data are read, and what the message says."""
 
-from argparse import Namespace
+import math
+from argparse import ArgumentTypeError, Namespace
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 
@@ -11,7 +12,8 @@ from open_clip_train import params
 from training_helpers import parse_args as parse
 from training_helpers import train
 
-from otter_openclip import __version__
+from otter_openclip import __version__, cli, inspect_command
+from otter_openclip.closed_form import fit_command
 from otter_openclip.replacing import replaced
 from otter_openclip.training import flags as train_flags
 from otter_openclip.training import launcher
@@ -86,6 +88,25 @@ def test_stock_flags_and_defaults_stay():
     stock, ours = vars(params.parse_args(words)), vars(parse(*words))
     assert ours["loss"] == "clip"
     assert {name: ours[name] for name in stock} == stock
+
+
+def test_numbers_are_finite():
+    with pytest.raises(ArgumentTypeError, match="must be finite, got -inf"):
+        cli.number(-math.inf)("-inf")
+
+
+def test_who_goes_on_when_it_is_stopped(monkeypatch, capsys):
+    """Ctrl-C in what keeps nothing is no promise."""
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit_command, "main", interrupted)
+    monkeypatch.setattr(inspect_command, "main", interrupted)
+    assert cli.main("fit out --model m --train-data t.tar".split()) == 130
+    assert "The same command goes on from here" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        cli.main("data inspect t.tar".split())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
