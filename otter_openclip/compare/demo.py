@@ -81,8 +81,9 @@ def demonstrate(output: str | Path, *, quick: bool = False) -> None:
         f"names, and name icons held out; {setting['steps']} steps, batch {setting['batch-size']}. One "
         "seed: a demonstration, not a benchmark."
     )
-    wrong, said = _wrong(place)
-    html = page("OTTER on icons", text, panels, place, results, wrong=wrong, said=said)
+    wrong, said = _wrong(places["shuffled"])
+    more = {"wrong": wrong, "said": said}
+    html = page("OTTER on icons", text, panels, places["shuffled"], results, **more)
     write_text(out / "report.html", html)
     seconds = round(time.monotonic() - began, 1)
     write_json(out / RESULTS, {"seconds": seconds, "setting": setting, "wrong": said, **panels})
