@@ -259,6 +259,9 @@ def test_what_failed_is_tried_again_by_the_next_command(opened):
         while made.repeat_next():
             pass
         assert len(made.results()) == (0 if full else 3)
+        if full:
+            with pytest.raises(RuntimeError, match="No space left on device"):
+                comparing._work(made, time.monotonic() + 1e6, "--hours 1")
 
 
 def test_hours_leave_time_for_the_model(opened, monkeypatch):
@@ -271,9 +274,15 @@ def test_hours_leave_time_for_the_model(opened, monkeypatch):
 
 def test_who_waits_for_another_process_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(comparing, "_SILENT", 0.1)
-    held = filelock.FileLock(tmp_path / comparing.LOCK, thread_local=False)
-    held.acquire()
-    threading.Timer(0.5, held.release).start()
+    held = threading.Event()
+
+    def hold():
+        with filelock.FileLock(tmp_path / comparing.LOCK):
+            held.set()
+            time.sleep(0.5)
+
+    threading.Thread(target=hold).start()
+    held.wait()
     with comparing._locked(tmp_path):
         assert f"Waiting for another process in {tmp_path}" in capsys.readouterr().out
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -131,17 +132,18 @@ def _encode(place: Place) -> tuple[bool, str]:
 def _work(study: Study, deadline: float, hours: str) -> None:
     """Do what is missing, as long as there is time, with a bar."""
     began, repeats = time.monotonic(), study.seeds * len(study.methods)
-    everything = study.trials * len(study.tuned) + repeats
-    with tqdm(total=everything, initial=study.count(), unit="run") as bar:
+    everything, before = study.trials * len(study.tuned) + repeats, study.count()
+    shown = sys.stderr  # a run's own is not
+    with tqdm(total=everything, initial=before, unit="run") as bar:
 
         def said(method: str, epoch: int, value: float) -> None:
             bar.set_description(f"{LABELS[method]}, mAP {100 * value:.1f}")
-            if not study.place.frozen and epoch == 1 and bar.n == bar.initial:
+            if not study.place.frozen and epoch == 1 and study.count() == before:
                 seconds = (time.monotonic() - began) * EVALUATIONS
                 bar.write(
                     f"The towers are trained: a trial takes up to {seconds / 60:.1f} minutes, and all "
                     f"{everything} runs {seconds * everything / 3600:.1f} hours",
-                    file=bar.fp,  # standard output is the run's, and not shown
+                    file=shown,
                 )
 
         def go_on(step: Callable[[], bool], runs_left: int) -> None:
@@ -156,7 +158,8 @@ def _work(study: Study, deadline: float, hours: str) -> None:
         late = (
             f"{hours}: no method came to its end in that time; the same command goes on from here"
         )
-        raise RuntimeError("; ".join(study.failed.values()) or late)
+        errors = study.failed or study.errors
+        raise RuntimeError("; ".join(dict.fromkeys(errors.values())) or late)
 
 
 def _leave(out: Path, study: Study, facts: dict[str, Any]) -> None:

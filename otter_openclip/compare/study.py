@@ -64,6 +64,7 @@ class Study:
         failed: of methods no trial of which ended well, why.
         trials_each: of every method, among which its setting was chosen.
         chosen: by method the trial's number.
+        errors: of what failed in this process, by the study's name and the trial's number.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Study:
         self.trials, self.seeds = budget["trials"], budget["seeds"]
         self.space = place.frozen, budget["pairs"], budget["steps"]
         self.failed: dict[str, str] = {}
-        self._failed_here: set[tuple[str, int]] = set()  # studies and numbers of trials
+        self.errors: dict[tuple[str, int], str] = {}
         self.chosen: dict[str, int] = {}
         self.trials_each = 0
         try:
@@ -115,7 +116,7 @@ class Study:
         """The trials that count: if all have failed, by a full disk perhaps, only this process's."""
         ended = self._trials(method, ended=True)
         if all("error" in trial.user_attrs for trial in ended):
-            return [trial for trial in ended if (method, trial.number) in self._failed_here]
+            return [trial for trial in ended if (method, trial.number) in self.errors]
         return ended
 
     def count(self) -> int:
@@ -169,7 +170,7 @@ class Study:
         except Stop:
             self.studies[name].tell(trial, state=TrialState.PRUNED)
         except RuntimeError as error:
-            self._failed_here.add((name, trial.number))
+            self.errors[name, trial.number] = str(error)
             trial.set_user_attr("error", str(error))
             self.studies[name].tell(trial, state=TrialState.FAIL)
         else:
@@ -222,7 +223,7 @@ class Study:
         done = {
             trial.user_attrs["repeat"]
             for trial in self._trials(SEEDS, ended=True)
-            if "outcome" in trial.user_attrs or (SEEDS, trial.number) in self._failed_here
+            if "outcome" in trial.user_attrs or (SEEDS, trial.number) in self.errors
         }
         missing = {name: key for key, name in self._repeats().items() if name not in done}
         if not missing:
