@@ -23,7 +23,7 @@ from tqdm import tqdm
 from benchmarks.common import RESULTS, draw
 from otter_openclip import fit_heads
 from otter_openclip.closed_form.blocks import ShardPairs
-from otter_openclip.closed_form.towers import Towers
+from otter_openclip.closed_form.two_towers import Towers
 from otter_openclip.closed_form.validation import LabelledFeatures
 from otter_openclip.compare.findings import mean_deviation
 from otter_openclip.compare.trial import METRICS

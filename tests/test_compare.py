@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -243,25 +242,16 @@ def test_hopeless_trials_stop_and_failing_methods_are_given_up(opened):
 
 
 def test_what_failed_is_tried_again_by_the_next_command(opened):
-    failures = []
-    for full in (True, False):  # the disk
-        made, values = opened(["infonce"])
-        values["infonce"] = RuntimeError("No space left on device") if full else 0.5
-        while made.tune_next(print):
-            pass
-        failures.append(made.failed)
-    assert failures == [{"infonce": "No space left on device"}, {}]
-    assert len(made.studies["infonce"].trials) == 8
-    for full in (True, False):
-        made, values = opened(["infonce"])
-        values["infonce"] = RuntimeError("No space left on device") if full else 0.5
-        made.choose()
-        while made.repeat_next():
-            pass
-        assert len(made.results()) == (0 if full else 3)
-        if full:
-            with pytest.raises(RuntimeError, match="No space left on device"):
-                comparing._work(made, time.monotonic() + 1e6, "--hours 1")
+    found = []
+    for step in ("tune", "repeat"):
+        for value in (RuntimeError("No space left on device"), 0.5):
+            made, values = opened(["infonce"])
+            values["infonce"] = value
+            made.choose()
+            while made.repeat_next() if step == "repeat" else made.tune_next(print):
+                pass
+            found.append((len(made.failed), len(made.errors), len(made.results())))
+    assert found == [(1, 3, 0), (0, 0, 0), (0, 3, 0), (0, 0, 3)]
 
 
 def test_hours_leave_time_for_the_model(opened, monkeypatch):
@@ -273,18 +263,13 @@ def test_hours_leave_time_for_the_model(opened, monkeypatch):
 
 
 def test_who_waits_for_another_process_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(comparing, "_SILENT", 0.1)
-    held = threading.Event()
+    def acquire(lock, timeout=None):
+        if timeout:
+            raise filelock.Timeout("lock")
 
-    def hold():
-        with filelock.FileLock(tmp_path / comparing.LOCK):
-            held.set()
-            time.sleep(0.5)
-
-    threading.Thread(target=hold).start()
-    held.wait()
-    with comparing._locked(tmp_path):
-        assert f"Waiting for another process in {tmp_path}" in capsys.readouterr().out
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    comparing._locked(tmp_path)
+    assert f"Waiting for another process in {tmp_path}" in capsys.readouterr().out
 
 
 def outcome(value, course=((10, 0.1),)):

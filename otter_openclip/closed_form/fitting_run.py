@@ -15,7 +15,7 @@ from otter_openclip.closed_form.headed_model import takes_off_a_mean, with_heads
 from otter_openclip.closed_form.heads import Heads
 from otter_openclip.closed_form.listing import WrongPair, better_captions, contents, judge_shards
 from otter_openclip.closed_form.page import page
-from otter_openclip.closed_form.towers import Towers
+from otter_openclip.closed_form.two_towers import Towers
 from otter_openclip.closed_form.validation import LabelledFeatures
 from otter_openclip.evaluation.run import join_ranks
 from otter_openclip.evaluation.validator import check_webdataset
@@ -159,7 +159,7 @@ def _record(heads: Heads, statistics: Statistics, wrong: list[WrongPair]) -> dic
             "pair_weights": WEIGHTS_FOLDER,
             "wrong": [
                 {
-                    "shard": pair.shard,
+                    "shard": pair.place[0],
                     "key": pair.key,
                     "weight": round(pair.weight, 4),
                     "similarity": round(pair.similarity, 4),

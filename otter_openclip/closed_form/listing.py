@@ -24,29 +24,20 @@ WRONG = 0.5  # pairs of a smaller weight are likelier wrong than right
 BETTER = 3  # captions that fit a picture better
 _CAPTIONS = 65_536  # among which they are sought
 _ROUNDING = 1e-5  # of a similarity
-
-
 Place = tuple[str, int]  # a shard, and a sample's number in it
+Files = dict[str, bytes]
 
 
 class WrongPair(NamedTuple):
     """A pair that looks wrong: where it lies, how likely it is right, and its own similarity."""
 
-    shard: str
-    number: int
+    place: Place
     key: str
     weight: float
     similarity: float
 
-    @property
-    def place(self) -> Place:
-        """Where it lies."""
-        return self.shard, self.number
 
-
-def judge_shards(
-    fit: Fit, pairs: ShardPairs, folder: str
-) -> tuple[dict[str, bytes], list[WrongPair]]:
+def judge_shards(fit: Fit, pairs: ShardPairs, folder: str) -> tuple[Files, list[WrongPair]]:
     """Files of weights by name below ``folder``, and the wrong pairs, most certain first.
 
     A file has a row for each sample of its shard, NaN where it has no weight, and is called as the
@@ -68,13 +59,13 @@ def judge_shards(
         if doubtful:
             for place, (key, _) in enumerate(read.samples(shard, contents=False)):
                 if place in doubtful:
-                    wrong.append(WrongPair(shard, place, key, *doubtful[place]))
+                    wrong.append(WrongPair((shard, place), key, *doubtful[place]))
     if pairs.world_size > 1:
         everyone: list[Any] = [None] * pairs.world_size
         dist.all_gather_object(everyone, (files, wrong))
         files = {name: file for each, _ in everyone for name, file in each.items()}
         wrong = [pair for _, each in everyone for pair in each]
-    return files, sorted(wrong, key=lambda pair: (pair.weight, pair.similarity, *pair.place))
+    return files, sorted(wrong, key=lambda pair: (pair.weight, pair.similarity, pair.place))
 
 
 def weights_of(path: str) -> FeatureFiles:
@@ -89,9 +80,7 @@ def weights_of(path: str) -> FeatureFiles:
     return FeatureFiles(Path(path).parent / folder)
 
 
-def better_captions(
-    pairs: ShardPairs, heads: Heads, wrong: Sequence[WrongPair]
-) -> list[list[Place]]:
+def better_captions(pairs: ShardPairs, heads: Heads, wrong: list[WrongPair]) -> list[list[Place]]:
     """For each of the ``wrong`` pairs places of captions that fit its picture better than its own."""
     if not wrong:
         return []

@@ -40,7 +40,7 @@ def page(
         curves["similarities"] = similarity_chart(wrong)
     pairs = [
         {
-            "place": f"{pair.shard}: {pair.key}",
+            "place": f"{pair.place[0]}: {pair.key}",
             "weight": pair.weight,
             "image": _image(samples[pair.place]),
             "caption": _caption(samples[pair.place]),

@@ -10,7 +10,7 @@ from clip_benchmark.datasets.builder import build_wds_dataset
 from torch import Tensor
 
 from otter_openclip.closed_form.heads import Heads
-from otter_openclip.closed_form.towers import Towers
+from otter_openclip.closed_form.two_towers import Towers
 from otter_openclip.evaluation.labelled_images import LabelledImages
 from otter_openclip.evaluation.metrics import multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts

@@ -20,7 +20,7 @@ import transformers
 import yaml
 from tqdm import tqdm
 
-from otter_openclip.closed_form.towers import Towers
+from otter_openclip.closed_form.two_towers import Towers
 from otter_openclip.compare.findings import LABELS, page, table, verdict
 from otter_openclip.compare.halves import CHOOSING, REPORTING, write_halves
 from otter_openclip.compare.study import QUICK_STEPS, STEPS, Study
@@ -30,8 +30,7 @@ from otter_openclip.frozen.encode import fill, fingerprint
 from otter_openclip.model_folders.export import export_checkpoint
 from otter_openclip.shards import read
 
-# Of a folder that this command has written.
-HALVES, LOCK, RESULTS = "halves", ".lock", "results.json"
+HALVES, LOCK = "halves", ".lock"  # of a folder that this command has written
 _SILENT = 10.0  # seconds of waiting for another process before it is said
 
 
@@ -174,14 +173,16 @@ def _leave(out: Path, study: Study, facts: dict[str, Any]) -> None:
         text = yaml.safe_dump(recipe, sort_keys=False)
         write_text(out / "recipes" / f"{row['method']}.yaml", text)
     best = rows[0]["method"]
-    if not (out / "model").is_dir() or _rows_before(out) != json.loads(json.dumps(rows)):
+    path = out / "results.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else None
+    if before != json.loads(json.dumps(rows)) or not (out / "model").is_dir():
         with tempfile.TemporaryDirectory(dir=out) as logs:
             run(best, study.setting(best), place, 0, logs=Path(logs))
             with quietly():
                 export_checkpoint(Path(logs) / "run", out / "model", overwrite=True)
     more = {"failed": study.failed, "importance": study.importances()}
     record = {"verdict": verdict(rows), **facts, "trials": study.trials_each, "rows": rows, **more}
-    write_json(out / RESULTS, record)
+    write_json(path, record)
     text = (
         f"{facts['pairs']:,} pairs of {place.train_data}. Every loss was tuned by {study.trials_each} "
         f"trials over one space, by mAP on half of {facts['test images']:,} images; figures are of "
@@ -190,11 +191,3 @@ def _leave(out: Path, study: Study, facts: dict[str, Any]) -> None:
     html = page("Does it help on these pairs?", text, {"": rows}, place, results, **more)
     write_text(out / "report.html", html)
     print(f"{record['verdict']}\nWrote {out}; open {out / 'report.html'}")
-
-
-def _rows_before(out: Path) -> Any:
-    """The rows of an earlier ``results.json``, if there are any."""
-    try:
-        return json.loads((out / RESULTS).read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError, KeyError):
-        return None

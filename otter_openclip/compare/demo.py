@@ -19,7 +19,7 @@ from tqdm import tqdm
 from otter_openclip.cli import needs
 from otter_openclip.closed_form.fitting_run import FIT_FILE
 from otter_openclip.closed_form.listing import contents
-from otter_openclip.closed_form.towers import Towers
+from otter_openclip.closed_form.two_towers import Towers
 from otter_openclip.compare.findings import LABELS, page, table, verdict
 from otter_openclip.compare.icons import SHUFFLED, WRONG, find_fonts, write_icons
 from otter_openclip.compare.trial import CLOSED_FORM, FIT, METRICS, PICTURES, Place, quietly, run

@@ -138,14 +138,9 @@ def run(
     """
     recipe = flags(method, setting, place)
     steps = recipe["train-num-samples"] // recipe["batch-size"]
-    plugin = MeasuringPlugin(
-        place,
-        head_seed=seed if FIT not in method else None,
-        steps=steps,
-        report=report,
-        name_pictures=name_pictures,
-        leaves_nothing=logs is None,
-    )
+    head_seed = None if FIT in method else seed
+    switches = {"name_pictures": name_pictures, "leaves_nothing": logs is None}
+    plugin = MeasuringPlugin(place, head_seed, steps, report, **switches)
     recipe |= {"log-every-n-steps": 1_000_000, "name": "run", "seed": seed}
     with tempfile.TemporaryDirectory() as nowhere, quietly():
         recipe["logs"] = logs or nowhere
@@ -164,10 +159,10 @@ class MeasuringPlugin(Plugin):
     def __init__(
         self,
         place: Place,
-        *,
         head_seed: int | None,
         steps: int,
         report: Callable[[int, float], None],
+        *,
         name_pictures: bool,
         leaves_nothing: bool,
     ) -> None:

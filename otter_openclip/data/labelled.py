@@ -17,13 +17,7 @@ from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import PATHS, absolute
 from otter_openclip.data.tables import at, lines
 from otter_openclip.files import write_text
-from otter_openclip.shards.write import (
-    CLASSES_FILE,
-    COUNT_FILE,
-    TEMPLATES_FILE,
-    TYPE_FILE,
-    label_vector,
-)
+from otter_openclip.shards import write
 
 SPLIT = "test"
 
@@ -61,22 +55,16 @@ def build(args: argparse.Namespace, classes: Sequence[str], rows: Sequence[Row])
             plan.add(image, picture, numbers, key=key_of(image), where=f"line {line} of the labels")
 
     def finish(folder: Path, plan: Plan) -> None:
-        write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in classes))
-        write_text(folder / TEMPLATES_FILE, "a photo of {c}.\n")
-        write_text(folder / TYPE_FILE, "multilabel\n")
-        write_text(folder / SPLIT / COUNT_FILE, f"{plan.report()['shards']}\n")
+        write_text(folder / write.CLASSES_FILE, "".join(f"{name}\n" for name in classes))
+        write_text(folder / write.TEMPLATES_FILE, "a photo of {c}.\n")
+        write_text(folder / write.TYPE_FILE, "multilabel\n")
+        write_text(folder / SPLIT / write.COUNT_FILE, f"{plan.report()['shards']}\n")
 
-    Build(
-        args=args,
-        inputs=[args.classes, args.labels],
-        images=images,
-        fill=fill,
-        finish=finish,
-        suffix="npy",
-        encode=lambda numbers: label_vector(map(int, numbers.split()), len(classes)),
-        shard_name=f"{SPLIT}/{{}}.tar",
-        record="image",
-    ).run()
+    def encode(numbers: str) -> bytes:
+        return write.label_vector(map(int, numbers.split()), len(classes))
+
+    kind = {"suffix": "npy", "encode": encode, "shard_name": f"{SPLIT}/{{}}.tar", "record": "image"}
+    Build(args, [args.classes, args.labels], images, fill, finish=finish, **kind).run()
     print(f"{len(classes)} classes.")
     where = f"--dataset wds/{os.path.basename(args.output)} --dataset_root {args.output}"
     print(f"clip_benchmark eval {where} --task zeroshot_classification ...")
