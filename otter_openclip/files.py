@@ -57,10 +57,9 @@ def _remove_unfinished(path: Path) -> None:
     """Remove what processes of this machine left that were killed while they wrote ``path``."""
     ours = re.escape(f"{path.name}.{socket.gethostname()}-") + r"(\d+)-[0-9a-f]{8}\.tmp"
     for file in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-        if not (written := re.fullmatch(ours, file.name)):
-            continue
         try:
-            os.kill(int(written[1]), 0)
+            if written := re.fullmatch(ours, file.name):
+                os.kill(int(written[1]), 0)
         except ProcessLookupError:
             file.unlink(missing_ok=True)
         except PermissionError:

@@ -20,6 +20,7 @@ from training_helpers import load, train
 from otter_openclip import cli, fit_heads
 from otter_openclip.closed_form import fitting_run, headed_model
 from otter_openclip.closed_form.fitting_run import fit_folder
+from otter_openclip.closed_form.two_towers import Towers
 from otter_openclip.frozen.loader import split_weights
 from otter_openclip.model_folders.towers import make_towers
 from otter_openclip.training import student_with_teacher
@@ -349,17 +350,13 @@ def test_a_tower_that_cannot_take_the_mean_off(model, data, tmp_path, fitted, mo
         fit(tmp_path, model, data, fitted)
 
 
-def test_which_towers_take_a_mean_off(model):
-    from otter_openclip.frozen.prefix import inner_parts, install
-
-    loaded = open_clip.create_model(f"local-dir:{model}").eval()
-    install(loaded, inner_parts(loaded))
-    tokens = open_clip.get_tokenizer(f"local-dir:{model}")(["red", "a circle"])
-    assert headed_model.takes_off_a_mean(loaded, tokens)
-    for module in loaded.text.transformer.modules():
+def test_which_towers_take_a_mean_off(model, tmp_path):
+    towers = Towers(str(model), tmp_path)
+    assert headed_model.takes_off_a_mean(towers)
+    for module in towers.model.text.transformer.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.bias = None
-    assert not headed_model.takes_off_a_mean(loaded, tokens)
+    assert not headed_model.takes_off_a_mean(towers)
 
 
 def test_weights_of_other_shards(fitted, data, tmp_path, capsys):

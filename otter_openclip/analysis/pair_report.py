@@ -157,12 +157,7 @@ def _duplicates(pairs: Embedded, copies: Duplicates) -> dict[str, Any]:
     }
 
 
-def _page(
-    stats: dict[str, Any],
-    pairs: Embedded,
-    copies: dict[str, Duplicates],
-    chart: str,
-) -> str:
+def _page(stats: dict[str, Any], pairs: Embedded, copies: dict[str, Duplicates], chart: str) -> str:
     """``report.jinja`` filled in; ``chart`` is of the similarities."""
     environment = templates(__file__)
     environment.filters |= {"percent": _percent, "number": _number, "shortened": shortened}

@@ -46,13 +46,7 @@ def fit_heads(
             pairs that differ, hardly a right pair, or an ``embed_dim`` above the features' rank.
     """
     model = ClosedFormHeads(**options)
-    model.fit(
-        image_features,
-        text_features,
-        sample_weight=sample_weight,
-        unpaired_images=unpaired_images,
-        unpaired_texts=unpaired_texts,
-    )
+    model.fit(image_features, text_features, sample_weight, unpaired_images, unpaired_texts)
     return model, model.pair_weights_, model.statistics_
 
 

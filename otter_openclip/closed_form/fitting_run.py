@@ -72,7 +72,7 @@ def fit_folder(
         check_webdataset(val, flag="--val")
     rank, world_size = join_ranks() if together else (0, 1)
     towers = Towers(model, folder, precision, device)
-    if not keep_text_mean and not takes_off_a_mean(towers.model, towers.probes()):
+    if not keep_text_mean and not takes_off_a_mean(towers):
         raise ValueError(
             f"--model {model}: no bias of its text tower can take the features' mean off; pass "
             "--keep-text-mean, which fits heads that need none"
@@ -115,7 +115,9 @@ def fit_folder(
         }
         if labelled is not None:
             record["val"] = labelled.metrics(heads)
-        _write(out, towers, pairs, heads, record, files, wrong, statistics)
+        files |= _documents(record, statistics, pairs, heads, wrong)
+        fitted, config = with_heads(towers, heads, statistics.logit_scale)
+        write_folder(out, fitted, config, fitted.state_dict(), towers.tokenizer, files)
         _say(out, record, report)
     return out
 
@@ -170,33 +172,21 @@ def _record(heads: Heads, statistics: Statistics, wrong: list[WrongPair]) -> dic
     return record
 
 
-def _write(
-    out: Path,
-    towers: Towers,
+def _documents(
+    record: dict[str, Any],
+    statistics: Statistics,
     pairs: ShardPairs,
     heads: Heads,
-    record: dict[str, Any],
-    files: dict[str, bytes],
     wrong: list[WrongPair],
-    statistics: Statistics,
-) -> None:
-    model, config = with_heads(
-        towers.model,
-        towers.config,
-        dict(towers.model.visual.preprocess_cfg),
-        heads,
-        statistics.logit_scale,
-        towers.probes(),
-    )
+) -> dict[str, bytes]:
+    """fit.json and report.html."""
     shown = wrong[:SHOWN]
     better = better_captions(pairs, heads, shown)
     samples = contents([pair.place for pair in shown] + [place for row in better for place in row])
-    files = {
-        **files,
+    return {
         FIT_FILE: (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode(),
         REPORT_FILE: page(record, statistics.wrong, shown, better, samples).encode(),
     }
-    write_folder(out, model, config, model.state_dict(), towers.tokenizer, files)
 
 
 def _say(out: Path, record: dict[str, Any], report: Callable[[str], None]) -> None:

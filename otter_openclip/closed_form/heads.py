@@ -130,10 +130,7 @@ class Covariances:
             if ridge_images not in self._regressions:
                 root = _root(self.matrix[:p, :p], ridge_images)
                 regression = torch.cholesky_solve(self.matrix[:p, p:], root)
-                self._regressions[ridge_images] = (
-                    regression,
-                    self.matrix[p:, :p] @ regression,
-                )
+                self._regressions[ridge_images] = (regression, self.matrix[p:, :p] @ regression)
             root = _root(self.matrix[p:, p:], ridge_texts)
         except torch.linalg.LinAlgError:
             raise ValueError(

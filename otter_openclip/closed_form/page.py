@@ -33,9 +33,8 @@ def page(
         better: for each the places of captions that fit its picture better.
         samples: of all these places.
     """
-    curves = {
-        "correlations": _chart([record["correlations"]], ["on"], "1", f"{record['embed_dim']}")
-    }
+    correlations = _chart([record["correlations"]], ["on"], "1", f"{record['embed_dim']}")
+    curves = {"correlations": correlations}
     if wrong is not None:
         curves["similarities"] = similarity_chart(wrong)
     pairs = [
@@ -48,11 +47,8 @@ def page(
         }
         for pair, places in zip(shown, better, strict=True)
     ]
-    return (
-        templates(__file__)
-        .get_template("fit.jinja")
-        .render(record=record, curves=curves, pairs=pairs)
-    )
+    template = templates(__file__).get_template("fit.jinja")
+    return template.render(record=record, curves=curves, pairs=pairs)
 
 
 def similarity_chart(wrong: WrongPairs) -> Markup:

@@ -154,9 +154,7 @@ def _work(study: Study, deadline: float, hours: str) -> None:
         study.choose()
         go_on(study.repeat_next, 2)
     if not study.results():
-        late = (
-            f"{hours}: no method came to its end in that time; the same command goes on from here"
-        )
+        late = f"{hours}: no method came to its end in that time; the same command goes on"
         errors = study.failed or study.errors
         raise RuntimeError("; ".join(dict.fromkeys(errors.values())) or late)
 

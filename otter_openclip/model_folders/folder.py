@@ -112,10 +112,7 @@ def _beside(target: Path) -> Path:
 
 
 def _write_config(
-    folder: Path,
-    model: nn.Module,
-    config: Mapping[str, Any],
-    tower: Path | None,
+    folder: Path, model: nn.Module, config: Mapping[str, Any], tower: Path | None
 ) -> None:
     """Write the JSON, with the text tower's ``config.json`` in the folder ``tower`` unless None."""
     config = copy.deepcopy(dict(config))
