@@ -234,7 +234,7 @@ def test_the_command_with_fewer_pairs_than_a_batch(weights, tmp_path, capsys):
         (["--model", "local-dir:{tmp}/no"], "Directory .* not found"),
         (["--model", "local-dir:x", "--pretrained", "{weights}"], "brings its own weights"),
         (["--model", "tiny-rn", "--pretrained", "{weights}"], "Missing key[^$]*visual.bn1"),
-        (["--train-data", "t.csv"], "t.csv is a table; build shards of it with .* data csv"),
+        (["--train-data", "t.csv"], "t.csv is a table; make shards with .* data csv"),
         (["--train-data", "no.tar"], r"gave 0 usable .*: 1 with: no.tar: No such file"),
         (["--train-data", "{tmp}/one.tar"], "gave 1 usable pairs, .*over: 1 with: no image"),
         (["--output", "{weights}"], "report.html is a folder, or not in one that can be written"),

@@ -36,10 +36,7 @@ ORDER BY file, at_full_path DESC, id
 
 
 class Sample(NamedTuple):
-    """A sample: id, key, what the user knows it by, its image's file, its caption or labels.
-
-    The id is its number among all that were to be added, from 1: whatever becomes of others, it stays.
-    """
+    """A sample: id, key, what the user knows it by, its image's file, its caption or labels."""
 
     id: int
     key: str
@@ -70,7 +67,7 @@ class Plan:
         There already is a ``key`` or, without one, a file with its text. ``where`` is the row, for the
         report.
         """
-        self._added += 1
+        self._added += 1  # the id, of which keys are made: whatever becomes of others, it stays
         if picture.reason == NOT_DOWNLOADED:
             return self.skip(NOT_DOWNLOADED)
         if picture.file is None:
