@@ -22,12 +22,14 @@ from tqdm import tqdm
 
 from benchmarks.common import RESULTS, draw
 from otter_openclip import fit_heads
-from otter_openclip.closed_form.fitting_run import Towers
+from otter_openclip.closed_form.blocks import ShardPairs
+from otter_openclip.closed_form.two_towers import Towers
 from otter_openclip.closed_form.validation import LabelledFeatures
+from otter_openclip.compare.findings import mean_deviation
+from otter_openclip.compare.trial import METRICS
 from otter_openclip.evaluation.metrics import multilabel_metrics
 from otter_openclip.files import write_json
 from otter_openclip.frozen.encode import fill
-from otter_openclip.frozen.store import usable
 
 PAIRS, NOISE, SEEDS = (1500, 3000, 6000), (0.0, 0.2, 0.4), 5
 UNPAIRED = 2000  # images, and captions of other pictures
@@ -37,7 +39,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "with transport of the pairs": {"transport_pairs": True},
     "with unpaired data": {},
 }
-METRICS = ("mAP", "F@1", "F@5")
 
 
 class Cell(NamedTuple):
@@ -65,9 +66,8 @@ class Half:
         """In percent; ``mAP`` is over classes that have images in the half."""
         classes = self.labelled.classes(heads)
         values = multilabel_metrics(heads.images(self.images), classes, self.labels)
-        mean = values["mean_average_precision"] / self.share
-        named = {"mAP": mean, "F@1": values["flat_hit@1"], "F@5": values["flat_hit@5"]}
-        return {name: 100 * value for name, value in named.items()}
+        values |= {METRICS["mAP"]: values[METRICS["mAP"]] / self.share}
+        return {name: 100 * values[long] for name, long in METRICS.items()}
 
 
 def cells(data: list[str], seeds: int) -> Iterator[Cell]:
@@ -134,8 +134,8 @@ def shares(results: dict[str, Any], data: list[str]) -> list[str]:
             for pairs in PAIRS:
                 keys = (json.dumps((name, pairs, noise, s, "with weights")) for s in range(SEEDS))
                 values = [100 * results[key]["wrong"] for key in keys if key in results]
-                spread = statistics.stdev(values) if len(values) > 1 else 0
-                row.append(f"{statistics.mean(values):.1f} ± {spread:.1f}%" if values else "")
+                shown = "{:.1f} ± {:.1f}%".format(*mean_deviation(values)) if values else ""
+                row.append(shown)
         lines.append(f"| {noise:.0%} | {' | '.join(row)} |")
     return lines
 
@@ -149,25 +149,24 @@ def main() -> None:
     parser.add_argument("--transfer", metavar="NAME=EVAL", help="of the first --data's heads")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     args = parser.parse_args()
-    device, path = torch.device("cpu"), args.output / "closed_form.json"
+    path = args.output / "closed_form.json"
     args.output.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    towers = Towers(args.towers, args.output / "features", "fp32", device)
+    towers = Towers(args.towers, args.output / "features", device="cpu")
+    how = {"device": towers.device, "workers": 1}
 
     def half(folder: str) -> Half:
-        how = (towers.model, towers.tokenizer, towers.images)
-        return Half(LabelledFeatures(folder, *how, device=device, workers=1))
+        return Half(LabelledFeatures(folder, towers, **how))
 
     features, halves = {}, {}
     for entry in args.data:
         name, _, places = entry.partition("=")
         pairs, _, labelled = places.partition(",")
         shards = sorted(map(str, Path(pairs).glob("*.tar")))
-        columns = [towers.images, towers.texts]
-        fill(columns, shards, device=device, workers=1)
-        sides = [np.concatenate([c.files.read(shard) for shard in shards]) for c in columns]
-        good = usable(sides[0]) & usable(sides[1])
-        features[name] = [torch.from_numpy(side[good, 0]).float() for side in sides]
+        fill([towers.images, towers.texts], shards, **how)
+        kept = ShardPairs(towers.images.files, towers.texts.files, shards, device=towers.device)
+        sides = zip(*((block.images, block.texts) for block in kept.blocks("Reading")), strict=True)
+        features[name] = [torch.cat(side) for side in sides]
         halves[name] = {name: half(labelled)}
     if args.transfer:
         name, _, folder = args.transfer.partition("=")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from otter_openclip.files import write_json
 
+WIDTHS, SHARED = (1280, 384), 64  # of towers' features, and of what their pairs share
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -39,6 +40,22 @@ def features(
         F.normalize(topic + cone + 1.5 * noise(count, width), dim=1).to(device, dtype)
         for _ in range(4)
     ]
+
+
+def paired_features(pairs: int, device: str = "cpu", seed: int = 0) -> list[Tensor]:
+    """Features of two towers around shared topics, a third of the pairs wrong.
+
+    Pairs of another ``seed`` have the same towers.
+    """
+    towers, drawn = torch.Generator(device).manual_seed(0), torch.Generator(device)
+    drawn.manual_seed(seed + 1)
+    topics, sides = torch.randn(pairs, SHARED, generator=drawn, device=device), []
+    for width in WIDTHS:
+        mixing = torch.randn(SHARED, width, generator=towers, device=device)
+        noise = torch.randn(pairs, width, generator=drawn, device=device)
+        sides.append(topics @ mixing + 8 * noise)
+        topics[: pairs // 3] = topics[: pairs // 3].roll(1, dims=0)
+    return sides
 
 
 def draw(size: int, pairs: int, noise: float, seed: int) -> list[tuple[int, int]]:

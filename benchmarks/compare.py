@@ -27,8 +27,6 @@ WIDTH = 512
 
 def work() -> None:
     """Time forward and backward for each line of stdin: N, implementation, epsilon."""
-    import torch
-
     from otter_openclip import OtterLoss
 
     for line in sys.stdin:
@@ -94,7 +92,7 @@ def main() -> None:
         for worker in workers.values():
             worker.stdin.close()
     print(common.table(rows))
-    common.save("compare", {"machine": common.machine(), "torch": torch.__version__, "rows": rows})
+    common.save("compare", {"machine": common.machine(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import draw, machine, save, table
+from otter_openclip.compare import LOSSES
 from otter_openclip.compare.comparing import compare
 from otter_openclip.compare.trial import METRICS
 from otter_openclip.shards import read
 from otter_openclip.shards.write import write_shard
 
 SHARD = 1000  # pairs
-LOSSES = ("infonce", "ls", "kd", "otter")
 
 
 def write_pairs(source: str, out: Path, pairs: int, noise: float) -> str:

@@ -17,7 +17,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +32,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from benchmarks import common
 from otter_openclip.frozen.store import FeatureFiles
 from otter_openclip.model_folders.towers import make_towers
+from otter_openclip.shards.write import write_shard
 
 LOCKS = {
     "image": ["--lock-image"],
@@ -80,18 +80,14 @@ def write_shards(folder: Path, count: int, size: int) -> str:
     rng, noise = random.Random(0), np.random.default_rng(0)
     sizes = {}
     for shard in tqdm(range(SHARDS), "Drawing pictures", leave=False):
+        samples = []
+        for i in range(count // SHARDS):
+            coarse = Image.fromarray(noise.integers(0, 256, (8, 8, 3), np.uint8))
+            coarse.resize((size, size)).save(picture := io.BytesIO(), "JPEG")
+            caption = " ".join(rng.choices(WORDS, k=10)).encode()
+            samples.append((f"{shard}{i:06d}", {"jpg": picture.getvalue(), "txt": caption}))
         path = folder / f"{shard:05d}.tar"
-        with tarfile.open(path, "w") as tar:
-            for i in range(count // SHARDS):
-                picture = io.BytesIO()
-                coarse = Image.fromarray(noise.integers(0, 256, (8, 8, 3), np.uint8))
-                coarse.resize((size, size)).save(picture, "JPEG")
-                caption = " ".join(rng.choices(WORDS, k=10)).encode()
-                for suffix, content in (("jpg", picture.getvalue()), ("txt", caption)):
-                    member = tarfile.TarInfo(f"{shard}{i:06d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        sizes[path.name] = count // SHARDS
+        sizes[path.name] = write_shard(path, samples)
     (folder / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
     return str(folder / f"{{00000..{SHARDS - 1:05d}}}.tar")
 

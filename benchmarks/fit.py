@@ -13,15 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.common import machine, paired, peak_memory, save, table
+from benchmarks.common import WIDTHS, machine, paired, paired_features, peak_memory, save, table
 from otter_openclip.closed_form.blocks import BLOCK, ShardPairs
 from otter_openclip.closed_form.course import Fit, Options
 from otter_openclip.frozen.store import FeatureFiles
 
-WIDTHS, SHARED, SHARD = (1280, 384), 64, 10_000
+SHARD = 10_000  # pairs
 SUMS, PROJECTIONS = 3, 4  # passes over the pairs: moments; similarities, for them and for judging
 
 
@@ -35,18 +34,11 @@ class Made(FeatureFiles):
 
 def make(folder: Path, pairs: int) -> list[str]:
     """Write features; returns the shards."""
-    rng = np.random.default_rng(0)
-    mixing = [rng.normal(size=(SHARED, width)).astype(np.float32) for width in WIDTHS]
-    shards = []
-    for begin in range(0, pairs, SHARD):
-        count = min(SHARD, pairs - begin)
-        topics = rng.normal(size=(count, SHARED)).astype(np.float32)
-        shards.append(str(begin // SHARD))
-        for name, mix in zip(("image", "text"), mixing, strict=True):
-            noise = rng.standard_normal((count, mix.shape[1]), dtype=np.float32)
-            rows = topics @ mix + 8 * noise
-            Made(folder / name).write(shards[-1], rows[:, None].astype(np.float16))
-            topics[: count // 3] = np.roll(topics[: count // 3], 1, axis=0)
+    shards = [str(number) for number in range(-(-pairs // SHARD))]
+    for number, shard in enumerate(shards):
+        sides = paired_features(min(SHARD, pairs - number * SHARD), seed=number)
+        for name, rows in zip(("image", "text"), sides, strict=True):
+            Made(folder / name).write(shard, rows[:, None].half().numpy())
     return shards
 
 

@@ -27,7 +27,6 @@ from otter_openclip.closed_form.course import Fit, Options
 
 Rows = list[dict[str, Any]]
 STEPS = {"RN50": (256, 512), "ViT-B-32": (256, 1024), "ViT-B-16": (256, 512)}
-WIDTHS, SHARED = (1280, 384), 64  # of towers' features
 # Products of N x N x D: cosines, both gradients and the teacher's two similarities; streaming makes the
 # teacher's anew in each of five iterations and in both passes, and the cosines twice.
 PRODUCTS = {"dense": 5, "streaming": 2 * 5 + 2 * 3 + 2}
@@ -101,7 +100,8 @@ class Bench:
         """The closed form of pairs that are on the device already."""
         rows = []
         for pairs in (2_000,) if self.quick else (100_000, 3_000_000):
-            arrays = ArrayPairs(*made(pairs, self.device))
+            weights = torch.ones(pairs, dtype=torch.float64, device=self.device)
+            arrays = ArrayPairs(*common.paired_features(pairs, self.device), weights)
             common.synchronize(self.device)
             began = time.perf_counter()
             _, found = Fit(arrays, Options()).run()
@@ -109,20 +109,6 @@ class Bench:
             rows.append({"pairs": pairs, "seconds": time.perf_counter() - began})
             rows[-1]["wrong"] = found.wrong.share
         return rows
-
-
-def made(pairs: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of both sides around shared topics, a third of the pairs wrong, and their weights."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
-
-    topics, sides = noise(pairs, SHARED), []
-    for width in WIDTHS:
-        sides.append(topics @ noise(SHARED, width) + 8 * noise(pairs, width))
-        topics[: pairs // 3] = topics[: pairs // 3].roll(1, dims=0)
-    return *sides, torch.ones(pairs, dtype=torch.float64, device=device)
 
 
 class Heads(nn.Module):

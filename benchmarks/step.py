@@ -121,41 +121,15 @@ def compare(
     return rows
 
 
-def draw(rows: list[dict[str, Any]], path: Any) -> None:
-    """Step times as bars, by model."""
-    import matplotlib.pyplot as plt
-
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    shown = [
-        "step, --loss clip",
-        "step, --loss otter",
-        f"step, --loss {OWN}",
-        "teacher forward",
-        "loss",
-    ]
-    for i, what in enumerate(shown):
-        values = [
-            next(r["of clip"] for r in rows if (r["model"], r["what"]) == (m, what)) for m in models
-        ]
-        bars = axis.bar([m + 0.16 * (i - 2) for m in range(len(models))], values, 0.15, label=what)
-        axis.bar_label(bars, fmt="%.2f", fontsize=8)
-    axis.axhline(4 / 3, color="grey", linestyle=":", label="floor, 4/3")
-    axis.set_xticks(range(len(models)), models)
-    axis.set_ylabel("of a step of --loss clip")
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
-    """Print the table, write JSON and a picture."""
+    """Print the table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["RN50", "ViT-B-32"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--name", default="step", help="of the files in benchmarks/results")
+    parser.add_argument("--name", default="step", help="of the file in benchmarks/results")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name in args.models:
@@ -167,9 +141,7 @@ def main() -> None:
         "precision": args.precision,
         "step": rows,
     }
-    path = common.save(args.name, results)
-    draw(rows, path.with_suffix(".png"))
-    print(f"Wrote {path}")
+    print(f"Wrote {common.save(args.name, results)}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from otter_openclip.pages import shortened
 
 
 def cut_alike(what: str, texts: Iterable[str], tokenizer: Callable[[list[str]], Any]) -> str | None:
@@ -25,5 +26,5 @@ def cut_alike(what: str, texts: Iterable[str], tokenizer: Callable[[list[str]], 
     return (
         f"{len(alike)} of {len(different)} different {what} are equal to another once they are cut off "
         f"at the context's {tokens.shape[1]} tokens, so the model cannot tell them apart, e.g. "
-        f"{textwrap.shorten(alike[0], 80)!r}; shorten what they share, or take a longer context"
+        f"{shortened(alike[0], 80)!r}; shorten what they share, or take a longer context"
     )

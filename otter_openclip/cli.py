@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from otter_openclip import __version__
+from otter_openclip.terminating import on_sigterm
 
 _UNKNOWN = "unrecognized arguments: "
 MAX_COUNT = 2**31 - 1  # of whole numbers: what seeds and counts fit everywhere
@@ -29,6 +30,7 @@ class Command(NamedTuple):
     module: str
     help: str
     own_parser: bool = False
+    resumes: bool = False  # whether the same command goes on where it was stopped
     commands: Mapping[str, Command] | None = None  # of which it is the first word
 
 
@@ -87,9 +89,10 @@ def number(
     """A type for argparse: finite numbers of ``kind`` from ``low``, or above it, to ``high``."""
     if kind is int:
         high = min(high, MAX_COUNT)
-    bound = f"{'above' if open_low else 'at least'} {low:g}"
+    bounds = [f"{'above' if open_low else 'at least'} {low:g}"] if low != -math.inf else []
     if high != math.inf and high != MAX_COUNT:
-        bound += f" and at most {high:g}"
+        bounds.append(f"at most {high:g}")
+    bound = " and ".join(bounds) or "finite"
 
     def parse(text: str) -> float:
         try:
@@ -98,7 +101,7 @@ def number(
             noun = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"expected {noun}, got {text!r}") from None
         inside = value > low if open_low else value >= low
-        if not (inside and value <= high and value != math.inf):
+        if not (inside and value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
         return value
 
@@ -113,7 +116,7 @@ def run_command(
 ) -> int:
     """Run the one of ``commands`` that ``argv`` begins with; returns its exit code.
 
-    User errors that it raises are printed and give 2.
+    User errors that it raises are printed and give 2; Ctrl-C gives 130 if it goes on when run again.
 
     Raises:
         SystemExit: for help, and for words that do not parse.
@@ -123,13 +126,13 @@ def run_command(
     for name, command in commands.items():
         names.add_parser(name, help=command.help, add_help=False)
     name = parser.parse_args(argv[:1]).command
-    if commands[name].commands is not None:
-        return run_command(f"{prog} {name}", commands[name].help, commands[name].commands, argv[1:])
-    module = importlib.import_module(commands[name].module)
-    if commands[name].own_parser:
+    command = commands[name]
+    if command.commands is not None:
+        return run_command(f"{prog} {name}", command.help, command.commands, argv[1:])
+    module = importlib.import_module(command.module)
+    if command.own_parser:
         return module.main(argv[1:])
     parser = Parser(prog=f"{prog} {name}", description=module.__doc__)
-    parser.set_defaults(command=name)
     module.add_arguments(parser)
     args = parser.parse_args(argv[1:])
     try:
@@ -137,6 +140,11 @@ def run_command(
     except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         print(f"{prog} {name}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if not command.resumes:
+            raise
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        return 130
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -176,7 +184,8 @@ _DATA = {
     "inspect": ("inspect_command", "figures, faults and a contact sheet of shards"),
 }
 DATA_COMMANDS = {
-    n: Command(f"otter_openclip.{module}", text) for n, (module, text) in _DATA.items()
+    name: Command(f"otter_openclip.{module}", text, resumes=name != "inspect")
+    for name, (module, text) in _DATA.items()
 }
 COMMANDS = {
     "train": Command(
@@ -202,6 +211,7 @@ COMMANDS = {
     "fit": Command(
         "otter_openclip.closed_form.fit_command",
         "fit such towers' heads to pairs in closed form, and find the pairs that look wrong",
+        resumes=True,
     ),
     "data": Command(
         "otter_openclip.data",
@@ -219,6 +229,7 @@ COMMANDS = {
     "compare": Command(
         "otter_openclip.compare",
         "tune the losses alike on pairs of your own: does it help, and by how much?",
+        resumes=True,
     ),
     "demo": Command(
         "otter_openclip.compare.demo_command",
@@ -232,13 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, io.TextIOWrapper):  # in order with stderr; it may not have all signs
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    try:
+    with on_sigterm():
         return run_command("otter-openclip", "OTTER as a plugin of open_clip.", COMMANDS, argv)
-    except KeyboardInterrupt:
-        if argv[0] not in ("data", "compare"):
-            raise
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import errno
 import glob
 import json
 import os
+import re
 import secrets
 import socket
 from collections.abc import Iterator
@@ -54,10 +55,11 @@ def written_whole(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO
 
 def _remove_unfinished(path: Path) -> None:
     """Remove what processes of this machine left that were killed while they wrote ``path``."""
-    pattern = f"{glob.escape(path.name)}.{glob.escape(socket.gethostname())}-*.tmp"
-    for file in path.parent.glob(pattern):
+    ours = re.escape(f"{path.name}.{socket.gethostname()}-") + r"(\d+)-[0-9a-f]{8}\.tmp"
+    for file in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         try:
-            os.kill(int(file.name.split("-")[-2]), 0)
+            if written := re.fullmatch(ours, file.name):
+                os.kill(int(written[1]), 0)
         except ProcessLookupError:
             file.unlink(missing_ok=True)
         except PermissionError:

@@ -10,6 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 THUMBNAIL = 160  # pixels along the longer side
+SHOWN = 24  # pairs in each list of a page
+_CAPTION = 280  # characters
 
 
 def templates(module: str) -> Environment:
@@ -21,6 +23,12 @@ def templates(module: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def shortened(text: str, most: int = _CAPTION) -> str:
+    """A text on one line, cut off at so many characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def thumbnail(image: Image.Image) -> bytes:

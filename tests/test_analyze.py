@@ -142,6 +142,9 @@ def test_pairs_come_from_all_shards_and_long_ones_make_up_for_short_ones(tmp_pat
     shards_of = [Path(pair.shard).stem for pair in reader]
     assert {x: shards_of.count(x) for x in "012"} == {"1": 3, "2": 15, "0": 15}
     assert reader.pairs_in_all is None  # not all was read
+    (tmp_path / "3.tar").write_bytes(b"x" * 10**6)
+    few = Reader(str(tmp_path / "{0,1,3}.tar"), 2)
+    assert len(list(few)) == 2 and not few.passed_over  # the last one is not opened
     again = Reader(shards, 1000)
     assert len(list(again)) == 63 == again.pairs_in_all
     (tmp_path / "sizes.json").write_text('{"0.tar": 40, "1.tar": 3, "2.tar": 20}', encoding="utf-8")
@@ -166,7 +169,7 @@ def test_what_cannot_be_used_is_counted_with_its_reason(tmp_path):
     assert last == [(2, "2", "caption 2"), (6, "e", "")]
     reasons = dict(reader.passed_over)
     assert reasons.pop("unreadable image: not an image that Pillow can read") == 1
-    assert reasons.pop("no txt with its caption") == 1
+    assert reasons.pop("no txt with its caption") == 2  # of one a part
     assert reasons.pop("no image (jpg, png, webp, jpeg) among its files") == 1
     assert reasons.pop(f"{tmp_path}/2.tar: No such file or directory") == 1
     ((cut, number),) = reasons.items()
@@ -215,7 +218,7 @@ def test_the_command_with_fewer_pairs_than_a_batch(weights, tmp_path, capsys):
         (["--model", "local-dir:{tmp}/no"], "Directory .* not found"),
         (["--model", "local-dir:x", "--pretrained", "{weights}"], "brings its own weights"),
         (["--model", "tiny-rn", "--pretrained", "{weights}"], "Missing key[^$]*visual.bn1"),
-        (["--train-data", "t.csv"], "t.csv is a table; build shards of it with .* data csv"),
+        (["--train-data", "t.csv"], "t.csv is a table; make shards with .* data csv"),
         (["--train-data", "no.tar"], r"gave 0 usable .*: 1 with: no.tar: No such file"),
         (["--train-data", "{tmp}/one.tar"], "gave 1 usable pairs, .*over: 1 with: no image"),
         (["--output", "{weights}"], "report.html is a folder, or not in one that can be written"),

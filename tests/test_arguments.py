@@ -1,6 +1,7 @@
 """The command line: what is refused, before any data are read, and what the message says."""
 
-from argparse import Namespace
+import math
+from argparse import ArgumentTypeError, Namespace
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 
@@ -11,7 +12,7 @@ from open_clip_train import params
 from training_helpers import parse_args as parse
 from training_helpers import train
 
-from otter_openclip import __version__
+from otter_openclip import __version__, cli
 from otter_openclip.training import flags as train_flags
 from otter_openclip.training import launcher
 from otter_openclip.training.objectives import create_loss
@@ -86,6 +87,16 @@ def test_stock_flags_and_defaults_stay():
     stock, ours = vars(params.parse_args(words.split())), vars(parse(words))
     assert ours["loss"] == "clip"
     assert {name: ours[name] for name in stock} == stock
+
+
+def test_numbers_are_finite():
+    with pytest.raises(ArgumentTypeError, match="must be finite, got -inf"):
+        cli.number(-math.inf)("-inf")
+
+
+def test_who_goes_on_when_it_is_stopped():
+    """``data inspect`` keeps nothing."""
+    assert cli.COMMANDS["fit"].resumes and not cli.DATA_COMMANDS["inspect"].resumes
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")

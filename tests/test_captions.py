@@ -29,6 +29,11 @@ def test_those_that_differ_behind_the_cut_are_counted(hf_model, model):
         assert cut_alike("captions", apart, tokenizer) is None
 
 
+def test_one_without_spaces_is_named():
+    texts = [30 * "https://x.org/" + end for end in "ab"]
+    assert "'https://x.org" in cut_alike("captions", texts, open_clip.get_tokenizer("tiny-rn"))
+
+
 def pairs_alike(folder, count=24):
     """Pairs of which all captions are cut alike, but for two, as shards and as a table."""
     folder.mkdir()
@@ -63,7 +68,7 @@ def test_train_says_it_before_the_first_step(tmp_path, caplog, monkeypatch, word
 
 
 def test_each_folders_first_captions_are_looked_at(tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "FIRST", 3)
+    monkeypatch.setattr(read, "CAPTIONS_LOOKED_AT", 3)
     one, other = (pairs_alike(tmp_path / name, 4) / "0.tar" for name in "ab")
     (tmp_path / "b" / "1.tar").write_bytes(one.read_bytes()[:5000])
     shards = [one, tmp_path / "b" / "1.tar", other, "pipe:cat 2.tar"]

@@ -12,6 +12,7 @@ from otter_openclip import ClosedFormHeads, fit_heads
 from otter_openclip.closed_form import course
 from otter_openclip.closed_form.blocks import FOLDS, ArrayPairs, Rows, ShardPairs
 from otter_openclip.closed_form.heads import Moments
+from otter_openclip.closed_form.listing import WrongPair, better_captions
 from otter_openclip.closed_form.wrong_pairs import similarities
 from otter_openclip.frozen.store import FeatureFiles
 
@@ -90,6 +91,13 @@ def test_wrong_pairs_are_counted_and_found(noise):
         assert model.score(*unseen) > plain.score(*unseen)
 
 
+def test_pairs_that_do_not_count_are_judged():
+    images, texts, right = made(1000, noise=0.3)
+    wrong = np.flatnonzero(~right)[:50]
+    _, weights, _ = fit_heads(images, texts, sample_weight=~np.isin(np.arange(1000), wrong))
+    assert weights[wrong].mean() < 0.3
+
+
 def test_pictures_with_the_same_caption_count_as_its_own():
     """800 pictures of one kind and one caption, and 200 others: no pair is wrong."""
     rng = np.random.default_rng(0)
@@ -122,9 +130,10 @@ def test_moments_of_a_plan_are_those_of_its_pairs():
     rng = torch.Generator().manual_seed(0)
     images, texts, plan = (torch.rand(*s, generator=rng) for s in ((7, 5), (9, 4), (7, 9)))
     i, j = torch.meshgrid(torch.arange(7), torch.arange(9), indexing="ij")
-    every = Moments.of(images[i.flatten()], texts[j.flatten()], plan.flatten())
-    torch.testing.assert_close(Moments.matched(images, texts, plan).sums, every.sums)
-    texts_centre = every.covariances(text_mean=False)
+    rows = torch.cat([torch.ones(63, 1), images[i.flatten()], texts[j.flatten()]], dim=1).double()
+    matched = Moments.matched(images, texts, plan)
+    torch.testing.assert_close(matched.sums, rows.T @ (plan.double().view(-1, 1) * rows))
+    texts_centre = matched.covariances(text_mean=False)
     assert not texts_centre.mean[5:].any() and texts_centre.mean[:5].all()
     every = texts[j.flatten()].double()
     expected = (plan.flatten()[:, None] * every).T @ every
@@ -215,6 +224,9 @@ def test_files_of_shards_are_arrays(tmp_path):
     assert statistics.setting == of_arrays.setting
     found, expected = heads.images(torch.tensor(images)), torch.tensor(model.transform(images))
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+    every = [WrongPair(("0", number), "", 0.1, 0.1) for number in range(40)]
+    better = zip(every, better_captions(pairs, heads, every), strict=True)
+    assert all(pair.place not in places for pair, places in better)
     rows = np.full((4, 1, 24), 1.0, np.float32)
     rows[2] = np.nan
     assert len(Rows([rows], torch.device("cpu"))[0:4]) == 3

@@ -8,9 +8,11 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
+import filelock
 import forks
 import open_clip
 import optuna
@@ -22,7 +24,7 @@ from test_zeroshot_training import files_of
 from training_helpers import parse_args
 
 from otter_openclip import cli
-from otter_openclip.compare import findings, study, trial
+from otter_openclip.compare import comparing, findings, study, trial
 from otter_openclip.compare.halves import CHOOSING, REPORTING, write_halves
 from otter_openclip.compare.trial import CLOSED_FORM, FIT, Place, run
 
@@ -81,9 +83,10 @@ def test_what_a_comparison_leaves(words, model, tmp_path, monkeypatch, capsys):
     (first,) = (each["outcome"] for each in repeats if re.fullmatch(best, each["repeat"]))
     found = first["metrics"][REPORTING]["mAP"]
     assert found == pytest.approx(metrics["mean_average_precision"], abs=1e-5)
-    # All is there: nothing is trained but the model that is written.
+    # All is there: nothing is trained.
     done = []
     monkeypatch.setattr(study, "run", lambda *args, **more: done.append(args))
+    monkeypatch.setattr(comparing, "run", lambda *args, logs=None: logs and done.append(args))
     assert compare(out, words) == 0 and not done
 
 
@@ -222,9 +225,41 @@ def test_hopeless_trials_stop_and_failing_methods_are_given_up(opened):
         pass
     states = Counter(t.state.name for t in made.studies["infonce"].trials)
     assert states["PRUNED"] and states["COMPLETE"] + states["PRUNED"] == 12
-    assert made.failed == {"kd": "diverged"} and len(made.studies["kd"].trials) == study.HOPELESS
+    assert made.failed == {"kd": "diverged"}
+    assert len(made.studies["kd"].trials) == study.FAILURES_TO_GIVE_UP
     made.choose()
     assert made.chosen.keys() == {"infonce", "ls"} and made.trials_each == 12
+
+
+def test_what_failed_is_tried_again_by_the_next_command(opened):
+    found = []
+    for step in ("tune", "repeat"):
+        for value in (RuntimeError("No space left on device"), 0.5):
+            made, values = opened(["infonce"])
+            values["infonce"] = value
+            made.choose()
+            while made.repeat_next() if step == "repeat" else made.tune_next(print):
+                pass
+            found.append((len(made.failed), len(made.errors), len(made.results())))
+    assert found == [(1, 3, 0), (0, 0, 0), (0, 3, 0), (0, 0, 3)]
+
+
+def test_hours_leave_time_for_the_model(opened, monkeypatch):
+    made, _ = opened(["infonce"])
+    monkeypatch.setattr(made, "mean_seconds", lambda: 1000.0)
+    deadline = time.monotonic() + 3900  # three repeats and the model take 4000
+    with pytest.raises(RuntimeError, match="--hours 1: no method"):
+        comparing._work(made, deadline, "--hours 1")
+
+
+def test_who_waits_for_another_process_says_so(tmp_path, monkeypatch, capsys):
+    def acquire(lock, timeout=None):
+        if timeout:
+            raise filelock.Timeout("lock")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    comparing._locked(tmp_path)
+    assert f"Waiting for another process in {tmp_path}" in capsys.readouterr().out
 
 
 def test_paired_differences_by_hand():

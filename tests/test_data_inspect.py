@@ -9,6 +9,7 @@ from conftest import npy, write_set
 from data_helpers import encoded, jpeg, refused, run, write_tar
 from PIL import Image
 
+from otter_openclip.data.contact_sheet import draw
 from otter_openclip.shards import read as shard_samples
 
 
@@ -46,6 +47,12 @@ def test_figures_by_hand(shards, capsys):
         assert drawn.width > 1000 and len(drawn.convert("RGB").getcolors(1 << 20)) > 100
     assert inspect(shards, "--workers", "2") == (code, figures)
     assert (shards / "sheet.png").read_bytes() == sheet
+
+
+def test_a_text_without_spaces_is_drawn(tmp_path):
+    draw([(Image.new("RGB", (160, 1), "white"), 30 * "https://x.org/")], tmp_path / "sheet.png")
+    sheet = Image.open(tmp_path / "sheet.png").convert("L")
+    assert sum(sheet.histogram()[:99]) > 99
 
 
 def test_every_fault_is_named(shards, capsys):

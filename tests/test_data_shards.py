@@ -14,6 +14,7 @@ from fuzz import MEMORY
 from test_data_eval import DICTIONARY
 
 from otter_openclip.data import building
+from otter_openclip.data.plan import Plan
 
 
 @pytest.fixture
@@ -86,6 +87,12 @@ def test_resume_writes_only_missing_and_damaged_shards(data, whole):
     assert tree(data / "out") == whole
     # No gap where a shard would have had no sample.
     assert {path.name for path in shards.glob("*.tar")} == {f"{n}.tar" for n in range(4)}
+
+
+def test_millions_that_are_skipped_take_no_space(tmp_path):
+    plan = Plan(tmp_path / "plan.db", "row")
+    plan.skip("video", 2), plan.skip("video")
+    assert plan.db.execute("SELECT * FROM skipped").fetchall() == [("video", 3)]
 
 
 @pytest.mark.parametrize("complete", [False, True])

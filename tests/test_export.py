@@ -113,7 +113,7 @@ def test_overwrite_deletes_nothing_but_an_earlier_export(made_run, tmp_path, cap
     words = ["export", str(made_run), str(made_run), "--overwrite"]
     refused(capsys, cli.main(words), "is not an exported model")
     (made_run / "open_clip_config.json").write_text("{}", encoding="utf-8")
-    refused(capsys, cli.main(words), "which --overwrite would delete")
+    refused(capsys, cli.main(words), "which is replaced")
     (made_run / "open_clip_config.json").unlink()
     assert files(made_run) == before
 

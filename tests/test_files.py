@@ -50,6 +50,16 @@ def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
             writer.wait()
 
 
+def test_temporary_files_of_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "node")
+    others = {f"file.node-1-{2**22 + 1}-01234567.tmp", "file.node-backup.tmp"}  # no process's
+    for name in others:
+        (tmp_path / name).touch()
+    with written_whole(tmp_path / "file", "w") as file:
+        file.write("a")
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "file"}
+
+
 def test_the_error_of_a_full_disk_names_the_file():
     """Python names it when a file is opened, not when it is written."""
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):

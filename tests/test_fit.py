@@ -68,7 +68,8 @@ def record(out):
 
 
 def joined(folder):
-    rows = [np.load(file)[:, 0] for file in sorted(folder.glob("*.npy"))]
+    """One array of a folder's files of pairs."""
+    rows = [np.load(file)[:, 0] for file in sorted(folder.glob("0000*.npy"))]
     return np.concatenate(rows).astype(np.float32)
 
 
@@ -156,6 +157,15 @@ def test_a_list_that_is_of_something_else(tmp_path, capsys, content, said):
     words = f"--captions {tmp_path}/t.csv --images {tmp_path} --output {tmp_path}/o"
     assert run_data("csv", *words.split(), "--drop-wrong", tmp_path / "fit.json") == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_key_is_its_rows_whatever_pictures_are_there(tmp_path):
+    (tmp_path / "t.csv").write_text("filepath,title\n0.png,a\n1.png,b", encoding="utf-8")
+    for number in (1, 0):
+        (tmp_path / f"{number}.png").write_bytes(png(Image.new("RGB", (9, 9), COLOURS[number])))
+        out = tmp_path / f"with-{number}"
+        assert run_data("csv", "--captions", tmp_path / "t.csv", "--output", out) == 0
+        assert samples(out / "00000.tar")["000000001"]["txt"] == b"b"
 
 
 def first_losses(logs):
@@ -247,6 +257,23 @@ def test_val_unpaired_and_a_text_mean_that_stays(model, data, labelled, tmp_path
     assert torch.equal(*norms)
 
 
+def test_scale_and_likelihood_are_of_the_setting_that_val_chose(
+    model, data, labelled, tmp_path, fitted
+):
+    said = record(fit(tmp_path, model, data, fitted, val=str(labelled), no_weights=True))
+    setting = {"ridge": (said["ridge_images"], said["ridge_texts"]), "power": said["power"]}
+    sides = [joined(next(fitted[1].glob(f"{kind}-*"))) for kind in ("image", "text")]
+    found = fit_heads(*sides, weights=False, **setting)[2]
+    assert said["logit_scale"] == found.logit_scale
+    assert said["log_likelihood"] == pytest.approx(found.log_likelihood, rel=1e-6)
+
+
+def test_precisions_that_need_other_weights_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main("fit out --model m --train-data t.tar --precision bf16".split())
+    assert "invalid choice: 'bf16'" in capsys.readouterr().err
+
+
 def fit(folder, towers, data, fitted, **changes):
     """The folder that the function writes, from what ``fitted`` kept."""
     arguments = {"model": str(towers), "train_data": shards_of(data), "feature_cache": fitted[1]}
@@ -263,6 +290,7 @@ def fit(folder, towers, data, fitted, **changes):
         ({"train_data": "/nowhere/0.tar"}, "/nowhere/0.tar"),
         ({"val": "/nowhere"}, "--val"),
         ({"embed_dim": 5000}, "embed_dim is 5000"),
+        ({"feature_cache": "{1}/out/features"}, "features lies in"),
     ],
 )
 def test_what_cannot_be_fitted(change, said, model, data, tmp_path, fitted):
@@ -273,6 +301,16 @@ def test_what_cannot_be_fitted(change, said, model, data, tmp_path, fitted):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_read_or_appears_is_not_replaced(model, data, tmp_path, fitted, monkeypatch):
+    with pytest.raises(FileExistsError, match="out lies in"):
+        fit_folder(fitted[0], model=str(fitted[0]), train_data=shards_of(data), overwrite=True)
+    (tmp_path / "out" / "unknown").mkdir(parents=True)
+    monkeypatch.setattr(fitting_run, "check_out", lambda *_: None)  # as if it had come later
+    with pytest.raises(FileExistsError, match="is not an exported model"):
+        fit(tmp_path, model, data, fitted)
+    assert (tmp_path / "out" / "unknown").is_dir()
+
+
 def test_a_damaged_labelled_picture_is_named(model, data, labelled, tmp_path, fitted):
     """It would be NaN in the figures by which ridges are chosen."""
     bad = damaged(labelled, tmp_path / "bad")
@@ -281,11 +319,11 @@ def test_a_damaged_labelled_picture_is_named(model, data, labelled, tmp_path, fi
 
 
 def test_a_tower_that_cannot_take_the_mean_off(model, data, tmp_path, fitted, monkeypatch):
-    def without_biases(model, tokens):
-        for module in model.text.transformer.modules():
+    def without_biases(towers):
+        for module in towers.model.text.transformer.modules():
             if isinstance(module, torch.nn.LayerNorm):
                 module.bias = None
-        return takes_off_a_mean(model, tokens)
+        return takes_off_a_mean(towers)
 
     monkeypatch.setattr(fitting_run, "takes_off_a_mean", without_biases)
     with pytest.raises(ValueError, match="pass --keep-text-mean"):

@@ -205,4 +205,4 @@ def test_settings_name_no_folders(tmp_path, monkeypatch):
 def test_results_are_not_deleted_by_an_overwrite(run, exported, capsys):
     inside = result(exported / "r.json")
     assert export(run, exported, "--overwrite", "--results", inside) == 2
-    assert "which --overwrite would delete" in capsys.readouterr().err and inside.is_file()
+    assert "which is replaced" in capsys.readouterr().err and inside.is_file()

@@ -305,6 +305,7 @@ def test_of_an_encoder_and_a_decoder_the_encoder_is_the_tower(parts, tmp_path):
         ("config.json", "text cannot be read .* give a folder that has its config.json"),
         ("model.safetensors", "text cannot be read .* give a folder"),
         ({"model_type": "distilbert"}, "cannot build .*text .*; it takes text towers of BERT's"),
+        ({"model_type": "clip", "hidden_size": None}, "of the type clip; open_clip takes text "),
         ({"num_hidden_layers": 3}, "not those of its config.json: encoder.layer.2.* is missing"),
         ({"num_hidden_layers": 1}, "encoder.layer.1.* is missing, .* or one too many"),
         ({"intermediate_size": 8}, "dense.* is missing, of another shape"),
@@ -348,7 +349,7 @@ def test_settings_that_cannot_be(parts, tmp_path, settings, message):
 
 def test_an_overwrite_does_not_delete_the_text_tower(parts, tmp_path):
     out = make(parts, tmp_path / "out")
-    with pytest.raises(FileExistsError, match="out, which --overwrite would delete"):
+    with pytest.raises(FileExistsError, match="out, which is replaced"):
         make(parts, out, text=out, overwrite=True)
     assert make(parts, out, overwrite=True) == out
 

@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     text = "webdataset shards as for training: braces are expanded"
     add("--train-data", required=True, metavar="SHARDS", help=text)
-    text = (
-        "an open_clip model, local-dir:FOLDER, hf-hub:NAME, or a folder that export or towers wrote"
-    )
+    text = "an open_clip model, local-dir:FOLDER, hf-hub:NAME, or a folder of export or towers"
     add("--model", required=True, metavar="NAME", help=text)
     text = "the named model's weights: a tag or a checkpoint's file"
     add("--pretrained", metavar="TAG", help=text)

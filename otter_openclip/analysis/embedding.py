@@ -118,5 +118,5 @@ def embed(model: Model, pairs: Iterable[Pair], total: int, folder: str | None = 
             ]
             bar.update(len(batch))
     if folder is not None:
-        print(f"{reused} of {2 * bar.n} features are those of {folder}")
+        print(f"{reused} of {2 * len(shown)} features are those of {folder}")
     return Embedded(torch.cat(images), torch.cat(texts), *map(list, zip(*shown, strict=True)))

@@ -31,7 +31,9 @@ def batch_statistics(images: Tensor, texts: Tensor, size: int) -> dict[str, Any]
 
 def _of_batch(images: Tensor, texts: Tensor) -> dict[str, Any]:
     size = len(images)
-    matching = DistillationLoss().targets(images, texts)[0]
+    losses = {"kd": DistillationLoss(), "otter": OtterLoss()}
+    targets = {name: loss.targets(images, texts)[0] for name, loss in losses.items()}
+    matching = targets["kd"]
     on_pair = matching.diagonal().clone()
     elsewhere = matching.clone().fill_diagonal_(0)
     off = elsewhere[~torch.eye(size, dtype=torch.bool)]
@@ -44,15 +46,13 @@ def _of_batch(images: Tensor, texts: Tensor) -> dict[str, Any]:
         "rows_with_one_over_0.2": float((elsewhere.amax(dim=1) > LIKELY).float().mean()),
         "targets": {
             "infonce": {"entropy": 0.0, "top_share": 1.0, "off_pair": 0.0},
-            "kd": _target(DistillationLoss(), images, texts),
-            "otter": _target(OtterLoss(), images, texts),
+            **{name: _target(loss, targets[name]) for name, loss in losses.items()},
         },
     }
 
 
-def _target(loss: DistillationLoss, images: Tensor, texts: Tensor) -> dict[str, float]:
+def _target(loss: DistillationLoss, target: Tensor) -> dict[str, float]:
     """Of the image rows: entropy in nats, mass on the largest entry, mass that is not on the pair."""
-    target = loss.targets(images, texts)[0]
     return {
         "entropy": float(loss.target_statistics["target_entropy"]),
         "top_share": float(loss.target_statistics["target_top_share"]),

@@ -22,12 +22,10 @@ from otter_openclip.closed_form.listing import WRONG
 from otter_openclip.closed_form.page import similarity_chart
 from otter_openclip.files import make_room, write_json, write_text
 from otter_openclip.losses import DistillationLoss, OtterLoss
-from otter_openclip.pages import address, templates
+from otter_openclip.pages import SHOWN, address, shortened, templates
 
-SHOWN = 24  # pairs in each list of the page
 LISTED = 1000  # suspects in stats.json
 _EXAMPLES, _TOP = 8, 3  # pictures whose targets are listed, and captions of each
-_CAPTION = 280  # characters that are shown
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     reader = Reader(args.train_data, args.samples)
     make_room(output / "report.html")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(args.model, args.pretrained, device)
-    pairs = embed(model, reader, args.samples, args.feature_cache)
-    cut = cut_alike("captions", pairs.captions, model.tokenizer)
+    loaded = load_model(args.model, args.pretrained, device)
+    pairs = embed(loaded, reader, args.samples, args.feature_cache)
+    cut = cut_alike("captions", pairs.captions, loaded.tokenizer)
     data = {
         "train_data": args.train_data,
         "pairs": len(pairs.captions),
@@ -159,15 +157,10 @@ def _duplicates(pairs: Embedded, copies: Duplicates) -> dict[str, Any]:
     }
 
 
-def _page(
-    stats: dict[str, Any],
-    pairs: Embedded,
-    copies: dict[str, Duplicates],
-    chart: str,
-) -> str:
+def _page(stats: dict[str, Any], pairs: Embedded, copies: dict[str, Duplicates], chart: str) -> str:
     """``report.jinja`` filled in; ``chart`` is of the similarities."""
     environment = templates(__file__)
-    environment.filters |= {"percent": _percent, "number": _number, "shortened": _shortened}
+    environment.filters |= {"percent": _percent, "number": _number, "shortened": shortened}
     size = min(map(int, stats["batches"]))
     return environment.get_template("report.jinja").render(
         stats=stats,
@@ -209,8 +202,3 @@ def _number(value: float) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     return f"{value:.1e}"
-
-
-def _shortened(caption: str) -> str:
-    caption = " ".join(caption.split()) or "(empty)"
-    return caption if len(caption) <= _CAPTION else f"{caption[: _CAPTION - 1]}…"

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from open_clip_train.data import expand_urls
 from PIL import Image
 from webdataset.gopen import gopen
 
+from otter_openclip.shards.names import shard_names
 from otter_openclip.shards.read import (
     TRAINING_IMAGES,
     SampleError,
@@ -44,24 +44,23 @@ class Reader:
 
     def __init__(self, shards: str, count: int) -> None:
         """``shards`` as of ``--train-data``; ValueError if that is a table."""
-        if shards.endswith((".csv", ".tsv")):
-            raise ValueError(
-                f"--train-data {shards} is a table; build shards of it with otter-openclip data csv"
-            )
         self.shards, self.count = shards, count
+        self.urls = shard_names("--train-data", shards)
         self.passed_over: Counter[str] = Counter()  # samples, by reason
         self.pairs_in_all: int | None = None  # of the data, if that is known
 
     def __iter__(self) -> Iterator[Pair]:
         """As many pairs of each shard as it takes; ValueError in the end if they are fewer than two."""
-        urls = list(dict.fromkeys(expand_urls(self.shards)[0]))
         # Short shards come first, so that longer ones make up for them.
-        urls.sort(key=lambda url: os.path.getsize(url) if os.path.exists(url) else 0)
+        self.urls.sort(key=lambda url: os.path.getsize(url) if os.path.exists(url) else 0)
         with contextlib.suppress(OSError, ValueError):
-            self.pairs_in_all = listed_samples(expand_urls(self.shards)[0])
+            self.pairs_in_all = listed_samples(self.urls)
         missing, complete = self.count, True
-        for number, url in enumerate(urls):
-            share = -(-missing // (len(urls) - number))
+        for number, url in enumerate(self.urls):
+            if not missing:
+                complete = False
+                break
+            share = -(-missing // (len(self.urls) - number))
             for pair in self._pairs(url):
                 if not share:
                     complete = False

@@ -61,6 +61,7 @@ class _Pairs:
 
     device: torch.device
     widths: tuple[int, int]
+    rank, world_size = 0, 1
 
     def no_pairs(self) -> Block:
         """A block of none, for a rank that has no shard."""
@@ -68,11 +69,23 @@ class _Pairs:
         none = torch.zeros(0, dtype=torch.float64, device=self.device)
         return Block(*sides, none, none.long())
 
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of all ranks' values."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def gather_from_ranks(self, value: Tensor) -> Tensor:
+        """The (n, ...) values of all ranks, one after the other."""
+        if self.world_size == 1:
+            return value
+        parts = [None] * self.world_size
+        dist.all_gather_object(parts, value.cpu())
+        return torch.cat(parts).to(value.device)
+
 
 class ArrayPairs(_Pairs):
     """Pairs in memory, of one process."""
-
-    rank, world_size = 0, 1
 
     def __init__(self, images: Tensor, texts: Tensor, weights: Tensor) -> None:
         self.images, self.texts, self.weights = images, texts, weights
@@ -84,14 +97,6 @@ class ArrayPairs(_Pairs):
         places = torch.arange(self.count, device=self.device).split(READ)
         for rows in places:
             yield Block(self.images[rows], self.texts[rows], self.weights[rows], rows)
-
-    def over_ranks(self, value: Tensor) -> Tensor:
-        """The sum over ranks: there is but one."""
-        return value
-
-    def of_ranks(self, value: Tensor) -> Tensor:
-        """The values of all ranks, one after the other."""
-        return value
 
 
 class ShardPairs(_Pairs):
@@ -107,7 +112,7 @@ class ShardPairs(_Pairs):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """All files must be there; ValueError if one is damaged, or no pair can be used."""
+        """All files must be there; ValueError if one is damaged."""
         self.files, self.shards, self.device = (images, texts), list(shards), device
         self.rank, self.world_size = rank, world_size
         self._finite: set[str] = set()  # shards that were looked at
@@ -145,20 +150,6 @@ class ShardPairs(_Pairs):
                 yield Block(*features, weights, places + begin)
         self._finite.add(shard)
 
-    def over_ranks(self, value: Tensor) -> Tensor:
-        """The sum over ranks."""
-        if self.world_size > 1:
-            dist.all_reduce(value)
-        return value
-
-    def of_ranks(self, value: Tensor) -> Tensor:
-        """The (n, ...) values of all ranks, one after the other."""
-        if self.world_size == 1:
-            return value
-        parts = [None] * self.world_size
-        dist.all_gather_object(parts, value.cpu())
-        return torch.cat(parts).to(value.device)
-
 
 class Unpaired:
     """Images and texts that belong to no pair, of which transport matches batches."""
@@ -168,7 +159,10 @@ class Unpaired:
         self.images, self.texts = images, texts
 
     def batches(self, rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """A rank's share of equally many batches of both, of at most :data:`BLOCK` rows."""
+        """A rank's share of batches of both sides, the longer of them by :data:`BLOCK` rows at most.
+
+        There are at most as many as either side has rows.
+        """
         sides = self.images, self.texts
         count = min(-(-max(map(len, sides)) // BLOCK), *map(len, sides))
         for number in range(rank, count, world_size):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -30,7 +30,7 @@ from otter_openclip.closed_form.heads import (
     mirrored,
     weighted_rows,
 )
-from otter_openclip.closed_form.wrong_pairs import HOPELESS, WrongPairs, histograms, similarities
+from otter_openclip.closed_form.wrong_pairs import MOST_WRONG, WrongPairs, histograms, similarities
 from otter_openclip.transport import sinkhorn
 
 EPSILON, ITERATIONS = 0.03, 30  # of the transport of what has no partner
@@ -127,11 +127,19 @@ class Fit:
         """After ``run``: the heads under any ``setting``."""
         return self.covariances.heads(setting, self._width)
 
+    def likeliest(self, settings: Sequence[Setting]) -> tuple[Setting, float, float]:
+        """After ``run``: as of ``choosing.choose`` among ``settings``."""
+        return choose(*self._judged, settings)
+
+    def chances(self, block: Block) -> Tensor:
+        """(n,) of a block's pairs: how likely they are right."""
+        if self.wrong is None:
+            return torch.ones_like(block.weights)
+        return self.wrong.weights(similarities(self.fold_heads, block)[0])
+
     def weights(self, block: Block) -> Tensor:
         """(n,) of a block's pairs: how likely they are right, times the user's weights."""
-        if self.wrong is None:
-            return block.weights
-        return block.weights * self.wrong.weights(similarities(self.fold_heads, block)[0])
+        return block.weights * self.chances(block)
 
     def _covariances(self, moments: Moments) -> Covariances:
         return moments.covariances(text_mean=self.options.text_mean)
@@ -149,7 +157,7 @@ class Fit:
             counts = block.folds.bincount(minlength=FOLDS).tolist()
             for fold, part in enumerate(rows.split(counts)):
                 add_products(sums[fold], part)
-        sums = self.pairs.over_ranks(sums)
+        sums = self.pairs.sum_over_ranks(sums)
         return [Moments(mirrored(each), self.pairs.widths[0]) for each in sums]
 
     def _hold_out(self) -> None:
@@ -160,10 +168,10 @@ class Fit:
             usable += len(block.images)
             drawn = (block.image_keys & 0xFFFFFF) < share * 2**24
             parts.append(block[drawn.nonzero()[:, 0]])
-        self._usable = int(self.pairs.over_ranks(usable))
+        self._usable = int(self.pairs.sum_over_ranks(usable))
         fields = ("images", "texts", "weights", "places")
         columns = [torch.cat([getattr(part, name) for part in parts]) for name in fields]
-        block = Block(*(self.pairs.of_ranks(column) for column in columns))
+        block = Block(*(self.pairs.gather_from_ranks(column) for column in columns))
         block = block[block.image_keys.argsort(stable=True)]
         distinct = len(block.image_keys.unique()), len(block.text_keys.unique())
         if len(block.images) < FEWEST or min(distinct) < 2 * FOLDS:
@@ -179,9 +187,8 @@ class Fit:
         left_out = [self._covariances(total - fold) for fold in folds[:CHOOSING]]
         if matched is not None:
             left_out = [each.halfway(matched) for each in left_out]
-        weights = [self.weights(block) for block in held_out]
-        chosen = choose(left_out, held_out, weights, self.options.settings())
-        self.setting, self.scale, self.likelihood = chosen
+        self._judged = left_out, held_out, [self.weights(block) for block in held_out]
+        self.setting, self.scale, self.likelihood = self.likeliest(self.options.settings())
 
     def _find_wrong(self, folds: list[Moments]) -> None:
         """Judge each pair by heads that were fitted without its fold."""
@@ -189,9 +196,9 @@ class Fit:
         self.fold_heads = [self._covariances(total - fold).heads(self.setting) for fold in folds]
         none = histograms(self.fold_heads, self.pairs.no_pairs())
         counts = sum((histograms(self.fold_heads, b) for b in self.pairs.blocks("Judging")), none)
-        counts = self.pairs.over_ranks(counts)
+        counts = self.pairs.sum_over_ranks(counts)
         self.wrong = WrongPairs.estimate(counts, self._usable, self.wrong)
-        if self.wrong.share > HOPELESS:
+        if self.wrong.share > MOST_WRONG:
             raise ValueError(
                 f"{self.wrong.share:.0%} of the pairs look wrong: pictures and captions have hardly "
                 "anything to do with each other under these towers; look at some pairs, or fit "
@@ -236,4 +243,4 @@ class Fit:
                 cosines.fill_diagonal_(-torch.inf)
             plan = sinkhorn(-cosines, self.options.epsilon, ITERATIONS)
             sums += Moments.matched(images, texts, plan).sums
-        return Moments(self.pairs.over_ranks(sums), self.pairs.widths[0])
+        return Moments(self.pairs.sum_over_ranks(sums), self.pairs.widths[0])

@@ -46,13 +46,7 @@ def fit_heads(
             pairs that differ, hardly a right pair, or an ``embed_dim`` above the features' rank.
     """
     model = ClosedFormHeads(**options)
-    model.fit(
-        image_features,
-        text_features,
-        sample_weight=sample_weight,
-        unpaired_images=unpaired_images,
-        unpaired_texts=unpaired_texts,
-    )
+    model.fit(image_features, text_features, sample_weight, unpaired_images, unpaired_texts)
     return model, model.pair_weights_, model.statistics_
 
 
@@ -117,8 +111,8 @@ class ClosedFormHeads(BaseEstimator):
         pairs = ArrayPairs(images, texts, weight)
         course = Fit(pairs, self._options())
         self.heads_, self.statistics_ = course.run(unpaired)
-        chances = torch.cat([course.weights(b) / b.weights for b in pairs.blocks("Weights")])
-        self.pair_weights_ = _like(chances.nan_to_num(1.0), X)
+        chances = torch.cat([course.chances(block) for block in pairs.blocks("Weights")])
+        self.pair_weights_ = _like(chances, X)
         return self
 
     def _options(self) -> Options:

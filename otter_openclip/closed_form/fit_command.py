@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 
 from otter_openclip.cli import number, positive
-from otter_openclip.terminating import on_sigterm
 
-PRECISIONS = ("fp32", "amp", "amp_bf16", "bf16", "fp16", "pure_bf16", "pure_fp16")
+PRECISIONS = ("fp32", "amp", "amp_bf16")  # the towers' weights stay in float32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sinkhorn-lambda", type=number(1e-3), default=0.03, metavar="X", help=text)
     text = "leave the text features' mean, for towers that cannot take it off"
     add("--keep-text-mean", action="store_true", help=text)
-    text = "of the towers, as of training; default: fp32 on a CPU, else amp"
+    text = "of the towers' features; default: fp32 on a CPU, else amp"
     add("--precision", choices=PRECISIONS, help=text)
     text = "processes that read images; default: 1"
     add("--workers", type=number(0, kind=int), default=1, metavar="N", help=text)
@@ -47,11 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace OUT if it is an earlier export")
 
 
-@on_sigterm()
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     from otter_openclip.closed_form.fitting_run import fit_folder  # heavy imports
 
-    settings = {name: value for name, value in vars(args).items() if name != "command"}
-    fit_folder(report=print, **settings)
+    fit_folder(report=print, **vars(args))
     return 0

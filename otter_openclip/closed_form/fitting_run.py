@@ -8,55 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import open_clip
-import torch
-from open_clip_train.data import expand_urls
-
 from otter_openclip.closed_form.blocks import Rows, ShardPairs, Unpaired
 from otter_openclip.closed_form.choosing import SETTINGS
 from otter_openclip.closed_form.course import EPSILON, Fit, Options, Statistics
-from otter_openclip.closed_form.headed_model import check_towers, takes_off_a_mean, with_heads
+from otter_openclip.closed_form.headed_model import takes_off_a_mean, with_heads
 from otter_openclip.closed_form.heads import Heads
-from otter_openclip.closed_form.listing import better_captions, contents, judge_shards
-from otter_openclip.closed_form.page import SHOWN, page
+from otter_openclip.closed_form.listing import WrongPair, better_captions, contents, judge_shards
+from otter_openclip.closed_form.page import page
+from otter_openclip.closed_form.two_towers import Towers
 from otter_openclip.closed_form.validation import LabelledFeatures
 from otter_openclip.evaluation.run import join_ranks
 from otter_openclip.evaluation.validator import check_webdataset
-from otter_openclip.frozen.encode import Column, TowerEncoder, fill
-from otter_openclip.frozen.loader import image_column, text_column
-from otter_openclip.frozen.prefix import inner_parts, install
-from otter_openclip.model_folders.folder import PROBE_TEXTS, check_out, write_folder
+from otter_openclip.frozen.encode import Column, fill
+from otter_openclip.model_folders.folder import check_out, write_folder
+from otter_openclip.pages import SHOWN
+from otter_openclip.shards.names import shard_names
 
 FIT_FILE, REPORT_FILE, WEIGHTS_FOLDER = "fit.json", "report.html", "pair_weights"
-_TEXTS = 256  # captions of a file that are encoded at a time
-
-
-class Towers:
-    """The two pretrained towers, and the columns that keep what they give."""
-
-    def __init__(self, name: str, folder: Path, precision: str, device: torch.device) -> None:
-        """Load the model ``name``; ValueError if it is not two towers."""
-        place = f"local-dir:{name}" if Path(name).is_dir() else name
-        try:
-            model, _, transform = open_clip.create_model_and_transforms(place, device=device)
-        except RuntimeError as error:  # open_clip's own of an unknown model
-            reason = str(error).partition(". ")[0]  # the names of all models follow
-            raise ValueError(f"--model {name}: {reason}") from error
-        check_towers(model, name)
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = open_clip.get_tokenizer(place)
-        self.config = open_clip.get_model_config(place)
-        parts = inner_parts(model)
-        install(model, parts)
-        common = {"device": device, "precision": precision}
-        self.images = image_column(model, parts["visual"], folder, transform, **common)
-        self.texts = text_column(model, parts["text"], folder, self.tokenizer, **common)
-        self.encode_texts = TowerEncoder(model, "text", parts["text"], device, precision)
-
-    def probes(self) -> torch.Tensor:
-        """Tokens of some texts."""
-        return self.tokenizer(PROBE_TEXTS)
 
 
 def fit_folder(
@@ -95,23 +63,22 @@ def fit_folder(
         RuntimeError: if what open_clip loads from the written folder is not what was fitted.
     """
     out = Path(out)
-    check_out(out, overwrite)
+    folder = Path(feature_cache or f"{out}.features")
+    inputs = [Path(name) for name in (model.removeprefix("local-dir:"), val) if name is not None]
+    check_out(out, overwrite, folder, *filter(Path.exists, inputs))
     if (unpaired_images is None) != (unpaired_captions is None):
         raise ValueError("--unpaired-images and --unpaired-captions go together: give both or none")
     if val is not None:
         check_webdataset(val, flag="--val")
     rank, world_size = join_ranks() if together else (0, 1)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    precision = precision or ("fp32" if place.type == "cpu" else "amp")
-    folder = Path(feature_cache or f"{out}.features")
-    towers = Towers(model, folder, precision, place)
-    if not keep_text_mean and not takes_off_a_mean(towers.model, towers.probes()):
+    towers = Towers(model, folder, precision, device)
+    if not keep_text_mean and not takes_off_a_mean(towers):
         raise ValueError(
             f"--model {model}: no bias of its text tower can take the features' mean off; pass "
             "--keep-text-mean, which fits heads that need none"
         )
-    how = {"device": place, "rank": rank, "world_size": world_size}
-    shards = _shards("--train-data", train_data)
+    how = {"device": towers.device, "rank": rank, "world_size": world_size}
+    shards = shard_names("--train-data", train_data)
     filling = {**how, "workers": workers}
     fill([towers.images, towers.texts], shards, **filling)
     pairs = ShardPairs(towers.images.files, towers.texts.files, shards, **how)
@@ -120,8 +87,7 @@ def fit_folder(
         images = _rows(towers.images, "--unpaired-images", unpaired_images, filling)
         unpaired = Unpaired(images, _captions(towers, unpaired_captions, filling))
     if val is not None:
-        of_towers = (towers.model, towers.tokenizer, towers.images)
-        labelled = LabelledFeatures(val, *of_towers, **filling)
+        labelled = LabelledFeatures(val, towers, **filling)
     options = Options(
         weights=not no_weights,
         embed_dim=embed_dim,
@@ -133,7 +99,7 @@ def fit_folder(
     heads, statistics = fit.run(unpaired)
     if labelled is not None:
         best = max(SETTINGS, key=lambda each: labelled.precision(fit.heads(each).cpu()))
-        heads, statistics = fit.heads(best), statistics._replace(setting=best)
+        heads, statistics = fit.heads(best), Statistics(*fit.likeliest([best]), *statistics[3:])
     heads = heads.cpu()
     files, wrong = {}, []
     if statistics.wrong is not None:
@@ -149,21 +115,15 @@ def fit_folder(
         }
         if labelled is not None:
             record["val"] = labelled.metrics(heads)
-        _write(out, towers, pairs, heads, record, files, wrong, statistics)
+        files |= _documents(record, statistics, pairs, heads, wrong)
+        fitted, config = with_heads(towers, heads, statistics.logit_scale)
+        write_folder(out, fitted, config, fitted.state_dict(), towers.tokenizer, files)
         _say(out, record, report)
     return out
 
 
-def _shards(flag: str, shards: str) -> list[str]:
-    if shards.endswith((".csv", ".tsv")):
-        raise ValueError(
-            f"{flag} {shards} is a table; build shards of it with otter-openclip data csv"
-        )
-    return list(dict.fromkeys(expand_urls(shards)[0]))
-
-
 def _rows(column: Column, flag: str, shards: str, ranks: dict[str, Any]) -> Rows:
-    urls = _shards(flag, shards)
+    urls = shard_names(flag, shards)
     fill([column], urls, **ranks)
     rows = Rows([column.files.read(url) for url in urls], ranks["device"])
     if not len(rows):
@@ -179,12 +139,10 @@ def _captions(towers: Towers, source: str, ranks: dict[str, Any]) -> Rows:
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise ValueError(f"--unpaired-captions {source} has no line of text")
-    batches = [texts[i : i + _TEXTS] for i in range(0, len(texts), _TEXTS)]
-    features = [towers.encode_texts(towers.tokenizer(batch)).float().numpy() for batch in batches]
-    return Rows([np.concatenate(features)[:, None]], ranks["device"])
+    return Rows([towers.text_features(texts).numpy()[:, None]], ranks["device"])
 
 
-def _record(heads: Heads, statistics: Statistics, wrong: list[Any]) -> dict[str, Any]:
+def _record(heads: Heads, statistics: Statistics, wrong: list[WrongPair]) -> dict[str, Any]:
     """What fit.json says of the fit itself."""
     record = {
         "pairs": statistics.pairs,
@@ -203,44 +161,32 @@ def _record(heads: Heads, statistics: Statistics, wrong: list[Any]) -> dict[str,
             "pair_weights": WEIGHTS_FOLDER,
             "wrong": [
                 {
-                    "shard": shard,
-                    "key": key,
-                    "weight": round(weight, 4),
-                    "similarity": round(own, 4),
+                    "shard": pair.place[0],
+                    "key": pair.key,
+                    "weight": round(pair.weight, 4),
+                    "similarity": round(pair.similarity, 4),
                 }
-                for shard, _, key, weight, own in wrong
+                for pair in wrong
             ],
         }
     return record
 
 
-def _write(
-    out: Path,
-    towers: Towers,
+def _documents(
+    record: dict[str, Any],
+    statistics: Statistics,
     pairs: ShardPairs,
     heads: Heads,
-    record: dict[str, Any],
-    files: dict[str, bytes],
-    wrong: list[Any],
-    statistics: Statistics,
-) -> None:
-    model, config = with_heads(
-        towers.model,
-        towers.config,
-        dict(towers.model.visual.preprocess_cfg),
-        heads,
-        statistics.logit_scale,
-        towers.probes(),
-    )
+    wrong: list[WrongPair],
+) -> dict[str, bytes]:
+    """fit.json and report.html."""
     shown = wrong[:SHOWN]
     better = better_captions(pairs, heads, shown)
-    samples = contents([pair[:2] for pair in shown] + [place for row in better for place in row])
-    files = {
-        **files,
+    samples = contents([pair.place for pair in shown] + [place for row in better for place in row])
+    return {
         FIT_FILE: (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode(),
         REPORT_FILE: page(record, statistics.wrong, shown, better, samples).encode(),
     }
-    write_folder(out, model, config, model.state_dict(), towers.tokenizer, files)
 
 
 def _say(out: Path, record: dict[str, Any], report: Callable[[str], None]) -> None:

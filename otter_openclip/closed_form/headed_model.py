@@ -12,61 +12,32 @@ from typing import Any
 
 import torch
 from open_clip.hf_model import HFTextEncoder
-from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from otter_openclip.closed_form.heads import Heads
+from otter_openclip.closed_form.two_towers import Towers
 from otter_openclip.frozen import prefix
 from otter_openclip.model_folders.assembly import build_model
+from otter_openclip.model_folders.folder import PROBE_TEXTS
 
 _CLOSE = 1e-4  # between a head of the written model and the fitted one, of unit length
 
 
-def check_towers(model: nn.Module, name: str) -> None:
-    """Raise ValueError unless both towers of ``model``, called ``name``, can have a head of ours."""
-    visual, text = getattr(model, "visual", None), getattr(model, "text", None)
-    if not isinstance(visual, TimmModel) or not isinstance(text, HFTextEncoder):
-        raise ValueError(
-            f"--model {name} is not two pretrained towers, timm's and Hugging Face's; put two together "
-            "with otter-openclip towers"
-        )
-    kinds = (nn.Linear, nn.Identity, nn.Dropout)
-    image_head = [*visual.head.children()]
-    if not all(isinstance(part, kinds) for part in image_head) or visual.trunk.num_classes:
-        raise ValueError(f"--model {name}: its image tower has no linear head to replace")
-    if not isinstance(text.proj, kinds):
-        raise ValueError(f"--model {name}: its text tower has no linear head to replace")
-
-
 def with_heads(
-    model: nn.Module,
-    config: dict[str, Any],
-    preprocess: dict[str, Any],
-    heads: Heads,
-    logit_scale: float,
-    tokens: Tensor,
+    towers: Towers, heads: Heads, logit_scale: float
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The towers of ``model`` under ``heads``, and the open_clip configuration of the whole.
+    """The towers under ``heads`` fitted to what they give, and open_clip's configuration of the whole.
 
-    Args:
-        model: of :func:`check_towers`, whose towers take their prefixes' output.
-        config: its ``model_cfg``.
-        preprocess: its ``preprocess_cfg``.
-        heads: fitted to what the prefixes give.
-        logit_scale: the scale itself.
-        tokens: (n, context) of some texts, to compare features by.
-
-    Raises:
-        ValueError: if stock open_clip's towers cannot express the heads.
+    ``logit_scale`` is the scale itself. ValueError if stock open_clip's towers cannot express the heads.
     """
-    config = copy.deepcopy(config)
+    model, config = towers.model, copy.deepcopy(towers.config)
     config |= {"embed_dim": heads.text_weight.shape[1], "init_logit_scale": math.log(logit_scale)}
     vision, text = config["vision_cfg"], config["text_cfg"]
     if vision.get("timm_proj") == "none":  # without a head open_clip names the pooling itself
         vision["timm_pool"] = ""
     vision |= {"timm_proj": "linear", "timm_proj_bias": True, "timm_model_pretrained": False}
     text |= {"hf_proj_type": "linear", "hf_model_pretrained": False}
-    fitted = build_model(config, preprocess)
+    fitted = build_model(config, dict(model.visual.preprocess_cfg))
     fitted.visual.trunk.load_state_dict(model.visual.trunk.state_dict())
     fitted.text.transformer.load_state_dict(model.text.transformer.state_dict())
     with torch.no_grad():
@@ -74,7 +45,7 @@ def with_heads(
         fitted.visual.head.proj.bias.copy_(-heads.image_mean @ heads.image_weight)
         fitted.text.proj.weight.copy_(heads.text_weight.T)
         fitted.logit_scale.fill_(math.log(logit_scale))
-        before = _text_features(model, tokens)
+        tokens, before = _probes(towers)
         if heads.text_mean.any():
             _take_off(fitted.text, heads.text_mean, tokens, before)
         embedded = nn.functional.normalize(fitted.encode_text(tokens), dim=1)
@@ -83,14 +54,16 @@ def with_heads(
     return fitted, config
 
 
-def _text_features(model: nn.Module, tokens: Tensor) -> Tensor:
-    return prefix.run(model, "text", tokens.to(next(model.parameters()).device)).cpu().float()
+def _probes(towers: Towers) -> tuple[Tensor, Tensor]:
+    """Tokens of some texts, and their features in full precision."""
+    tokens = towers.tokenizer(PROBE_TEXTS)
+    return tokens, prefix.run(towers.model, "text", tokens.to(towers.device)).cpu().float()
 
 
 @torch.no_grad()
-def takes_off_a_mean(model: nn.Module, tokens: Tensor) -> bool:
+def takes_off_a_mean(towers: Towers) -> bool:
     """Whether the text tower has a layer norm whose bias its features follow."""
-    tower, before = copy.deepcopy(model.text).cpu(), _text_features(model, tokens)
+    tower, (tokens, before) = copy.deepcopy(towers.model.text).cpu(), _probes(towers)
     try:
         _take_off(tower, torch.linspace(-1, 1, before.shape[1]), tokens, before)
     except ValueError:

@@ -41,15 +41,6 @@ class Moments:
         self.sums, self.width = sums, width
 
     @classmethod
-    def of(cls, images: Tensor, texts: Tensor, weights: Tensor) -> Moments:
-        """Of features (n, p) and (n, q) with weights (n,), at least 0."""
-        size = 1 + images.shape[1] + texts.shape[1]
-        rows = torch.empty(len(images), size, dtype=torch.float64, device=images.device)
-        sums = rows.new_zeros(size, size)
-        add_products(sums, weighted_rows(images, texts, weights, rows))
-        return cls(mirrored(sums), images.shape[1])
-
-    @classmethod
     def matched(cls, images: Tensor, texts: Tensor, plan: Tensor) -> Moments:
         """Of all pairs of images (m, p) and texts (n, q), with the weights ``plan`` (m, n)."""
         x, y = (F.pad(side.double(), (1, 0), value=1.0) for side in (images, texts))
@@ -139,10 +130,7 @@ class Covariances:
             if ridge_images not in self._regressions:
                 root = _root(self.matrix[:p, :p], ridge_images)
                 regression = torch.cholesky_solve(self.matrix[:p, p:], root)
-                self._regressions[ridge_images] = (
-                    regression,
-                    self.matrix[p:, :p] @ regression,
-                )
+                self._regressions[ridge_images] = (regression, self.matrix[p:, :p] @ regression)
             root = _root(self.matrix[p:, p:], ridge_texts)
         except torch.linalg.LinAlgError:
             raise ValueError(

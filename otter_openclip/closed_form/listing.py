@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +23,25 @@ from otter_openclip.shards import read
 WRONG = 0.5  # pairs of a smaller weight are likelier wrong than right
 BETTER = 3  # captions that fit a picture better
 _CAPTIONS = 65_536  # among which they are sought
+_ROUNDING = 1e-5  # of a similarity
+Place = tuple[str, int]  # a shard, and a sample's number in it
+Files = dict[str, bytes]
 
 
-def judge_shards(fit: Fit, pairs: ShardPairs, folder: str) -> tuple[dict[str, bytes], list[Any]]:
+class WrongPair(NamedTuple):
+    """A pair that looks wrong: where it lies, how likely it is right, and its own similarity."""
+
+    place: Place
+    key: str
+    weight: float
+    similarity: float
+
+
+def judge_shards(fit: Fit, pairs: ShardPairs, folder: str) -> tuple[Files, list[WrongPair]]:
     """Files of weights by name below ``folder``, and the wrong pairs, most certain first.
 
     A file has a row for each sample of its shard, NaN where it has no weight, and is called as the
-    shard's features are. A wrong pair is its shard, number, key, weight and similarity. Of several ranks
-    each judges its shards, and all have the whole.
+    shard's features are. Of several ranks each judges its shards, and all have the whole.
     """
     files, wrong = {}, []
     for shard in pairs.shards[pairs.rank :: pairs.world_size]:
@@ -48,13 +59,13 @@ def judge_shards(fit: Fit, pairs: ShardPairs, folder: str) -> tuple[dict[str, by
         if doubtful:
             for place, (key, _) in enumerate(read.samples(shard, contents=False)):
                 if place in doubtful:
-                    wrong.append((shard, place, key, *doubtful[place]))
+                    wrong.append(WrongPair((shard, place), key, *doubtful[place]))
     if pairs.world_size > 1:
         everyone: list[Any] = [None] * pairs.world_size
         dist.all_gather_object(everyone, (files, wrong))
         files = {name: file for each, _ in everyone for name, file in each.items()}
         wrong = [pair for _, each in everyone for pair in each]
-    return files, sorted(wrong, key=lambda pair: (*pair[3:], *pair[:2]))
+    return files, sorted(wrong, key=lambda pair: (pair.weight, pair.similarity, pair.place))
 
 
 def weights_of(path: str) -> FeatureFiles:
@@ -69,29 +80,33 @@ def weights_of(path: str) -> FeatureFiles:
     return FeatureFiles(Path(path).parent / folder)
 
 
-def better_captions(pairs: ShardPairs, heads: Heads, wrong: Sequence[Any]) -> list[list[Any]]:
-    """For each of the ``wrong`` pairs' pictures the (shard, number) of captions that fit it best."""
+def better_captions(pairs: ShardPairs, heads: Heads, wrong: list[WrongPair]) -> list[list[Place]]:
+    """For each of the ``wrong`` pairs places of captions that fit its picture better than its own."""
     if not wrong:
         return []
-    embedded = torch.cat([heads.images(_row(pairs.files[0], shard, n)) for shard, n, *_ in wrong])
+    sides = (torch.cat([_row(files, *pair.place) for pair in wrong]) for files in pairs.files)
+    embedded, texts = heads.images(next(sides)), heads.texts(next(sides))
+    own = (embedded * texts).sum(dim=1)
     scores = torch.zeros(len(wrong), 0)
-    where: list[tuple[str, int]] = []
+    where: list[Place] = []
     for shard in pairs.shards:
         if len(where) >= _CAPTIONS:
             break
         for block in pairs.of_shard(shard):
             scores = torch.cat([scores, embedded @ heads.texts(block.texts.cpu()).T], dim=1)
             where += [(shard, place) for place in block.places.tolist()]
-    best = scores.topk(min(BETTER, scores.shape[1]), dim=1).indices
-    return [[where[number] for number in row] for row in best.tolist()]
+    best = scores.topk(min(BETTER, scores.shape[1]), dim=1)
+    better = (best.values > own[:, None] + _ROUNDING).tolist()
+    rows = zip(best.indices.tolist(), better, strict=True)
+    return [[where[n] for n, is_better in zip(*row, strict=True) if is_better] for row in rows]
 
 
 def _row(files: FeatureFiles, shard: str, number: int) -> Tensor:
     return torch.from_numpy(np.array(files.read(shard)[number, :1])).float()
 
 
-def contents(places: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], Mapping[str, bytes]]:
-    """The files of samples by (shard, number); each shard is read once."""
+def contents(places: Sequence[Place]) -> Mapping[Place, Mapping[str, bytes]]:
+    """The files of samples by their place; each shard is read once."""
     samples = {}
     for shard in dict.fromkeys(shard for shard, _ in places):
         numbers = {number for each, number in places if each == shard}

@@ -8,22 +8,19 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from otter_openclip.closed_form.listing import Place, WrongPair
 from otter_openclip.closed_form.wrong_pairs import WrongPairs
-from otter_openclip.pages import address, templates, thumbnail
+from otter_openclip.pages import address, shortened, templates, thumbnail
 from otter_openclip.shards import read
 
-SHOWN = 24  # pairs that look wrong
-_CAPTION = 280  # characters
 _WIDTH, _HEIGHT, _EDGE = 420, 160, 22
 _POINTS = 200
-
-Place = tuple[str, int]
 
 
 def page(
     record: Mapping[str, Any],
     wrong: WrongPairs | None,
-    shown: Sequence[Any],
+    shown: Sequence[WrongPair],
     better: Sequence[Sequence[Place]],
     samples: Mapping[Place, Mapping[str, bytes]],
 ) -> str:
@@ -32,30 +29,26 @@ def page(
     Args:
         record: what fit.json says.
         wrong: the estimate of wrong pairs, if one was made.
-        shown: the pairs that look most wrong, as of ``listing.judge_shards``.
+        shown: the pairs that look most wrong.
         better: for each the places of captions that fit its picture better.
         samples: of all these places.
     """
-    curves = {
-        "correlations": _chart([record["correlations"]], ["on"], "1", f"{record['embed_dim']}")
-    }
+    correlations = _chart([record["correlations"]], ["on"], "1", f"{record['embed_dim']}")
+    curves = {"correlations": correlations}
     if wrong is not None:
         curves["similarities"] = similarity_chart(wrong)
     pairs = [
         {
-            "place": f"{shard}: {key}",
-            "weight": weight,
-            "image": _image(samples[shard, number]),
-            "caption": _caption(samples[shard, number]),
+            "place": f"{pair.place[0]}: {pair.key}",
+            "weight": pair.weight,
+            "image": _image(samples[pair.place]),
+            "caption": _caption(samples[pair.place]),
             "better": [_caption(samples[place]) for place in places],
         }
-        for (shard, number, key, weight, _), places in zip(shown, better, strict=True)
+        for pair, places in zip(shown, better, strict=True)
     ]
-    return (
-        templates(__file__)
-        .get_template("fit.jinja")
-        .render(record=record, curves=curves, pairs=pairs)
-    )
+    template = templates(__file__).get_template("fit.jinja")
+    return template.render(record=record, curves=curves, pairs=pairs)
 
 
 def similarity_chart(wrong: WrongPairs) -> Markup:
@@ -90,5 +83,4 @@ def _image(files: Mapping[str, bytes]) -> str:
 
 
 def _caption(files: Mapping[str, bytes]) -> str:
-    text = " ".join(files["txt"].decode().split())
-    return text if len(text) <= _CAPTION else f"{text[: _CAPTION - 1]}…"
+    return shortened(files["txt"].decode())

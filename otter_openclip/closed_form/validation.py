@@ -7,48 +7,34 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from clip_benchmark.datasets.builder import build_wds_dataset
-from torch import Tensor, nn
+from torch import Tensor
 
 from otter_openclip.closed_form.heads import Heads
+from otter_openclip.closed_form.two_towers import Towers
 from otter_openclip.evaluation.labelled_images import LabelledImages
 from otter_openclip.evaluation.metrics import multilabel_metrics
 from otter_openclip.evaluation.prompts import class_prompts
-from otter_openclip.frozen import prefix
-from otter_openclip.frozen.encode import Column, fill
-
-_PROMPTS = 256  # that are encoded at a time
+from otter_openclip.frozen.encode import fill
 
 
 class LabelledFeatures:
     """What both towers give for the pictures and the classes' prompts of a labelled webdataset."""
 
-    def __init__(
-        self, folder: str, model: nn.Module, tokenizer: Any, images: Column, **how: Any
-    ) -> None:
-        """``folder`` is of ``check_webdataset``; ``images`` keeps the pictures' features.
-
-        ``how`` is of ``frozen.encode.fill``.
+    def __init__(self, folder: str, towers: Towers, **how: Any) -> None:
+        """``folder`` is of ``check_webdataset``; ``how`` is of ``frozen.encode.fill``.
 
         Raises:
             ValueError: naming what of the folder cannot be used.
         """
+        images = towers.images
         dataset = build_wds_dataset("val", images.inputs.transform, "test", folder)
         prompts = class_prompts(dataset)
         shards = LabelledImages(dataset, images.inputs.transform).shards
         self.labels = shards.read_all()
         fill([images], shards.urls, **how)
         self.images = torch.from_numpy(images.files.whole(shards.urls)).float()
-        texts = [text for group in prompts for text in group]
         self.counts = [len(group) for group in prompts]
-        device = next(model.parameters()).device
-        self.prompts = torch.cat(
-            [
-                prefix.run(model, "text", tokenizer(texts[i : i + _PROMPTS]).to(device))
-                .float()
-                .cpu()
-                for i in range(0, len(texts), _PROMPTS)
-            ]
-        )
+        self.prompts = towers.text_features([text for group in prompts for text in group])
 
     def precision(self, heads: Heads) -> float:
         """Mean average precision under ``heads``."""

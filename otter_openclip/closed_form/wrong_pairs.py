@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter1d
 from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
@@ -23,7 +23,7 @@ _BINS = 2001  # of cosines between -1 and 1
 _GROUP = 32  # pairs among which captions are exchanged
 _EMPTY = 1e-9  # density
 FLOOR = 1e-3  # the least weight: a pair is never quite left out
-HOPELESS = 0.9  # such a share of wrong pairs leaves nothing to learn from
+MOST_WRONG = 0.9  # a larger share of wrong pairs leaves nothing to learn from
 
 
 def similarities(heads: list[Heads], block: Block) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,8 +129,6 @@ def _smoothed(densities: Tensor, pairs: int) -> Tensor:
     at = torch.linspace(-1, 1, _BINS, dtype=torch.float64, device=densities.device)
     mean = (densities[0] * at).sum()
     deviation = (densities[0] * (at - mean) ** 2).sum().sqrt()
-    width = max(float(1.06 * deviation * pairs**-0.2), 1e-3)
-    kernel = torch.exp(-0.5 * (at / width) ** 2)
-    return F.conv1d(densities[:, None], (kernel / kernel.sum())[None, None], padding=_BINS // 2)[
-        :, 0
-    ]
+    width = max(float(1.06 * deviation * pairs**-0.2), 1e-3) * (_BINS - 1) / 2
+    smooth = gaussian_filter1d(densities.cpu(), width, axis=1, mode="constant", truncate=8)
+    return torch.from_numpy(smooth).to(densities.device)

@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
     add = parser.add_argument
     add("out", metavar="OUT", help="folder to write, or of a comparison that goes on")
-    text = (
-        "two towers, as otter-openclip towers writes them, which stay frozen under linear heads; "
-    )
+    text = "two towers of otter-openclip towers, which stay frozen under linear heads; "
     text += "any other model is trained as a whole"
     add("--model", required=True, metavar="NAME", help=text)
     text = "webdataset shards as for training: braces are expanded"
@@ -51,5 +49,5 @@ def main(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from otter_openclip.compare.comparing import compare  # heavy imports
 
-    compare(**{name: value for name, value in vars(args).items() if name != "command"})
+    compare(**vars(args))
     return 0

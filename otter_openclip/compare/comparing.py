@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -13,12 +16,11 @@ from typing import Any
 
 import filelock
 import open_clip
-import torch
 import transformers
 import yaml
 from tqdm import tqdm
 
-from otter_openclip.closed_form.fitting_run import Towers
+from otter_openclip.closed_form.two_towers import Towers
 from otter_openclip.compare.findings import LABELS, page, table, verdict
 from otter_openclip.compare.halves import CHOOSING, REPORTING, write_halves
 from otter_openclip.compare.study import QUICK_STEPS, STEPS, Study
@@ -29,6 +31,7 @@ from otter_openclip.model_folders.export import export_checkpoint
 from otter_openclip.shards import read
 
 HALVES, LOCK = "halves", ".lock"  # of a folder that this command has written
+_SILENT = 10.0  # seconds of waiting for another process before it is said
 
 
 def compare(
@@ -61,7 +64,7 @@ def compare(
     place = Place(model, train_data, {}, out)
     pairs, digest = _read_pairs(place)
     out.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(out / LOCK):
+    with _locked(out):
         halves, images = write_halves(eval, out / HALVES)
         frozen, towers = _encode(place)
         place = replace(place, tests=halves, frozen=frozen)
@@ -83,14 +86,21 @@ def compare(
         if methods:  # the closed form is made once, before others look for it
             run(FIT, CLOSED_FORM, place, 0)
     _work(study, deadline, f"--hours {hours}")
-    with filelock.FileLock(out / LOCK):
+    with _locked(out):
         _leave(out, study, {"pairs": pairs, "test images": images})
+
+
+def _locked(out: Path) -> contextlib.AbstractContextManager:
+    lock = filelock.FileLock(out / LOCK)
+    try:
+        return lock.acquire(timeout=_SILENT)
+    except filelock.Timeout:
+        print(f"Waiting for another process in {out}")
+        return lock.acquire()
 
 
 def _read_pairs(place: Place) -> tuple[int, str]:
     """How many pairs there are, and a digest of the shards' names and sizes, alike on all machines."""
-    if place.train_data.endswith((".csv", ".tsv")):
-        raise ValueError(f"--train-data {place.train_data} is a table; see otter-openclip data csv")
     count, digest = 0, hashlib.sha256()
     for shard in place.shards:
         try:
@@ -106,49 +116,47 @@ def _read_pairs(place: Place) -> tuple[int, str]:
 
 def _encode(place: Place) -> tuple[bool, str]:
     """Whether the model is two towers, what they give for the pairs then being kept; and its digest."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = "fp32" if device.type == "cpu" else "amp"
     try:
-        name = place.model.removeprefix("local-dir:")
-        towers = Towers(name, place.work / "features", precision, device)
+        towers = Towers(place.model.removeprefix("local-dir:"), place.work / "features")
     except ValueError:
         try:
             return False, fingerprint({}, open_clip.create_model(place.model).state_dict())
         except (RuntimeError, OSError) as error:
             raise ValueError(f"--model {place.model}: {error}") from error
     workers = min(8, (os.cpu_count() or 1) // 2)
-    fill([towers.images, towers.texts], place.shards, device=device, workers=workers)
+    fill([towers.images, towers.texts], place.shards, device=towers.device, workers=workers)
     return True, fingerprint({}, towers.model.state_dict())
 
 
 def _work(study: Study, deadline: float, hours: str) -> None:
     """Do what is missing, as long as there is time, with a bar."""
     began, repeats = time.monotonic(), study.seeds * len(study.methods)
-    everything = study.trials * len(study.tuned) + repeats
-    with tqdm(total=everything, initial=study.count(), unit="run") as bar:
+    everything, before = study.trials * len(study.tuned) + repeats, study.count()
+    shown = sys.stderr  # a run's own is not
+    with tqdm(total=everything, initial=before, unit="run") as bar:
 
         def said(method: str, epoch: int, value: float) -> None:
             bar.set_description(f"{LABELS[method]}, mAP {100 * value:.1f}")
-            if not study.place.frozen and epoch == 1 and bar.n == bar.initial:
+            if not study.place.frozen and epoch == 1 and study.count() == before:
                 seconds = (time.monotonic() - began) * EVALUATIONS
                 bar.write(
                     f"The towers are trained: a trial takes up to {seconds / 60:.1f} minutes, and all "
                     f"{everything} runs {seconds * everything / 3600:.1f} hours",
-                    file=bar.fp,  # standard output is the run's, and not shown
+                    file=shown,
                 )
 
         def go_on(step: Callable[[], bool], runs_left: int) -> None:
             while time.monotonic() + runs_left * study.mean_seconds() < deadline and step():
                 bar.update(study.count() - bar.n)
 
-        go_on(lambda: study.tune_next(said), repeats)
+        # One run more is the one that leaves the model.
+        go_on(lambda: study.tune_next(said), repeats + 1)
         study.choose()
-        go_on(study.repeat_next, 1)
+        go_on(study.repeat_next, 2)
     if not study.results():
-        late = (
-            f"{hours}: no method came to its end in that time; the same command goes on from here"
-        )
-        raise RuntimeError("; ".join(study.failed.values()) or late)
+        late = f"{hours}: no method came to its end in that time; the same command goes on"
+        errors = study.failed or study.errors
+        raise RuntimeError("; ".join(dict.fromkeys(errors.values())) or late)
 
 
 def _leave(out: Path, study: Study, facts: dict[str, Any]) -> None:
@@ -163,13 +171,16 @@ def _leave(out: Path, study: Study, facts: dict[str, Any]) -> None:
         text = yaml.safe_dump(recipe, sort_keys=False)
         write_text(out / "recipes" / f"{row['method']}.yaml", text)
     best = rows[0]["method"]
-    with tempfile.TemporaryDirectory(dir=out) as logs:
-        run(best, study.setting(best), place, 0, logs=Path(logs))
-        with quietly():
-            export_checkpoint(Path(logs) / "run", out / "model", overwrite=True)
+    path = out / "results.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else None
+    if before != json.loads(json.dumps(rows)) or not (out / "model").is_dir():
+        with tempfile.TemporaryDirectory(dir=out) as logs:
+            run(best, study.setting(best), place, 0, logs=Path(logs))
+            with quietly():
+                export_checkpoint(Path(logs) / "run", out / "model", overwrite=True)
     more = {"failed": study.failed, "importance": study.importances()}
     record = {"verdict": verdict(rows), **facts, "trials": study.trials_each, "rows": rows, **more}
-    write_json(out / "results.json", record)
+    write_json(path, record)
     text = (
         f"{facts['pairs']:,} pairs of {place.train_data}. Every loss was tuned by {study.trials_each} "
         f"trials over one space, by mAP on half of {facts['test images']:,} images; figures are of "

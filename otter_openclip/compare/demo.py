@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from tqdm import tqdm
 
 from otter_openclip.cli import needs
-from otter_openclip.closed_form.fitting_run import FIT_FILE, Towers
+from otter_openclip.closed_form.fitting_run import FIT_FILE
 from otter_openclip.closed_form.listing import contents
+from otter_openclip.closed_form.two_towers import Towers
 from otter_openclip.compare.findings import LABELS, page, table, verdict
 from otter_openclip.compare.icons import SHUFFLED, WRONG, find_fonts, write_icons
 from otter_openclip.compare.trial import CLOSED_FORM, FIT, METRICS, PICTURES, Place, quietly, run
@@ -81,8 +81,9 @@ def demonstrate(output: str | Path, *, quick: bool = False) -> None:
         f"names, and name icons held out; {setting['steps']} steps, batch {setting['batch-size']}. One "
         "seed: a demonstration, not a benchmark."
     )
-    wrong, said = _wrong(place)
-    html = page("OTTER on icons", text, panels, place, results, wrong=wrong, said=said)
+    wrong, said = _wrong(places["shuffled"])
+    more = {"wrong": wrong, "said": said}
+    html = page("OTTER on icons", text, panels, places["shuffled"], results, **more)
     write_text(out / "report.html", html)
     seconds = round(time.monotonic() - began, 1)
     write_json(out / RESULTS, {"seconds": seconds, "setting": setting, "wrong": said, **panels})
@@ -116,9 +117,8 @@ def find_towers() -> dict[str, Any]:
 
 def _encode(out: Path, right: list[str], shuffled: list[str]) -> None:
     """What the towers give for the pairs; pictures are the same under right and shuffled captions."""
-    device = torch.device("cpu")
-    towers = Towers(str(out / "towers"), out / "features", "fp32", device)
-    fill([towers.images, towers.texts], right, device=device, workers=1)
+    towers = Towers(str(out / "towers"), out / "features", device="cpu")
+    fill([towers.images, towers.texts], right, device=towers.device, workers=1)
     for one, other in zip(right, shuffled, strict=True):
         towers.images.files.write(other, towers.images.files.read(one))
 

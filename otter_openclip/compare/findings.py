@@ -16,9 +16,8 @@ LABELS |= {f"{FIT}+{m}": f"{LABELS[m]} from the closed form" for m in LABELS if 
 _WIDTH, _HEIGHT, _EDGE = 460, 230, 34
 
 Row = Mapping[str, Any]
-Results = Mapping[
-    tuple[str, int], Mapping[str, Any]
-]  # by method and seed, as ``trial.run`` gives them
+# By method and seed, as ``trial.run`` gives them.
+Results = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
 def mean_deviation(values: Sequence[float]) -> tuple[float, float]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
 
-from otter_openclip.evaluation.validator import check_webdataset
+from otter_openclip.evaluation.validator import Folder, check_webdataset
 from otter_openclip.files import write_text
 from otter_openclip.shards import read
-from otter_openclip.shards.write import COUNT_FILE, TYPE_FILE, write_shard
+from otter_openclip.shards.write import COUNT_FILE, TYPE_FILE, label_vector, write_shard
 
 CHOOSING, REPORTING = "choosing", "reporting"
 LEAST = 20  # images, to be halved
@@ -24,45 +24,45 @@ def write_halves(source: str, out: Path) -> tuple[dict[str, Path], int]:
     Raises:
         ValueError: naming what of ``--eval`` cannot be used, or cannot tell methods apart.
     """
-    checked, samples, digest = check_webdataset(source, flag="--eval"), [], hashlib.sha256()
+    checked, digest = check_webdataset(source, flag="--eval"), hashlib.sha256()
+    count, labels = 0, set()
     for shard in checked.shards:
         try:
-            for _, files in read.samples(shard, strict=True):
-                true = read.labels(files, checked.suffix, checked.classes)
-                image = read.image_file(files)
+            for image, vector in map(dict.values, _samples(checked, shard)):
                 read.check_image(image)
-                kind = next(kind for kind in read.IMAGES if kind in files)
-                samples.append({kind: image, "npy": label_vector(true, checked.classes)})
-                digest.update(image + samples[-1]["npy"])
+                digest.update(image + vector)
+                count += 1
+                labels.add(vector)
         except (OSError, read.SampleError) as error:
-            where = f"{shard}, sample {len(samples)} of all"
+            where = f"{shard}, sample {count} of all"
             raise ValueError(f"--eval {source} cannot be used: {where}: {error}") from error
-    if len(samples) < LEAST:
-        raise ValueError(
-            f"--eval {source}: {len(samples)} images are too few to halve; give {LEAST}"
-        )
-    if len({files["npy"] for files in samples}) == 1:
+    if count < LEAST:
+        raise ValueError(f"--eval {source}: {count} images are too few to halve; give {LEAST}")
+    if len(labels) == 1:
         raise ValueError(f"--eval {source}: all images have the same labels, which tells nothing")
-    order = np.random.default_rng(0).permutation(len(samples))
+    order = np.random.default_rng(0).permutation(count)
     texts = {path.name: path.read_text(encoding="utf-8") for path in Path(source).glob("*.txt")}
     halves = {}
     for half, part in zip((CHOOSING, REPORTING), np.array_split(order, 2), strict=True):
         halves[half] = folder = out / digest.hexdigest()[:12] / half
         if not (folder / "test" / COUNT_FILE).is_file():  # its features are known by its time
-            write_labelled(folder, [samples[n] for n in sorted(part)], texts)
-    return halves, len(samples)
+            everything = chain.from_iterable(_samples(checked, shard) for shard in checked.shards)
+            in_part = np.isin(np.arange(count), part)
+            write_labelled(folder, compress(everything, in_part), texts)
+    return halves, count
 
 
-def label_vector(true: Iterable[int], classes: int) -> bytes:
-    """The file that says which of the classes are ``true``."""
-    vector = np.zeros(classes, np.uint8)
-    vector[list(true)] = 1
-    np.save(content := io.BytesIO(), vector)
-    return content.getvalue()
+def _samples(checked: Folder, shard: str) -> Iterator[dict[str, bytes]]:
+    """Image and label vector, by suffix, of a shard's samples."""
+    for _, files in read.samples(shard, strict=True):
+        true = read.labels(files, checked.suffix, checked.classes)
+        image = read.image_file(files)
+        kind = next(kind for kind in read.IMAGES if kind in files)
+        yield {kind: image, "npy": label_vector(true, checked.classes)}
 
 
 def write_labelled(
-    folder: Path, samples: Sequence[Mapping[str, bytes]], texts: Mapping[str, str]
+    folder: Path, samples: Iterable[Mapping[str, bytes]], texts: Mapping[str, str]
 ) -> None:
     """Write a labelled webdataset of images with label vectors; ``texts`` are its files of text."""
     (folder / "test").mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from otter_openclip.cli import needs
-from otter_openclip.compare.halves import label_vector, write_labelled
-from otter_openclip.shards.write import CLASSES_FILE, TEMPLATES_FILE, write_shard
+from otter_openclip.compare.halves import write_labelled
+from otter_openclip.shards.write import CLASSES_FILE, TEMPLATES_FILE, label_vector, write_shard
 
 FONT = "materialdesignicons6-webfont-6.9.96.ttf"
 NAMES = "materialdesignicons6-webfont-charmap-6.9.96.json"

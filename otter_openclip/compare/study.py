@@ -23,7 +23,7 @@ STEPS, QUICK_STEPS = (20, 600), (20, 80)
 # The first trial of every method: what often did well, and losses' own settings at their defaults.
 FIRST = {"lr": 1e-3, "steps": 100, "init-logit-scale": 2.0, "wd": 0.2, "feature-dropout": 0.3}
 FIRST |= {"alpha": 0.5, "sinkhorn-lambda": 0.15, "label-smoothing": 0.1, "distill-T-t": 100.0}
-HOPELESS = 3  # trials of a method that failed, and none that did not
+FAILURES_TO_GIVE_UP = 3  # of a method, in this process, if none of its trials did not fail
 KEPT_SHARE = 67.0  # percent of the trials that go on after an evaluation
 TUNING_SEED, SEEDS = 100, "seeds"
 
@@ -64,6 +64,7 @@ class Study:
         failed: of methods no trial of which ended well, why.
         trials_each: of every method, among which its setting was chosen.
         chosen: by method the trial's number.
+        errors: of what failed in this process, by the study's name and the trial's number.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Study:
         self.trials, self.seeds = budget["trials"], budget["seeds"]
         self.space = place.frozen, budget["pairs"], budget["steps"]
         self.failed: dict[str, str] = {}
+        self.errors: dict[tuple[str, int], str] = {}
         self.chosen: dict[str, int] = {}
         self.trials_each = 0
         try:
@@ -110,9 +112,16 @@ class Study:
         every = self.studies[name].get_trials(deepcopy=False)
         return [trial for trial in every if trial.state.is_finished() is ended]
 
+    def _ended(self, method: str) -> list[Any]:
+        """The trials that count: if all have failed, by a full disk perhaps, only this process's."""
+        ended = self._trials(method, ended=True)
+        if all("error" in trial.user_attrs for trial in ended):
+            return [trial for trial in ended if (method, trial.number) in self.errors]
+        return ended
+
     def count(self) -> int:
         """Runs that have ended, of those that are wanted."""
-        tuning = sum(min(self.trials, len(self._trials(m, ended=True))) for m in self.tuned)
+        tuning = sum(min(self.trials, len(self._ended(method))) for method in self.tuned)
         return tuning + len(self.results())
 
     def tune_next(self, said: Callable[[str, int, float], None]) -> bool:
@@ -122,11 +131,12 @@ class Study:
         """
         waiting: dict[str, list[Any]] = {}
         for method in self.tuned:
-            ended = self._trials(method, ended=True)
-            if len(ended) >= HOPELESS and all("error" in trial.user_attrs for trial in ended):
+            ended = self._ended(method)
+            failed = all("error" in trial.user_attrs for trial in ended)
+            if failed and len(ended) >= FAILURES_TO_GIVE_UP:
                 self.failed[method] = ended[-1].user_attrs["error"]
             elif len(ended) < self.trials:
-                waiting[method] = self.studies[method].get_trials(deepcopy=False)
+                waiting[method] = ended + self._trials(method, ended=False)
         if not waiting:
             return False
         method = min(waiting, key=lambda each: len(waiting[each]))
@@ -160,6 +170,7 @@ class Study:
         except Stop:
             self.studies[name].tell(trial, state=TrialState.PRUNED)
         except RuntimeError as error:
+            self.errors[name, trial.number] = str(error)
             trial.set_user_attr("error", str(error))
             self.studies[name].tell(trial, state=TrialState.FAIL)
         else:
@@ -171,7 +182,7 @@ class Study:
 
         Which that is the storage keeps, for processes that come when others have added trials.
         """
-        ended = {m: self._trials(m, ended=True) for m in self.tuned}
+        ended = {method: self._ended(method) for method in self.tuned}
         self.trials_each = alike = min([self.trials, *map(len, ended.values())])
         for method, trials in ended.items() if alike else ():
             good = [t for t in trials[:alike] if t.state == TrialState.COMPLETE]
@@ -207,12 +218,14 @@ class Study:
         return {key: outcomes[name] for key, name in self._repeats().items() if name in outcomes}
 
     def repeat_next(self) -> bool:
-        """Do one repeat that nobody has done; False if there is none."""
-        ended, running = (
-            {t.user_attrs.get("repeat") for t in self._trials(SEEDS, ended=each)}
-            for each in (True, False)
-        )
-        missing = {name: key for key, name in self._repeats().items() if name not in ended}
+        """Do one repeat that nobody has done, and that did not fail here; False if there is none."""
+        running = {t.user_attrs.get("repeat") for t in self._trials(SEEDS, ended=False)}
+        done = {
+            trial.user_attrs["repeat"]
+            for trial in self._trials(SEEDS, ended=True)
+            if "outcome" in trial.user_attrs or (SEEDS, trial.number) in self.errors
+        }
+        missing = {name: key for key, name in self._repeats().items() if name not in done}
         if not missing:
             return False
         name = next((name for name in missing if name not in running), next(iter(missing)))

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from clip_benchmark.datasets.builder import build_wds_dataset
-from open_clip_train.data import expand_urls
 from torch import nn
 
 from otter_openclip.evaluation.classifier import class_features
 from otter_openclip.evaluation.prompts import class_prompts
+from otter_openclip.shards.names import shard_names
 from otter_openclip.terminating import EXIT_CODE
 from otter_openclip.training.launcher import main as train
 from otter_openclip.training.plugin import Plugin
@@ -61,7 +61,7 @@ class Place:
     @functools.cached_property
     def shards(self) -> list[str]:
         """Each once."""
-        return list(dict.fromkeys(expand_urls(self.train_data)[0]))
+        return shard_names("--train-data", self.train_data)
 
     def labelled(self, transform: Any) -> Any:
         """The last of the tests, as clip_benchmark opens it."""
@@ -138,8 +138,9 @@ def run(
     """
     recipe = flags(method, setting, place)
     steps = recipe["train-num-samples"] // recipe["batch-size"]
-    eyes = _Eyes(place, seed if FIT not in method else None, steps, report, logs is None)
-    eyes.name_pictures = name_pictures
+    head_seed = None if FIT in method else seed
+    switches = {"name_pictures": name_pictures, "leaves_nothing": logs is None}
+    plugin = MeasuringPlugin(place, head_seed, steps, report, **switches)
     recipe |= {"log-every-n-steps": 1_000_000, "name": "run", "seed": seed}
     with tempfile.TemporaryDirectory() as nowhere, quietly():
         recipe["logs"] = logs or nowhere
@@ -147,39 +148,46 @@ def run(
         for name, value in recipe.items():
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *(str(each) for each in values if each is not True)]
-        if train(words, plugin=eyes) != 0:
+        if train(words, plugin=plugin) != 0:
             raise RuntimeError("the command returned an error")
-    return eyes.outcome
+    return plugin.outcome
 
 
-class _Eyes(Plugin):
-    """A run's plugin that also draws the heads anew, and hears of every evaluation."""
-
-    name_pictures = False
+class MeasuringPlugin(Plugin):
+    """A run's plugin that also draws the heads anew, and measures at every evaluation."""
 
     def __init__(
-        self, place: Place, seed: int | None, steps: int, report: Any, leaves_nothing: bool
+        self,
+        place: Place,
+        head_seed: int | None,
+        steps: int,
+        report: Callable[[int, float], None],
+        *,
+        name_pictures: bool,
+        leaves_nothing: bool,
     ) -> None:
+        """As of ``run``; heads stay without a ``head_seed``, and an epoch has so many ``steps``."""
         super().__init__("train")
-        self.place, self.seed, self.steps, self.report = place, seed, steps, report
-        self.leaves_nothing, self.transform = leaves_nothing, None
+        self.place, self.head_seed, self.steps, self.report = place, head_seed, steps, report
+        self.name_pictures, self.leaves_nothing = name_pictures, leaves_nothing
+        self.transform = None
         self.outcome: dict[str, Any] = {"metrics": {}, "course": [], "names": []}
 
     def setup_model(self, args: Any, model: nn.Module, *transforms: Any) -> Any:
-        """Model."""
-        if self.place.frozen and self.seed is not None:
-            draw_heads(model, self.seed)
-        *made, self.transform = self.__getattr__("setup_model")(args, model, *transforms)
+        """Draw the heads, and keep the pictures' transform."""
+        if self.place.frozen and self.head_seed is not None:
+            draw_heads(model, self.head_seed)
+        *made, self.transform = self.hooks.setup_model(args, model, *transforms)
         return *made, self.transform
 
     def setup_data(self, args: Any, *data: Any) -> Any:
-        """Data."""
+        """Keep open_clip from writing checkpoints if the run is to leave nothing."""
         if self.leaves_nothing:
-            args.logs = "none"  # open_clip writes no checkpoints there
-        return self.__getattr__("setup_data")(args, *data)
+            args.logs = "none"
+        return self.hooks.setup_data(args, *data)
 
     def evaluate(self, args: Any, model: nn.Module, epoch: int, tokenizer: Any) -> dict[str, float]:
-        """Evaluation."""
+        """Add what is found to the outcome, and report it."""
         found, tests = self.hooks.evaluate(args, model, epoch, tokenizer), self.place.tests
         for test, folder in tests.items():
             prefix = f"zeroshot-{folder.name}-" if len(tests) > 1 else "zeroshot-"

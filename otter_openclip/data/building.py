@@ -43,6 +43,7 @@ _NOT_OF_THE_RESULT = ("output", "workers", "max_missing")  # options that a resu
 
 def add_output(parser: argparse.ArgumentParser, *, shard_size: int) -> None:
     """Add the options that all builders have."""
+    parser.set_defaults(command=parser.prog.split()[-1])
     group = parser.add_argument_group("output")
     add, one = group.add_argument, group.add_mutually_exclusive_group().add_argument
     text = "folder to write; the same command goes on with a build that was stopped"

@@ -10,8 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from otter_openclip.files import written_whole
+from otter_openclip.pages import THUMBNAIL, shortened
 
-THUMBNAIL = 160
 COLUMNS = 8
 
 
@@ -32,7 +32,6 @@ def draw(chosen: Sequence[tuple[Image.Image, str]], path: Path) -> None:
         sheet.paste(picture, (left, top))
         frame = (left - 1, top - 1, left + picture.width, y)  # or white ones would not show
         pen.rectangle(frame, outline="lightgrey")
-        short = textwrap.shorten(text, 84, placeholder=" …")
-        write((x, y + 4), "\n".join(textwrap.wrap(short, 22)))
+        write((x, y + 4), "\n".join(textwrap.wrap(shortened(text, 84), 22)))
     with written_whole(path) as file:
         sheet.save(file, Image.registered_extensions().get(path.suffix.lower(), "PNG"))

@@ -203,7 +203,7 @@ def _opened(path: str) -> Iterator[tuple[Any, Iterator[Any]]]:
     import pyarrow
     from pyarrow import ipc, parquet
 
-    with open(path, "rb") as file, tables.whole(path, pyarrow.ArrowException):
+    with open(path, "rb") as file, tables.damage_named(path, pyarrow.ArrowException):
         if not path.endswith(".arrow"):
             reader = parquet.ParquetFile(file)
             schema, batches = reader.schema_arrow, reader.iter_batches(batch_size=64)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
-from otter_openclip.data.contact_sheet import THUMBNAIL
 from otter_openclip.data.sources import COMPRESSED
+from otter_openclip.pages import THUMBNAIL
 from otter_openclip.shards import read as shard_samples
 from otter_openclip.shards.read import Fault, SampleError
 from otter_openclip.shards.write import SIZES_FILE

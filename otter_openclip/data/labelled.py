@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from otter_openclip import cli
@@ -19,7 +17,7 @@ from otter_openclip.data.plan import Plan
 from otter_openclip.data.sources import PATHS, absolute
 from otter_openclip.data.tables import at, lines
 from otter_openclip.files import write_text
-from otter_openclip.shards.write import CLASSES_FILE, COUNT_FILE, TEMPLATES_FILE, TYPE_FILE
+from otter_openclip.shards import write
 
 SPLIT = "test"
 
@@ -48,13 +46,6 @@ def build(args: argparse.Namespace, classes: Sequence[str], rows: Sequence[Row])
     """Build a test set; returns the exit code. Rows without a positive label are left out."""
     images = Paths(args.images, any_suffix=True)
 
-    def encode(numbers: str) -> bytes:
-        """Labels as the ``npy`` uint8 vector that clip_benchmark's multi-label sets hold."""
-        vector, buffer = np.zeros(len(classes), np.uint8), io.BytesIO()
-        vector[[int(number) for number in numbers.split()]] = 1
-        np.save(buffer, vector)
-        return buffer.getvalue()
-
     def fill(plan: Plan) -> None:
         for image, labels, line in tqdm(rows, "Looking for images", unit="image"):
             if not labels:
@@ -64,13 +55,16 @@ def build(args: argparse.Namespace, classes: Sequence[str], rows: Sequence[Row])
             plan.add(image, picture, numbers, key=key_of(image), where=f"line {line} of the labels")
 
     def finish(folder: Path, plan: Plan) -> None:
-        write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in classes))
-        write_text(folder / TEMPLATES_FILE, "a photo of {c}.\n")
-        write_text(folder / TYPE_FILE, "multilabel\n")
-        write_text(folder / SPLIT / COUNT_FILE, f"{plan.report()['shards']}\n")
+        write_text(folder / write.CLASSES_FILE, "".join(f"{name}\n" for name in classes))
+        write_text(folder / write.TEMPLATES_FILE, "a photo of {c}.\n")
+        write_text(folder / write.TYPE_FILE, "multilabel\n")
+        write_text(folder / SPLIT / write.COUNT_FILE, f"{plan.report()['shards']}\n")
 
-    inputs, name = [args.classes, args.labels], f"{SPLIT}/{{}}.tar"
-    Build(args, inputs, images, fill, finish, "npy", encode, name, "image").run()
+    def encode(numbers: str) -> bytes:
+        return write.label_vector(map(int, numbers.split()), len(classes))
+
+    kind = {"suffix": "npy", "encode": encode, "shard_name": f"{SPLIT}/{{}}.tar", "record": "image"}
+    Build(args, [args.classes, args.labels], images, fill, finish=finish, **kind).run()
     print(f"{len(classes)} classes.")
     where = f"--dataset wds/{os.path.basename(args.output)} --dataset_root {args.output}"
     print(f"clip_benchmark eval {where} --task zeroshot_classification ...")

@@ -25,12 +25,12 @@ _NOT_IMG2DATASET = "is this the output of img2dataset, did it end well? It resum
 class Picture(NamedTuple):
     """A picture's file and what it is called, or None and the reason with what else there is.
 
-    ``whole`` if the file is at the row's whole path, not only the one file of its name.
+    ``at_full_path`` if the file is at the row's whole path, not only the one file of its name.
     """
 
     file: File | None
     name: str = ""
-    whole: bool = True
+    at_full_path: bool = True
     reason: str = MISSING
 
 
@@ -100,12 +100,12 @@ class Paths:
         """The picture under the first of the relative or absolute ``paths`` that leads to one."""
         for path in paths:
             if pictures := self._at(path):
-                return _only(pictures, whole=True)
+                return _only(pictures, at_full_path=True)
         while self._unlisted:
             self._list(self._unlisted.pop(0))
         for path in paths:
             if pictures := self.index.select(self._name(path)):
-                return _only(pictures, whole=False)
+                return _only(pictures, at_full_path=False)
         return Picture(None)
 
     def _at(self, path: str) -> list[Picture]:
@@ -123,10 +123,11 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
-def _only(pictures: list[Picture], *, whole: bool) -> Picture:
+def _only(pictures: list[Picture], *, at_full_path: bool) -> Picture:
     if len(pictures) == 1:
-        return pictures[0]._replace(whole=whole)
-    return Picture(None, " or ".join(picture.name for picture in pictures), whole, AMBIGUOUS)
+        return pictures[0]._replace(at_full_path=at_full_path)
+    names = " or ".join(picture.name for picture in pictures)
+    return Picture(None, names, at_full_path, AMBIGUOUS)
 
 
 @dataclass

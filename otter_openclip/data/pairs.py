@@ -58,8 +58,8 @@ def build(
         sizes = {name: samples for name, samples, _ in plan.report()["written"]}
         write_json(folder / SIZES_FILE, sizes)
 
-    name = "{:05d}.tar"
-    job = Build(args, inputs, images, fill, write_small_files, "txt", str.encode, name, record)
+    kind = {"suffix": "txt", "encode": str.encode, "shard_name": "{:05d}.tar", "record": record}
+    job = Build(args, inputs, images, fill, finish=write_small_files, **kind)
     last = job.run()["shards"] - 1
     print(f"--train-data '{job.output}/{f'{{00000..{last:05d}}}' if last else '00000'}.tar'")
     return 0

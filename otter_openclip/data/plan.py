@@ -22,15 +22,16 @@ _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _TABLES = """
 CREATE TABLE IF NOT EXISTS begun (settings TEXT);
 CREATE TABLE IF NOT EXISTS samples (id INTEGER PRIMARY KEY, key TEXT, name TEXT, file TEXT,
-    whole INTEGER, text TEXT, identity BLOB UNIQUE);
+    at_full_path INTEGER, text TEXT, identity BLOB UNIQUE);
+CREATE TABLE IF NOT EXISTS skipped (reason TEXT PRIMARY KEY, count INTEGER);
+-- last: how many samples are done, in their order, once the shard is; 0 of one dropped before.
 CREATE TABLE IF NOT EXISTS dropped (id INTEGER, name TEXT, reason TEXT, detail TEXT, last INTEGER);
-CREATE TABLE IF NOT EXISTS skipped (reason TEXT, count INTEGER);
 CREATE TABLE IF NOT EXISTS shards (name TEXT, samples INTEGER, size INTEGER, last INTEGER);
 """
 _SHARED = """
-SELECT file, id, name, whole FROM samples
+SELECT file, id, name, at_full_path FROM samples
 WHERE file IN (SELECT file FROM samples GROUP BY file HAVING COUNT(DISTINCT name) > 1)
-ORDER BY file, whole DESC, id
+ORDER BY file, at_full_path DESC, id
 """
 
 
@@ -48,7 +49,7 @@ class Plan:
     """The samples and what became of them, on disk; ``record`` is what a sample's name stands for."""
 
     def __init__(self, path: Path, record: str) -> None:
-        self.folder, self.record = path.parent, record
+        self.folder, self.record, self._added = path.parent, record, 0
         self.db = sqlite3.connect(path)
         self.db.executescript(_TABLES)
         self.index = Index(self.db)
@@ -66,6 +67,7 @@ class Plan:
         There already is a ``key`` or, without one, a file with its text. ``where`` is the row, for the
         report.
         """
+        self._added += 1  # the id, of which keys are made: whatever becomes of others, it stays
         if picture.reason == NOT_DOWNLOADED:
             return self.skip(NOT_DOWNLOADED)
         if picture.file is None:
@@ -77,8 +79,8 @@ class Plan:
             raise ValueError(f"{name}: {key!r} {fault}")
         file = json.dumps(picture.file)
         identity = sources.digest(key or file + text)
-        insert = "INSERT OR IGNORE INTO samples VALUES (NULL, ?, ?, ?, ?, ?, ?)"
-        row = key, name, file, picture.whole, text, identity
+        insert = "INSERT OR IGNORE INTO samples VALUES (?, ?, ?, ?, ?, ?, ?)"
+        row = self._added, key, name, file, picture.at_full_path, text, identity
         if not self.db.execute(insert, row).rowcount:
             self.drop(name, "duplicate", where)
 
@@ -92,8 +94,8 @@ class Plan:
             rows = [row[1:] for row in group]
             _, first, sure = rows[0]
             reason = f"file name of another {self.record}" if sure else AMBIGUOUS
-            for id, name, whole in rows:
-                if not whole or (self.record != "row" and name != first):
+            for id, name, at_full_path in rows:
+                if not at_full_path or (self.record != "row" and name != first):
                     other = next(each for _, each, _ in rows if each != name)
                     self.drop(name, reason, f"{other} has {file}", id=id)
         self.db.execute("DELETE FROM samples WHERE id IN (SELECT id FROM dropped)")
@@ -118,7 +120,8 @@ class Plan:
 
     def skip(self, reason: str, count: int = 1) -> None:
         """Count samples that do not belong to the result."""
-        self.db.execute("INSERT INTO skipped VALUES (?, ?)", (reason, count))
+        add = "ON CONFLICT(reason) DO UPDATE SET count = count + excluded.count"
+        self.db.execute(f"INSERT INTO skipped VALUES (?, ?) {add}", (reason, count))
 
     def order(self, seed: int | None = None) -> np.ndarray:
         """The samples' ids as they come in the shards, those included that turn out unreadable."""
@@ -147,7 +150,7 @@ class Plan:
             "samples": sum(samples for _, samples, _ in written),
             "shards": len(written),
             "dropped": dict(select("SELECT reason, COUNT(*) FROM dropped GROUP BY reason")),
-            "skipped": dict(select("SELECT reason, SUM(count) FROM skipped GROUP BY reason")),
+            "skipped": dict(select("SELECT reason, count FROM skipped ORDER BY reason")),
             "written": written,
             "begun": self.begun,
         }

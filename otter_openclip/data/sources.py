@@ -80,7 +80,7 @@ def unpacked(archive: str, folder: Path) -> str:
         if not target.exists():
             size, title = os.path.getsize(archive), f"Unpacking {os.path.basename(archive)}"
             bar = tqdm.wrapattr(packed, "read", size, desc=title)
-            with written_whole(target) as out, tables.whole(archive), bar as watched:
+            with written_whole(target) as out, tables.damage_named(archive), bar as watched:
                 shutil.copyfileobj(unpack(watched), out, 1 << 20)
         return str(target)
 
@@ -151,7 +151,7 @@ def members(source: str) -> Iterator[tuple[str, File]]:
                 path = os.path.join(folder, name)
                 yield os.path.relpath(path, source), File(path)
     else:
-        with tables.whole(source):
+        with tables.damage_named(source):
             zipped = source.lower().endswith(".zip")
             yield from _zip_members(source) if zipped else _tar_members(source)
 

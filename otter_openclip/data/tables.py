@@ -32,7 +32,7 @@ def at(path: str, line: int, fault: str) -> ValueError:
 
 
 @contextlib.contextmanager
-def whole(path: str, *errors: type[Exception]) -> Iterator[None]:
+def damage_named(path: str, *errors: type[Exception]) -> Iterator[None]:
     """What reading a damaged file raises, and further ``errors``, as an OSError that names ``path``."""
     try:
         yield
@@ -55,7 +55,7 @@ def lines(path: str, *, ends: bool = False) -> Iterator[tuple[int, str]]:
     They are cut off, unless ``ends``, and so is a byte-order mark. ValueError names a line that is not
     UTF-8 or, unless ``ends``, has another \\r in it, OSError a compressed file that is damaged.
     """
-    with open(path, "rb") as packed, whole(path):
+    with open(path, "rb") as packed, damage_named(path):
         file, number = (opener(packed) or (lambda file: file))(packed), 0
         try:
             for number, raw in enumerate(file, 1):

@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
                 plan.skip("without a caption")
             else:
                 picture = images.find(*([url] if args.img2dataset else file_names(url)))
-                if not picture.whole and _of_another_url(picture.name, url):
+                if not picture.at_full_path and _of_another_url(picture.name, url):
                     picture = Picture(None)
                 plan.add(url, picture, caption)
 

@@ -157,7 +157,10 @@ def text_config(text: str) -> tuple[str, PretrainedConfig, int]:
         config = AutoConfig.from_pretrained(text)
     except Exception as error:  # Files, network, values of every wrong kind.
         raise unreadable(text, error) from error
-    return text, config, config.hidden_size
+    if (width := getattr(config, "hidden_size", None)) is None:
+        fault = f"{text} is a model of the type {config.model_type}"
+        raise ValueError(f"{fault}; open_clip takes text towers of BERT's and RoBERTa's kind")
+    return text, config, width
 
 
 def load_text_tower(

@@ -26,11 +26,7 @@ TEXT_TOWERS = {
     "sentence-transformer-large": "sentence-transformers/bert-large-nli-mean-tokens",
 }
 # train.py of the reference
-DEFAULT_ARGS = {
-    "image_arch": "resnet50",
-    "text_arch": "declutr-sci-base",
-    "max_token_length": 60,
-}
+DEFAULT_ARGS = {"image_arch": "resnet50", "text_arch": "declutr-sci-base", "max_token_length": 60}
 IMAGE_SIZE = 224
 MAX_LOG_SCALE = math.log(100.0)
 BIAS_TOLERANCE = 1e-5  # of the text projection's bias, when another tensor has taken it over

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 
-from otter_openclip.terminating import on_sigterm
-
 WEIGHTS = ("student", "teacher")
 
 
@@ -31,13 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace OUT if it is an earlier export")
 
 
-@on_sigterm()
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     from otter_openclip.model_folders.convert import convert_checkpoint  # heavy imports
 
-    settings = {name: value for name, value in vars(args).items() if name != "command"}
-    out = convert_checkpoint(report=print, **settings)
+    out = convert_checkpoint(report=print, **vars(args))
     print(f"Wrote {out}; re-loaded with open_clip, every tensor is the converted one.")
     print(f"  open_clip.create_model_and_transforms('local-dir:{out}')")
     print(

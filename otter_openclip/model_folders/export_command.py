@@ -15,7 +15,6 @@ import math
 from typing import Any
 
 from otter_openclip.cli import number
-from otter_openclip.terminating import on_sigterm
 
 WEIGHTS = ("student", "teacher")
 
@@ -56,13 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(flag, **keywords)
 
 
-@on_sigterm()
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     from otter_openclip.model_folders.export import export_checkpoint  # heavy imports
 
-    settings = {name: value for name, value in vars(args).items() if name != "command"}
-    out = export_checkpoint(report=print, **settings)
+    out = export_checkpoint(report=print, **vars(args))
     print(f"Wrote {out}; re-loaded with open_clip, every tensor is the checkpoint's.")
     print(f"  open_clip.create_model_and_transforms('local-dir:{out}')")
     return 0

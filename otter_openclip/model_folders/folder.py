@@ -112,10 +112,7 @@ def _beside(target: Path) -> Path:
 
 
 def _write_config(
-    folder: Path,
-    model: nn.Module,
-    config: Mapping[str, Any],
-    tower: Path | None,
+    folder: Path, model: nn.Module, config: Mapping[str, Any], tower: Path | None
 ) -> None:
     """Write the JSON, with the text tower's ``config.json`` in the folder ``tower`` unless None."""
     config = copy.deepcopy(dict(config))
@@ -124,22 +121,26 @@ def _write_config(
     save_config_for_hf(model, folder / CONFIG_FILE, config)
 
 
-def check_out(out: Path, overwrite: bool, *inputs: Path) -> None:
-    """Refuse an ``out`` whose replacement would lose ``inputs`` or anything but an earlier export."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
+def check_out(out: Path, overwrite: bool, *kept: Path) -> None:
+    """Refuse an ``out`` whose replacement would lose what is ``kept``, or is no earlier export's."""
+    if not overwrite and out.exists() and not _is_empty(out):
         raise FileExistsError(f"{out} exists; choose another folder or pass --overwrite")
-    if not (out / CONFIG_FILE).is_file():
-        raise FileExistsError(
-            f"{out} is not an exported model (no {CONFIG_FILE} in it), and --overwrite replaces nothing "
-            "else; choose another folder"
-        )
-    for path in inputs:
+    _check_replaceable(out)
+    for path in kept:
         if path.resolve().is_relative_to(out.resolve()):
-            raise FileExistsError(
-                f"{path} lies in {out}, which --overwrite would delete; choose another folder"
-            )
+            raise FileExistsError(f"{path} lies in {out}, which is replaced; choose another folder")
+
+
+def _is_empty(out: Path) -> bool:
+    return out.is_dir() and not any(out.iterdir())
+
+
+def _check_replaceable(out: Path) -> None:
+    if out.exists() and not _is_empty(out) and not (out / CONFIG_FILE).is_file():
+        raise FileExistsError(
+            f"{out} is not an exported model (no {CONFIG_FILE} in it), and nothing else is replaced; "
+            "choose another folder"
+        )
 
 
 def check_state(state: Any, path: Path, weights: str) -> dict[str, Tensor]:
@@ -228,6 +229,7 @@ def _features(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _move(temporary: Path, out: Path) -> None:
     """Rename to ``out``; an earlier export is deleted last, and put back if the rename fails."""
+    _check_replaceable(out)  # it may have appeared since
     aside = _beside(out)
     try:
         if out.exists():

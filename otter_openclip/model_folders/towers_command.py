@@ -15,7 +15,6 @@ import argparse
 import math
 
 from otter_openclip.cli import number, positive
-from otter_openclip.terminating import on_sigterm
 
 HEADS = ("linear", "mlp")
 POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "own": "cls_pooler"}
@@ -50,13 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace OUT if it is an earlier export")
 
 
-@on_sigterm()
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
     from otter_openclip.model_folders.towers import make_towers  # heavy imports
 
-    settings = {name: value for name, value in vars(args).items() if name != "command"}
-    out = make_towers(report=print, **settings)
+    out = make_towers(report=print, **vars(args))
     print(f"Wrote {out}; re-loaded with open_clip, every tensor is the towers'.")
     print(f"  otter-openclip train --model local-dir:{out} --lock-image --lock-text ...")
     return 0

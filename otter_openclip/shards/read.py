@@ -114,7 +114,7 @@ def _grouped(
             files[suffix] = tar.extractfile(member).read() if wanted else b""
     except (tarfile.TarError, EOFError) as error:
         damage = error
-    if current is not None:  # stock loaders, too, give what there is of the last sample
+    if current is not None and not (strict and damage):  # in training it is what there is of it
         yield current, files
     if damage is not None:
         raise damage

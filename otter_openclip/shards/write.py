@@ -7,6 +7,8 @@ import os
 import tarfile
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 from otter_openclip.files import written_whole
 
 # What lies beside shards: of training pairs, open_clip's numbers of samples by the shard's name; of an
@@ -15,6 +17,14 @@ SIZES_FILE = "sizes.json"
 CLASSES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 TYPE_FILE, COUNT_FILE = "dataset_type.txt", "nshards.txt"
+
+
+def label_vector(true: Iterable[int], classes: int) -> bytes:
+    """The ``npy`` of clip_benchmark's multi-label sets: which of the classes are ``true``."""
+    vector = np.zeros(classes, np.uint8)
+    vector[list(true)] = 1
+    np.save(content := io.BytesIO(), vector)
+    return content.getvalue()
 
 
 def write_shard(

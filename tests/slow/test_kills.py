@@ -262,7 +262,7 @@ def test_the_same_command_goes_on(name, commands, tmp_path):
 def kill(command: Command, run: Running, number: int, rng: random.Random) -> bool:
     """Kill a command, or one of its ranks; whether it was still there.
 
-    After SIGTERM there are no more temporary files than before, but of builders, which end at once.
+    After SIGTERM there are no more temporary files than before.
     """
     ranks = run.ranks() if "torch.distributed.run" in command.words else []
     try:
@@ -270,7 +270,7 @@ def kill(command: Command, run: Running, number: int, rng: random.Random) -> boo
     except ProcessLookupError:
         return False
     code = run.wait()
-    if number == signal.SIGTERM and not ranks and "data" not in command.words:
+    if number == signal.SIGTERM and not ranks:
         # Before the handler is there, the signal ends the process itself.
         assert code in (0, 128 + signal.SIGTERM) or run.before == names(run.out), run.said
         assert temporary(run.out) <= run.before, run.said
