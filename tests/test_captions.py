@@ -73,7 +73,8 @@ def test_each_folders_first_captions_are_looked_at(tmp_path, monkeypatch):
     (tmp_path / "b" / "1.tar").write_bytes(one.read_bytes()[:5000])
     shards = [one, tmp_path / "b" / "1.tar", other, "pipe:cat 2.tar"]
     first = ["red circle", "blue line", f"{LONG}0"]
-    assert list(read.first_captions(map(str, shards))) == [*first, *["red circle"] * 2, "blue line"]
+    found = list(read.first_captions(map(str, shards)))
+    assert found == [*first, "red circle", "blue line", "red circle"]
 
 
 def test_class_names(pairs, labelled, tmp_path, caplog, capsys):

@@ -224,7 +224,7 @@ def test_files_of_shards_are_arrays(tmp_path):
     assert statistics.setting == of_arrays.setting
     found, expected = heads.images(torch.tensor(images)), torch.tensor(model.transform(images))
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
-    every = [WrongPair(("0", number), "", 0.1, 0.1) for number in range(40)]
+    every = [WrongPair((shards[0], number), "", 0.1, 0.1) for number in range(40)]
     better = zip(every, better_captions(pairs, heads, every), strict=True)
     assert all(pair.place not in places for pair, places in better)
     rows = np.full((4, 1, 24), 1.0, np.float32)
