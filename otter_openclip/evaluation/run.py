@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--templates", metavar="{simple,imagenet,FILE}", help=text)
     text = "resize to 256/224 of the model's image size, then crop, as the reference does"
     add("--reference_crop", action="store_true", help=text)
+    # Class features are no longer kept; command lines that say where still work.
+    add("--class_cache", help=argparse.SUPPRESS)
     add("--version", action="version", version=f"otter-openclip {__version__}")
 
 
