@@ -10,9 +10,9 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import COLOURS, SHAPES, picture, png, write_tar
+from conftest import COLOURS, SHAPES, picture
+from data_helpers import as_file, samples, write_tar
 from data_helpers import run as run_data
-from data_helpers import samples
 from forks import ranks
 from PIL import Image
 from test_zeroshot_training import damaged
@@ -41,7 +41,7 @@ def data(tmp_path_factory):
             wrong = i < WRONG
             other = drawn[(i + 1) % WRONG] if wrong else drawn[i]
             key = f"{'w' if wrong and other != drawn[i] else 'r'}{i:04d}"
-            files[f"{key}.png"] = png(picture(rng, colour, shape))
+            files[f"{key}.png"] = as_file(picture(rng, colour, shape))
             files[f"{key}.txt"] = f"a {other[0]} {other[1]} no {i}".encode()
         write_tar(folder / f"{shard:05d}.tar", files)
     sizes = {f"{shard:05d}.tar": COUNT // SHARDS for shard in range(SHARDS)}
@@ -152,7 +152,7 @@ ONE = {"shard": "a/0.tar", "key": "000000099"}
 )
 def test_a_list_that_is_of_something_else(tmp_path, capsys, content, said):
     (tmp_path / "fit.json").write_text(json.dumps(content), encoding="utf-8")
-    (tmp_path / "0.png").write_bytes(png(Image.new("RGB", (9, 9))))
+    (tmp_path / "0.png").write_bytes(as_file(Image.new("RGB", (9, 9))))
     (tmp_path / "t.csv").write_text("filepath,title\n0.png,a dog", encoding="utf-8")
     words = f"--captions {tmp_path}/t.csv --images {tmp_path} --output {tmp_path}/o"
     assert run_data("csv", *words.split(), "--drop-wrong", tmp_path / "fit.json") == 2
@@ -162,7 +162,7 @@ def test_a_list_that_is_of_something_else(tmp_path, capsys, content, said):
 def test_a_key_is_its_rows_whatever_pictures_are_there(tmp_path):
     (tmp_path / "t.csv").write_text("filepath,title\n0.png,a\n1.png,b", encoding="utf-8")
     for number in (1, 0):
-        (tmp_path / f"{number}.png").write_bytes(png(Image.new("RGB", (9, 9), COLOURS[number])))
+        (tmp_path / f"{number}.png").write_bytes(as_file(Image.new("RGB", (9, 9), COLOURS[number])))
         out = tmp_path / f"with-{number}"
         assert run_data("csv", "--captions", tmp_path / "t.csv", "--output", out) == 0
         assert samples(out / "00000.tar")["000000001"]["txt"] == b"b"
@@ -257,9 +257,7 @@ def test_val_unpaired_and_a_text_mean_that_stays(model, data, labelled, tmp_path
     assert torch.equal(*norms)
 
 
-def test_scale_and_likelihood_are_of_the_setting_that_val_chose(
-    model, data, labelled, tmp_path, fitted
-):
+def test_scale_and_likelihood_are_of_the_setting_of_val(model, data, labelled, tmp_path, fitted):
     said = record(fit(tmp_path, model, data, fitted, val=str(labelled), no_weights=True))
     setting = {"ridge": (said["ridge_images"], said["ridge_texts"]), "power": said["power"]}
     sides = [joined(next(fitted[1].glob(f"{kind}-*"))) for kind in ("image", "text")]
