@@ -295,7 +295,8 @@ def test_saved_and_loaded_classifier(ours, stocks, tmp_path):
 
 def test_a_folder_without_images(ours, tmp_path, caplog):
     """All faults of folders are in test_evaluation_folders.py."""
-    ours(data=write_data(tmp_path / "empty", [{}, {}]), error="no images in 2 shards")
+    error = f"no images in 2 shards, first {tmp_path}/empty/test/0.tar"
+    ours(data=write_data(tmp_path / "empty", [{}, {}]), error=error)
     assert "1 names stand for several classes, e.g. 'red circle'" in caplog.text
 
 

@@ -9,7 +9,7 @@ from conftest import MODELS
 from data_helpers import refused
 from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import load_file, save_file
-from training_helpers import load, train
+from training_helpers import load, stock, train
 
 from otter_openclip import cli
 from otter_openclip.model_folders import export, folder
@@ -31,14 +31,13 @@ def test_features_preprocessing_and_tokens_are_the_runs(run, tmp_path, weights):
     checkpoint = load(run / "checkpoints" / "epoch_1.pt")
     state = checkpoint["state_dict" if weights == "student" else "state_dict_ema"]
     out = export_checkpoint(run, tmp_path / "deep" / "out", weights=weights)
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
+    model, preprocess, tokenizer = stock(out)
     images, texts = torch.randn(3, 3, 24, 24), tokenizer(["a red circle", "b", "c"])
     assert texts.shape == (3, 7)
     source = open_clip.create_model("tiny-vit", force_image_size=24, force_context_length=7)
     source.load_state_dict(state)
     with torch.no_grad():
-        found, expected = model.eval()(images, texts), source.eval()(images, texts)
+        found, expected = model(images, texts), source.eval()(images, texts)
     assert all(map(torch.equal, found, expected))
     config = model.visual.preprocess_cfg
     assert list(config["mean"]) == [0.1, 0.2, 0.3]

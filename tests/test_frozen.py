@@ -46,8 +46,7 @@ def test_a_frozen_tower_is_the_pretrained_one(pairs, tmp_path, model, words):
 @pytest.mark.parametrize("words", [f"--loss otter {FREEZE}", "--loss infonce --lock-image"])
 def test_a_frozen_tower_runs_once_and_in_eval_mode(pairs, tmp_path, monkeypatch, words):
     """For student and teacher, also after open_clip's loop has called ``train()``."""
-    seen = []
-    stock = BatchNormAct2d.forward
+    seen, stock = [], BatchNormAct2d.forward
 
     def record(self, x):
         seen.append(self.training)
