@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when open_clip is imported
 import numpy as np
 import open_clip
 import pytest
-from data_helpers import write_tar
+from data_helpers import as_file, write_tar
 from PIL import Image, ImageDraw
 
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -65,13 +65,6 @@ def npy(values: Any, dtype: Any = np.uint8) -> bytes:
     """A label vector as shards have it."""
     buffer = io.BytesIO()
     np.save(buffer, np.array(values, dtype))
-    return buffer.getvalue()
-
-
-def png(image: Image.Image) -> bytes:
-    """The picture as a file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -140,7 +133,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(36):
             colour, shape = rng.choice(COLOURS), rng.choice(SHAPES)
             file = folder / f"{shard}-{i}.png"
-            file.write_bytes(png(picture(rng, colour, shape)))
+            file.write_bytes(as_file(picture(rng, colour, shape)))
             caption = f"a {colour} {shape}"
             rows.append(f"{file}\t{caption}")
             key = f"{shard}{i:04d}"
@@ -158,7 +151,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = {}
     for i in range(30):
         colour, shape = rng.choice(COLOURS), rng.choice(SHAPES)
-        files[f"{i:04d}.png"] = png(picture(rng, colour, shape))
+        files[f"{i:04d}.png"] = as_file(picture(rng, colour, shape))
         files[f"{i:04d}.npy"] = npy([name in (colour, shape) for name in CLASSES])
     return write_set(tmp_path_factory.mktemp("labelled"), [files], CLASSES, templates=["a {c}"])
 

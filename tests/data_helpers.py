@@ -9,10 +9,17 @@ import random
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from otter_openclip import cli
+
+
+def as_file(image: Image.Image, format_name: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format_name, **options)
+    return buffer.getvalue()
 
 
 def jpeg(seed: int, size: tuple[int, int] = (24, 20), mode: str = "RGB") -> bytes:
@@ -20,16 +27,12 @@ def jpeg(seed: int, size: tuple[int, int] = (24, 20), mode: str = "RGB") -> byte
     rng = random.Random(seed)
     image = Image.new("RGB", (6, 5))
     image.putdata([tuple(rng.randrange(256) for _ in range(3)) for _ in range(30)])
-    buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.NEAREST).convert(mode).save(buffer, "JPEG")
-    return buffer.getvalue()
+    return as_file(image.resize(size, Image.Resampling.NEAREST).convert(mode), "JPEG")
 
 
 def encoded(seed: int, format_name: str, mode: str = "RGB", **options) -> bytes:
     """The picture of ``jpeg(seed)`` in another format or mode."""
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(jpeg(seed))).convert(mode).save(buffer, format_name, **options)
-    return buffer.getvalue()
+    return as_file(Image.open(io.BytesIO(jpeg(seed))).convert(mode), format_name, **options)
 
 
 def member(tar: tarfile.TarFile, name: str, content: bytes = b"", **changes: object) -> None:

@@ -74,9 +74,7 @@ def rank_environments(count: int) -> Iterator[list[dict[str, str]]]:
     yield [{name: str(value) for name, value in one.items()} for one in each]
 
 
-def together(
-    commands: list[tuple[Any, ...]], settings: list[dict[str, Any]]
-) -> list[CompletedProcess[str]]:
+def together(commands: list[Any], settings: list[dict[str, Any]]) -> list[CompletedProcess[str]]:
     """Run commands at the same time. Where one fails, the others are ended, as torchrun does."""
     requests = [
         {
@@ -118,7 +116,6 @@ def serve() -> None:
 
 
 def wait(running: set[int]) -> dict[int, int]:
-    """Exit codes of processes."""
     codes = {}
     while running:
         process, status = os.wait()

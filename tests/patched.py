@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 if sys.version_info >= (3, 11):
@@ -39,14 +40,12 @@ def declare(folder: Path, name: str, entry_points: dict[str, dict[str, str]]) ->
     A distribution of that name elsewhere on the path is hidden by it.
     """
     metadata = folder / f"{name.replace('-', '_')}-0.dist-info"
+    stated, points = f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n", ConfigParser()
+    points.read_dict(entry_points)
     metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n", encoding="utf-8"
-    )
-    lines = []
-    for group, points in entry_points.items():
-        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items())]
-    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (metadata / "METADATA").write_text(stated, encoding="utf-8")
+    with open(metadata / "entry_points.txt", "w", encoding="utf-8") as file:
+        points.write(file)
     return folder
 
 

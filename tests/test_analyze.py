@@ -242,7 +242,6 @@ def test_features_that_are_not_finite_are_refused(pairs, tmp_path):
 
 
 def test_the_page_shows_all_of_it_and_runs_none(tmp_path):
-    """Captions, places and reasons are text, whatever is in them."""
     images, texts = made_up(300, shuffled=0.4)
     captions = [f"{HOSTILE} {i}" if i % 3 else "W" * 500 for i in range(300)]
     captions[5:9] = ["一只猫坐在垫子上"] * 4

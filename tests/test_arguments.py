@@ -1,7 +1,6 @@
 """The command line: what is refused, before any data are read, and what the message says."""
 
-import math
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 
@@ -87,11 +86,6 @@ def test_stock_flags_and_defaults_stay():
     stock, ours = vars(params.parse_args(words.split())), vars(parse(words))
     assert ours["loss"] == "clip"
     assert {name: ours[name] for name in stock} == stock
-
-
-def test_numbers_are_finite():
-    with pytest.raises(ArgumentTypeError, match="must be finite, got -inf"):
-        cli.number(-math.inf)("-inf")
 
 
 def test_who_goes_on_when_it_is_stopped():

@@ -141,7 +141,6 @@ def test_moments_of_a_plan_are_those_of_its_pairs():
 
 
 def test_unpaired_data_help_few_pairs():
-    """Images and texts of no pair, matched by transport, are worth pairs."""
     images, texts, _ = made(2000, seed=1, widths=(120, 80))
     order = np.random.default_rng(2).permutation(900)
     more = {"unpaired_images": images[100:1000], "unpaired_texts": texts[100:1000][order]}

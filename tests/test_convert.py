@@ -12,6 +12,7 @@ import torch
 from conftest import text_folder
 from torch import nn
 from torch.nn import functional as F
+from training_helpers import stock
 from transformers import AutoConfig, AutoModel, BertConfig, RobertaConfig
 
 from otter_openclip import cli
@@ -63,13 +64,12 @@ def save(path, state):
 
 
 def assert_converted(out, reference, dim=WIDTH):
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
+    model, preprocess, tokenizer = stock(out)
     ids = tokenizer(["red circle", "a blue line", "green " * 20])
     assert ids.shape == (3, 7) and (ids[2] != 0).all()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        mine = model.eval().encode_image(images, True), model.encode_text(ids, True)
+        mine = model.encode_image(images, True), model.encode_text(ids, True)
     for got, wanted in zip(mine, reference.features(images, ids), strict=True):
         assert got.shape[1] == dim
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)

@@ -16,13 +16,11 @@ from otter_openclip.training import table_check, watch
 
 def shards(folder, *contents):
     """Shards of the given files each, with sizes.json as the builders write it."""
-    sizes = {}
-    for n, files in enumerate(contents):
-        write_tar(folder / f"{n:05d}.tar", files)
-        sizes[f"{n:05d}.tar"] = 12
+    tars = [write_tar(folder / f"{n:05d}.tar", files) for n, files in enumerate(contents)]
+    sizes = {tar.name: 12 for tar in tars}
     (folder / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
     last = len(contents) - 1
-    return str(folder / f"{{00000..{last:05d}}}.tar") if last else str(folder / "00000.tar")
+    return str(folder / f"{{00000..{last:05d}}}.tar") if last else str(tars[0])
 
 
 def good(*numbers):

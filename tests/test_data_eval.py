@@ -56,7 +56,6 @@ def test_open_images_official_files(goi):
     assert (out / "classnames.txt").read_text(encoding="utf-8").splitlines() == NAMES
     assert (out / "test" / "nshards.txt").read_text(encoding="utf-8") == "2\n"
     assert dropped(out) == [] and skipped(out) == {"without a positive label": 1}
-    # stock clip_benchmark reads it
     data = build_dataset("wds/goi", root=str(goi / "out"), transform=np.asarray, split="test")
     assert data.classes == NAMES and data.templates == ["a photo of {c}."]
     (images, targets) = zip(*data, strict=True)

@@ -156,6 +156,5 @@ def test_what_cannot_be_written_is_refused_before_reading(shards, capsys, monkey
     monkeypatch.chdir(shards)
     refused(capsys, run("inspect", shards, "--sheet", "00000.tar/sheet.png"), "00000.tar/sheet.png")
     for flag in ("--sheet", "--json"):
-        refused(
-            capsys, run("inspect", shards, flag, "folder.png"), "folder.png is a folder, or not"
-        )
+        status = run("inspect", shards, flag, "folder.png")
+        refused(capsys, status, "folder.png is a folder, or not")

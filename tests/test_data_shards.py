@@ -57,7 +57,6 @@ def _build_until(moment: int, where: str, line: tuple) -> None:
 
 
 def killed(*args) -> bool:
-    """Whether a build that is to be killed was."""
     child = multiprocessing.get_context("fork").Process(target=_build_until, args=args)
     child.start()
     child.join()

@@ -146,11 +146,6 @@ def test_header_quotes_and_compression_of_cc3m(tmp_path):
     assert list(cc3m.read_captions(path)) == read
 
 
-def test_report_and_images_go_together(conceptual, capsys):
-    status = build_cc(conceptual, source=["--images", conceptual])
-    refused(capsys, status, "--report and --images go together")
-
-
 def test_the_seed_decides_the_order_and_nothing_else_does(tmp_path):
     rows = ["filepath\ttitle", *(f"{n}.jpg\tpicture {n}" for n in range(60))]
     files = {f"{n}.jpg": jpeg(n) if n % 7 else b"broken" for n in range(60)}
@@ -320,6 +315,7 @@ NO_PHOTO = "subset.tsv:{}: expected line number, photo id and hash"
     [
         (CC, "cc.tsv", "only one column\n", "cc.tsv:1: 1 columns, expected caption, URL"),
         (CC, "cc.tsv", "a\rb\thttp://x\n", "cc.tsv:1: a carriage return inside"),
+        ("cc3m --captions cc.tsv", "cc.tsv", "a\thttp://x\n", "--report and --images go together"),
         (YFCC, "subset.tsv", "1\t2\t3\nx\ty\tz\n", NO_PHOTO.format(2)),
         (YFCC, "subset.tsv", f"0\t{9**21}\tx\n1\t{9**21}\tx\n", NO_PHOTO.format(1)),
         (YFCC, "metadata.bz2", "1\t2\t3\n", "bz2:1: 3 columns; YFCC100M's metadata have 23 or 25"),

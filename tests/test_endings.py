@@ -2,13 +2,13 @@
 
 import contextlib
 import multiprocessing
-import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -43,10 +43,6 @@ def at_step(number, act):
     hook.remove()
 
 
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def fail():
     raise ValueError("at a step")
 
@@ -69,6 +65,7 @@ def check_end(whole, folder):
 def test_sigterm(pairs, tmp_path, whole, caplog, step):
     """An epoch whose last step was done is in a checkpoint."""
     before = signal.getsignal(signal.SIGTERM)
+    terminate = partial(signal.raise_signal, signal.SIGTERM)
     with at_step(step, terminate) as steps, pytest.raises(SystemExit) as stop:
         train(pairs, tmp_path, *LINE)
     assert stop.value.code == 143

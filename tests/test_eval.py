@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from clip_benchmark import cli as stock
 from clip_benchmark.metrics import zeroshot_classification
-from conftest import COLOURS, SHAPES, npy, picture, png, write_set
-from data_helpers import encoded, jpeg
+from conftest import COLOURS, SHAPES, npy, picture, write_set
+from data_helpers import as_file, encoded, jpeg
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -47,7 +47,7 @@ def shards(sizes=(17, 0, 13)):
         files = {}
         for i in range(size):
             image = picture(rng, rng.choice(COLOURS), rng.choice(SHAPES)).resize((60, 40 + i))
-            files[f"{shard}{i:03d}.png"] = png(image)
+            files[f"{shard}{i:03d}.png"] = as_file(image)
             files[f"{shard}{i:03d}.npy"] = vector(rng.sample(range(len(NAMES)), 1 + i % 3))
         found.append(files)
     for i, mode in enumerate(("CMYK", "L", "RGB")):
@@ -140,7 +140,7 @@ def single_label(folder, templates=("a photo of {c}.",)):
     rng = random.Random(1)
     files = {}
     for i in range(20):
-        files[f"{i}.png"] = png(picture(rng, rng.choice(COLOURS), rng.choice(SHAPES)))
+        files[f"{i}.png"] = as_file(picture(rng, rng.choice(COLOURS), rng.choice(SHAPES)))
         files[f"{i}.cls"] = str(i % 6).encode()
     return write_set(folder, [files], COLOURS, "classification", templates)
 
@@ -163,7 +163,7 @@ def captioned(folder):
     rng = random.Random(2)
     files = {}
     for i, colour in enumerate(COLOURS):
-        files[f"{i}.png"] = png(picture(rng, colour, "circle"))
+        files[f"{i}.png"] = as_file(picture(rng, colour, "circle"))
         files[f"{i}.txt"] = f"a {colour} circle\na ball".encode()
     return write_data(folder, [files], kind="retrieval")
 
@@ -295,7 +295,8 @@ def test_saved_and_loaded_classifier(ours, stocks, tmp_path):
 
 def test_a_folder_without_images(ours, tmp_path, caplog):
     """All faults of folders are in test_evaluation_folders.py."""
-    ours(data=write_data(tmp_path / "empty", [{}, {}]), error="no images in 2 shards")
+    error = f"no images in 2 shards, first {tmp_path}/empty/test/0.tar"
+    ours(data=write_data(tmp_path / "empty", [{}, {}]), error=error)
     assert "1 names stand for several classes, e.g. 'red circle'" in caplog.text
 
 

@@ -83,7 +83,7 @@ def read(folder, **needed):
     """Check the folder, then every sample, as before a training run."""
     check_webdataset(str(folder), **needed)
     shards = CheckedShards(build_wds_dataset("made", None, "test", str(folder)))
-    list(shards({"url": url} for url in shards.urls)) or shards.check_count(0)
+    list(shards({"url": url} for url in shards.urls))
 
 
 def refused(folder, place, text, **needed):
@@ -110,12 +110,6 @@ def test_shards(folder, change, text):
 def test_a_name_twice_in_a_row(folder):
     write_set(folder, samples(JPG=jpeg(4), jpg=jpeg(3), npy=npy([1, 1, 1])), NAMES)
     refused(folder, "1.tar", "bad.jpg comes twice in a row, where clip_benchmark stops")
-
-
-def test_no_samples(folder):
-    write_set(folder, [{}, {}], NAMES)
-    with pytest.raises(ImageError, match=f"no images in 2 shards, first {folder}/test/0.tar"):
-        read(folder)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import COLOURS, SHAPES, picture, png, write_tar
+from conftest import COLOURS, SHAPES, picture
+from data_helpers import as_file, samples, write_tar
 from data_helpers import run as run_data
-from data_helpers import samples
 from forks import ranks
 from PIL import Image
 from test_zeroshot_training import damaged
-from training_helpers import load, train
+from training_helpers import load, stock, train
 
 from otter_openclip import cli, fit_heads
 from otter_openclip.closed_form import fitting_run
@@ -41,7 +41,7 @@ def data(tmp_path_factory):
             wrong = i < WRONG
             other = drawn[(i + 1) % WRONG] if wrong else drawn[i]
             key = f"{'w' if wrong and other != drawn[i] else 'r'}{i:04d}"
-            files[f"{key}.png"] = png(picture(rng, colour, shape))
+            files[f"{key}.png"] = as_file(picture(rng, colour, shape))
             files[f"{key}.txt"] = f"a {other[0]} {other[1]} no {i}".encode()
         write_tar(folder / f"{shard:05d}.tar", files)
     sizes = {f"{shard:05d}.tar": COUNT // SHARDS for shard in range(SHARDS)}
@@ -77,12 +77,11 @@ def test_stock_open_clip_gives_what_was_fitted(fitted, data):
     out, cache = fitted
     images, texts = (joined(next(cache.glob(f"{kind}-*"))) for kind in ("image", "text"))
     heads, _, statistics = fit_heads(images, texts)
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{out}")
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
+    model, transform, tokenizer = stock(out)
     files = list(samples(data / "00000.tar").values())[:20]
     pictures = [Image.open(io.BytesIO(each["png"])).convert("RGB") for each in files]
     with torch.no_grad():
-        v = model.eval().encode_image(torch.stack([*map(transform, pictures)]), normalize=True)
+        v = model.encode_image(torch.stack([*map(transform, pictures)]), normalize=True)
         t = model.encode_text(tokenizer([f["txt"].decode() for f in files]), normalize=True)
     w, u = heads.transform(torch.tensor(images[:20]), torch.tensor(texts[:20]))
     said = record(out)
@@ -152,7 +151,7 @@ ONE = {"shard": "a/0.tar", "key": "000000099"}
 )
 def test_a_list_that_is_of_something_else(tmp_path, capsys, content, said):
     (tmp_path / "fit.json").write_text(json.dumps(content), encoding="utf-8")
-    (tmp_path / "0.png").write_bytes(png(Image.new("RGB", (9, 9))))
+    (tmp_path / "0.png").write_bytes(as_file(Image.new("RGB", (9, 9))))
     (tmp_path / "t.csv").write_text("filepath,title\n0.png,a dog", encoding="utf-8")
     words = f"--captions {tmp_path}/t.csv --images {tmp_path} --output {tmp_path}/o"
     assert run_data("csv", *words.split(), "--drop-wrong", tmp_path / "fit.json") == 2
@@ -162,7 +161,7 @@ def test_a_list_that_is_of_something_else(tmp_path, capsys, content, said):
 def test_a_key_is_its_rows_whatever_pictures_are_there(tmp_path):
     (tmp_path / "t.csv").write_text("filepath,title\n0.png,a\n1.png,b", encoding="utf-8")
     for number in (1, 0):
-        (tmp_path / f"{number}.png").write_bytes(png(Image.new("RGB", (9, 9), COLOURS[number])))
+        (tmp_path / f"{number}.png").write_bytes(as_file(Image.new("RGB", (9, 9), COLOURS[number])))
         out = tmp_path / f"with-{number}"
         assert run_data("csv", "--captions", tmp_path / "t.csv", "--output", out) == 0
         assert samples(out / "00000.tar")["000000001"]["txt"] == b"b"
@@ -257,21 +256,13 @@ def test_val_unpaired_and_a_text_mean_that_stays(model, data, labelled, tmp_path
     assert torch.equal(*norms)
 
 
-def test_scale_and_likelihood_are_of_the_setting_that_val_chose(
-    model, data, labelled, tmp_path, fitted
-):
+def test_scale_and_likelihood_are_of_the_setting_of_val(model, data, labelled, tmp_path, fitted):
     said = record(fit(tmp_path, model, data, fitted, val=str(labelled), no_weights=True))
     setting = {"ridge": (said["ridge_images"], said["ridge_texts"]), "power": said["power"]}
     sides = [joined(next(fitted[1].glob(f"{kind}-*"))) for kind in ("image", "text")]
     found = fit_heads(*sides, weights=False, **setting)[2]
     assert said["logit_scale"] == found.logit_scale
     assert said["log_likelihood"] == pytest.approx(found.log_likelihood, rel=1e-6)
-
-
-def test_precisions_that_need_other_weights_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        cli.main("fit out --model m --train-data t.tar --precision bf16".split())
-    assert "invalid choice: 'bf16'" in capsys.readouterr().err
 
 
 def fit(folder, towers, data, fitted, **changes):

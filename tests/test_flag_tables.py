@@ -40,8 +40,10 @@ WRONG_LINES = {
     f"{CSV} --seed -3": "--seed: must be at least 0",
     "analyze --train-data a.tar --model tiny-vit --batch-sizes 8 0": "--batch-sizes: must be at",
     f"{TOWERS} --image-std 1 1 -1": "--image-std: must be above 0",
+    f"{TOWERS} --image-mean 0 inf 0": "--image-mean: must be finite, got inf",
     f"{TOWERS} --init-logit-scale 5": "--init-logit-scale: must be at least 0",
     "export run out --image-std inf": "--image-std: must be",
+    f"fit {COMMANDS['fit']} --precision bf16": "invalid choice: 'bf16'",  # needs other weights
     # Contradictions.
     "patch open_clip --check --apply": "--apply: not allowed with argument --check",
     f"{CSV} --images c --img2dataset d": "--img2dataset: not allowed with",

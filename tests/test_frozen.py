@@ -29,10 +29,7 @@ def efficientnet(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("model", "words"),
-    [
-        ("tiny-rn", "--loss infonce"),
-        ("tiny-effnet", "--loss otter --accum-freq 2 --batch-size 6"),
-    ],
+    [("tiny-rn", "--loss infonce"), ("tiny-effnet", "--loss otter --accum-freq 2 --batch-size 6")],
 )
 def test_a_frozen_tower_is_the_pretrained_one(pairs, tmp_path, model, words):
     before = trained_once(model, tmp_path / "start.pt")
@@ -49,8 +46,7 @@ def test_a_frozen_tower_is_the_pretrained_one(pairs, tmp_path, model, words):
 @pytest.mark.parametrize("words", [f"--loss otter {FREEZE}", "--loss infonce --lock-image"])
 def test_a_frozen_tower_runs_once_and_in_eval_mode(pairs, tmp_path, monkeypatch, words):
     """For student and teacher, also after open_clip's loop has called ``train()``."""
-    seen = []
-    stock = BatchNormAct2d.forward
+    seen, stock = [], BatchNormAct2d.forward
 
     def record(self, x):
         seen.append(self.training)
@@ -147,16 +143,14 @@ def test_dropout_on_frozen_features_is_the_students_alone(hf_model, whole):
 
 def test_the_student_as_its_own_teacher_makes_no_second_forward(pairs, tmp_path, monkeypatch):
     """`--ema-decay 0`: no copy, no teacher in checkpoints, and the loss of the student's features."""
-    calls, stock = [], open_clip.CLIP.forward
-    monkeypatch.setattr(
-        open_clip.CLIP, "forward", lambda *a, **k: calls.append(1) or stock(*a, **k)
-    )
+    seen, stock = [], open_clip.CLIP.forward
+    monkeypatch.setattr(open_clip.CLIP, "forward", lambda *a, **k: seen.append(1) or stock(*a, **k))
     for words, count in {
         "0.9": 2 * 6,  # of student and teacher, in each of six steps
         "0.9 --accum-freq 2 --batch-size 6": 6 * 2 * (2 + 1),
         "0": 6,
     }.items():
-        calls.clear()
+        seen.clear()
         path = train(pairs, tmp_path / f"{count}", f"--loss otter --epochs 1 --ema-decay {words}")
-        assert len(calls) == count
+        assert len(seen) == count
         assert ("state_dict_ema" in load(path / "epoch_1.pt")) == (words != "0")

@@ -42,8 +42,7 @@ def model(hf_model, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def losses(monkeypatch):
     """Every step's losses of the runs so far, in all their digits."""
-    seen = []
-    stock = AverageMeter.update
+    seen, stock = [], AverageMeter.update
 
     def record(self, value, count=1):
         stock(self, value, count)
@@ -105,8 +104,7 @@ def test_loss_clip_and_what_stock_open_clip_loads(cached, model, tmp_path):
 
 def test_live_frozen_towers_see_no_augmentation(pairs, tmp_path, model, monkeypatch):
     """As kept ones do, unless it is asked for."""
-    seen = []
-    stock = open_clip.transform.image_transform_v2
+    seen, stock = [], open_clip.transform.image_transform_v2
 
     def record(*args, is_train, **kwargs):
         made = stock(*args, is_train=is_train, **kwargs)
@@ -165,7 +163,6 @@ def test_features_are_mapped_and_a_damaged_file_is_named(tmp_path):
 
 
 def test_a_run_that_a_full_disk_ended_goes_on(cached, tmp_path, monkeypatch, losses):
-    """With the next shard."""
     cached("whole")
     shutil.rmtree(tmp_path / "cache")
     stock, calls = FeatureFiles.write, []

@@ -44,7 +44,6 @@ def features(draw, count, width, dtype):
 
 @st.composite
 def batches(draw):
-    """Student and teacher features of the same pairs."""
     count, dtype = draw(st.integers(1, 9)), draw(st.sampled_from(DTYPES))
     own, its = (draw(st.integers(1, 8)) for _ in range(2))
     return [draw(features(count, width, dtype)) for width in (own, own, its, its)]
@@ -64,7 +63,6 @@ def distillations(draw):
 
 
 def evaluated(loss, inputs, scale):
-    """Terms and gradients, by name."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs[:2]]
     terms = loss(*leaves, scale, *inputs[2:], output_dict=True)
     gradients = torch.autograd.grad(sum(terms.values()), leaves)

@@ -1,10 +1,9 @@
 """Samples and archives from anywhere: what cannot be used is passed over, nothing leaves its place."""
 
-import io
 import tarfile
 
 import pytest
-from data_helpers import jpeg, member, run, samples, tree, write_files, write_tar
+from data_helpers import as_file, jpeg, member, run, samples, tree, write_files, write_tar
 from PIL import Image
 from training_helpers import load, train
 
@@ -25,8 +24,7 @@ def hostile(path):
             member(tar, f"{key}.jpg", image)
             member(tar, f"{key}.txt", caption)
         for key, size in (("bomb", (20_000, 20_000)), ("dwarf", (1, 1))):
-            Image.new("1", size).save(blank := io.BytesIO(), "PNG")
-            member(tar, f"{key}.png", blank.getvalue())
+            member(tar, f"{key}.png", as_file(Image.new("1", size)))
             member(tar, f"{key}.txt", b"x")
         for key, kind in (("link", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE)):
             target = "/etc/passwd" if key == "link" else "1.jpg"

@@ -89,8 +89,7 @@ def test_reference_values_and_gradients(case, impl, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "loss",
-    [LabelSmoothingLoss(0.1), DistillationLoss(), OtterLoss(), OtterLoss(impl="plain")],
+    "loss", [LabelSmoothingLoss(0.1), DistillationLoss(), OtterLoss(), OtterLoss(impl="plain")]
 )
 def test_autocast_around_it_changes_nothing(loss, dtype):
     images, texts, *teacher = (x.to(dtype) for x in features(32))

@@ -133,7 +133,6 @@ IMPORT = re.compile(r"^ *import (\w+)|^ *from (\w+)[\w.]* import ", re.M)
 
 
 def imported() -> set[str]:
-    """The distributions that the package imports."""
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "otter_openclip").rglob("*.py")]
     names = {match[1] or match[2] for match in IMPORT.finditer("\n".join(texts))}
     names -= {"otter_openclip", *sys.stdlib_module_names}

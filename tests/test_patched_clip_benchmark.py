@@ -110,9 +110,7 @@ def test_the_launchers_numbers(run_all, model, data, tmp_path):
 def test_flags_are_there_with_the_task(run_all):
     chosen = (["--task=zeroshot_multilabel"], ["--dataset", "cifar10", "goi"])
     helps = [(["eval", *words, "--help"], 0) for words in ([], *chosen)]
-    wrong = [
-        (["eval", "--dataset", name, "--ks", k], 2) for name, k in (("cifar10", 1), ("goi", 0))
-    ]
+    wrong = [(f"eval --dataset {words}".split(), 2) for words in ("cifar10 --ks 1", "goi --ks 0")]
     (said, _), *chosen, (_, unknown), (_, low) = run_all(*helps, *wrong)
     assert "auto,zeroshot_multilabel}" in said and "--ks" not in said
     assert "Use --task=TASK --help" in " ".join(said.split())

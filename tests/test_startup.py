@@ -15,7 +15,6 @@ from otter_openclip import cli
 
 HEAVY = ("matplotlib", "open_clip", "open_clip_train", "clip_benchmark", "torch", "webdataset")
 
-
 # Each line's exit code, and what has been imported by then.
 COMMANDS = f"""
 import contextlib, io, sys

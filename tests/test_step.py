@@ -49,8 +49,7 @@ def test_the_teacher_keeps_no_autograd_state_and_one_fused_update(monkeypatch):
         assert output[key].grad_fn is None and not output[key].requires_grad
     sum(v.sum() for v in output.values() if v.requires_grad).backward()
     assert all(p.grad is None for p in teacher.module.parameters())
-    calls = []
-    stock = torch._foreach_lerp_
+    calls, stock = [], torch._foreach_lerp_
     monkeypatch.setattr(torch, "_foreach_lerp_", lambda *a: calls.append(len(a[0])) or stock(*a))
     teacher.update(student)
     assert calls == [len(list(student.parameters()))]

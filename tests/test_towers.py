@@ -7,14 +7,13 @@ import json
 import shutil
 import socket
 
-import open_clip
 import pytest
 import timm
 import torch
 from conftest import text_folder
 from data_helpers import change_json
 from safetensors.torch import save_file
-from training_helpers import load, train
+from training_helpers import load, stock, train
 from transformers import AutoModel, M2M100Config, M2M100Model
 
 from otter_openclip import cli
@@ -50,11 +49,6 @@ def parts(tmp_path_factory):
 def make(parts, out, image="test_resnet", **settings):
     files = {"image_weights": parts / f"{image}.pt", "text": parts / "text"}
     return make_towers(out, image=image, **files | settings)
-
-
-def stock(out):
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
-    return model.eval(), preprocess, open_clip.get_tokenizer(f"local-dir:{out}")
 
 
 @torch.no_grad()
@@ -354,9 +348,7 @@ def test_an_overwrite_does_not_delete_the_text_tower(parts, tmp_path):
     assert make(parts, out, overwrite=True) == out
 
 
-def test_local_files_need_no_network_and_the_folder_not_its_parts(
-    parts, tmp_path, monkeypatch, caplog
-):
+def test_no_network_is_needed_nor_the_parts_later(parts, tmp_path, monkeypatch, caplog):
     asked = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: asked.append(a) or 1 / 0)

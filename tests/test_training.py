@@ -206,8 +206,7 @@ def test_the_second_scale_starts_where_it_is_told(pairs, tmp_path, caplog):
 
 def test_loss_clip_is_stock(pairs, tmp_path, monkeypatch):
     """Every stock function is called with stock objects; the checkpoint has stock keys only."""
-    seen = {}
-    stock = launcher._stock_train_one_epoch
+    seen, stock = {}, launcher._stock_train_one_epoch
 
     def record(model, data, loss, *rest, **kwargs):
         seen["model"], seen["loss"] = type(model), type(loss)
@@ -225,8 +224,7 @@ def test_loss_clip_is_stock(pairs, tmp_path, monkeypatch):
 
 def test_the_update_is_the_losss_gradient(pairs, tmp_path, monkeypatch):
     """One step of the command equals one step written out by hand, teacher and scale included."""
-    batches = []
-    stock = launcher._stock_train_one_epoch
+    batches, stock = [], launcher._stock_train_one_epoch
 
     def record(model, data, *rest, **kwargs):
         record.student = copy.deepcopy(model.module)

@@ -55,6 +55,12 @@ def trained_once(model: str, file: Path) -> dict[str, Any]:
     return made.state_dict()
 
 
+def stock(out: Path) -> tuple[Any, Any, Any]:
+    """Model, transform and tokenizer of a folder, as stock open_clip loads them."""
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    return model.eval(), preprocess, open_clip.get_tokenizer(f"local-dir:{out}")
+
+
 def hide_plugin(folder: Path) -> Path:
     """A folder for the path, in which this package cannot be imported."""
     package = folder / "otter_openclip"

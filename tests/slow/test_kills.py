@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from data_helpers import jpeg, write_files, write_tar
+from data_helpers import jpeg, tree, write_files, write_tar
 from training_helpers import assert_same, load
 
 from otter_openclip.model_folders.towers import make_towers
@@ -66,9 +66,8 @@ def execute(words: list[str], out: Connection, largest_file: int) -> None:
     os.setsid()
     for descriptor in (1, 2):
         os.dup2(out.fileno(), descriptor)
-    sys.stdout, sys.stderr = (
-        open(n, "w", buffering=1, closefd=False, encoding="utf-8") for n in (1, 2)
-    )
+    kept = {"buffering": 1, "closefd": False, "encoding": "utf-8"}
+    sys.stdout, sys.stderr = (open(n, "w", **kept) for n in (1, 2))
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     torch.set_num_threads(1)
@@ -78,8 +77,6 @@ def execute(words: list[str], out: Connection, largest_file: int) -> None:
 
 
 class Running:
-    """A command's process."""
-
     def __init__(self, command: Command, out: Path, *, again: bool, largest_file: int = 0) -> None:
         """Start it; ``largest_file`` is a disk's room for each file, in bytes."""
         out.mkdir(exist_ok=True)
@@ -117,10 +114,6 @@ class Running:
             time.sleep(0.001)
         return False
 
-    def ranks(self) -> list[int]:
-        """The processes that torchrun started."""
-        return [pid for pid, parent, _ in processes() if parent == self.process.pid]
-
     def left(self) -> list[int]:
         """Processes of the session that have not ended within some seconds."""
         until = time.monotonic() + GONE_SECONDS
@@ -143,9 +136,7 @@ def processes() -> Iterator[tuple[int, int, int]]:
 
 def names(folder: Path) -> set[str]:
     """All that is below a folder, which may change meanwhile."""
-    return {
-        os.path.join(at, name) for at, folders, files in os.walk(folder) for name in folders + files
-    }
+    return {os.path.join(at, n) for at, folders, files in os.walk(folder) for n in folders + files}
 
 
 def temporary(folder: Path) -> set[str]:
@@ -170,11 +161,7 @@ def results(out: Path) -> dict[str, Any]:
 
 def built(out: Path) -> dict[str, Any]:
     """A builder's files but its hidden state and what was not renamed yet."""
-    return {
-        str(path.relative_to(out)): path.read_bytes()
-        for path in out.rglob("*")
-        if path.is_file() and ".otter-build" not in path.parts and path.suffix != ".tmp"
-    }
+    return {name: digest for name, digest in tree(out).items() if not name.endswith(".tmp")}
 
 
 def make_data(folder: Path) -> list[str | Path]:
@@ -193,7 +180,6 @@ NAMES = ("training", "most recent", "cached", "ranks", "export", "eval", "data")
 
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory, pairs, labelled, towers) -> dict[str, Command]:
-    """The commands of ``NAMES``."""
     folder = tmp_path_factory.mktemp("inputs")
     model = make_towers(folder / "model", image_size=32, context_length=8, **towers)
     program = ("otter_openclip.cli",)
@@ -264,7 +250,8 @@ def kill(command: Command, run: Running, number: int, rng: random.Random) -> boo
 
     After SIGTERM there are no more temporary files than before.
     """
-    ranks = run.ranks() if "torch.distributed.run" in command.words else []
+    launcher = run.process.pid if "torch.distributed.run" in command.words else None
+    ranks = [pid for pid, parent, _ in processes() if parent == launcher]
     try:
         os.kill(rng.choice(ranks) if ranks else run.process.pid, number)
     except ProcessLookupError:
