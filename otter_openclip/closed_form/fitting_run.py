@@ -99,7 +99,9 @@ def fit_folder(
     heads, statistics = fit.run(unpaired)
     if labelled is not None:
         best = max(SETTINGS, key=lambda each: labelled.precision(fit.heads(each).cpu()))
-        heads, statistics = fit.heads(best), Statistics(*fit.likeliest([best]), *statistics[3:])
+        heads, (_, scale, likelihood) = fit.heads(best), fit.likeliest([best])
+        chosen = {"setting": best, "logit_scale": scale, "log_likelihood": likelihood}
+        statistics = statistics._replace(**chosen)
     heads = heads.cpu()
     files, wrong = {}, []
     if statistics.wrong is not None:
