@@ -6,6 +6,7 @@ study, and a killed one goes on: what it was at is done again by whoever has not
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -259,10 +260,15 @@ class Study:
 
 
 def _join(storage: Any, name: str) -> optuna.Study:
-    return optuna.create_study(
-        storage=storage,
-        study_name=f"otter-openclip compare: {name}",
-        direction="maximize",
-        pruner=optuna.pruners.PercentilePruner(KEPT_SHARE, n_warmup_steps=2),
-        load_if_exists=True,
-    )
+    settings = {
+        "storage": storage,
+        "study_name": f"otter-openclip compare: {name}",
+        "direction": "maximize",
+        "pruner": optuna.pruners.PercentilePruner(KEPT_SHARE, n_warmup_steps=2),
+        "load_if_exists": True,
+    }
+    try:
+        return optuna.create_study(**settings)
+    except Exception:  # of two that begin at once, and make a database's tables, one fails
+        time.sleep(1)
+        return optuna.create_study(**settings)
