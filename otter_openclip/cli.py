@@ -13,9 +13,13 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from safetensors import SafetensorError
+
 from otter_openclip import __version__
 from otter_openclip.terminating import on_sigterm
 
+# What bad input raises, in this package and in those that read weights.
+USER_ERRORS = (ValueError, OSError, RuntimeError, pickle.UnpicklingError, SafetensorError)
 _UNKNOWN = "unrecognized arguments: "
 MAX_COUNT = 2**31 - 1  # of whole numbers: what seeds and counts fit everywhere
 
@@ -78,9 +82,9 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def nearest(word: str, choices: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
-    """The ``count`` of the ``choices`` that are nearest to ``word``, and alike by ``cutoff`` or more."""
-    return difflib.get_close_matches(word, list(choices), n=count, cutoff=cutoff)
+def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """The one of the ``choices`` that is nearest to ``word``, if it is alike by ``cutoff`` or more."""
+    return difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)
 
 
 def number(
@@ -137,7 +141,7 @@ def run_command(
     args = parser.parse_args(argv[1:])
     try:
         return module.main(args)
-    except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except USER_ERRORS as error:
         print(f"{prog} {name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -57,6 +57,7 @@ SAMPLES = [
     ({"jpg": b"no image"}, "unreadable image: not an image that Pillow can read"),
     ({"jpg": jpeg(5, (90, 80))[:-200]}, "unreadable image: image file is truncated"),
     ({"jpg": None, "webp": encoded(5, "WEBP")[:-9]}, "unreadable image: "),
+    ({"jpg": None, "png": encoded(5, "PNG").replace(b"IDAT", b"IDAT\0")}, "unreadable image: "),
     ({"jpg": None, "png": encoded(5, "TIFF", "F")}, "image (mode F), which loaders cut off at 0"),
 ]
 SHARDS = [

@@ -282,10 +282,13 @@ def fit(folder, towers, data, fitted, **changes):
         ({"val": "/nowhere"}, "--val"),
         ({"embed_dim": 5000}, "embed_dim is 5000"),
         ({"feature_cache": "{1}/out/features"}, "features lies in"),
+        ({"model": "{1}/damaged"}, "--model .*damaged: Error while deserializing"),
     ],
 )
 def test_what_cannot_be_fitted(change, said, model, data, tmp_path, fitted):
     (tmp_path / "empty").write_text("\n", encoding="utf-8")
+    damaged = shutil.copytree(model, tmp_path / "damaged") / "open_clip_model.safetensors"
+    os.truncate(damaged, 9999)
     change = {k: v.format(data, tmp_path) if isinstance(v, str) else v for k, v in change.items()}
     with pytest.raises((ValueError, OSError), match=said):
         fit(tmp_path, model, data, fitted, **change)

@@ -142,3 +142,11 @@ def test_wrong_values_of_the_plugins_flags(capsys):
 def test_lists_that_are_given_twice_are_joined():
     line = "--captions a --output b --images c --images d e".split()
     assert [path[-1] for path in parser_of("data csv").parse_args(line).images] == ["c", "d", "e"]
+    for command in COMMANDS:  # but numbers, of which the last ones count
+        for flag in flags_of(parser_of(command)).values():
+            if (
+                flag.nargs == "+"
+                and not flag.default
+                and getattr(flag.type, "__name__", "") != "parse"
+            ):
+                assert type(flag) is argparse._ExtendAction, (command, flag.dest)

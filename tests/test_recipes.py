@@ -44,7 +44,9 @@ def test_a_recipe_is_known_by_name(tmp_path, monkeypatch, capsys):
         assert f"--config {name} is neither a file nor a recipe of this package" in error
         assert "did you mean cc3m_rn50_declutr_otter?" in error
         assert all(path.stem in error for path in RECIPES)
-    # A file of one's own goes first.
+    # A folder of that name does not hide it; a file of one's own goes first.
+    Path("cc3m_rn50_declutr_otter").mkdir()
+    assert parse("--config cc3m_rn50_declutr_otter").loss == "otter"
     Path("cc3m_rn50_declutr_kd").write_text("loss: ls", encoding="utf-8")
     assert parse("--config cc3m_rn50_declutr_kd").loss == "ls"
 

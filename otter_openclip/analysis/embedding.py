@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from otter_openclip.analysis.reading import Pair
+from otter_openclip.cli import USER_ERRORS
 from otter_openclip.frozen.loader import image_column, text_column
 from otter_openclip.frozen.prefix import inner_parts, install
 from otter_openclip.frozen.store import FeatureFiles
@@ -59,9 +60,12 @@ def load_model(name: str, pretrained: str | None, device: str) -> Model:
             f"--model {name} without --pretrained has random weights; pass a tag, a checkpoint's file, "
             "or a folder as --model"
         )
-    network, _, transform = open_clip.create_model_and_transforms(
-        name, pretrained=pretrained, device=device
-    )
+    try:
+        network, _, transform = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, device=device
+        )
+    except USER_ERRORS as error:
+        raise ValueError(f"--model {name}: {error}") from error
     return Model(network.eval(), transform, open_clip.get_tokenizer(name), device)
 
 

@@ -11,6 +11,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
+from otter_openclip.cli import USER_ERRORS
 from otter_openclip.frozen.loader import image_column, text_column
 from otter_openclip.frozen.prefix import inner_parts, install
 
@@ -31,7 +32,7 @@ class Towers:
         place = f"local-dir:{name}" if Path(name).is_dir() else name
         try:
             model, _, transform = open_clip.create_model_and_transforms(place, device=self.device)
-        except RuntimeError as error:  # open_clip's own of an unknown model
+        except USER_ERRORS as error:
             reason = str(error).partition(". ")[0]  # the names of all models follow
             raise ValueError(f"--model {name}: {reason}") from error
         _check(model, name)

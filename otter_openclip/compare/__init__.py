@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--losses", nargs="+", choices=LOSSES, default=LOSSES, help="default: all four")
     text = "fit: the closed form; fit+LOSS: what starts from it. Default with two towers: fit fit+otter"
     methods = ("fit", *(f"fit+{loss}" for loss in LOSSES))
-    add("--methods", nargs="+", choices=methods, help=text)
+    add("--methods", action="extend", nargs="+", choices=methods, help=text)
     add("--trials", type=positive, metavar="N", help="settings to try of each method; default: 30")
     add("--seeds", type=positive, metavar="N", help="repeats of the chosen setting; default: 5")
     text = "begin nothing that would end later than this; what there is then is reported"

@@ -20,6 +20,7 @@ import transformers
 import yaml
 from tqdm import tqdm
 
+from otter_openclip.cli import USER_ERRORS
 from otter_openclip.closed_form.two_towers import Towers
 from otter_openclip.compare.findings import LABELS, page, table, verdict
 from otter_openclip.compare.halves import CHOOSING, REPORTING, write_halves
@@ -121,7 +122,7 @@ def _encode(place: Place) -> tuple[bool, str]:
     except ValueError:
         try:
             return False, fingerprint({}, open_clip.create_model(place.model).state_dict())
-        except (RuntimeError, OSError) as error:
+        except USER_ERRORS as error:
             raise ValueError(f"--model {place.model}: {error}") from error
     workers = min(8, (os.cpu_count() or 1) // 2)
     fill([towers.images, towers.texts], place.shards, device=towers.device, workers=workers)

@@ -24,7 +24,7 @@ STEPS, QUICK_STEPS = (20, 600), (20, 80)
 # The first trial of every method: what often did well, and losses' own settings at their defaults.
 FIRST = {"lr": 1e-3, "steps": 100, "init-logit-scale": 2.0, "wd": 0.2, "feature-dropout": 0.3}
 FIRST |= {"alpha": 0.5, "sinkhorn-lambda": 0.15, "label-smoothing": 0.1, "distill-T-t": 100.0}
-FAILURES_TO_GIVE_UP = 3  # of a method, in this process, if none of its trials did not fail
+FAILURES_TO_GIVE_UP = 3  # trials of a method that fail in this process, when none has succeeded
 KEPT_SHARE = 67.0  # percent of the trials that go on after an evaluation
 TUNING_SEED, SEEDS = 100, "seeds"
 

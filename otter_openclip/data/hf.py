@@ -21,7 +21,7 @@ from otter_openclip.cli import as_list, needs
 from otter_openclip.data import pairs, tables
 from otter_openclip.data.lookup import Picture
 from otter_openclip.data.plan import Plan
-from otter_openclip.data.sources import File, absolute
+from otter_openclip.data.sources import PATHS, File
 from otter_openclip.files import written_whole
 
 _ENDS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0")  # of parquet, arrow's files and streams
@@ -41,11 +41,11 @@ _PART = re.compile(r"(?:.*-)?(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\b")  # of a split's 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to ``parser``."""
-    add, kind = parser.add_argument, absolute
+    add = parser.add_argument
     text = "folders with .parquet or .arrow files in them or below, or such files"
-    add("--dataset", required=True, nargs="+", type=kind, metavar="PATH", help=text)
+    add("--dataset", required=True, help=text, **PATHS)
     text = "which to take of a folder with several (train, validation, ...)"
-    add("--split", nargs="+", metavar="NAME", help=text)
+    add("--split", action="extend", nargs="+", metavar="NAME", help=text)
     add("--image-key", metavar="NAME", help="column of images; default: the only one")
     add("--text-key", default="text", metavar="NAME", help="column of captions; default text")
     pairs.add_pair_output(parser)

@@ -49,6 +49,7 @@ from clip_benchmark.metrics import zeroshot_classification as stock_classificati
 from torch import nn
 
 from otter_openclip.checkpoints.newest import read_checkpoint
+from otter_openclip.cli import USER_ERRORS
 from otter_openclip.evaluation import run
 from otter_openclip.evaluation.labelled_images import CheckedShards, is_multilabel, label_suffix
 from otter_openclip.evaluation.prompts import TEMPLATES_FILE, check_prompts
@@ -96,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
         reason = (str(error).splitlines() or [""])[0]
         print(f"otter-openclip eval: error: weights cannot be read: {reason}", file=sys.stderr)
         return 2
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+    except (AssertionError, *USER_ERRORS) as error:
         print(f"otter-openclip eval: error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -240,7 +240,10 @@ def check_range(image: Image.Image) -> None:
 
 
 def check_image(content: bytes | IO[bytes]) -> None:
-    """``opened`` and ``check_range``, and whether all of it is there: few files need to be decoded."""
+    """``opened`` and ``check_range``, and whether all of it is there: few images need to be decoded.
+
+    Of a file on a disk head and end are read; of what is in memory a PNG's checksums are compared, too.
+    """
     file = io.BytesIO(content) if isinstance(content, bytes) else content
     file.seek(max(0, file.seek(0, io.SEEK_END) - _LONGEST_END))
     end = file.read()
@@ -248,3 +251,6 @@ def check_image(content: bytes | IO[bytes]) -> None:
     check_range(image)
     if image.format not in _ENDS or not end.endswith(_ENDS[image.format]):
         rgb(image)
+    elif image.format == "PNG" and isinstance(content, bytes):
+        with readable():
+            image.verify()

@@ -5,13 +5,13 @@ open_clip gives both models the student's images and tokens, whatever the teache
 
 from __future__ import annotations
 
-import pickle
 from argparse import Namespace
 from typing import Any
 
 import open_clip
 from torch import nn
 
+from otter_openclip.cli import USER_ERRORS
 from otter_openclip.frozen.loader import student_tokenizer
 from otter_openclip.preprocessing import size_pair
 from otter_openclip.training.student_with_teacher import Teacher, as_teacher
@@ -37,7 +37,7 @@ class FixedTeacher(Teacher):
                 output_dict=True,
                 cache_dir=args.cache_dir,
             )
-        except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
+        except USER_ERRORS as error:
             raise ValueError(f"--distill-model {args.teacher_model}: {error}") from error
         theirs = _inputs(
             model, open_clip.get_tokenizer(args.teacher_model, cache_dir=args.cache_dir)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import pickle
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -34,6 +33,7 @@ from open_clip_train import train as open_clip_train_loop
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from otter_openclip.cli import USER_ERRORS
 from otter_openclip.replacing import replaced
 from otter_openclip.terminating import on_sigterm
 from otter_openclip.training.plugin import ZEROSHOT_DATA, Plugin
@@ -167,7 +167,7 @@ class Run:
         try:
             made = _stock_create_model(*args, **kwargs)
         # The first is of a flag that the tower does not take.
-        except (TypeError, RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
+        except (TypeError, *USER_ERRORS) as error:
             self.plugin.refuse(f"--model {args[0]}: {error}", error)
         if self._model_made:  # the second is open_clip's own --distill-model
             return made

@@ -52,7 +52,7 @@ def restore_scale(
         return
     scale.copy_(entry[SCALE])
     group = optimizer.param_groups[-1]
-    group.update({k: v for k, v in entry[f"{SCALE}_group"].items() if k != "params"})
+    group.update(entry[f"{SCALE}_group"])
     on_device = group.get("fused") or group.get("capturable")  # as torch keeps the step count
     for name, value in (entry[f"{SCALE}_state"] or {}).items():
         moved = isinstance(value, Tensor) and (name != "step" or on_device)
