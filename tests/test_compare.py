@@ -312,7 +312,6 @@ def test_heads_are_drawn_by_the_seed_and_the_closed_form_is_left(model, pairs, l
 
 
 def test_towers_that_are_trained(pairs, labelled, tmp_path, monkeypatch, capfd):
-    """It works, and says first how long it takes."""
     monkeypatch.setattr(study, "BATCHES", (24,))
     monkeypatch.setattr(study, "QUICK_STEPS", STEPS)
     line = f"--model tiny-vit --train-data {pairs}/00000.tar --eval {labelled} --quick --trials 1"

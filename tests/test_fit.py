@@ -306,7 +306,6 @@ def test_what_is_read_or_appears_is_not_replaced(model, data, tmp_path, fitted, 
 
 
 def test_a_damaged_labelled_picture_is_named(model, data, labelled, tmp_path, fitted):
-    """It would be NaN in the figures by which ridges are chosen."""
     bad = damaged(labelled, tmp_path / "bad")
     with pytest.raises(ValueError, match=r"0\.tar(, sample 29:|: sample 0029)"):
         fit(tmp_path, model, data, fitted, val=str(bad))
